@@ -1,0 +1,65 @@
+"""What every stage config starts from: one place for the names and their meaning."""
+
+from ml_collections import ConfigDict
+
+ADAMW = {
+    "kind": "adamw",  # adamw | adafactor
+    "lr": 1e-3,
+    "schedule": "cosine",  # constant | cosine | linear, after a linear warm-up of `warmup` updates
+    "warmup": 50,
+    "final": 0.02,  # share of lr at the end
+    "clip": 1.0,  # global norm of the group; 0: none
+    "decay": 0.0,  # weight decay of the parameters whose path matches `decay_on`
+    "decay_on": "kernel$",
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "groups": {},  # name: {"match": path pattern, and what differs}
+}
+
+
+def stage(family: str, model: dict, data: dict, **changes) -> ConfigDict:
+    """A stage config: `family`, its `model` options, `data`, and `changes` to the defaults below ("optim.lr")."""
+    config = ConfigDict(convert_dict=True)
+    config.family = family
+    config.model = ConfigDict(model, convert_dict=True)
+    config.data = ConfigDict(data, convert_dict=True)
+    config.seed = 0
+    config.batch = 64  # global: rows of a step over all hosts and accumulation steps
+    config.accumulate = 1
+    config.steps = 1000
+    config.parts = ConfigDict()  # name: run folder, such as "../tokenizer"
+    config.init_from = ConfigDict()  # subtree here, or "all": "run" or "run:subtree"
+    config.trainable = ()  # ordered (path pattern, trains or not); the first match decides, otherwise it trains
+    config.frozen_dtype = "float32"
+    config.optim = ConfigDict(ADAMW, convert_dict=True)
+    config.ema = ConfigDict({"decay": 0.0, "skip": "^disc/"})
+    config.mesh = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1})
+    config.health = ConfigDict({"spike": 100.0, "give_up": 10})
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    config.log = ConfigDict({"every": 50})
+    config.eval = ConfigDict({"every": 0, "batches": 4})
+    config.sample = ConfigDict({"every": 0, "count": 16, "options": ConfigDict()})
+    config.profile = ConfigDict({"start": 10, "steps": 0})
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        node = config
+        for part in path:
+            node = node[part]
+        node[last] = ConfigDict(value, convert_dict=True) if isinstance(value, dict) else value
+    return config
+
+
+def shapes(**options) -> dict:
+    """Data section of the built-in captioned shapes; `options` go to the source."""
+    resolution = options.pop("resolution", 32)
+    length = options.pop("length", 16)
+    return {
+        "source": "shapes",
+        "options": options,
+        "resolution": resolution,
+        "flip": False,
+        "workers": 0,
+        "threads": 1,
+        "text": {"kind": "words", "length": length},
+    }

@@ -1,0 +1,367 @@
+"""`shapes`: pictures drawn from a seed, with exact captions and the scene behind each; the embedded data set.
+
+A scene is plain JSON data, in parts of the picture's side (x to the right, y down), so it can be drawn at any size:
+
+    {"objects": [{"shape", "colour", "size", "position", "x", "y", "r"}, ...], "background": "white",
+     "radii": {"small": 0.135, ...},     the nominal radius of every size in use, so that a judge can tell them apart
+     "stated": {"count": 2, "size": True, "position": None, "relation": "left of", "same": False, "background": False}}
+
+`stated` is what the caption says beyond colour and shape. With a relation, objects[0] stands in it to objects[1].
+
+Splits. Everything is a pure function of (seed, split, index): the random stream is SplitMix64 (Steele et al. 2014,
+"Fast splittable pseudorandom number generators") keyed by the three. What is guaranteed:
+- holdout: every picture has a held-out (shape, colour) pair, or a held-out (shape, relation, shape) triple, fixed by
+  `held_out_pair` and `held_out_triple` whatever the seed; train and validation never have one. "b right of a" is the
+  same triple as "a left of b". Each shape, colour and relation by itself does occur in train.
+- validation: its scenes are drawn like train's. A kind of scene is one object, or 2, 3, 4 different ones, or equal
+  ones. Of every kind for which the options leave at least `DIVIDED_FROM` descriptions (sizes, colours, shapes, cell or
+  relation, background; not the jitter), one description in eight, fixed by `in_validation`, is in validation and never
+  in train, whatever the seeds. Kinds with fewer (such as "three green stars", or one object without a cell) share their
+  descriptions; there only the random streams, so the jitter, differ.
+
+Letters: `H W` picture, `h w` box of one object.
+"""
+
+import zlib
+
+import numpy as np
+
+from hybridgen.data.captions import LANGUAGES, caption, template_count
+from hybridgen.errors import UserError
+
+PALETTE = {
+    "red": (220, 20, 40),
+    "green": (30, 160, 60),
+    "blue": (30, 60, 220),
+    "yellow": (255, 225, 0),
+    "orange": (255, 125, 0),
+    "purple": (130, 30, 170),
+    "cyan": (0, 200, 235),
+    "pink": (255, 130, 200),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "grey": (128, 128, 128),
+}
+COLOURS, BACKGROUNDS = tuple(PALETTE)[:8], tuple(PALETTE)[8:]
+_RGB = {name: np.array(rgb, np.float32) for name, rgb in PALETTE.items()}
+RADII = {"small": 0.135, "medium": 0.168, "large": 0.21}  # half the side of an object's box
+CELLS = (0.25, 0.5, 0.75)  # columns and rows of the nine positions
+POSITIONS = {
+    name: (CELLS[i % 3], CELLS[i // 3])
+    for i, name in enumerate(
+        ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+    )
+}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first one stands
+SPLITS = ("train", "validation", "holdout")
+MARGIN = 1 / 32  # free at each side of an object's slot: a pixel at 32, so two objects are two pixels apart
+DIVIDED_FROM, VALIDATION_PART = 500, 8
+
+
+# ---- drawing: signed distances in a box that reaches from -1 to 1, negative inside
+
+
+def _length(x, y):
+    """np.hypot is slower, and its last digit depends on the platform's libm; these operations are exact everywhere."""
+    return np.sqrt(x * x + y * y)
+
+
+def _star(x, y):
+    """Five arms, folded onto half of one by reflections (I. Quilez, "2D distance functions"); then one edge decides."""
+    x, y = np.abs(x), 0.08 - y
+    for side in (1, -1):
+        fold = 2 * np.maximum(0.809017 * side * x - 0.587785 * y, 0)
+        x, y = x - 0.809017 * side * fold, y + 0.587785 * fold
+    return (y - 1.05) * 0.38403 + np.abs(x) * 0.92333  # from a tip at 1.05 to a notch at 0.45 of that
+
+
+def _heart(x, y):
+    """A square on its corner with half discs on its two upper sides."""
+    side, half = 1.15, 0.5**0.5
+    low, x = side * half, np.abs(x)
+    square = (x + np.abs(y - 0.92 + low)) * half - side / 2
+    return np.minimum(square, _length(x - low / 2, y - 0.92 + 1.5 * low) - side / 2)
+
+
+def _cross(x, y):
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.34)
+
+
+SHAPES = {
+    "circle": lambda x, y: _length(x, y) - 0.97,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
+    "triangle": lambda x, y: np.maximum((np.abs(x) * 1.8 - y - 0.95) / 2.059, y - 0.85),
+    "star": _star,
+    "cross": _cross,
+    "diamond": lambda x, y: (np.abs(x) + np.abs(y) - 1) * 0.7071,
+    "heart": _heart,
+    "ring": lambda x, y: np.abs(_length(x, y) - 0.74) - 0.24,
+    "crescent": lambda x, y: np.maximum(_length(x - 0.1, y) - 1, 0.82 - _length(x - 0.56, y)),
+}
+
+
+def coverage(shape, x, y, r, resolution):
+    """How much of each pixel an object covers: (h w float32 in [0, 1], its box as two slices). All in sides."""
+    scale, cx, cy = r * resolution, x * resolution, y * resolution
+    reach = scale + 1
+    left, right = max(int(cx - reach), 0), min(int(cx + reach) + 1, resolution)
+    top, low = max(int(cy - reach), 0), min(int(cy + reach) + 1, resolution)
+    u = ((np.arange(left, right, dtype=np.float32) + (0.5 - cx)) / scale)[None, :]  # 1 w
+    v = ((np.arange(top, low, dtype=np.float32) + (0.5 - cy)) / scale)[:, None]  # h 1
+    cover = np.minimum(np.maximum(0.5 - scale * SHAPES[shape](u, v), 0), 1)  # np.clip is three times slower here
+    return cover, (slice(top, low), slice(left, right))
+
+
+def render(scene, resolution=32):
+    """Draw a scene: H W 3 uint8. Edges are blended over one pixel."""
+    image = np.empty((resolution, resolution, 3), np.uint8)
+    image[:] = _RGB[scene["background"]]
+    for obj in scene["objects"]:
+        cover, box = coverage(obj["shape"], obj["x"], obj["y"], obj["r"], resolution)
+        patch = image[box]
+        patch[:] = patch + cover[:, :, None] * (_RGB[obj["colour"]] - patch) + 0.5
+    return image
+
+
+# ---- randomness and splits
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_STEPS = np.arange(1, 33, dtype=np.uint64) * np.uint64(_GAMMA)
+
+
+def _mix(z):
+    """SplitMix64's output function, of a Python int or an array of uint64."""
+    whole = isinstance(z, int)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> shift)) * factor & _MASK if whole else (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return z ^ (z >> 31) if whole else z ^ (z >> np.uint64(31))
+
+
+def uniforms(seed, split, index):
+    """Endless floats in [0, 1), a stream of its own for every (seed, split, index)."""
+    key = 0
+    for part in (seed, split, index):
+        key = _mix((key + part + _GAMMA) & _MASK)
+    while True:
+        block = _mix(np.uint64(key) + _STEPS) >> np.uint64(11)
+        yield from (block * 2.0**-53).tolist()
+        key = (key + 32 * _GAMMA) & _MASK
+
+
+_INDEX = {name: i for names in (SHAPES, COLOURS, BACKGROUNDS, RADII, POSITIONS) for i, name in enumerate(names)}
+
+
+def held_out_pair(shape, colour):
+    """Is this (shape, colour) pair kept for the hold-out? One colour of each shape is."""
+    return _INDEX[colour] == (3 * _INDEX[shape] + 1) % 8
+
+
+def held_out_triple(first, relation, second):
+    """Is this (shape, relation, shape) kept for the hold-out? For each shape and axis at most one partner is."""
+    if relation in ("right of", "below"):
+        first, second = second, first
+    axis = relation in ("above", "below")
+    return (_INDEX[first] + 2 * _INDEX[second] + 3 * axis) % 11 == 5
+
+
+def description(scene):
+    """The scene without jitter: (background, axis, cell, number, ((shape, colour, size), ...)), for the splits.
+
+    "a left of b" and "b right of a" have the same one, as have lists in another order.
+    """
+    stated, objects = scene["stated"], scene["objects"]
+    looks = [(o["shape"], o["colour"], o["size"]) for o in (objects[:1] if stated["same"] else objects)]
+    if stated["relation"] in ("right of", "below"):
+        looks.reverse()
+    elif not stated["relation"]:
+        looks.sort()
+    axis = {"right of": "left of", "below": "above"}.get(stated["relation"], stated["relation"])
+    return scene["background"], axis, objects[0]["position"], len(objects), tuple(looks)
+
+
+def in_validation(scene):
+    """Does the splitting rule give this scene's description to validation?
+
+    A weighted sum of the numbers of its words, modulo eight, like a Latin square: so of the scenes with any one word,
+    too, about an eighth is in validation, which a hash would not give where there are only a thousand descriptions.
+    Objects after the first, where there are very many, shift it by a hash.
+    """
+    background, axis, cell, _, ((shape, colour, size), *rest) = description(scene)
+    total = _INDEX[colour] + 3 * _INDEX[shape] + 5 * _INDEX[size] + _INDEX.get(cell, 0) + _INDEX[background]
+    if rest:
+        total += _mix(zlib.crc32(f"{axis} {rest}".encode()))
+    return total % VALIDATION_PART == 0
+
+
+class Shapes:
+    """Random-access source: `len(s)`, `s[i] -> {"image": H W 3 uint8, "text": str, "scene": dict}`.
+
+    Args:
+      split: "train", "validation" or "holdout"; `size` pictures each.
+      shapes, colours, sizes, positions, relations, backgrounds, languages: names to use (all in the tables above).
+        No positions: one object stands anywhere. No relations: two objects are only listed.
+      objects: numbers of objects, 1 to 4. One has a position, two a relation, three and four are listed.
+      counts: half of the pictures with two or more objects show equal ones ("three green stars").
+      templates: how many paraphrases of each kind to use, from the plainest on; None uses all.
+      state_sizes, state_positions: whether captions name them. A background is named if there are several.
+      jitter: largest random shift of an object, in sides; size_jitter: largest relative change of its radius.
+
+    Raises UserError for an unknown name, an empty choice, or a hold-out that the choice leaves empty.
+    """
+
+    def __init__(self, split="train", *, seed=0, size=100_000, resolution=32, shapes=tuple(SHAPES), colours=COLOURS,
+                 sizes=("small", "large"), positions=tuple(POSITIONS), objects=(1, 2), relations=tuple(RELATIONS),
+                 counts=False, backgrounds=("white",), languages=("en",), templates=None, state_sizes=True,
+                 state_positions=True, jitter=0.03, size_jitter=0.04):
+        for name, given, known, empty in (
+            ("split", (split,), SPLITS, False), ("shapes", shapes, SHAPES, False), ("colours", colours, COLOURS, False),
+            ("sizes", sizes, RADII, False), ("positions", positions, POSITIONS, True),
+            ("objects", objects, (1, 2, 3, 4), False), ("relations", relations, RELATIONS, True),
+            ("backgrounds", backgrounds, BACKGROUNDS, False), ("languages", languages, LANGUAGES, False),
+        ):
+            _choose(name, given, known, empty)
+        if resolution < 16 or size < 1 or (templates is not None and templates < 1):
+            raise UserError(
+                f"shapes: resolution >= 16, size >= 1 and templates >= 1, not {resolution}, {size}, {templates}"
+            )
+        if not (0 <= jitter <= 0.25 and 0 <= size_jitter <= 0.08):
+            raise UserError(f"shapes: jitter in [0, 0.25] and size_jitter in [0, 0.08], not {jitter} and {size_jitter}")
+        self.split, self.seed, self.size, self.resolution = split, int(seed), size, resolution
+        self.sizes, self.positions, self.objects, self.relations = map(tuple, (sizes, positions, objects, relations))
+        self.backgrounds, self.languages = tuple(backgrounds), tuple(languages)
+        self.counts, self.templates = counts, templates
+        self.state_sizes, self.state_positions = state_sizes, state_positions
+        self.jitter, self.size_jitter = jitter, size_jitter
+        self.radii = {name: RADII[name] for name in RADII if name in sizes}
+        self._divide(tuple(shapes), tuple(colours))
+
+    def _divide(self, shapes, colours):
+        """Fix which pairs and triples are held out, and which kinds of scene `in_validation` divides."""
+        pairs = [(s, c) for s in shapes for c in colours]
+        # With fewer than three of a kind, holding out would remove a shape or colour from training altogether.
+        apart = len(shapes) >= 3 and len(colours) >= 3
+        self.held_pairs = [p for p in pairs if apart and held_out_pair(*p)]
+        self.pairs = [p for p in pairs if p not in self.held_pairs]
+        self.held_triples = [
+            (a, r, b) for a in shapes for r in self.relations for b in shapes
+            if apart and 2 in self.objects and held_out_triple(a, r, b)
+        ]
+        if self.split == "holdout" and not (self.held_pairs or self.held_triples):
+            raise UserError(f"shapes: nothing is held out of {len(shapes)} shapes and {len(colours)} colours; use more")
+        if max(self.objects) > len(self.pairs):
+            raise UserError(f"shapes: {max(self.objects)} different objects need as many shapes and colours, "
+                            f"not {len(shapes)} x {len(colours)}")
+        one = len(self.pairs) * len(self.sizes) * len(self.backgrounds)
+        self.divided = {
+            "count": one >= DIVIDED_FROM,
+            1: one * len(self.positions) >= DIVIDED_FROM,
+            **{n: one ** n >= DIVIDED_FROM for n in (2, 3, 4)},
+        }
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        scene, draw = self._scene(index)
+        language = _pick(draw, self.languages)
+        forms = template_count(scene, language)
+        template = int(draw() * min(forms, self.templates or forms))
+        return {
+            "image": render(scene, self.resolution),
+            "text": caption(scene, language, template),
+            "scene": scene,
+        }
+
+    def scene(self, index):
+        """The scene of a record without drawing it."""
+        return self._scene(index)[0]
+
+    def _scene(self, index):
+        if not 0 <= index < self.size:
+            raise IndexError(f"record {index} of {self.size}")
+        draw = uniforms(self.seed, SPLITS.index(self.split), int(index)).__next__
+        while True:
+            scene, kind = self._words(draw)
+            if self._belongs(scene, kind):
+                self._place(scene, draw)
+                return scene, draw
+
+    def _words(self, draw):
+        """The discrete part of a scene, and its kind: "count" or the number of objects."""
+        number = _pick(draw, self.objects)
+        same = number > 1 and self.counts and draw() < 0.5
+        relation = _pick(draw, self.relations) if number == 2 and self.relations and not same else None
+        pairs = [_pick(draw, self.pairs) for _ in range(1 if same else number)]
+        if self.split == "holdout":
+            relation = self._compose(pairs, relation, draw)
+        sizes = [_pick(draw, self.sizes) for _ in pairs]
+        position = _pick(draw, self.positions) if number == 1 and self.positions else None
+        objects = [
+            {"shape": s, "colour": c, "size": z, "position": position} for (s, c), z in zip(pairs, sizes, strict=True)
+        ]
+        scene = {
+            "objects": [dict(objects[0]) for _ in range(number)] if same else objects,
+            "background": _pick(draw, self.backgrounds),
+            "radii": dict(self.radii),
+            "stated": {
+                "count": number, "size": self.state_sizes, "position": position if self.state_positions else None,
+                "relation": relation, "same": same, "background": len(self.backgrounds) > 1,
+            },
+        }
+        return scene, "count" if same else number
+
+    def _compose(self, pairs, relation, draw):
+        """Put a held-out pair into `pairs`, or a held-out triple; return the relation."""
+        if relation and self.held_triples and (draw() < 0.5 or not self.held_pairs):
+            first, relation, second = _pick(draw, self.held_triples)
+            pairs[:] = [_pick(draw, [p for p in self.pairs if p[0] == shape]) for shape in (first, second)]
+        elif self.held_pairs:
+            pairs[int(draw() * len(pairs))] = _pick(draw, self.held_pairs)
+        return relation
+
+    def _belongs(self, scene, kind):
+        """Is this draw one that the split may show? If not it is drawn again."""
+        objects, relation = scene["objects"], scene["stated"]["relation"]
+        looks = {(o["shape"], o["colour"]) for o in objects}
+        if len(looks) < len(objects) and not scene["stated"]["same"]:
+            return False  # two objects that only their place tells apart: no caption could name them
+        triple = relation and (objects[0]["shape"], relation, objects[1]["shape"]) in self.held_triples
+        if self.split == "holdout":
+            return triple or not looks.isdisjoint(self.held_pairs)
+        return not triple and (not self.divided[kind] or in_validation(scene) == (self.split == "validation"))
+
+    def _place(self, scene, draw):
+        """Give every object x, y and r. Each keeps to a slot of its own, so objects never touch."""
+        objects, stated = scene["objects"], scene["stated"]
+        position = objects[0]["position"]
+        if len(objects) == 1:
+            slots = [(*POSITIONS[position or "centre"], 0.5)]
+        elif stated["relation"]:
+            dx, dy = RELATIONS[stated["relation"]]
+            slots = [(0.5 + 0.25 * dx, 0.5 + 0.25 * dy, 0.25), (0.5 - 0.25 * dx, 0.5 - 0.25 * dy, 0.25)]
+        else:
+            free = [(x, y, 0.25) for y in (0.25, 0.75) for x in (0.25, 0.75)]
+            slots = [free.pop(int(draw() * len(free))) for _ in objects]
+        # At most 0.09 from a cell's centre: the next cell begins at 0.125. One object without a cell goes anywhere.
+        reach = min(self.jitter, 0.09) if position or len(objects) > 1 else 0.5
+        for obj, (x, y, half) in zip(objects, slots, strict=True):
+            r = min(RADII[obj["size"]] * (1 + self.size_jitter * (2 * draw() - 1)), 0.25 - MARGIN)
+            obj["r"] = round(r, 5)
+            for axis, at in (("x", x), ("y", y)):
+                low, high = (0.5 - half, 0.5 + half) if half == 0.5 or at == 0.5 else (at - half, at + half)
+                low, high = max(low + MARGIN + r, at - reach), min(high - MARGIN - r, at + reach)
+                obj[axis] = round(low + (high - low) * draw(), 5)
+
+
+def _pick(draw, items):
+    return items[int(draw() * len(items))]
+
+
+def _choose(name, given, known, may_be_empty):
+    """Check that `given` is a list of different known names."""
+    wrong = [item for item in given if item not in known]
+    if wrong or isinstance(given, str) or len(set(given)) < len(given) or not (given or may_be_empty):
+        what = f"has no {wrong[0]!r}" if wrong else f"cannot be {given!r}"
+        raise UserError(f"shapes: {name} {what}; choose from {', '.join(map(str, known))}")

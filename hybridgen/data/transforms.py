@@ -1,0 +1,49 @@
+"""What happens to a picture between its file and the batch: small functions, uint8 until the last moment.
+
+`square` and `flatten` work on a PIL picture (one read from a file, before its pixels are unpacked), `flip` on one H W 3
+array, `to_float` and `to_uint8` on arrays of any leading shape: a batch is turned into floats at once.
+"""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+WHITE = (255, 255, 255)
+
+
+def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """A picture in any mode -> RGB; transparency is composited on `background`, EXIF rotation applied."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys: PIL would clip them to white
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65_535) // 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(image: Image.Image, resolution: int) -> np.ndarray:
+    """Shorter side to `resolution`, centre crop -> R R 3 uint8 (one resampling: the crop is its source box)."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    if (width, height) != (resolution, resolution):
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS,
+                             box=(left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def flip(image: np.ndarray, bit: int) -> np.ndarray:
+    """H W 3 -> the same, mirrored left to right if `bit` is odd."""
+    return image[:, ::-1] if bit & 1 else image
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1], 0 to -1 and 255 to 1 exactly."""
+    out = np.divide(image, np.float32(127.5), dtype=np.float32)
+    out -= 1
+    return out
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """float in [-1, 1] (clipped) -> uint8; the inverse of `to_float` on its range."""
+    return np.rint((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -1,0 +1,237 @@
+"""The exact judge of `shapes`: reads a picture back and says which of its caption's attributes are right. No model.
+
+How it reads (all in numpy; soft means 0 to 1 a pixel):
+1. background: the median of the picture's border.
+2. every pixel is explained as background + alpha * (palette colour - background) by the colour with the least rest;
+   so blended edges belong to the object's colour, and touching objects of different colours fall apart.
+3. objects: connected pixels of one colour class; specks are dropped, and thin seams between classes join the larger
+   neighbour. An object's colour is the median of its pixels that are covered most.
+4. shape: the soft mask against every shape drawn with the mask's own area and centre; the best overlap decides, and
+   must be good, so that a shapeless blob is no circle.
+5. size from the area, place from the centre. Objects of the scene are matched to those found by best assignment.
+
+Letters: `H W` picture, `n` pixels, `c` palette colours, `o` objects found, `s` objects of the scene.
+"""
+
+import functools
+
+import numpy as np
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+
+from hybridgen.data.shapes import BACKGROUNDS, CELLS, COLOURS, PALETTE, POSITIONS, RADII, RELATIONS, SHAPES, coverage
+from hybridgen.errors import UserError
+
+ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background")
+COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette's, of 255 a channel
+LEAST_OVERLAP = 0.75  # intersection over union, at 32 pixels
+SPECK = 0.3  # of the smallest object's area: less is no object
+_COLOURS = np.array([PALETTE[name] for name in COLOURS], np.float32)  # c 3
+_BACKGROUNDS = np.array([PALETTE[name] for name in BACKGROUNDS], np.float32)
+_GRID = 128
+
+
+@functools.cache
+def moments(shape):
+    """(area, x, y) of a shape of radius 1: its area and the centre of its mass, from a fine drawing."""
+    cover, (rows, columns) = coverage(shape, 0.5, 0.5, 0.4, _GRID)
+    cover = cover.astype(np.float64)
+    x, y = ((np.arange(s.start, s.stop) + 0.5) / _GRID - 0.5 for s in (columns, rows))
+    area = cover.sum()
+    return area / (0.4 * _GRID) ** 2, (cover.sum(0) @ x) / area / 0.4, (cover.sum(1) @ y) / area / 0.4
+
+
+def as_pixels(image):
+    """H W 3, uint8 or float in [-1, 1] -> float32 in [0, 255]. Floats beyond the range are clipped, NaN becomes -1."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3 or image.shape[0] != image.shape[1]:
+        raise UserError(f"a picture must be H H 3, not {image.shape}")
+    if image.dtype == np.uint8:
+        return image.astype(np.float32)
+    return (np.clip(np.nan_to_num(image.astype(np.float32), nan=-1.0), -1, 1) + 1) * 127.5
+
+
+def _median(values):
+    """Upper median along the first axis; np.median is many times slower on small arrays."""
+    return np.sort(values, axis=0)[len(values) // 2]
+
+
+def _explain(pixels):
+    """Pixels as background and colours: background 3, class H W int, alpha H W float32 (0 background, 1 colour)."""
+    height = pixels.shape[0]
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    background = _median(border)
+    rays = _COLOURS - background  # c 3
+    lengths = np.maximum((rays * rays).sum(-1), 1.0)  # c
+    offset = pixels.reshape(-1, 3) - background  # n 3
+    dots = offset @ rays.T  # n c
+    alpha = np.clip(dots / lengths, 0, 1)
+    rest = alpha * (alpha * lengths - 2 * dots)  # n c, the squared rest less |offset|^2
+    best = rest.argmin(-1)
+    alpha = np.take_along_axis(alpha, best[:, None], 1)[:, 0]
+    return background, best.reshape(height, height), alpha.reshape(height, height)
+
+
+def _pieces(classes, alpha):
+    """Connected pieces of one colour that are large and thick enough to be objects: list of H W bool masks."""
+    height = alpha.shape[0]
+    solid = alpha > 0.4
+    least = SPECK * min(moments(s)[0] for s in SHAPES) * (RADII["small"] * height) ** 2
+    block = max(2, round(0.045 * height))
+    pieces, thin = [], []
+    for c in np.flatnonzero(np.bincount(classes[solid], minlength=len(COLOURS)) >= least):
+        labels, count = ndimage.label(solid & (classes == c), structure=np.ones((3, 3)))
+        sizes = np.bincount(labels.ravel(), minlength=count + 1)
+        for k in np.flatnonzero(sizes[1:] >= least) + 1:
+            mask = labels == k
+            thick = ndimage.minimum_filter(mask, block, mode="constant").any()
+            (pieces if thick else thin).append(mask)
+    for mask in thin:  # a seam between two colours touches a larger piece; what stands alone is an object
+        around = ndimage.binary_dilation(mask, np.ones((3, 3)))
+        if not any((around & piece).any() for piece in pieces):
+            pieces.append(mask)
+    return sorted(pieces, key=lambda mask: -mask.sum())
+
+
+def _fit(soft):
+    """The shape that overlaps a soft mask best: (name, overlap, x, y, r), in sides. soft: H W float32."""
+    height = soft.shape[0]
+    area = float(soft.sum())
+    at = (np.arange(height) + 0.5) / height
+    cx, cy = float(soft.sum(0) @ at) / area, float(soft.sum(1) @ at) / area
+    best = ("", 0.0, cx, cy, 0.0)
+    for shape in SHAPES:
+        unit, mx, my = moments(shape)
+        r = (area / unit) ** 0.5 / height
+        x, y = cx - mx * r, cy - my * r
+        cover, box = coverage(shape, x, y, r, height)
+        both = float(np.minimum(cover, soft[box]).sum())
+        overlap = both / (area + float(cover.sum()) - both)
+        if overlap > best[1]:
+            best = (shape, overlap, x, y, r)
+    return best
+
+
+def read(image, most=12):
+    """What is in a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}]}.
+
+    image: H H 3, uint8 or float in [-1, 1]. Objects from the largest on; beyond `most` they are counted but not fitted
+    (shape None). A colour far from every palette colour and a shape that overlaps none well are None.
+    """
+    pixels = as_pixels(image)
+    height = pixels.shape[0]
+    background, classes, alpha = _explain(pixels)
+    pieces = _pieces(classes, alpha)
+    objects = []
+    for mask in pieces[:most]:
+        core = mask & (alpha >= _median(alpha[mask]))
+        colour = _median(pixels[core])
+        ray = colour - background
+        zone = ndimage.binary_dilation(mask, np.ones((3, 3)), iterations=max(1, height // 32))
+        for other in pieces:
+            if other is not mask:
+                zone &= ~other
+        soft = np.where(zone, np.clip((pixels - background) @ ray / max(ray @ ray, 1.0), 0, 1), 0)
+        soft[soft < 0.1] = 0
+        shape, overlap, x, y, r = _fit(soft)
+        away = np.linalg.norm(_COLOURS - colour, axis=-1)
+        objects.append({
+            "shape": shape if overlap >= LEAST_OVERLAP else None,
+            "colour": COLOURS[away.argmin()] if away.min() <= COLOUR_TOLERANCE else None,
+            "x": x, "y": y, "r": r, "overlap": overlap,
+        })
+    objects += [{"shape": None, "colour": None, "x": 0.0, "y": 0.0, "r": 0.0, "overlap": 0.0}] * (len(pieces) - most)
+    name = BACKGROUNDS[np.linalg.norm(_BACKGROUNDS - background, axis=-1).argmin()]
+    return {"background": name, "objects": objects}
+
+
+def size_name(r, radii):
+    """The size of `radii` nearest to r by ratio; None if r is far smaller or larger than all."""
+    if not min(radii.values()) / 1.3 < r < max(radii.values()) * 1.3:
+        return None
+    return min(radii, key=lambda name: abs(np.log(radii[name] / r)))
+
+
+def cell_name(x, y):
+    """The one of the nine positions that a point lies in."""
+    at = tuple(min(CELLS, key=lambda cell: abs(cell - v)) for v in (x, y))
+    return next(name for name, cell in POSITIONS.items() if cell == at)
+
+
+def _match(stated, found, radii):
+    """Best assignment of the scene's objects to those found: for each of `stated`, one of `found` or None."""
+    score = np.zeros((len(stated), len(found)))  # s o
+    for i, want in enumerate(stated):
+        for j, have in enumerate(found):
+            near = max(0.0, 1 - np.hypot(want["x"] - have["x"], want["y"] - have["y"]))
+            score[i, j] = (
+                (want["shape"] == have["shape"]) + (want["colour"] == have["colour"])
+                + 0.5 * (want["size"] == size_name(have["r"], radii)) + 0.1 * near
+            )  # nearness only breaks ties, so that a wrong relation is not forgiven by swapping the objects
+    matched = [None] * len(stated)
+    for i, j in zip(*linear_sum_assignment(-score), strict=True):
+        matched[i] = found[j]
+    return matched
+
+
+def judge(image, scene):
+    """Which attributes of the scene's caption the picture gets right: {attribute: bool, ..., "all_right": bool}.
+
+    image: H H 3, uint8 or float in [-1, 1]; scene: see `data.shapes`. The keys are "shape", "colour" and "count", and
+    of "size", "position", "relation" and "background" those that the caption states. An attribute is right only if it
+    is right in every object of the scene; an object that was not found has none right.
+    """
+    seen, stated, radii = read(image), scene["stated"], scene["radii"]
+    objects = scene["objects"]
+    found = seen["objects"]
+    pairs = list(zip(objects, _match(objects, found, radii), strict=True))
+    whole = all(have for _, have in pairs)
+    verdict = {
+        "shape": whole and all(want["shape"] == have["shape"] for want, have in pairs),
+        "colour": whole and all(want["colour"] == have["colour"] for want, have in pairs),
+    }
+    if stated["size"]:
+        verdict["size"] = whole and all(want["size"] == size_name(have["r"], radii) for want, have in pairs)
+    verdict["count"] = len(found) == stated["count"]
+    if stated["position"]:
+        verdict["position"] = whole and cell_name(pairs[0][1]["x"], pairs[0][1]["y"]) == stated["position"]
+    if stated["relation"]:
+        verdict["relation"] = whole and _stands(pairs[0][1], stated["relation"], pairs[1][1])
+    if stated["background"]:
+        verdict["background"] = seen["background"] == scene["background"]
+    verdict["all_right"] = all(verdict.values())
+    return verdict
+
+
+def _stands(first, relation, second):
+    """Does the first object stand in the relation to the second, more than in one of the other axis?"""
+    dx, dy = first["x"] - second["x"], first["y"] - second["y"]
+    ax, ay = RELATIONS[relation]
+    return ax * dx + ay * dy > abs(ay * dx) + abs(ax * dy)
+
+
+def judge_batch(images, scenes):
+    """Verdicts of many pictures: {attribute: B int8, 1 right, 0 wrong, -1 not stated} with "objects" B, their number.
+
+    images: B H H 3, uint8 or float in [-1, 1]; scenes: B scenes.
+    """
+    if len(images) != len(scenes):
+        raise UserError(f"{len(images)} pictures but {len(scenes)} scenes")
+    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    table = {name: np.array([v.get(name, -1) for v in verdicts], np.int8) for name in (*ATTRIBUTES, "all_right")}
+    return table | {"objects": np.array([len(scene["objects"]) for scene in scenes], np.int8)}
+
+
+def summary(table):
+    """Means of `judge_batch`'s table: {"all": {attribute: share, "pictures": B}, "1": ..., "2": ...} by objects.
+
+    An attribute that no picture of a group states is left out of it.
+    """
+    numbers = table["objects"]
+    groups = {"all": np.ones_like(numbers, bool)} | {str(n): numbers == n for n in np.unique(numbers)}
+    means = {}
+    for group, rows in groups.items():
+        kept = {name: column[rows] for name, column in table.items() if name != "objects"}
+        means[group] = {name: float((c[c >= 0] == 1).mean()) for name, c in kept.items() if (c >= 0).any()}
+        means[group]["pictures"] = int(rows.sum())
+    return means

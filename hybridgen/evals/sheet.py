@@ -1,0 +1,101 @@
+"""A sheet of pictures with a caption and, if wanted, a verdict under each: sample grids and evaluation reports.
+
+Small pictures are enlarged by a whole factor without smoothing, so that every pixel can be seen. Chinese is drawn where
+a Chinese font is installed; without one its characters are boxes, so a report should give captions as text as well.
+"""
+
+import math
+import re
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from hybridgen.errors import UserError
+
+MARGIN, LINE, FONT_SIZE = 8, 15, 12
+INK, RIGHT, WRONG = (40, 40, 40), (0, 120, 40), (190, 20, 30)
+# Pillow's own font has no Chinese; the usual names of fonts that do, on Linux, macOS and Windows.
+CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc")
+
+
+def sheet(images, captions=None, verdicts=None, *, columns=None, cell=128, title=None):
+    """Lay pictures out on a white sheet: a PIL picture in RGB.
+
+    Args:
+      images: B H W 3, uint8 or float in [-1, 1]. To compare several of a caption, join them along W.
+      captions: B str, or None. Long ones are wrapped to the width of a cell.
+      verdicts: B dicts of attribute: bool (see `evals.alignment.judge`) or None each, or None. The line under a
+        picture says "all right", or what is wrong.
+      columns: pictures in a row; None makes the sheet about square.
+      cell: pictures narrower than this many pixels are enlarged to about it.
+      title: a line above all.
+
+    Raises UserError if the numbers differ or there is no picture.
+    """
+    pixels = _as_uint8(images)
+    count, height, width = pixels.shape[:3]
+    for name, rows in (("captions", captions), ("verdicts", verdicts)):
+        if rows is not None and len(rows) != count:
+            raise UserError(f"sheet: {count} pictures but {len(rows)} {name}")
+    factor = max(1, round(cell / width))
+    width, height = width * factor, height * factor
+    columns = min(count, columns or math.ceil((count * height / width) ** 0.5))
+    words = "".join(captions or ()) + (title or "")
+    font = _font(chinese=any(ord(c) > 0x2E80 for c in words))
+    texts = [_lines(captions, verdicts, i, width, font) for i in range(count)]  # B lists of (text, colour)
+    rows = [texts[i:i + columns] for i in range(0, count, columns)]
+    heights = [height + LINE * max(map(len, row)) + MARGIN for row in rows]
+    top = MARGIN + (LINE + MARGIN if title else 0)
+    paper = Image.new("RGB", (MARGIN + columns * (width + MARGIN), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(paper)
+    if title:
+        draw.text((MARGIN, MARGIN), title, INK, font)
+    for i in range(count):
+        x, y = MARGIN + (i % columns) * (width + MARGIN), top + sum(heights[:i // columns])
+        paper.paste(Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
+        for k, (text, colour) in enumerate(texts[i]):
+            draw.text((x, y + height + 2 + k * LINE), text, colour, font)
+    return paper
+
+
+def verdict_line(verdict):
+    """"all right", or "wrong: shape, size"."""
+    wrong = [name for name, right in verdict.items() if not right and name != "all_right"]
+    return f"wrong: {', '.join(wrong)}" if wrong else "all right"
+
+
+def wrap(text, width, font):
+    """Break a text into lines at most `width` pixels wide, at spaces and between Chinese characters."""
+    lines = [""]
+    for piece in re.findall(r" *[!-~]+| *\S", text):
+        if lines[-1] and font.getlength(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece if lines[-1] else piece.lstrip()
+    return lines
+
+
+def _lines(captions, verdicts, i, width, font):
+    lines = [(line, INK) for line in wrap(captions[i], width, font)] if captions is not None else []
+    if verdicts is not None and verdicts[i] is not None:
+        line = verdict_line(verdicts[i])
+        lines += [(part, RIGHT if line == "all right" else WRONG) for part in wrap(line, width, font)]
+    return lines
+
+
+def _font(chinese):
+    for name in CHINESE_FONTS if chinese else ():
+        try:
+            return ImageFont.truetype(name, FONT_SIZE)
+        except OSError:
+            continue
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _as_uint8(images):
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise UserError(f"sheet: pictures must be B H W 3 and at least one, not {images.shape}")
+    if images.dtype == np.uint8:
+        return images
+    return np.round((np.clip(np.nan_to_num(images.astype(np.float32), nan=-1.0), -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -1,0 +1,107 @@
+"""What a config means on this machine: family, model, parts, text tokenizer and mesh; and how to read a run back.
+
+A run folder holds `config.json` (resolved: no "auto" left), `text.json` (the text tokenizer), `checkpoints/` and logs.
+Parts are runs too: `config.parts = {"tokenizer": "../tokenizer"}`, relative to the run folder or to where one stands.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from hybridgen import checkpoint, sharding
+from hybridgen import config as config_lib
+from hybridgen.data import text as text_lib
+from hybridgen.errors import UserError
+from hybridgen.models.parts import Part, find
+from hybridgen.rundir import read_json
+from hybridgen.state import inference_params
+
+
+class Experiment(NamedTuple):
+    config: Any
+    family: ModuleType
+    model: nn.Module
+    parts: dict[str, Part]
+    digests: dict[str, str]
+    text: Any  # the text tokenizer, or None
+    mesh: Mesh
+
+
+def build(config: Any, folder: Path | None = None, source: Any = None) -> Experiment:
+    """Everything of a config but its state and data. `source` is read for the vocabulary if no part brings one."""
+    mesh = sharding.make_mesh(config.mesh)
+    parts, digests, texts = {}, {}, []
+    seen: dict[str, str] = {}
+    for name, path in config.parts.items():
+        place = find_run(path, folder)
+        run = load(place)
+        parts[name], digests[name] = run.part, run.digest
+        texts += [run.text] if run.text else []
+        for other, digest in run.part_digests.items():
+            if seen.setdefault(other, digest) != digest:
+                raise UserError(f"the parts were trained with different {other}s: {place} does not fit the others")
+    for name, digest in seen.items():
+        if digests.get(name, digest) != digest:
+            raise UserError(f"part {name!r} ({config.parts[name]}) is not the one that the other parts were trained with")
+    text = texts[0] if texts else None
+    if text is None and config.data.get("text"):
+        text = text_lib.build(config.data, source)
+    family = find(config.family)
+    model = family.build(config_lib.resolve(config.model, _context(config, parts, text)))
+    parts = {name: jax.device_put(part, sharding.replicated(mesh)) for name, part in parts.items()}
+    return Experiment(config, family, model, parts, digests, text, mesh)
+
+
+def _context(config: Any, parts: Mapping[str, Part], text: Any) -> dict[str, Any]:
+    """What "auto" may stand for in a model's options."""
+    known: dict[str, Any] = {"resolution": config.data.resolution}
+    if text is not None:
+        known |= {"text_vocab": text.vocab_size, "text_length": text.length}
+    if "tokenizer" in parts:
+        tokenizer = parts["tokenizer"].model
+        known |= {"vocab": tokenizer.vocab, "grid": tokenizer.grid, "plan_width": tokenizer.code_width}
+    return known
+
+
+class Run(NamedTuple):
+    """A run as read back for inference."""
+
+    config: Any
+    part: Part
+    text: Any
+    digest: str
+    part_digests: dict[str, str]
+    step: int
+
+
+def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
+    """The newest good checkpoint of a run (or the one at `step`), averaged parameters where there are some."""
+    config = config_lib.read(folder / "config.json")
+    saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
+    found = saved.newest_good(report) if step is None else step
+    if found is None:
+        raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}")
+    state = saved.restore_params(found)
+    part_digests = saved.meta(found).get("parts", {})
+    saved.close()
+    params = inference_params(state.get("params", {}), state.get("ema", {}))
+    family = find(config.family)
+    model = family.build(config_lib.resolve(config.model, {}))
+    part = Part(params, state.get("extra", {}), config.family, model)
+    text_file = folder / "text.json"
+    text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
+    return Run(config, part, text, checkpoint.digest({"params": params, "extra": part.extra}), part_digests, found)
+
+
+def find_run(path: str, folder: Path | None) -> Path:
+    """The run that a config or a command line names. Raises UserError if there is none."""
+    places = ([folder / path] if folder else []) + [Path(path)]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place.resolve()
+    raise UserError(f"no run in {path!r} (looked for config.json in {', '.join(str(p) for p in places)})")

@@ -1,0 +1,264 @@
+"""DiT decoder: a diffusion transformer that renders pixels (or latents) from a plan of image tokens.
+
+DiT (Peebles & Xie 2022) with flow matching or eps / v prediction. The plan reaches it three ways: its codes are added on
+the patch grid, at whatever ratio the two grids have; their mean goes through adaLN; and, if asked, cross-attention reads
+them. With `draft` it also sees the tokenizer's own reconstruction of the plan, and an "x" prediction is a correction of it:
+at initialisation the decoder is the tokenizer's, and training only has to improve it. In training, tokens are corrupted
+and dropped at random, so that it forgives a prior's mistakes.
+
+cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask", "label", and "drop_plan", "drop_text" b bool.
+
+Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, d width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen import rng
+from hybridgen.models.diffusion import process
+from hybridgen.models.losses import rows, weighted
+from hybridgen.models.parts import Parts, need
+from hybridgen.models.text.transformer import TextTower, round_up
+from hybridgen.nn.attention import Mask
+from hybridgen.nn.conv import patchify, unpatchify
+from hybridgen.nn.linear import Embed, Linear, cast, zeros
+from hybridgen.nn.norm import Norm
+from hybridgen.nn.position import grid_positions, rotary, sincos_2d
+from hybridgen.nn.stack import Stack, modulate
+from hybridgen.nn.timestep import TimestepEmbed
+
+
+class DiT(nn.Module):
+    """`(x [b, H, W, c], t [b], cond) -> prediction [b, H, W, c]`, in the parameterisation `kind`."""
+
+    resolution: int = 32  # of the picture, or of the latent
+    channels: int = 3
+    patch: int = 4
+    width: int = 192
+    depth: int = 4
+    heads: int = 3
+    hidden: int = 0  # 0: 8/3 of the width
+    plan_width: int = 0  # 0: no plan
+    draft: bool = False
+    cross: bool = False
+    text_vocab: int = 0
+    text_length: int = 0
+    text_depth: int = 1
+    classes: int = 0
+    kind: str = "x"
+    loss_kind: str = "velocity"
+    schedule: str = "flow"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_min: float = 0.05
+    drop_plan: float = 0.1
+    drop_text: float = 0.1
+    corrupt: float = 0.0  # each picture's tokens are replaced at a rate drawn from [0, corrupt]
+    remat: str = "none"
+    unroll: int = 1
+    dtype: str = "float32"
+
+    @property
+    def side(self) -> int:
+        """Patches along a side."""
+        return self.resolution // self.patch
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
+        b, wide = x.shape[0], jnp.promote_types(x.dtype, jnp.float32)
+        draft = self._draft(cond) if self.draft else None
+        pixels = x if draft is None else jnp.concatenate([x, draft.astype(x.dtype)], -1)
+        y = Linear(self.width, bias=True, dtype=self.dtype, name="patches")(patchify(pixels, self.patch))
+        y = y + cast(jnp.asarray(sincos_2d(self.side, self.side, self.width)).reshape(self.side, self.side, -1), self.dtype)
+        vector = TimestepEmbed(self.width, dtype=self.dtype, name="time")(t)  # b d
+        context = None
+        if self.plan_width:
+            on_grid, pooled, plan = self._plan(cond)
+            y, vector = y + on_grid, vector + pooled
+            context = (plan, None) if self.cross else None
+        if self.text_vocab:
+            features, mask = self._text(cond)
+            context = self._join(context, features, mask)
+        if self.classes:
+            dropped = cond.get("drop_label", jnp.zeros((b,), bool))
+            label = jnp.where(dropped, self.classes, cond["label"])
+            vector = vector + Embed(self.classes + 1, self.width, self.dtype, name="labels")(label)
+        y = y.reshape(b, self.side**2, self.width)  # b n d
+        options = {
+            "heads": self.heads,
+            "head_width": self.width // self.heads,
+            "hidden": self.hidden or round_up(self.width * 8 / 3),
+            "modulated": True,
+            "dtype": self.dtype,
+        }
+        stack = Stack(self.depth, tuple(options.items()), remat=self.remat, unroll=self.unroll, name="blocks")
+        table = rotary(grid_positions(self.side, self.side), self.width // self.heads)
+        y, _ = stack(y, Mask(), rotary=table, condition=vector, context=context)
+        ends = Linear((2, self.width), bias=True, dtype=self.dtype, init=zeros, name="modulation")(nn.silu(vector))
+        y = modulate(Norm(affine=False, name="norm")(y), ends[:, 0, None], ends[:, 1, None])
+        y = Linear(self.channels * self.patch**2, bias=True, dtype=self.dtype, init=zeros, name="pixels")(y)
+        y = unpatchify(y.reshape(b, self.side, self.side, -1), self.patch).astype(wide)
+        return y + draft if draft is not None and self.kind == "x" else y
+
+    def _dropped(self, cond: dict, name: str, b: int) -> jax.Array:
+        return cond.get(f"drop_{name}", jnp.zeros((b,), bool))
+
+    def _draft(self, cond: dict) -> jax.Array:
+        draft = cond["draft"]
+        keep = ~self._dropped(cond, "plan", draft.shape[0])
+        return draft * keep[:, None, None, None]
+
+    def _plan(self, cond: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The plan on the patch grid `[b, s, s, d]`, its mean for adaLN `[b, d]`, and as a sequence `[b, h*w, d]`."""
+        plan = Linear(self.width, bias=True, dtype=self.dtype, name="plan")(cond["plan"])  # b h w d
+        b, h, w, d = plan.shape
+        null = self.param("null_plan", nn.initializers.normal(0.02), (1, self.width))
+        dropped = self._dropped(cond, "plan", b)[:, None, None, None]
+        plan = jnp.where(dropped, cast(null, self.dtype), plan)
+        spot = self.param("plan_position", nn.initializers.normal(0.02), (h * w, self.width))
+        placed = plan + cast(spot, self.dtype).reshape(h, w, d)
+        pooled = Linear(self.width, bias=True, dtype=self.dtype, name="plan_pool")(
+            Norm(name="plan_norm")(nn.silu(placed)).mean((1, 2))
+        )
+        if (h, w) != (self.side, self.side):
+            method = "nearest" if h <= self.side else "linear"
+            plan = jax.image.resize(plan, (b, self.side, self.side, d), method)
+        return plan, pooled, placed.reshape(b, h * w, d)
+
+    def _text(self, cond: dict) -> tuple[jax.Array, jax.Array]:
+        mask = cond["text_mask"] & ~self._dropped(cond, "text", cond["text"].shape[0])[:, None]
+        heads = max(self.width // 64, 1)
+        tower = TextTower(
+            self.text_vocab, self.text_length, self.width, self.text_depth, heads, dtype=self.dtype, name="text"
+        )
+        return tower(cond["text"], mask), mask
+
+    def _join(self, context: Any, features: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if context is None:
+            return features, mask
+        plan, _ = context
+        seen = jnp.ones(plan.shape[:2], bool)
+        return jnp.concatenate([plan, features], 1), jnp.concatenate([seen, mask], 1)
+
+
+def build(config: Any) -> DiT:
+    return DiT(**config)
+
+
+def init(model: DiT, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:
+    side, c = model.resolution, model.channels
+    cond = {"label": jnp.zeros((1,), jnp.int32)}
+    if model.plan_width:
+        h, w = need(parts, "tokenizer", "a decoder with a plan").model.grid
+        cond |= {"plan": jnp.zeros((1, h, w, model.plan_width)), "draft": jnp.zeros((1, side, side, c))}
+    if model.text_vocab:
+        text = jnp.zeros((1, model.text_length), jnp.int32)
+        cond |= {"text": text, "text_mask": text == 0}
+    params = model.init(key, jnp.zeros((1, side, side, c)), jnp.zeros((1,)), cond)["params"]
+    return {"params": params, "extra": {}}
+
+
+def predict(model: DiT, params: Any, extra: Any, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
+    """The network's prediction, in the parameterisation `model.kind`."""
+    del extra
+    return model.apply({"params": params}, x, t, cond)
+
+
+def clean(model: DiT, batch: dict, parts: Parts) -> jax.Array:
+    """What is rendered, clean `[b, H, W, c]`: the cached latent, an autoencoder's latent, or the picture."""
+    if "latent" in batch:
+        return batch["latent"]
+    if "autoencoder" in parts:
+        return jax.lax.stop_gradient(parts["autoencoder"].call("encode", batch["image"]))
+    return batch["image"]
+
+
+def condition(model: DiT, batch: dict, parts: Parts, tokens: jax.Array | None = None) -> dict:
+    """cond from a batch: codes and draft of its tokens (given, cached or from the tokenizer), text and label."""
+    names = (("text", "text_mask") if model.text_vocab else ()) + (("label",) if model.classes else ())
+    cond = {name: batch[name] for name in names}
+    if model.plan_width:
+        tokenizer = need(parts, "tokenizer", "a decoder with a plan")
+        if tokens is None:
+            tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])
+        cond |= planned(model, tokenizer.call("embed", tokens), parts)
+    return jax.lax.stop_gradient(cond)
+
+
+def planned(model: DiT, codes: jax.Array, parts: Parts) -> dict:
+    """The entries of cond that follow from codes `[b, h, w, d]`; gradients flow back to soft codes."""
+    cond = {"plan": codes}
+    if model.draft:
+        picture = parts["tokenizer"].call("decode", codes)
+        cond["draft"] = parts["autoencoder"].call("encode", picture) if "autoencoder" in parts else picture
+    return cond
+
+
+def loss(
+    model: DiT, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
+) -> tuple[jax.Array, dict]:
+    """Error of the prediction at random times, on true tokens with corruption."""
+    del step
+    keys = rng.sample_keys(key, batch["id"])  # b
+    token_keys, keys = rng.split(keys, 2)
+    tokens = None
+    if model.plan_width:
+        tokenizer = need(parts, "tokenizer", "a decoder with a plan")
+        tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])
+        if train and model.corrupt:
+            tokens = corrupted(tokens, token_keys, tokenizer.model.vocab, model.corrupt)
+    cond = condition(model, batch, parts, tokens)
+    return judged(model, params, batch, cond, keys, parts, train)
+
+
+def judged(
+    model: DiT, params: Any, batch: dict, cond: dict, keys: jax.Array, parts: Parts, train: bool
+) -> tuple[jax.Array, dict]:
+    """The loss given its conditions, some of them dropped in training."""
+    drop_keys, keys = rng.split(keys, 2)
+    if train:
+        plan_keys, text_keys = rng.split(drop_keys, 2)
+        cond |= {"drop_plan": rng.uniform(plan_keys) < model.drop_plan}
+        cond |= {"drop_text": rng.uniform(text_keys) < model.drop_text, "drop_label": rng.uniform(text_keys) < model.drop_text}
+    each, metrics = process.errors(
+        model, lambda x, t, cond: predict(model, params, {}, x, t, cond), clean(model, batch, parts), keys, cond
+    )
+    valid = rows(batch, each)
+    scalar, weight = weighted(each, valid)
+    report = {name: weighted(value, valid)[0] for name, value in metrics.items()}
+    return scalar, {"metrics": report, "weight": weight, "extra": {}}
+
+
+def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> jax.Array:
+    """`tokens [b, n]` with some replaced at random, at a rate of its own for each picture, uniform in [0, most]."""
+    rate_keys, place_keys, code_keys = rng.split(keys, 3)
+    n = tokens.shape[1]
+    rate = most * rng.uniform(rate_keys)  # b
+    hit = rng.uniform(place_keys, (n,)) < rate[:, None]  # b n
+    return jnp.where(hit, rng.randint(code_keys, (n,), 0, vocab), tokens)
+
+
+def draw(
+    model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict
+) -> jax.Array:
+    """Renders `[b, H, W, 3]` in [-1, 1] from cond."""
+    shape = (model.resolution, model.resolution, model.channels)
+    x = process.render(
+        model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options
+    )
+    if "autoencoder" in parts:
+        x = parts["autoencoder"].call("decode", x)
+    return jnp.clip(x, -1, 1)
+
+
+def sample(
+    model: DiT, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
+) -> dict[str, jax.Array]:
+    """Renders of `cond["tokens"]`, or of the tokens of `cond["image"]`, or from text and label alone."""
+    ready = condition(model, cond, parts)
+    return {"image": draw(model, params, extra, ready, keys, parts, options)} | (
+        {"draft": jnp.clip(ready["draft"], -1, 1)} if "draft" in ready and "autoencoder" not in parts else {}
+    )

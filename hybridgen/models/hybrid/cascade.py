@@ -1,0 +1,168 @@
+"""The cascade: an AR prior plans an image as tokens, a diffusion decoder renders pixels from the plan.
+
+Written on roles only, so that any prior and any decoder fit. A member is either a part (trained apart, frozen) or, if
+`prior` or `decoder` names a family and its options, trained here, jointly and in one step. What flows between them is
+`mode`: "tokens" (no gradient to the prior), "soft" (expected codes under the prior's distribution) or "features" (the
+prior's hidden states). `own` is the share of pictures whose plan is the prior's own, drawn in parallel from its
+teacher-forced logits, or, every `rollout_every` steps, by a true rollout: so the decoder learns to forgive.
+
+Sampling is one program: prefill, a scan over the cache, draft, a scan over diffusion steps.
+
+Letters: b batch, n tokens, v codes, h w plan grid, d code or hidden width, H W picture.
+"""
+
+import json
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen import rng
+from hybridgen.errors import UserError
+from hybridgen.models.losses import cross_entropy, rows, weighted
+from hybridgen.models.parts import Part, Parts, find, need
+
+MODES = ("tokens", "soft", "features")
+
+
+class Cascade(nn.Module):
+    """Options only: `prior` and `decoder` are JSON texts {"family", "model"} of members trained here, or empty."""
+
+    prior: str = ""
+    decoder: str = ""
+    mode: str = "tokens"
+    own: float = 0.0
+    rollout_every: int = 0
+    prior_weight: float = 1.0
+    decoder_weight: float = 1.0
+
+
+def build(config: Any) -> Cascade:
+    options = dict(config)
+    for name in ("prior", "decoder"):
+        if options.get(name) and not isinstance(options[name], str):
+            options[name] = json.dumps(options[name], sort_keys=True)
+    model = Cascade(**options)
+    if model.mode not in MODES:
+        raise UserError(f"cascade mode {model.mode!r} is not one of {', '.join(MODES)}")
+    return model
+
+
+def _network(text: str) -> tuple[str, nn.Module]:
+    """(family, model) of a member trained here."""
+    member = json.loads(text)
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in member["model"].items()}
+    return member["family"], find(member["family"]).build(options)
+
+
+def member(model: Cascade, name: str, params: Any, parts: Parts) -> Part:
+    """The prior or the decoder, trained here or given."""
+    text = getattr(model, name)
+    if not text:
+        return need(parts, name, "a cascade")
+    family, network = _network(text)
+    return Part(params[name], {}, family, network)
+
+
+def init(model: Cascade, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:
+    params = {}
+    for name in ("prior", "decoder"):
+        if getattr(model, name):
+            family, network = _network(getattr(model, name))
+            params[name] = find(family).init(network, rng.step_key(key, 0, name), specs, parts)["params"]
+    return {"params": params, "extra": {}}
+
+
+def loss(
+    model: Cascade, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
+) -> tuple[jax.Array, dict]:
+    """Weighted sum of the prior's cross-entropy and the decoder's error on the plan that `mode` names."""
+    del extra
+    if not (model.prior or model.decoder):
+        raise UserError("nothing trains in this cascade: both members are parts; give model.prior or model.decoder")
+    prior, decoder = (member(model, name, params, parts) for name in ("prior", "decoder"))
+    tokenizer = need(parts, "tokenizer", "a cascade")
+    keys = rng.sample_keys(key, batch["id"])
+    drop_keys, draw_keys, decoder_keys = rng.split(keys, 3)
+    tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])  # b n
+    cond = find(prior.family).condition(prior.model, batch)
+    if train:
+        cond["drop"] = rng.uniform(drop_keys) < prior.model.drop
+    logits = prior.call("score", tokens, cond)  # b n v
+    nll = cross_entropy(logits, tokens)  # b n
+
+    plan = tokens
+    if train and model.own:
+        owned = own_tokens(model, prior, cond, logits, draw_keys, step)
+        pick_keys, decoder_keys = rng.split(decoder_keys, 2)
+        plan = jnp.where((rng.uniform(pick_keys) < model.own)[:, None], owned, tokens)
+    flow = connect(model, prior, decoder, tokenizer, plan, logits, cond, parts)
+    rendered, aux = find(decoder.family).judged(
+        decoder.model, decoder.params, batch, flow, decoder_keys, parts, train
+    )
+    planned, _ = weighted(nll, rows(batch, nll))
+    total = model.prior_weight * planned + model.decoder_weight * rendered
+    metrics = {"nll": planned, "render": rendered} | aux["metrics"]
+    return total, {"metrics": metrics, "weight": aux["weight"], "extra": {}}
+
+
+def own_tokens(
+    model: Cascade, prior: Part, cond: dict, logits: jax.Array, keys: jax.Array, step: jax.Array
+) -> jax.Array:
+    """The prior's own plan `[b, n]`: one parallel draw from teacher-forced logits, at times a true rollout."""
+    parallel = rng.categorical(keys, jax.lax.stop_gradient(logits))
+    if not model.rollout_every:
+        return parallel
+    still = jax.lax.stop_gradient(prior.params)
+    frozen = Part(still, prior.extra, prior.family, prior.model)
+    return jax.lax.cond(
+        step % model.rollout_every == 0, lambda: frozen.call("plan", cond, keys, {})[0], lambda: parallel
+    )
+
+
+def connect(
+    model: Cascade, prior: Part, decoder: Part, tokenizer: Part, plan: jax.Array, logits: jax.Array, cond: dict, parts: Parts
+) -> dict:
+    """What the decoder is told: codes of the plan, expected codes, or hidden states on the token grid."""
+    family, b = find(decoder.family), plan.shape[0]
+    if model.mode == "tokens":
+        return family.planned(decoder.model, jax.lax.stop_gradient(tokenizer.call("embed", plan)), parts)
+    h, w = tokenizer.model.grid
+    if model.mode == "soft":
+        vocab = tokenizer.model.vocab
+        ids = jnp.arange(-(-vocab // (h * w)) * h * w) % vocab  # every code, filled up to whole grids
+        table = tokenizer.call("embed", ids.reshape(-1, h * w)).reshape(ids.size, -1)[:vocab]  # v d
+        codes = jnp.einsum("bnv,vd->bnd", jax.nn.softmax(logits.astype(table.dtype), -1), table)
+        return family.planned(decoder.model, codes.reshape(b, h, w, -1), parts)
+    hidden = prior.call("features", plan, cond).reshape(b, h, w, -1)
+    flow = family.planned(decoder.model, jax.lax.stop_gradient(tokenizer.call("embed", plan)), parts)
+    return flow | {"plan": hidden.astype(jnp.float32)}
+
+
+def sample(
+    model: Cascade, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
+) -> dict[str, jax.Array]:
+    """From text ids to pictures: {"image" render, "draft" the tokenizer's own picture, "tokens", "logprob"}.
+
+    options: {"prior": {guidance, temperature, top_k, top_p}, "decoder": {guidance, solver, steps, shift}}.
+    """
+    prior, decoder = (member(model, name, params, parts) for name in ("prior", "decoder"))
+    tokenizer = need(parts, "tokenizer", "a cascade")
+    plan_keys, render_keys = rng.split(keys, 2)
+    asked = find(prior.family).condition(prior.model, cond)
+    if "tokens" in cond:
+        tokens, logprob = cond["tokens"], jnp.zeros(cond["tokens"].shape)
+    else:
+        with jax.named_scope("plan"):
+            tokens, logprob = prior.call("plan", asked, plan_keys, options.get("prior", {}))
+    family = find(decoder.family)
+    if model.mode == "features":
+        flow = connect(model, prior, decoder, tokenizer, tokens, logprob, asked, parts)
+    else:
+        flow = family.planned(decoder.model, tokenizer.call("embed", tokens), parts)
+    names = ("text", "text_mask", "label")
+    told = flow | {name: cond[name] for name in names if name in cond}
+    image = decoder.call("draw", told, render_keys, parts, options.get("decoder", {}))
+    draft = tokenizer.call("decode", tokenizer.call("embed", tokens))
+    return {"image": image, "draft": jnp.clip(draft, -1, 1), "tokens": tokens, "logprob": logprob}

@@ -1,0 +1,38 @@
+"""Losses: functions on arrays, in at least float32.
+
+A loss returns one number a sample or token and leaves the mean to `weighted`, so that masked samples count for nothing.
+
+Letters: b batch, n tokens, v vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """`-log p(target)` in nats: `logits [..., v]`, `targets [...] int` -> `[...]`."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return jax.nn.logsumexp(logits, -1) - picked
+
+
+def per_sample(x: jax.Array) -> jax.Array:
+    """Mean over all axes but the first: `[b, ...] -> [b]`."""
+    return x.reshape(x.shape[0], -1).mean(-1)
+
+
+def weighted(values: jax.Array, weights: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Weighted mean and the weight it was averaged over; `values` and `weights` of one shape."""
+    if weights is None:
+        return values.mean(), jnp.asarray(values.size, values.dtype)
+    weights = weights.astype(values.dtype)
+    total = weights.sum()
+    return (values * weights).sum() / jnp.maximum(total, 1e-9), total
+
+
+def rows(batch: dict, like: jax.Array) -> jax.Array | None:
+    """The batch's `valid` rows (padding of a last partial batch is not valid), broadcast to the shape of `like [b, ...]`."""
+    if "valid" not in batch:
+        return None
+    valid = batch["valid"].reshape(-1, *(1,) * (like.ndim - 1))
+    return jnp.broadcast_to(valid, like.shape)

@@ -1,0 +1,51 @@
+"""Families by name, and parts: pretrained components that a family is given.
+
+A family is a module under `hybridgen.models` with the functions `build, init, loss, sample` and those of its role
+(DESIGN: the family contract). A part is a family's model with its arrays: a small pytree whose leaves are `params` and
+`extra` and whose static half names the family and holds the module, so that it travels into jit as traced arguments.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from hybridgen.errors import UserError
+
+
+def find(family: str) -> ModuleType:
+    """The module of a family by its dotted name under `hybridgen.models`, such as "ar.raster"."""
+    try:
+        return importlib.import_module(f"hybridgen.models.{family}")
+    except ModuleNotFoundError as error:
+        if f"hybridgen.models.{family}".startswith(error.name or "?"):
+            raise UserError(f"no family {family!r}: there is no hybridgen/models/{family.replace('.', '/')}.py") from None
+        raise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A component: `part.call("encode", image)` runs a role function of its family on its arrays."""
+
+    params: Any
+    extra: Any
+    family: str = dataclasses.field(metadata={"static": True})
+    model: nn.Module = dataclasses.field(metadata={"static": True})
+
+    def call(self, role: str, *args: Any, **options: Any) -> Any:
+        return getattr(find(self.family), role)(self.model, self.params, self.extra, *args, **options)
+
+
+Parts = Mapping[str, Part]
+
+
+def need(parts: Parts, name: str, why: str) -> Part:
+    """The part `name`; raises UserError naming what needs it."""
+    if name not in parts:
+        raise UserError(f"{why} needs the part {name!r}; this config has {sorted(parts) or 'none'}")
+    return parts[name]

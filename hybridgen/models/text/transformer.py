@@ -1,0 +1,66 @@
+"""A small trained text tower: embeddings, learned positions and a few bidirectional blocks.
+
+Depth 0 is embeddings and positions alone. Role: `encode(text, mask) -> features b l d, mask`; a family that owns a tower
+uses the module, and its parameters live in that family's.
+
+Letters: b batch, l text positions, d width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen.nn.attention import Mask
+from hybridgen.nn.linear import Embed, cast, normal
+from hybridgen.nn.norm import Norm
+from hybridgen.nn.stack import Stack
+
+
+class TextTower(nn.Module):
+    """`text [b, l] int, mask [b, l] bool -> [b, l, d]`."""
+
+    vocab: int
+    length: int
+    width: int
+    depth: int = 2
+    heads: int = 4
+    hidden: int = 0  # 0: 8/3 of the width
+    unroll: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, text: jax.Array, mask: jax.Array) -> jax.Array:
+        if text.shape[1] != self.length:
+            raise ValueError(f"text of {text.shape[1]} positions for a tower of {self.length}")
+        x = Embed(self.vocab, self.width, self.dtype, normal(0.5), name="words")(text)
+        x = x + cast(self.param("position", nn.initializers.normal(0.1), (self.length, self.width)), self.dtype)
+        if self.depth:
+            options = {
+                "heads": self.heads,
+                "head_width": self.width // self.heads,
+                "hidden": self.hidden or round_up(self.width * 8 / 3),
+                "dtype": self.dtype,
+            }
+            stack = Stack(self.depth, tuple(options.items()), unroll=self.unroll, name="blocks")
+            x, _ = stack(x, Mask(valid=mask))
+        return Norm(name="norm")(x)
+
+
+def round_up(size: float, to: int = 32) -> int:
+    return -int(-size // to) * to
+
+
+def build(config: Any) -> TextTower:
+    return TextTower(**config)
+
+
+def init(model: TextTower, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
+    text = jnp.zeros((1, model.length), jnp.int32)
+    return {"params": model.init(key, text, text > 0)["params"], "extra": {}}
+
+
+def encode(model: TextTower, params: Any, extra: Any, text: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features `[b, l, d]` and the mask of the positions that mean something."""
+    return model.apply({"params": params}, text, mask), mask

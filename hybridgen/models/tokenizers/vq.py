@@ -1,0 +1,222 @@
+"""Convolutional image tokenizer: pictures to a grid of codes and back.
+
+VQ-VAE (van den Oord et al. 2017) with options that a config sets: finite scalar quantisation ("fsq", Mentzer et al. 2023),
+vector quantisation ("vq") with plain or l2-normalised codes, a codebook learned by gradient or by moving averages, and
+revival of dead codes; "none" is a plain autoencoder with a continuous latent.
+
+`extra`: `count [v]`, the moving average of tokens a step per code; with a moving codebook also `total [v, d]`, `codebook [v, d]`.
+
+Letters: b batch, H W picture, h w grid, n = h*w tokens, d code width, v codes.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen import rng
+from hybridgen.models.losses import per_sample, rows, weighted
+from hybridgen.nn import quantize
+from hybridgen.nn.conv import Decoder, Encoder
+
+
+class VQ(nn.Module):
+    """`features`: image -> grid of raw codes; `picture`: grid of quantised codes -> image."""
+
+    resolution: int = 32
+    patch: int = 4
+    channels: tuple[int, ...] = (128, 256)
+    blocks: int = 1
+    attention: bool = True
+    quantizer: str = "fsq"  # fsq | vq | none
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq
+    codes: int = 1024  # vq
+    width: int = 8  # vq and none: code width
+    l2: bool = True  # vq: codes on the unit sphere
+    moving: bool = True  # vq: codebook by moving averages, otherwise by gradient
+    decay: float = 0.99
+    revive_below: float = 0.03  # vq: a code with less than this share of its fair use is dead
+    commitment: float = 0.25
+    entropy: float = 0.0  # weight of the codebook-use entropy (fsq)
+    l1: float = 0.0  # weight of the absolute error beside the squared one
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        if self.quantizer not in ("fsq", "vq", "none"):
+            raise ValueError(f"quantizer {self.quantizer!r} is not one of 'fsq', 'vq', 'none'")
+        options = {
+            "channels": tuple(self.channels),
+            "patch": self.patch,
+            "blocks": self.blocks,
+            "attention_grid": self.grid if self.attention else None,
+            "dtype": self.dtype,
+        }
+        self.encoder = Encoder(self.code_width, **options)
+        self.decoder = Decoder(3, **options)
+        if self.quantizer == "vq" and not self.moving:
+            self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.width))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w): the token grid of a picture."""
+        side = self.resolution // (self.patch * 2 ** (len(self.channels) - 1))
+        return side, side
+
+    @property
+    def code_width(self) -> int:
+        return len(self.levels) if self.quantizer == "fsq" else self.width
+
+    @property
+    def vocab(self) -> int:
+        """Number of codes; 0 for a continuous latent."""
+        return {"fsq": quantize.fsq_size(self.levels), "vq": self.codes, "none": 0}[self.quantizer]
+
+    def features(self, image: jax.Array) -> jax.Array:
+        z = self.encoder(image).astype(jnp.promote_types(image.dtype, jnp.float32))  # b h w d
+        return quantize.normalise(z) if self.quantizer == "vq" and self.l2 else z
+
+    def picture(self, codes: jax.Array) -> jax.Array:
+        return self.decoder(codes).astype(codes.dtype)  # b H W 3
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        return self.picture(self.features(image))
+
+
+def build(config: Any) -> VQ:
+    return VQ(**config)
+
+
+def init(model: VQ, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
+    """Fresh arrays; an EMA codebook starts on random points and moves to the data by revival within a few steps."""
+    del parts
+    image = jnp.zeros((1, *specs["image"].shape[1:]), specs["image"].dtype)
+    key, code_key = jax.random.split(key)
+    params = model.init(key, image)["params"]
+    extra = {"count": jnp.ones((model.vocab,))} if model.vocab else {}
+    if model.quantizer == "vq" and model.moving:
+        codebook = jax.random.normal(code_key, (model.vocab, model.width))
+        codebook = quantize.normalise(codebook) if model.l2 else codebook
+        extra |= {"codebook": codebook, "total": codebook}
+    return {"params": params, "extra": extra}
+
+
+def quantise(model: VQ, params: Any, extra: Any, z: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Raw codes `z [b, h, w, d]` -> (quantised codes with a straight-through gradient, ids [b, h, w])."""
+    if model.quantizer == "fsq":
+        return quantize.fsq(z, model.levels)
+    if model.quantizer == "none":
+        return z, None
+    codebook = _codebook(model, params, extra)
+    ids = quantize.nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(codebook))
+    return quantize.straight_through(z, quantize.codes_of(ids, codebook)), ids
+
+
+def _codebook(model: VQ, params: Any, extra: Any) -> jax.Array:
+    codebook = extra["codebook"] if model.moving else params["codebook"]  # v d
+    return quantize.normalise(codebook) if model.l2 else codebook
+
+
+def loss(
+    model: VQ, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
+) -> tuple[jax.Array, dict]:
+    """Squared (and absolute) error of the reconstruction, commitment, and use of the codebook."""
+    del parts, step
+    image = batch["image"]  # b H W 3
+    z = model.apply({"params": params}, image, method="features")  # b h w d
+    codes, ids = quantise(model, params, extra, z)
+    out = model.apply({"params": params}, codes, method="picture")
+    error = per_sample(jnp.square(out - image))
+    total = error + model.l1 * per_sample(jnp.abs(out - image))  # b
+    metrics, sums = {}, {}
+    flat = z.reshape(-1, model.code_width)  # (b n) d
+    if model.quantizer == "vq":
+        total, sums = _vq_terms(model, params, extra, z, ids, total)
+    elif model.quantizer == "fsq":
+        sums = {"count": jnp.zeros((model.vocab,), z.dtype).at[ids.reshape(-1)].add(1.0)}
+        if model.entropy:
+            use = quantize.fsq_entropy(flat, model.levels)
+            metrics["entropy"] = use
+            total = total - model.entropy * use
+    scalar, weight = weighted(total, rows(batch, total))
+    mse, _ = weighted(error, rows(batch, error))
+    metrics |= {"mse": mse, "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12))}
+    if model.vocab:
+        count = extra["count"]
+        metrics["perplexity"] = quantize.perplexity(count) / model.vocab
+        metrics["usage"] = (count > 1e-3 * count.mean()).mean()
+    return scalar, {"metrics": metrics, "weight": weight, "extra": sums if train else {}}
+
+
+def _vq_terms(
+    model: VQ, params: Any, extra: Any, z: jax.Array, ids: jax.Array, total: jax.Array
+) -> tuple[jax.Array, dict]:
+    """Commitment (and, for a codebook learned by gradient, its own pull and the pull on dead codes), and sums."""
+    codebook = _codebook(model, params, extra)
+    chosen = quantize.codes_of(ids, codebook)  # b h w d
+    still = jax.lax.stop_gradient
+    total = total + model.commitment * per_sample(jnp.square(z - still(chosen)))
+    flat = still(z).reshape(-1, model.width)  # (b n) d
+    sums = quantize.vq_sums(flat, ids.reshape(-1), model.vocab, min(model.vocab, flat.shape[0]))
+    if not model.moving:
+        total = total + per_sample(jnp.square(still(z) - chosen))
+        # a dead code gets no gradient from any token: pull it to an encoder output of this batch
+        target = sums["pool"][jnp.arange(model.vocab) % sums["pool"].shape[0]]
+        dead = extra["count"] < model.revive_below * extra["count"].mean()
+        total = total + (dead[:, None] * jnp.square(codebook - target)).sum() / flat.shape[0]
+        sums = {"count": sums["count"]}
+    return total, sums
+
+
+def merge(model: VQ, extra: Any, sums: Any, key: jax.Array, step: jax.Array) -> Any:
+    """`extra` after a step, from the sums of the whole batch; dead codes are reborn at encoder outputs of the batch."""
+    del step
+    if not model.vocab:
+        return extra
+    count = quantize.vq_usage(extra["count"], sums["count"], model.decay)
+    if "codebook" not in extra:
+        return {"count": count}
+    total = quantize.vq_usage(extra["total"], sums["total"], model.decay)
+    codebook = quantize.vq_moving(extra["codebook"], count, total)
+    dead = count < model.revive_below * count.mean()  # v
+    pool = sums["pool"] / sums["pool_count"]
+    born = pool[jax.random.randint(key, (model.vocab,), 0, pool.shape[0])]  # v d
+    fresh = count.mean()
+    codebook = jnp.where(dead[:, None], born, codebook)
+    return {
+        "count": jnp.where(dead, fresh, count),
+        "total": jnp.where(dead[:, None], born * fresh, total),
+        "codebook": codebook,
+    }
+
+
+def encode(model: VQ, params: Any, extra: Any, image: jax.Array) -> jax.Array:
+    """`image [b, H, W, 3]` -> tokens `[b, n]` in raster order, or the latent `[b, h, w, d]` without a quantiser."""
+    z = model.apply({"params": params}, image, method="features")
+    codes, ids = quantise(model, params, extra, z)
+    return codes if ids is None else ids.reshape(ids.shape[0], -1)
+
+
+def embed(model: VQ, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
+    """`tokens [b, n]` -> codes `[b, h, w, d]`."""
+    if model.quantizer == "fsq":
+        codes = quantize.fsq_codes(tokens, model.levels)
+    else:
+        codes = quantize.codes_of(tokens, _codebook(model, params, extra))
+    return codes.reshape(tokens.shape[0], *model.grid, -1)
+
+
+def decode(model: VQ, params: Any, extra: Any, codes: jax.Array) -> jax.Array:
+    """Codes (or latents, or expected codes) `[b, h, w, d]` -> image `[b, H, W, 3]`."""
+    del extra
+    return model.apply({"params": params}, codes, method="picture")
+
+
+def sample(
+    model: VQ, params: Any, cond: dict, keys: jax.Array, *, parts: Any, extra: Any, options: dict
+) -> dict[str, jax.Array]:
+    """Reconstructions of `cond["image"]`: a tokenizer has nothing else to draw."""
+    del keys, parts, options
+    tokens = encode(model, params, extra, cond["image"])
+    codes = embed(model, params, extra, tokens) if model.vocab else tokens
+    return {"image": jnp.clip(decode(model, params, extra, codes), -1, 1), "tokens": tokens}

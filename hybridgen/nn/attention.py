@@ -1,0 +1,162 @@
+"""Attention: one function that picks the kernel, and the layer around it.
+
+Masks are descriptions, not dense arrays, so that every kernel can take them: a kind ("full", "causal", or "prefix":
+full over the first `prefix` positions and causal after), and which keys are valid. Grouped queries (Ainslie et al. 2023)
+keep the group as an axis: q is `[b, t, h, g, k]` over `h` key heads.
+
+Letters: b batch, t query positions, s key positions, h key heads, g queries per key head, k head width, d width.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen.nn import cache as kv
+from hybridgen.nn.linear import Linear, at_least_float32, cast, fan_in
+from hybridgen.nn.norm import Norm
+from hybridgen.nn.position import Rotary, rotate
+from hybridgen.sharding import shard
+
+
+class Mask(NamedTuple):
+    """Who sees whom. `offset` is the position of the first query (traced while decoding)."""
+
+    kind: str = "full"
+    prefix: int = 0
+    valid: jax.Array | None = None  # b s
+    offset: jax.Array | int = 0
+
+    def dense(self, t: int, s: int) -> jax.Array | None:
+        """The mask as booleans that broadcast to [b, h, g, t, s], or None if everything is seen."""
+        seen = None
+        if self.kind != "full":
+            query = self.offset + jnp.arange(t)[:, None]  # t 1
+            key = jnp.arange(s)[None, :]  # 1 s
+            seen = key <= query
+            if self.kind == "prefix":
+                seen = seen | ((key < self.prefix) & (query < self.prefix))
+            elif self.kind != "causal":
+                raise ValueError(f"mask kind {self.kind!r} is not one of 'full', 'causal', 'prefix'")
+        if self.valid is not None:
+            valid = self.valid[:, None, None, None, :]
+            seen = valid if seen is None else seen & valid
+        return seen
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "auto") -> jax.Array:
+    """Scaled dot-product attention: `q [b, t, h, g, k]`, `k, v [b, s, h, k]` -> `[b, t, h, g, k]`.
+
+    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision only), "auto" picks. Softmax in at least float32. A row
+    that sees no key is zero.
+    """
+    if kernel == "auto":
+        fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[1] > 1 and mask.kind != "prefix"
+        kernel = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    if kernel == "cudnn":
+        return _cudnn(q, k, v, mask)
+    if kernel != "xla":
+        raise ValueError(f"attention kernel {kernel!r} is not one of 'auto', 'xla', 'cudnn'")
+    scores = jnp.einsum("bthgk,bshk->bhgts", q * q.shape[-1] ** -0.5, k)
+    scores = at_least_float32(scores)  # b h g t s
+    seen = mask.dense(q.shape[1], k.shape[1])
+    if seen is not None:
+        scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
+    # normalising after the product touches t*k numbers in place of t*s
+    total = weights.sum(-1).transpose(0, 3, 1, 2)[..., None]  # b t h g 1
+    out = jnp.einsum("bhgts,bshk->bthgk", weights.astype(v.dtype), v)
+    return (out / jnp.maximum(total, jnp.finfo(total.dtype).tiny)).astype(q.dtype)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    b, t, h, g, width = q.shape
+    seen = None if mask.valid is None else mask.valid[:, None, None, :]  # b 1 1 s
+    if mask.kind == "causal" and not isinstance(mask.offset, int):
+        seen = mask.dense(t, k.shape[1])
+        seen = seen.reshape(-1, 1, *seen.shape[-2:])  # b|1 1 t s
+    out = jax.nn.dot_product_attention(
+        q.reshape(b, t, h * g, width),
+        k,
+        v,
+        mask=seen,
+        is_causal=mask.kind == "causal" and isinstance(mask.offset, int),
+        implementation="cudnn",
+    )
+    return out.reshape(q.shape)
+
+
+class Attention(nn.Module):
+    """Self-attention, or cross-attention if `context` is given; `x [b, t, d] -> [b, t, d]`, and the cache.
+
+    One product makes queries, keys and values: kernel `[d, h, g + 2, k]`, sharded by key head, so that a device holds
+    a key head with its queries.
+    """
+
+    heads: int
+    head_width: int
+    kv_heads: int | None = None
+    qk_norm: bool = False
+    bias: bool = False
+    dtype: str = "float32"
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        *,
+        rotary: Rotary | None = None,
+        context: jax.Array | None = None,
+        cache: kv.Cache | None = None,
+        layer: jax.Array | int = 0,
+    ) -> tuple[jax.Array, kv.Cache | None]:
+        h = self.kv_heads or self.heads
+        if self.heads % h:
+            raise ValueError(f"{self.heads} query heads do not divide over {h} key heads")
+        g, width = self.heads // h, self.head_width
+        options = {"bias": self.bias, "dtype": self.dtype}
+        if context is None:
+            qkv = Linear((h, g + 2, width), name="qkv", **options)(x)  # b t h g+2 k
+            qkv = shard(qkv, "batch", None, "heads", None, None)
+            q, k, v = qkv[..., :g, :], qkv[..., g, :], qkv[..., g + 1, :]
+        else:
+            q = Linear((h, g, width), name="q", **options)(x)  # b t h g k
+            both = Linear((h, 2, width), name="kv", **options)(context)  # b s h 2 k
+            k, v = both[..., 0, :], both[..., 1, :]
+        if self.qk_norm:
+            q, k = Norm(name="q_norm")(q), Norm(name="k_norm")(k)
+        if rotary is not None:
+            b, t = q.shape[:2]
+            q = rotate(q.reshape(b, t, h * g, width), rotary).reshape(q.shape)
+            k = rotate(k, rotary)
+        if cache is not None:
+            cache, k, v = kv.write(cache, layer, k, v)
+            mask = mask._replace(valid=cache["valid"], offset=cache["index"])
+        with jax.named_scope("attend"):
+            out = attend(q, cast(k, self.dtype), cast(v, self.dtype), mask)  # b t h g k
+        return _Out(x.shape[-1], self.bias, self.dtype, self.out_scale, name="out")(out), cache
+
+
+class _Out(nn.Module):
+    """Heads back to the width: `x [b, t, h, g, k] -> [b, t, d]`, kernel `[h, g, k, d]`."""
+
+    width: int
+    bias: bool
+    dtype: str
+    scale: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*x.shape[-3:], self.width)
+        kernel = cast(self.param("kernel", fan_in(self.scale, axes=3), shape), self.dtype)  # h g k d
+        kernel = kernel.reshape(-1, self.width)
+        y = (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(*x.shape[:-3], -1)
+        if self.bias:
+            y = y + cast(self.param("bias", nn.initializers.zeros, (self.width,)), self.dtype)
+        return y

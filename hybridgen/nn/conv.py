@@ -1,0 +1,139 @@
+"""Convolutions, residual blocks and the convolutional encoder and decoder of every tokenizer.
+
+The encoder starts with `patch` x `patch` space-to-depth, then runs residual blocks at each level and halves the picture
+between levels; the decoder mirrors it. Reduction is `patch * 2 ** (levels - 1)`. Shapes as in VQGAN (Esser et al. 2021),
+with the first reductions as space-to-depth, which costs a fraction and loses nothing at small sizes.
+
+Letters: b batch, H W picture, h w grid, c channels.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen.nn.attention import Attention, Mask
+from hybridgen.nn.linear import Init, Linear, cast, fan_in, zeros
+from hybridgen.nn.norm import GroupNorm, Norm
+
+
+class Conv(nn.Module):
+    """`size` x `size` convolution, same padding: `x [b, h, w, c] -> [b, h, w, features]`; kernel `[size, size, c, features]`."""
+
+    features: int
+    size: int = 3
+    dtype: str = "float32"
+    init: Init = fan_in(axes=3)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.init, (self.size, self.size, x.shape[-1], self.features))
+        bias = self.param("bias", zeros, (self.features,))
+        x, kernel = cast(x, self.dtype), cast(kernel, self.dtype)
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + cast(bias, self.dtype)
+
+
+def patchify(x: jax.Array, p: int) -> jax.Array:
+    """`[b, H, W, c] -> [b, H/p, W/p, p*p*c]`."""
+    b, height, width, c = x.shape
+    if height % p or width % p:
+        raise ValueError(f"a picture of {height} x {width} does not divide into patches of {p}")
+    x = x.reshape(b, height // p, p, width // p, p, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // p, width // p, p * p * c)
+
+
+def unpatchify(x: jax.Array, p: int) -> jax.Array:
+    """`[b, h, w, p*p*c] -> [b, h*p, w*p, c]`: the inverse of `patchify`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, p, p, c // (p * p))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * p, w * p, c // (p * p))
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, and a skip (a 1x1 map where the channels change)."""
+
+    features: int
+    groups: int = 16
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.silu(GroupNorm(self.groups, name="norm_1")(x))
+        y = Conv(self.features, dtype=self.dtype, name="conv_1")(y)
+        y = nn.silu(GroupNorm(self.groups, name="norm_2")(y))
+        y = Conv(self.features, dtype=self.dtype, init=fan_in(0.1, axes=3), name="conv_2")(y)
+        if x.shape[-1] != self.features:
+            x = Linear(self.features, dtype=self.dtype, name="skip")(x)
+        return x + y
+
+
+class GridAttention(nn.Module):
+    """Full self-attention over the grid `[b, h, w, c]`, with a learned position table: every place sees the whole picture."""
+
+    grid: tuple[int, int]
+    head_width: int = 64
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        if (h, w) != tuple(self.grid):
+            raise ValueError(f"a grid of {h} x {w} where the attention was built for {self.grid[0]} x {self.grid[1]}")
+        position = self.param("position", nn.initializers.normal(0.02), (h * w, c))
+        flat = x.reshape(b, h * w, c)
+        y = Norm(name="norm")(flat + cast(position, self.dtype))
+        heads = max(c // self.head_width, 1)
+        y, _ = Attention(heads, c // heads, dtype=self.dtype, out_scale=0.1, name="attention")(y, Mask())
+        return (flat + y).reshape(x.shape)
+
+
+class Encoder(nn.Module):
+    """`image [b, H, W, c] -> [b, h, w, features]`."""
+
+    features: int
+    channels: tuple[int, ...]
+    patch: int = 1
+    blocks: int = 2
+    attention_grid: tuple[int, int] | None = None
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = Linear(self.channels[0], bias=True, dtype=self.dtype, name="stem")(patchify(x, self.patch))
+        for level, width in enumerate(self.channels):
+            if level:
+                x = Linear(width, bias=True, dtype=self.dtype, name=f"down_{level}")(patchify(x, 2))
+            for i in range(self.blocks):
+                x = ResBlock(width, dtype=self.dtype, name=f"block_{level}_{i}")(x)
+        if self.attention_grid:
+            x = GridAttention(self.attention_grid, dtype=self.dtype, name="mix")(x)
+            x = ResBlock(x.shape[-1], dtype=self.dtype, name="last")(x)
+        x = nn.silu(GroupNorm(16, name="norm")(x))
+        return Linear(self.features, bias=True, dtype=self.dtype, name="project")(x)
+
+
+class Decoder(nn.Module):
+    """`z [b, h, w, c] -> image [b, H, W, features]`."""
+
+    features: int
+    channels: tuple[int, ...]
+    patch: int = 1
+    blocks: int = 2
+    attention_grid: tuple[int, int] | None = None
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        channels = tuple(reversed(self.channels))
+        x = Linear(channels[0], bias=True, dtype=self.dtype, name="project")(z)
+        if self.attention_grid:
+            x = ResBlock(x.shape[-1], dtype=self.dtype, name="first")(x)
+            x = GridAttention(self.attention_grid, dtype=self.dtype, name="mix")(x)
+        for level, width in enumerate(channels):
+            if level:
+                x = unpatchify(Linear(4 * width, bias=True, dtype=self.dtype, name=f"up_{level}")(x), 2)
+            for i in range(self.blocks):
+                x = ResBlock(width, dtype=self.dtype, name=f"block_{level}_{i}")(x)
+        x = nn.silu(GroupNorm(16, name="norm")(x))
+        x = Linear(self.features * self.patch**2, bias=True, dtype=self.dtype, name="head_pixels")(x)
+        return unpatchify(x, self.patch)

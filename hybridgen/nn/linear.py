@@ -1,0 +1,94 @@
+"""Linear maps and embedding tables, on `self.param` and einsum.
+
+Compute dtype: "bfloat16" casts inputs and weights down; "float32" promotes to *at least* float32, so that a float64 test
+stays float64. Reductions that lose digits (norms, softmax, losses) go through `at_least_float32`.
+
+Letters: b batch, n tokens, d width in, f width out, v rows of a table.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen.sharding import shard
+
+Init = Callable[..., jax.Array]
+
+
+def cast(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` in the compute dtype: exactly bfloat16 if so configured, otherwise at least `dtype`."""
+    wanted = jnp.dtype(dtype)
+    return x.astype(wanted if wanted == jnp.bfloat16 else jnp.promote_types(x.dtype, wanted))
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def fan_in(scale: float = 1.0, axes: int = 1) -> Init:
+    """Truncated normal with variance scale / fan-in; the fan-in is the product of the first `axes` axes of the kernel."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        fan = 1
+        for size in shape[:axes]:
+            fan *= size
+        # 0.87962566 is the standard deviation of a unit normal cut at two sigma
+        std = (scale / fan) ** 0.5 / 0.87962566
+        return std * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+
+    return init
+
+
+def normal(std: float) -> Init:
+    return nn.initializers.normal(std)
+
+
+zeros = nn.initializers.zeros
+ones = nn.initializers.ones
+
+
+class Linear(nn.Module):
+    """`x [..., d] -> [..., *features]`; parameters `kernel [d, *features]` and, if asked, `bias [*features]`."""
+
+    features: int | tuple[int, ...]
+    bias: bool = False
+    dtype: str = "float32"
+    init: Init = fan_in()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        shape = (x.shape[-1], *features)
+        kernel = cast(self.param("kernel", self.init, shape), self.dtype)  # d *features
+        flat = kernel.reshape(shape[0], -1)  # d f: one matrix product whatever the feature axes
+        y = (cast(x, self.dtype).reshape(-1, shape[0]) @ flat).reshape(*x.shape[:-1], *features)
+        if self.bias:
+            y = y + cast(self.param("bias", zeros, features), self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Table lookup `ids [...] int -> [..., d]`; parameter `table [v, d]`. `attend(x)` gives logits by the same table."""
+
+    size: int
+    width: int
+    dtype: str = "float32"
+    init: Init = normal(0.02)
+
+    def setup(self) -> None:
+        self.table = self.param("table", self.init, (self.size, self.width))  # v d
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return lookup(cast(self.table, self.dtype), ids)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,vd->...v", cast(x, self.dtype), cast(self.table, self.dtype))
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of `table [v, d]` by `ids [...]`: the one place where a table is indexed."""
+    rows = jnp.take(table, ids, axis=0, mode="clip")  # ... d
+    return shard(rows, "batch", *(None,) * (rows.ndim - 1))

@@ -1,0 +1,147 @@
+"""The transformer block, and a stack of them by scan over depth.
+
+One block serves language models and diffusion transformers: pre-norm attention and feed-forward, with options that a
+config sets. With `modulated`, a condition vector gives shift, scale and gate of both branches (adaLN-zero, Peebles & Xie
+2022). Layers are stacked on a leading axis of every parameter; `unroll` layers run per iteration of the scan (all of
+them: a plain loop, faster to run and slower to compile), and `remat` recomputes activations in the backward pass.
+
+Letters: b batch, t positions, s context positions, d width, l layers.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen.nn import cache as kv
+from hybridgen.nn.attention import Attention, Mask
+from hybridgen.nn.linear import Linear, zeros
+from hybridgen.nn.mlp import MLP
+from hybridgen.nn.norm import Norm
+from hybridgen.nn.position import Rotary
+from hybridgen.sharding import shard
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+    """`x [b, t, d] -> [b, t, d]` and the cache. Context `[b, s, d']` is attended to if given."""
+
+    heads: int
+    head_width: int
+    hidden: int
+    kv_heads: int | None = None
+    mlp: str = "swiglu"
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    bias: bool = False
+    modulated: bool = False
+    dtype: str = "float32"
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        *,
+        rotary: Rotary | None = None,
+        condition: jax.Array | None = None,
+        context: tuple[jax.Array, jax.Array | None] | None = None,
+        cache: kv.Cache | None = None,
+        layer: jax.Array | int = 0,
+    ) -> tuple[jax.Array, kv.Cache | None]:
+        def norm(name: str) -> Norm:
+            return Norm(self.norm, self.norm_eps, affine=not self.modulated, name=name)
+
+        attention = {
+            "heads": self.heads,
+            "head_width": self.head_width,
+            "kv_heads": self.kv_heads,
+            "qk_norm": self.qk_norm,
+            "bias": self.bias,
+            "dtype": self.dtype,
+            "out_scale": self.out_scale,
+        }
+        gates = (None,) * 6
+        if self.modulated:
+            options = {"bias": True, "dtype": self.dtype, "init": zeros}
+            gates = Linear((6, x.shape[-1]), name="modulation", **options)(nn.silu(condition))  # b 6 d
+            gates = tuple(gates[:, i, None, :] for i in range(6))  # six of b 1 d
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = gates
+
+        y = modulate(norm("attention_norm")(x), shift_a, scale_a)
+        y, cache = Attention(name="attention", **attention)(y, mask, rotary=rotary, cache=cache, layer=layer)
+        x = x + (y if gate_a is None else gate_a * y)
+        if context is not None:
+            features, valid = context
+            y = Norm(self.norm, self.norm_eps, name="cross_norm")(x)
+            x = x + Attention(name="cross_attention", **attention)(y, Mask(valid=valid), context=features)[0]
+        y = modulate(norm("mlp_norm")(x), shift_m, scale_m)
+        y = MLP(self.hidden, self.mlp, self.bias, self.dtype, self.out_scale, name="mlp")(y)
+        x = x + (y if gate_m is None else gate_m * y)
+        return shard(x, "batch", None, None), cache
+
+
+def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array | None) -> jax.Array:
+    """`x * (1 + scale) + shift`, or `x` without a condition."""
+    return x if shift is None else x * (1 + scale) + shift
+
+
+class Stack(nn.Module):
+    """`depth` blocks; parameters carry a leading layer axis. `block` holds Block's options."""
+
+    depth: int
+    block: Any  # hashable: tuple of (option, value)
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        *,
+        rotary: Rotary | None = None,
+        condition: jax.Array | None = None,
+        context: tuple[jax.Array, jax.Array | None] | None = None,
+        cache: kv.Cache | None = None,
+    ) -> tuple[jax.Array, kv.Cache | None]:
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        options = dict(self.block)
+        # deep residual branches start smaller, so that the sum over layers keeps its variance (GPT-2)
+        options.setdefault("out_scale", 1.0 / (2 * self.depth))
+        kind = mask.kind, mask.prefix
+        valid, offset = mask.valid, mask.offset
+
+        def body(block: Block, carry: tuple, layer: jax.Array) -> tuple[tuple, None]:
+            x, cache = carry
+            x, cache = block(
+                x,
+                Mask(*kind, valid, offset),
+                rotary=rotary,
+                condition=condition,
+                context=context,
+                cache=cache,
+                layer=layer,
+            )
+            return (x, cache), None
+
+        if self.remat != "none":
+            body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=self.depth if self.unroll < 0 else self.unroll,
+        )
+        (x, cache), _ = scan(Block(**options, name="layers"), (x, cache), jnp.arange(self.depth))
+        return x, cache

@@ -1,0 +1,115 @@
+"""Drawing pictures from a model: one jitted program of one shape, any number of pictures, each from its own key.
+
+Picture i of a seed has the key fold_in(step_key(seed, 0, "sample"), i): it is the same whatever the batch it is drawn in.
+Batches are padded to the compiled shape. Options are those of `config.sample.options`, checked here.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridgen import rng, sharding
+from hybridgen.data import pipeline, sources
+from hybridgen.errors import UserError
+from hybridgen.evals.sheet import sheet
+from hybridgen.sampling import guidance
+from hybridgen.sampling.solvers import SOLVERS
+
+# option: (lowest, highest, type)
+RANGES = {
+    "guidance": (0.0, 100.0, float),
+    "temperature": (0.0, 100.0, float),
+    "top_k": (0, 1_000_000, int),
+    "top_p": (1e-6, 1.0, float),
+    "steps": (1, 1000, int),
+    "shift": (0.01, 100.0, float),
+}
+CHOICES = {"solver": tuple(SOLVERS), "guidance_schedule": tuple(guidance.RAMPS), "spacing": ("uniform", "cosine")}
+
+
+def checked(options: Mapping, path: str = "") -> dict[str, Any]:
+    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule."""
+    out: dict[str, Any] = {}
+    for name, value in options.items():
+        where = f"{path}{name}"
+        if name in RANGES and not isinstance(value, Mapping) and not hasattr(value, "items"):
+            low, high, kind = RANGES[name]
+            if not low <= value <= high:
+                raise UserError(f"{where} {value} is not within {low} and {high}")
+            out[name] = kind(value)
+        elif name in CHOICES:
+            if value not in CHOICES[name]:
+                raise UserError(f"{where} {value!r} is not one of {', '.join(CHOICES[name])}")
+            out[name] = value
+        elif hasattr(value, "items"):
+            out[name] = checked(value, f"{where}.")
+        else:
+            raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES))}")
+    ramp = out.pop("guidance_schedule", "constant")
+    if ramp != "constant":
+        out["guidance"] = guidance.schedule(ramp, out.get("guidance", 1.0))
+    return out
+
+
+def sampler(family: Any, model: Any, options: Mapping) -> Callable:
+    """The jitted program: (params, extra, parts, cond, keys) -> {"image", ...}."""
+    ready = checked(options)
+
+    @jax.jit
+    def draw(params: Any, extra: Any, parts: Any, cond: dict, keys: jax.Array) -> dict[str, jax.Array]:
+        return family.sample(model, params, cond, keys, parts=parts, extra=extra, options=ready)
+
+    return draw
+
+
+def keys_for(seed: int, ids: np.ndarray) -> jax.Array:
+    """Keys of pictures number `ids [b]` of a seed."""
+    return rng.sample_keys(rng.step_key(jax.random.key(seed), 0, "sample"), ids)
+
+
+def draw_all(draw: Callable, cond: Mapping[str, np.ndarray], seed: int, batch: int, put: Callable) -> Iterator[dict]:
+    """Draws a picture for every row of `cond`, `batch` at a time: yields dicts of numpy arrays, padding cut off.
+
+    `draw(cond, keys)` is a compiled program, `put` places host arrays on the mesh. Picture i of `seed` is row i.
+    """
+    count = len(next(iter(cond.values())))
+    for start in range(0, count, batch):
+        ids = np.arange(start, start + batch)
+        rows = np.minimum(ids, count - 1)
+        out = draw(put({name: value[rows] for name, value in cond.items()}), keys_for(seed, ids))
+        kept = min(batch, count - start)
+        yield {name: np.asarray(value)[:kept] for name, value in out.items()}
+
+
+def text_cond(text: Any, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Prompts as model input; raises UserError for one that is empty, too long or has unknown words."""
+    ids, masks = zip(*(text.encode(prompt, strict=True) for prompt in prompts), strict=True)
+    return {"text": np.stack(ids), "text_mask": np.stack(masks)}
+
+
+def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
+    """state -> a captioned sheet of pictures for the first validation batch, original on the left of each."""
+    config = experiment.config
+    source = sources.build(config.data, "validation")
+    ways = int(np.prod([experiment.mesh.shape[axis] for axis in sharding.LOGICAL["batch"]]))
+    count = -(-min(count, len(source)) // ways) * ways
+    batch = next(pipeline.batches(source, experiment.text, batch=count, seed=config.seed, shuffle=False))
+    pipeline.take_broken(batch)
+    captions = [item["text"] for item in pipeline.examples(source, np.arange(count) % len(source))]
+    cond = {name: value for name, value in batch.items() if name in ("text", "text_mask", "label", "image")}
+    draw = sampler(experiment.family, experiment.model, config.sample.options)
+    put = functools.partial(sharding.to_global, mesh=experiment.mesh)
+    seed = config.seed
+
+    def grid(params: Any, extra: Any) -> np.ndarray:
+        def program(cond: dict, keys: jax.Array) -> dict:
+            return draw(params, extra, experiment.parts, cond, keys)
+
+        (out,) = draw_all(program, cond, seed, count, put)
+        strips = [cond["image"], *(out[name] for name in ("draft", "image") if name in out)]
+        return np.asarray(sheet(np.concatenate(strips, 2), captions, cell=96 * len(strips)))
+
+    return grid

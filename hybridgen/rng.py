@@ -1,0 +1,68 @@
+"""Random numbers: one seed for a run, one key for a step and purpose, one key for a sample.
+
+`key = fold_in(fold_in(seed, step), name)`: nothing about randomness is carried in the state, so a resumed run draws
+what the uninterrupted one would have. Noise is drawn **per sample**, each row from its own key, so that a row is the
+same whatever its neighbours, the batch size or the sharding. Keys are new-style typed keys (`jax.random.key`).
+
+Shape letters: b samples (one key each).
+"""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def name_hash(name):
+    """A name -> uint32, the same in every process (Python's own `hash` of a str is not)."""
+    return np.uint32(int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little"))
+
+
+def step_key(seed, step, name):
+    """The key of a step and a purpose. seed: typed key; step: int, may be traced; name: str -> typed key."""
+    return jax.random.fold_in(jax.random.fold_in(seed, step), name_hash(name))
+
+
+def sample_keys(key, ids):
+    """One key a sample. key: typed key; ids: b integers (a batch's global `id`) -> keys b."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids).astype(jnp.uint32))
+
+
+def fold_in(keys, data):
+    """The same integer folded into every key. keys: b; data: int, may be traced -> keys b."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def named(keys, name):
+    """Keys for one purpose, folded with its name. keys: b; name: str -> keys b.
+
+    Two consumers of a picture's keys (a prior's tokens, a decoder's noise) need a name each: both fold in step numbers,
+    and so does `jax.random.split`: in JAX, `split(key)[i]` is `fold_in(key, i)`.
+    """
+    return fold_in(keys, name_hash(name))
+
+
+def normal(keys, shape=(), dtype=jnp.float32):
+    """Standard normal. keys: b; shape: of one sample -> b, *shape."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+
+
+def uniform(keys, shape=(), dtype=jnp.float32, minval=0.0, maxval=1.0):
+    """Uniform in [minval, maxval). keys: b; shape: of one sample -> b, *shape."""
+    return jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, minval, maxval))(keys)
+
+
+def bernoulli(keys, p, shape=()):
+    """True with probability p, one for all samples. keys: b; p: scalar -> b, *shape bool."""
+    return jax.vmap(lambda key: jax.random.bernoulli(key, p, shape))(keys)
+
+
+def randint(keys, shape, minval, maxval):
+    """Integers in [minval, maxval). keys: b; shape: of one sample -> b, *shape int32."""
+    return jax.vmap(lambda key: jax.random.randint(key, shape, minval, maxval))(keys)
+
+
+def categorical(keys, logits):
+    """One draw from each softmax over the last axis. keys: b; logits: b ... v -> b ... int32."""
+    return jax.vmap(jax.random.categorical)(keys, logits)

@@ -1,0 +1,72 @@
+"""Autoregressive decoding over a cache: one `lax.scan`, one token a position, optionally guided.
+
+Shape letters: B pictures, R rows of the model (B, or 2B when guided), n positions, v vocabulary.
+
+`step(cache, token R) -> logits R v, cache` is any callable; this file knows nothing of models. When guidance is on,
+cache and logits hold [conditional rows; unconditional rows], and the same token is fed to both halves. Position i draws
+from `fold_in(keys, i)`: a picture depends on its own key only.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hybridgen.errors import UserError
+from hybridgen.sampling import guidance as guide
+from hybridgen.sampling import tokens as tok
+
+
+def generate(
+    step, cache, logits, keys, *, length, guidance=None, temperature=1.0, top_k=0, top_p=1.0, forced=None
+):
+    """Draw `length` tokens. The model runs length - 1 times: prefill has paid for the first, nothing follows the last.
+
+    Args:
+      step: (cache, token R int32) -> (logits R v, cache).
+      cache: any pytree, as prefill left it.
+      logits: R v, of the first position.
+      keys: B typed keys.
+      guidance: None, a scale, or a schedule over position / (length - 1); statically 1 is off: then R = B, else R = 2B.
+      temperature, top_k, top_p: see `tokens.filter_logits`.
+      forced: None or (tokens B n int32, mask B n bool): where the mask holds, the given token is taken.
+    Returns:
+      tokens B n int32, logprobs B n float32 (of guided logits, before temperature and filters).
+    Raises:
+      UserError: rows of logits do not fit keys and guidance; length below 1.
+    """
+    guided = guide.is_on(guidance)
+    batch = keys.shape[0]
+    rows = batch * (2 if guided else 1)
+    if logits.shape[0] != rows:
+        raise UserError(f"logits have {logits.shape[0]} rows, {batch} keys with guidance {guidance} need {rows}")
+    if length < 1:
+        raise UserError(f"length {length} is below 1")
+
+    def choose(logits, position, here, given):
+        if guided:
+            scale = guide.at(guidance, position / max(length - 1, 1))
+            logits = guide.combine(*jnp.split(logits, 2), scale)  # B v
+        token, logp = tok.draw(here, logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        if given is not None:
+            token = jnp.where(given[1], given[0].astype(jnp.int32), token)
+            logp = tok.logprob(logits, token)
+        return token, logp
+
+    def body(carry, inputs):
+        cache, token = carry
+        logits, cache = step(cache, jnp.concatenate([token, token]) if guided else token)
+        token, logp = choose(logits, *inputs)
+        return (cache, token), (token, logp)
+
+    positions = jnp.arange(length, dtype=jnp.int32)
+    folded = jax.vmap(lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys, i))(positions)  # n B
+    given = None if forced is None else tuple(jnp.moveaxis(jnp.asarray(a), 1, 0) for a in forced)  # n B each
+    inputs = (positions, folded, given)
+    token, logp = choose(logits, *jax.tree.map(lambda a: a[0], inputs))  # B, B
+    rest = jax.tree.map(lambda a: a[1:], inputs)
+    _, (tokens, logps) = jax.lax.scan(body, (cache, token), rest)  # n-1 B each
+    return _join(token, tokens), _join(logp, logps)
+
+
+def _join(first, rest):
+    """B, n-1 B -> B n."""
+    return jnp.concatenate([first[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)

@@ -1,0 +1,151 @@
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) on logits, noise, velocity or clean predictions.
+
+The form is `c + (s - 1) * (c - u)`: with s = 1 it is the conditional branch bit for bit, and a scale that is statically
+1 (or None) skips the other branch altogether (`is_on`). A scale is a Python number, a traced scalar, or a function of
+progress in [0, 1] (position / last position, or 1 - time): see `schedule`. Branches must be finite.
+
+**Levels.** Several named conditions (text "c", plan "z", history "h") are guided by terms. A term compares two
+branches, each named by the conditions that it drops, and `combine_levels` is
+
+    full + sum over terms of (scale - 1) * (branch[base] - branch[drop])
+
+so all weights 1 give the full branch exactly. Written as plain data for configs, see `parse`:
+
+    {"c": 4.0}                          ordinary guidance: full against dropped c
+    {"z": 2.0, "c+z": 1.5}              each against the full branch
+    {"c": 3.0, "c+z|c": 1.5}            nested: full against no c, then no c against no c and no z
+
+**Rows.** K branches run as one batch of K * B rows, branch after branch: [full; second; ...], so for ordinary guidance
+[conditional; unconditional]. `branches(terms)` gives the order.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridgen.errors import UserError
+
+
+def is_on(scale):
+    """Must the second branch be computed? False for None and for a Python (or numpy) number equal to 1."""
+    return not (scale is None or (isinstance(scale, (int, float, np.number)) and scale == 1))
+
+
+def at(scale, progress):
+    """The scale at a progress in [0, 1]: a number or traced scalar is the same everywhere, a schedule is called."""
+    return scale(progress) if callable(scale) else scale
+
+
+def combine(cond, uncond, scale):
+    """cond + (scale - 1) * (cond - uncond), float32 at least. Arrays of one shape; scale: number or traced scalar."""
+    cond, uncond = _wide(cond), _wide(uncond)
+    return cond + (scale - 1) * (cond - uncond)
+
+
+def _wide(a):
+    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+# ---------------------------------------------------------------- schedules over progress
+
+RAMPS = {
+    "constant": lambda p: jnp.ones_like(p),
+    "linear": lambda p: p,
+    "cosine": lambda p: (1 - jnp.cos(jnp.pi * p)) / 2,
+}
+
+
+def schedule(name, scale, interval=(0.0, 1.0)):
+    """A scale over progress: 1 -> `scale` along ramp `name` (constant, linear, cosine), and 1 outside `interval`.
+
+    -> a function progress -> float32, or the plain number where nothing depends on progress (so that `is_on` can tell).
+    The interval is that of Kynkaanniemi et al. 2024 (arXiv 2404.07724), in progress: 0 is the first position, or noise.
+    """
+    if name not in RAMPS:
+        raise UserError(f"guidance schedule {name!r} is none of {', '.join(RAMPS)}")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"guidance interval {tuple(interval)} is not within 0 <= low <= high <= 1")
+    if not is_on(scale) or (name == "constant" and (low, high) == (0, 1)):
+        return scale
+    return functools.partial(_scale_at, RAMPS[name], scale, low, high)
+
+
+def _scale_at(ramp, scale, low, high, progress):
+    progress = jnp.asarray(progress, jnp.float32)
+    inside = (progress >= low) & (progress <= high)
+    return jnp.where(inside, 1 + (scale - 1) * ramp(progress), 1.0)
+
+
+# ---------------------------------------------------------------- levels
+
+
+class Term(NamedTuple):
+    """(scale - 1) * (branch[base] - branch[drop]); a branch is named by the sorted conditions that it drops."""
+
+    drop: tuple[str, ...]
+    base: tuple[str, ...]
+    scale: Any  # number, traced scalar or schedule
+
+
+def parse(spec):
+    """Plain data -> tuple of Terms, those with a scale statically 1 left out.
+
+    spec: None, one scale (it drops "c"), or {"names dropped" or "names dropped|names dropped in the base": scale}, with
+    names joined by +.
+    """
+    if not hasattr(spec, "items"):
+        spec = {"c": spec}
+    terms = (Term(*_branch_pair(name), scale) for name, scale in spec.items())
+    return tuple(term for term in terms if is_on(term.scale))
+
+
+def _branch_pair(text):
+    sides = [tuple(sorted(filter(None, side.split("+")))) for side in text.split("|")]
+    drop, base = (sides + [()])[:2]
+    if len(sides) > 2 or not set(base) < set(drop):
+        raise UserError(f"guidance term {text!r} is not 'dropped' or 'dropped|base', the base dropping fewer")
+    return drop, base
+
+
+def branches(terms):
+    """The branches to compute, in row order: tuples of dropped conditions. The first is (), the full condition."""
+    return tuple(dict.fromkeys([(), *(side for term in terms for side in (term.base, term.drop))]))
+
+
+def combine_levels(outputs, terms, progress=0.0):
+    """outputs: one array for each of `branches(terms)`, in that order -> the guided output, that shape, float32."""
+    outputs = {name: _wide(a) for name, a in zip(branches(terms), outputs, strict=True)}
+    total = outputs[()]
+    for term in terms:
+        total = total + (at(term.scale, progress) - 1) * (outputs[term.base] - outputs[term.drop])
+    return total
+
+
+# ---------------------------------------------------------------- rows
+
+
+def repeat(tree, count):
+    """Every leaf B ... -> count*B ...: the same rows for each branch."""
+    return jax.tree.map(lambda a: jnp.concatenate([a] * count), tree) if count > 1 else tree
+
+
+def guided(call, spec):
+    """call(x K*B ..., t K*B) -> K*B ..., over the rows of `branches(parse(spec))`, -> a function of x B ..., t B.
+
+    For diffusion: t is time (1 is noise), progress is 1 - t of the first row. With guidance off K is 1 and `call` is
+    called as it stands. What it closes over (embedded conditions) must have K*B rows in branch order.
+    """
+    terms = parse(spec)
+    count = len(branches(terms))
+    if count == 1:
+        return call
+
+    def guided_call(x, t):
+        outputs = jnp.split(call(repeat(x, count), repeat(t, count)), count)
+        return combine_levels(outputs, terms, 1 - t[0])
+
+    return guided_call

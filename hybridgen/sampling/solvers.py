@@ -1,0 +1,173 @@
+"""Diffusion and flow solvers: from x at the first level to x at the last, each ONE `lax.scan` over the grid.
+
+    levels = schedules.flow(schedules.times(steps, shift=3.0))              # or any Level of n+1, on the host
+    predict = schedules.predictor(guidance.guided(network, scale), "velocity")
+    x = SOLVERS["dpmpp_2m"](predict, noise, levels, keys)
+
+One signature: `solve(predict, x, levels, keys=None, *, previews=False, **options)`.
+- `predict(x_t B ..., level) -> (x, eps)`, both B ...: clean picture and noise at this level (a Level of scalars). Both,
+  and not one, because solvers use one or the other, and official samplers that clip x keep eps (or do not).
+- `levels`: schedules.Level of n+1 numpy values, noisiest first: grids are known when the program is traced.
+- `keys`: B typed keys, for the stochastic ones: step i draws picture b's noise from `fold_in(keys[b], i)`.
+- where sigma ends at 0, the result is the last prediction of x exactly.
+- `previews=True` also returns the n predictions of x: n B ...
+
+All but Heun are one linear step: `x' = a x_t + b x + c eps + d x_before + e noise`, so a solver is a table of n rows of
+coefficients, worked out in float64 on the host. Euler and Heun step in t; DDIM is Euler in sigma / alpha.
+
+Shape letters: B pictures, n steps (intervals).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridgen.errors import UserError
+from hybridgen.sampling.schedules import Level
+
+
+class Rows(NamedTuple):
+    """Coefficients of a linear multistep solver, n each (a scalar stands for n equal ones)."""
+
+    x_t: Any = 0.0
+    x: Any = 0.0  # predicted clean
+    eps: Any = 0.0  # predicted noise
+    before: Any = 0.0  # the previous step's x
+    noise: Any = 0.0
+
+
+def _ends(levels):
+    """Level n+1 -> (levels now, levels next) of n each, float64."""
+    levels = Level(*(np.asarray(a, np.float64) for a in levels))
+    return Level(*(a[:-1] for a in levels)), Level(*(a[1:] for a in levels))
+
+
+def _cast(rows, count, dtype):
+    return type(rows)(*(jnp.asarray(np.broadcast_to(a, (count,)), dtype) for a in rows))
+
+
+def _run(rows, predict, x, levels, keys, previews):
+    """The scan of every linear solver. rows: Rows; the rest as in the file's head."""
+    now, _ = _ends(levels)
+    count = len(now.t)
+    multistep, noisy = np.any(rows.before), np.any(rows.noise)  # static: what is not used is not computed
+    if noisy and keys is None:
+        raise UserError("a stochastic solver needs keys, one a picture: got None")
+
+    def body(carry, inputs):
+        x_t, before = carry
+        i, level, row = inputs
+        clean, eps = predict(x_t, level)
+        x_next = row.x_t * x_t + row.x * clean + row.eps * eps
+        if multistep:
+            x_next += row.before * before
+        if noisy:
+            x_next += row.noise * _noise(keys, i, x_t)
+        return (x_next.astype(x_t.dtype), clean.astype(x_t.dtype) if multistep else before), clean if previews else None
+
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    start = (x, jnp.zeros_like(x) if multistep else None)
+    inputs = (jnp.arange(count), _cast(now, count, x.dtype), _cast(rows, count, x.dtype))
+    (x, _), trail = jax.lax.scan(body, start, inputs)
+    return (x, trail) if previews else x
+
+
+def _noise(keys, i, x):
+    here = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(here)
+
+
+def _landing(rows, after):
+    """The rows, those that end at sigma 0 replaced by: x' = alpha * predicted x."""
+    lands = after.sigma == 0
+    plain = Rows(x=after.alpha)
+    return Rows(*(np.where(lands, to, a) for a, to in zip(rows, plain, strict=True)))
+
+
+def euler(predict, x, levels, keys=None, *, previews=False):
+    """Euler in t: x_t + dt * (alpha' x + sigma' eps). First order, deterministic."""
+    now, after = _ends(levels)
+    dt = after.t - now.t
+    rows = Rows(x_t=np.ones_like(dt), x=dt * now.dalpha, eps=dt * now.dsigma)
+    return _run(_landing(rows, after), predict, x, levels, keys, previews)
+
+
+def ddim(predict, x, levels, keys=None, *, eta=0.0, previews=False):
+    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12, 16). eta 0: deterministic, first order; 1: as noisy as DDPM."""
+    now, after = _ends(levels)
+    noise = eta * np.sqrt(_posterior(now, after)[2])
+    rows = Rows(x=after.alpha, eps=np.sqrt(np.maximum(after.sigma**2 - noise**2, 0)), noise=noise)
+    return _run(rows, predict, x, levels, keys, previews)
+
+
+def ddpm(predict, x, levels, keys=None, *, previews=False):
+    """Ancestral sampling from q(x_s | x_t, x) (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7), any schedule and grid."""
+    now, after = _ends(levels)
+    of_x_t, of_x, variance = _posterior(now, after)
+    return _run(Rows(x_t=of_x_t, x=of_x, noise=np.sqrt(variance)), predict, x, levels, keys, previews)
+
+
+def _posterior(now, after):
+    """q(x_s | x_t, x) = N(a x_t + b x, variance) -> (a, b, variance), n each, s < t."""
+    ratio = now.alpha / after.alpha
+    fresh = np.maximum(now.sigma**2 - (ratio * after.sigma) ** 2, 0)  # variance of x_t given x_s
+    shrink = (after.sigma / now.sigma) ** 2
+    return ratio * shrink, after.alpha * fresh / now.sigma**2, fresh * shrink
+
+
+def dpmpp_2m(predict, x, levels, keys=None, *, previews=False):
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, one call a step, deterministic.
+
+    First order where there is no past, where the log-SNR is infinite (flow at t = 1), and on the last step to sigma 0.
+    """
+    now, after = _ends(levels)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = np.log(after.alpha / after.sigma) - np.log(now.alpha / now.sigma)  # n: steps in half the log-SNR
+        over = np.concatenate([[0.0], h[1:] / h[:-1] / 2])  # n: 1 / (2 r)
+    over = np.where(np.isfinite(over), over, 0.0)
+    weight = after.alpha - after.sigma * now.alpha / now.sigma  # = -alpha' expm1(-h), also where h is infinite
+    rows = Rows(x_t=after.sigma / now.sigma, x=weight * (1 + over), before=-weight * over)
+    return _run(rows, predict, x, levels, keys, previews)
+
+
+class Stage(NamedTuple):
+    """One call of Heun's method, 2n - 1 each."""
+
+    dt: Any
+    correct: Any  # 0 predictor, 1 corrector
+    land: Any  # 1 where the step ends at sigma 0: then x' = alpha * predicted x
+    alpha: Any
+
+
+def heun(predict, x, levels, keys=None, *, previews=False):
+    """Heun in t (Karras et al. 2022, arXiv 2206.00364, algorithm 1): second order, 2n - 1 calls, deterministic.
+
+    The scan runs over calls, predictor and corrector in turn, so that the model is compiled once. The last step is
+    Euler's: a corrector there would call the model at sigma 0.
+    """
+    now, after = _ends(levels)
+    steps = len(now.t)
+    calls = np.arange(2 * steps - 1)
+    step = calls // 2  # of this call; a corrector is called at the level that the step ends at
+    stage = Stage((after.t - now.t)[step], calls % 2, (after.sigma == 0)[step] & (calls % 2 == 0), after.alpha[step])
+    inputs = Level(*(np.where(calls % 2, b[step], a[step]) for a, b in zip(now, after, strict=True)))
+
+    def body(carry, inputs):
+        x_t, base, slope = carry  # of a corrector: the predicted point, where the step began, the slope there
+        level, at = inputs
+        clean, eps = predict(x_t, level)
+        here = level.dalpha * clean + level.dsigma * eps  # dx_t / dt
+        begun = jnp.where(at.correct > 0, base, x_t)
+        x_next = begun + at.dt * jnp.where(at.correct > 0, (slope + here) / 2, here)
+        x_next = jnp.where(at.land > 0, at.alpha * clean, x_next)
+        return (x_next.astype(x_t.dtype), begun, here.astype(x_t.dtype)), clean if previews else None
+
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    inputs = (_cast(inputs, len(calls), x.dtype), _cast(stage, len(calls), x.dtype))
+    (x, _, _), trail = jax.lax.scan(body, (x, x, jnp.zeros_like(x)), inputs)
+    return (x, trail[::2]) if previews else x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm, "dpmpp_2m": dpmpp_2m}

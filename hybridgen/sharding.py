@@ -1,0 +1,155 @@
+"""Meshes and shardings: one table for parameters (path patterns), one for activations (logical axes).
+
+Mesh axes, outermost first: `dcn` (data parallel across slices), `data`, `fsdp` (data parallel with sharded parameters)
+and `tensor`. Parameters match the first rule of `PARAM_RULES` whose pattern is found in their path; a stacked layer axis
+in front is never sharded. Every parameter must match a rule. Activations are named by `shard(x, "batch", None, "mlp")`,
+which does nothing outside a mesh.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hybridgen.errors import UserError
+
+MESH_AXES = ("dcn", "data", "fsdp", "tensor")
+
+# logical axis -> mesh axes
+LOGICAL: dict[str, tuple[str, ...]] = {
+    "batch": ("dcn", "data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+# path pattern -> logical axes of the trailing dimensions (a leading layer axis is added by itself)
+PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"attention/(qkv|kv)/kernel$", ("embed", "heads", None, None)),
+    (r"attention/(qkv|kv)/bias$", ("heads", None, None)),
+    (r"attention/q/kernel$", ("embed", "heads", None, None)),
+    (r"attention/out/kernel$", ("heads", None, None, "embed")),
+    (r"mlp/up/kernel$", ("embed", None, "mlp")),
+    (r"mlp/up/bias$", (None, "mlp")),
+    (r"mlp/down/kernel$", ("mlp", "embed")),
+    (r"modulation/kernel$", ("embed", None, None)),
+    (r"modulation/bias$", (None, None)),
+    (r"table$", ("vocab", "embed")),
+    (r"head/kernel$", ("embed", "vocab")),
+    (r"head/bias$", ("vocab",)),
+    (r"conv\w*/kernel$", (None, None, None, "embed")),
+    (r"(position|null\w*|codebook)$", (None, None)),
+    (r"kernel$", ("embed", None)),
+    (r"(scale|bias)$", (None,)),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
+    """Mesh over all devices from `{axis: size}`; one size may be -1 (the rest). Raises UserError if it does not divide."""
+    devices = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
+    unknown = set(sizes) - set(MESH_AXES)
+    if unknown:
+        raise UserError(f"mesh axis {sorted(unknown)[0]!r} is not one of {', '.join(MESH_AXES)}")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
+    free = [axis for axis, size in shape.items() if size == -1]
+    fixed = int(np.prod([size for size in shape.values() if size != -1]))
+    if len(free) > 1 or min(size for size in shape.values() if size != -1) < 1:
+        raise UserError(f"mesh {dict(sizes)} is not usable: sizes are positive and at most one is -1")
+    if devices.size % fixed or (not free and fixed != devices.size):
+        raise UserError(f"mesh {dict(sizes)} takes {fixed} devices and there are {devices.size}")
+    if free:
+        shape[free[0]] = devices.size // fixed
+    return jax.make_mesh(
+        tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices.tolist()
+    )
+
+
+def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
+    """The global batch must divide over accumulation steps and the mesh's data axes."""
+    ways = int(np.prod([mesh.shape[axis] for axis in LOGICAL["batch"]]))
+    if batch % accumulate or (batch // accumulate) % ways:
+        raise UserError(
+            f"batch {batch} in {accumulate} accumulation steps does not divide over {ways} data-parallel devices"
+        )
+
+
+def logical_spec(*names: str | None) -> PartitionSpec:
+    """PartitionSpec of logical axis names. Two logical axes on one mesh axis are an error."""
+    spec = [LOGICAL[name] if name else None for name in names]
+    used = [axis for axes in spec if axes for axis in axes]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {spec}")
+    return PartitionSpec(*spec)
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrain an activation to the mesh in force, by logical axis names, one a dimension; without a mesh, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    if len(names) != x.ndim:
+        raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
+    spec = logical_spec(*names)
+    return jax.lax.with_sharding_constraint(x, _divisible(spec, x.shape, mesh))
+
+
+def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """Drops the axes of `spec` that do not divide their dimension (3 heads over 2 devices stay whole)."""
+    kept = []
+    for size, axes in zip(shape, spec, strict=True):
+        ways = int(np.prod([mesh.shape[axis] for axis in axes])) if axes else 1
+        kept.append(axes if axes and size % ways == 0 else None)
+    return PartitionSpec(*kept)
+
+
+def param_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Rule for one parameter by its path ("prior/blocks/attention/qkv/kernel"). Raises ValueError if no rule matches."""
+    for pattern, names in PARAM_RULES:
+        if re.search(pattern, path) and len(shape) >= len(names):
+            return logical_spec(*(None,) * (len(shape) - len(names)), *names)
+    raise ValueError(f"no sharding rule matches parameter {path!r} of shape {shape}")
+
+
+def param_shardings(tree: Any, mesh: Mesh, strict: bool = True) -> Any:
+    """NamedShardings for a nested dict of parameters, or of what mirrors it (moments, EMA).
+
+    With `strict=False` a leaf that no rule fits (a factored moment, a counter) is replicated instead of refused.
+    """
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        name = "/".join(str(key.key) for key in path)
+        try:
+            spec = param_spec(name, leaf.shape)
+        except ValueError:
+            if strict:
+                raise
+            spec = PartitionSpec(*(None,) * leaf.ndim)
+        return NamedSharding(mesh, _divisible(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(LOGICAL["batch"]))
+
+
+def local_rows(mesh: Mesh, batch: int) -> list[int]:
+    """Rows of the global batch that this process's devices hold, in order; several hosts may hold the same rows."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (part,) in slices for row in range(*part.indices(batch))})
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays from this process's rows of each entry."""
+    place = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), place)
+    return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}

@@ -1,0 +1,132 @@
+"""The training state and how it is created: sharded from the start, frozen parameters kept out of the optimiser.
+
+`{"step", "params", "opt", "ema", "extra", "health"}`, nested dicts of arrays. `step` counts batches consumed; the
+optimiser counts updates applied. `opt` and `ema` cover trainable parameters only. `health`: `skipped` steps so far,
+`streak` of consecutive bad steps, `norm`, the moving average of the log gradient norm, over `count` good steps.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from hybridgen import optim, rng, sharding, trees
+from hybridgen.errors import UserError
+
+
+class Trainable(NamedTuple):
+    """Which parameters train, and which are averaged: ordered (pattern, bool) rules over paths."""
+
+    rules: tuple[tuple[str, bool], ...]
+    no_ema: str  # pattern of what is left out of the average (discriminators)
+    decay: float  # 0: no average
+
+    def split(self, params: Any) -> tuple[dict, dict]:
+        """(trainable, frozen), nested."""
+        return trees.split(params, lambda path: bool(trees.first_match(path, self.rules, True)))
+
+    def averaged(self, trainable: Any) -> dict:
+        """The part of the trainable parameters that has a moving average."""
+        if not self.decay:
+            return {}
+        kept, _ = trees.split(trainable, lambda path: not (self.no_ema and re.search(self.no_ema, path)))
+        return kept
+
+
+def trainable_of(config: Any) -> Trainable:
+    return Trainable(
+        tuple((str(pattern), bool(value)) for pattern, value in config.trainable),
+        config.ema.skip,
+        float(config.ema.decay),
+    )
+
+
+def initial(arrays: dict, rule: optax.GradientTransformation, which: Trainable, frozen_dtype: str) -> dict:
+    """The state at step 0 from `init`'s arrays {"params", "extra"}."""
+    trainable, frozen = which.split(arrays["params"])
+    frozen = jax.tree.map(lambda x: x.astype(frozen_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, frozen)
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "params": trees.join(trainable, frozen),
+        "opt": optim.pack(rule.init(trainable)),
+        "ema": jax.tree.map(jnp.copy, which.averaged(trainable)),
+        "extra": arrays["extra"],
+        "health": {
+            "skipped": jnp.zeros((), jnp.int32),
+            "streak": jnp.zeros((), jnp.int32),
+            "norm": jnp.zeros(()),
+            "count": jnp.zeros((), jnp.int32),
+        },
+    }
+
+
+def shardings(state: Any, mesh: Mesh) -> Any:
+    """Shardings of a state: parameters and what mirrors them by the table, everything else replicated."""
+    everywhere = sharding.replicated(mesh)
+    rest = {name: jax.tree.map(lambda _: everywhere, state[name]) for name in ("step", "extra", "health")}
+    return rest | {
+        "params": sharding.param_shardings(state["params"], mesh),
+        "ema": sharding.param_shardings(state["ema"], mesh),
+        "opt": sharding.param_shardings(state["opt"], mesh, strict=False),
+    }
+
+
+def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict, Any]:
+    """(abstract state with shardings, function that makes the real one on the mesh).
+
+    `rule_of(trainable)` builds the optimiser once the parameters' paths are known.
+    """
+    family, model, parts, mesh = experiment.family, experiment.model, experiment.parts, experiment.mesh
+    which = trainable_of(experiment.config)
+
+    def fresh(parts: Any) -> dict:
+        key = rng.step_key(jax.random.key(seed), 0, "init")
+        arrays = family.init(model, key, specs, parts)
+        trainable, _ = which.split(arrays["params"])
+        return initial(arrays, rule_of(trainable), which, experiment.config.frozen_dtype)
+
+    shapes = jax.eval_shape(fresh, parts)
+    places = shardings(shapes, mesh)
+    abstract = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+    return abstract, lambda: jax.jit(fresh, out_shardings=places)(parts)
+
+
+def start_from(state: dict, sources: dict[str, Any], which: Trainable) -> dict:
+    """Replaces named subtrees of fresh parameters by earlier ones: {"path/of/subtree" or "": arrays}.
+
+    The average starts there too; the optimiser stays fresh. Raises UserError where trees or shapes differ.
+    """
+    flat = trees.flatten(state["params"])
+    for prefix, arrays in sources.items():
+        found = trees.flatten(arrays)
+        here = {path: leaf for path, leaf in flat.items() if not prefix or path.startswith(f"{prefix}/")}
+        given = {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in found.items()}
+        if set(here) != set(given):
+            odd = sorted(set(here) ^ set(given))
+            raise UserError(f"init_from[{prefix!r}]: {len(odd)} parameters stand on one side only, such as {odd[0]!r}")
+        for path, leaf in given.items():
+            if leaf.shape != flat[path].shape:
+                raise UserError(f"init_from: {path!r} has shape {leaf.shape} and is to have {flat[path].shape}")
+            target = flat[path]
+            flat[path] = jax.device_put(jnp.asarray(leaf, target.dtype), target.sharding)
+    params = trees.unflatten(flat)
+    trainable, _ = which.split(params)
+    return state | {"params": params, "ema": jax.tree.map(jnp.copy, which.averaged(trainable))}
+
+
+def inference_params(params: Any, ema: Any) -> dict:
+    """Parameters to sample with: the average where there is one, and what has none as it is."""
+    flat = trees.flatten(params) | trees.flatten(ema)
+    return trees.unflatten(flat)
+
+
+def spec_of(batch: dict) -> dict:
+    """ShapeDtypeStructs of a batch."""
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+
+
+def scalar_sharding(mesh: Mesh) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,317 @@
+"""Training, for every family: one step, one loop, one command.
+
+    python -m hybridgen.train --config configs/ar/raster.py:tiny --workdir runs/raster
+
+The loop's order is fixed: evaluate, save, next batch, step. A checkpoint named N has consumed exactly N batches; what the
+data gives at step N and every random number are functions of (seed, N), so a resumed run is the uninterrupted one.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hybridgen import checkpoint, metrics, optim, rng, rundir, sharding, trees
+from hybridgen import config as config_lib
+from hybridgen import state as state_lib
+from hybridgen.cli import command
+from hybridgen.data import pipeline, sources
+from hybridgen.errors import UserError
+from hybridgen.experiment import Experiment, build, find_run, load
+from hybridgen.pictures import sample_grid
+
+
+class Rule(NamedTuple):
+    """The static half of a training step."""
+
+    family: Any
+    model: Any
+    optimiser: optax.GradientTransformation
+    which: state_lib.Trainable
+    seed: int
+    accumulate: int
+    spike: float  # a gradient norm this many times the usual one is skipped
+
+
+def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
+    """(state, batch) -> (state, metrics). A step whose gradient is not finite, or explodes, only counts itself."""
+    key = rng.step_key(jax.random.key(rule.seed), state["step"], "loss")
+    trainable, frozen = rule.which.split(state["params"])
+
+    def weighted_loss(trainable: Any, batch: dict) -> tuple[jax.Array, tuple]:
+        loss, aux = rule.family.loss(
+            rule.model,
+            trees.join(trainable, frozen),
+            batch,
+            key,
+            parts=parts,
+            extra=state["extra"],
+            step=state["step"],
+            train=True,
+        )
+        weight = jax.lax.stop_gradient(aux["weight"])
+        scaled = jax.tree.map(lambda x: x * weight, aux["metrics"] | {"loss": loss})
+        return loss * weight, (weight, scaled, aux["extra"])
+
+    grads, (weight, sums, extra_sums) = accumulate(weighted_loss, trainable, batch, rule.accumulate)
+    grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9).astype(g.dtype), grads)
+    report = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), sums)
+    report["gradient_norm"] = optax.global_norm(grads)
+    good, health = check(report["loss"], report["gradient_norm"], state["health"], rule.spike)
+
+    def apply(old: dict) -> dict:
+        opt = optim.unpack(rule.optimiser, trainable, old["opt"])
+        updates, opt = rule.optimiser.update(grads, opt, trainable)
+        new = optax.apply_updates(trainable, updates)
+        ema = optim.ema(old["ema"], rule.which.averaged(new), rule.which.decay, state["health"]["count"])
+        extra = old["extra"]
+        if hasattr(rule.family, "merge"):
+            key = rng.step_key(jax.random.key(rule.seed), state["step"], "merge")
+            extra = rule.family.merge(rule.model, extra, extra_sums, key, state["step"])
+        return {"params": trees.join(new, frozen), "opt": optim.pack(opt), "ema": ema, "extra": extra}
+
+    old = {name: state[name] for name in ("params", "opt", "ema", "extra")}
+    new = jax.lax.cond(good, apply, lambda old: old, old)
+    report |= {"skipped": health["skipped"].astype(jnp.float32)}
+    return new | {"step": state["step"] + 1, "health": health}, report
+
+
+def accumulate(weighted_loss: Any, trainable: Any, batch: dict, parts: int) -> tuple[Any, Any]:
+    """Gradient and sums of `weighted_loss` over `parts` microbatches; each takes every `parts`-th row."""
+    gradient = jax.grad(weighted_loss, has_aux=True)
+    if parts == 1:
+        return gradient(trainable, batch)
+    # strided, so that a microbatch still lies on every device
+    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = jax.tree.map(lambda x: sharding.shard(x, None, "batch", *(None,) * (x.ndim - 2)), micro)
+    first = jax.tree.map(lambda x: x[0], micro)
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, trainable, first))
+
+    def add(total: Any, batch: dict) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(trainable, batch)), None
+
+    return jax.lax.scan(add, start, micro)[0]
+
+
+def check(loss: jax.Array, norm: jax.Array, health: dict, spike: float) -> tuple[jax.Array, dict]:
+    """Whether to take the step, and the health after it. A spike is judged once 20 good steps are known."""
+    log_norm = jnp.log(norm + 1e-12)
+    usual = health["norm"] / (1 - 0.95 ** jnp.maximum(health["count"], 1))  # bias-corrected moving average
+    spiked = (health["count"] >= 20) & (log_norm > usual + jnp.log(spike)) if spike else False
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~jnp.asarray(spiked)
+    return good, {
+        "skipped": health["skipped"] + ~good,
+        "streak": jnp.where(good, 0, health["streak"] + 1),
+        "norm": jnp.where(good, 0.95 * health["norm"] + 0.05 * log_norm, health["norm"]),
+        "count": health["count"] + good,
+    }
+
+
+def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
+    """Weighted sums of the metrics of one batch, with averaged parameters."""
+    params = state_lib.inference_params(state["params"], state["ema"])
+    key = rng.step_key(jax.random.key(rule.seed), 0, "eval")
+    options = {"parts": parts, "extra": state["extra"], "step": state["step"], "train": False}
+    loss, aux = rule.family.loss(rule.model, params, batch, key, **options)
+    return jax.tree.map(lambda x: x * aux["weight"], aux["metrics"] | {"loss": loss, "weight": 1.0})
+
+
+class Job(NamedTuple):
+    """The dynamic half: what the loop works with."""
+
+    experiment: Experiment
+    rule: Rule
+    step: Any  # compiled train step
+    evaluate: Any  # state -> {metric: number}
+    batches: Any  # start -> prefetched iterator
+    saved: checkpoint.Checkpointer
+    writer: metrics.Writer
+    grid: Any  # state -> picture or None
+
+
+def train_loop(job: Job, state: dict, start: int, signals: rundir.Signals) -> tuple[dict, bool]:
+    """Runs from `start` to the config's steps; (state, whether it was stopped by a signal)."""
+    config, writer = job.experiment.config, job.writer
+    step, failing = start, config.health.give_up
+
+    def due(every: int) -> bool:
+        return bool(every) and step % every == 0 and step > start
+
+    with job.batches(start) as batches:
+        while True:
+            last = step == config.steps
+            if due(config.eval.every) or (last and config.eval.every and step > start):
+                with writer.time("eval"):
+                    writer.scalars(step, {f"eval/{name}": value for name, value in job.evaluate(state).items()})
+            if job.grid and (due(config.sample.every) or (last and config.sample.every and step > start)):
+                with writer.time("sample"):
+                    writer.image(step, "samples", job.grid(state))
+            if due(config.checkpoint.every) or last or signals.requested:
+                with writer.time("save"):
+                    job.saved.save(step, state, meta={"parts": job.experiment.digests})
+            if last or signals.requested:
+                return state, not last
+            if config.profile.steps and step == start + config.profile.start:
+                jax.profiler.start_trace(str(job.saved.directory.parent / "profile"))
+            with writer.time("data"):
+                batch = next(batches)
+            with writer.time("step"):
+                state, report = job.step(state, batch, job.experiment.parts)
+            step += 1
+            if config.profile.steps and step == start + config.profile.start + config.profile.steps:
+                jax.block_until_ready(report)
+                jax.profiler.stop_trace()
+            writer.step(step, report)
+            if step % config.log.every == 0 and int(state["health"]["streak"]) >= failing:
+                raise UserError(
+                    f"{int(state['health']['streak'])} bad steps in a row up to step {step}: "
+                    f"loss {float(report['loss']):.4g}, gradient norm {float(report['gradient_norm']):.4g}"
+                )
+
+
+def prepare(config: Any, folder: Path, allow: tuple[str, ...], writer_options: dict) -> tuple[Job, Any, int]:
+    """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
+    source = sources.build(config.data, "train")
+    experiment = build(config, folder, source)
+    sharding.check_batch(experiment.mesh, config.batch, config.accumulate)
+    resolved = config_lib.plain(config)
+    model = experiment.model
+    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
+    print_fingerprint = {
+        "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
+        "data": pipeline.fingerprint(config.data, source, config.batch, config.seed),
+        "parts": experiment.digests,
+    }
+    saved = checkpoint.Checkpointer(folder / "checkpoints", keep=config.checkpoint.keep, fingerprint=print_fingerprint)
+    start = saved.newest_good(report=print)
+    if start is not None:
+        saved.check_fingerprint(start, allow=allow)
+    if jax.process_index() == 0:
+        rundir.write_json(folder / "config.json", resolved)
+        if experiment.text is not None:
+            rundir.write_json(folder / "text.json", experiment.text.to_json())
+
+    rows = sharding.local_rows(experiment.mesh, config.batch)
+    put = functools.partial(sharding.to_global, mesh=experiment.mesh)
+
+    def stream(source: Any, start: int, shuffle: bool = True) -> Any:
+        options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
+        options |= {"flip": config.data.get("flip", False) and shuffle}
+        return pipeline.batches(
+            source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
+        )
+
+    specs = specs_of(next(stream(source, 0)), config.batch)
+    built: list = []
+
+    def rule_of(trainable: Any) -> optax.GradientTransformation:
+        built[:] = [optim.build(config.optim, max(config.steps, 1), trainable)]
+        return built[0]
+
+    with jax.set_mesh(experiment.mesh):
+        abstract, make = state_lib.create(experiment, config.seed, specs, rule_of)
+        if start is not None:
+            state = saved.restore(start, abstract)
+        else:
+            state = make()
+            if config.init_from:
+                state = state_lib.start_from(state, earlier(config, folder), state_lib.trainable_of(config))
+    which = state_lib.trainable_of(config)
+    rule = Rule(experiment.family, model, built[0], which, config.seed, config.accumulate, config.health.spike)
+    places = jax.tree.map(lambda s: s.sharding, abstract)
+    step = jax.jit(functools.partial(train_step, rule), donate_argnums=0, out_shardings=(places, None))
+    evaluate = functools.partial(evaluate_all, jax.jit(functools.partial(eval_step, rule)), experiment, stream, put)
+    writer = metrics.Writer(folder, start_step=start or 0, total_steps=config.steps, every=config.log.every, **writer_options)
+    grid = sample_grid(experiment, stream) if config.sample.every else None
+
+    def batches(start: int) -> Any:
+        host = (counted(batch, source, writer, start + i) for i, batch in enumerate(stream(source, start)))
+        return pipeline.prefetch(host, put, depth=2)
+
+    return Job(experiment, rule, step, evaluate, batches, saved, writer, grid), state, start or 0
+
+
+# what may differ when a run is resumed: it changes neither the samples nor the arithmetic of a step
+NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data")
+
+
+def counted(batch: dict, source: Any, writer: metrics.Writer, step: int) -> dict:
+    """The batch without its `broken` entry; each replaced record is counted and named."""
+    for index in pipeline.take_broken(batch):
+        writer.note(step, "broken_record", source.name(index))
+    return batch
+
+
+def specs_of(batch: dict, rows: int) -> dict:
+    """ShapeDtypeStructs of the global batch, from one host's rows of it."""
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items() if name != "broken"}
+
+
+def earlier(config: Any, folder: Path) -> dict[str, Any]:
+    """Subtrees of `config.init_from`: {"subtree here": "run" or "run:subtree there"}."""
+    found = {}
+    for prefix, where in config.init_from.items():
+        path, _, inside = where.partition(":")
+        arrays = load(find_run(path, folder)).part.params
+        for name in filter(None, inside.split("/")):
+            if name not in arrays:
+                raise UserError(f"init_from: {path} has no subtree {inside!r}; it has {', '.join(arrays)}")
+            arrays = arrays[name]
+        found["" if prefix == "all" else prefix.replace(".", "/")] = arrays
+    return found
+
+
+def evaluate_all(compiled: Any, experiment: Experiment, stream: Any, put: Any, state: dict) -> dict[str, float]:
+    """Weighted means of the metrics over `config.eval.batches` batches of the validation split."""
+    source = sources.build(experiment.config.data, "validation")
+    totals: dict[str, float] = {}
+    for i, batch in enumerate(stream(source, 0, shuffle=False)):
+        if i == experiment.config.eval.batches:
+            break
+        pipeline.take_broken(batch)
+        for name, value in compiled(state, put(batch), experiment.parts).items():
+            totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
+    weight = max(totals.pop("weight", 0.0), 1e-9)
+    return {name: value / weight for name, value in totals.items()}
+
+
+def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = "train") -> bool:
+    """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
+    rundir.make(folder)
+    with rundir.lock(folder), rundir.Signals() as signals:
+        job, state, start = prepare(config, folder, allow, {"label": label})
+        job.writer.line(
+            f"{label}: {config.family}, {trees.count(state['params']):,} parameters, "
+            f"mesh {dict(job.experiment.mesh.shape)}, steps {start} to {config.steps}, folder {folder}"
+        )
+        try:
+            with jax.set_mesh(job.experiment.mesh):
+                state, stopped = train_loop(job, state, start, signals)
+            job.saved.wait()
+        finally:
+            job.saved.close()
+            job.writer.close()
+    if stopped:
+        print(f"stopped at step {int(state['step'])}; the same command goes on from there", file=sys.stderr)
+    return not stopped
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("hybridgen train", description=__doc__.split("\n")[0], allow_abbrev=False)
+    config_lib.add_argument(parser)
+    parser.add_argument("--workdir", required=True, type=Path, help="run folder: checkpoints, metrics, pictures")
+    parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
+    args, overrides = config_lib.parse(parser, argv)
+    config = config_lib.load(args.config, overrides)
+    done = run(config, args.workdir, allow=tuple(filter(None, args.allow.split(","))))
+    return 0 if done else 130
+
+
+if __name__ == "__main__":
+    command(main)

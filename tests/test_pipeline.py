@@ -1,0 +1,378 @@
+"""The data position is a pure function of (seed, step), whatever hosts, workers and restarts; prefetch ends well."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from hybridgen.data import pipeline, sources, text, transforms
+from hybridgen.errors import UserError
+
+
+class Numbers:
+    """Picture i shows i; `seen` lists what was read. `bad` records are broken."""
+
+    def __init__(self, length=37, bad=()):
+        self.length, self.bad, self.seen = length, set(bad), []
+
+    def __len__(self):
+        return self.length
+
+    def name(self, index):
+        return f"number {index}"
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        if index in self.bad:
+            raise sources.BrokenRecord(f"{self.name(index)}: bad")
+        picture = np.full((2, 2, 3), index % 256, np.uint8)
+        picture[0, 0, 0] = index // 256
+        return {"image": picture, "text": f"a {index}", "scene": {"number": index}}
+
+
+TOKENIZER = text.Bytes(6)
+
+
+def take(count, source=None, **options):
+    loader = pipeline.batches(source or Numbers(), TOKENIZER, **{"batch": 8, "seed": 5, **options})
+    out = [next(loader) for _ in range(count)]
+    loader.close()
+    return out
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
+
+
+def numbers(batch):
+    image = transforms.to_uint8(batch["image"]).astype(int)
+    return (image[:, 0, 0, 0] * 256 + image[:, 1, 1, 1]).tolist()
+
+
+# ---- the order
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 37, 64, 65, 1000])
+def test_every_epoch_is_a_new_permutation(length):
+    epochs = pipeline.order(np.arange(4 * length), length, seed=1).reshape(4, length)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(length), (4, 1)))
+    if length >= 8:
+        other = pipeline.order(np.arange(4 * length), length, seed=2).reshape(4, length)
+        rows = {tuple(row) for row in (*epochs.tolist(), *other.tolist(), list(range(length)))}
+        assert len(rows) == 9  # no two epochs alike, no seed a shifted copy of another, none unshuffled
+
+
+def test_order_has_no_favourites():
+    three = pipeline.order(np.arange(3 * 6000), 3, seed=0).reshape(-1, 3)
+    counts = np.unique(three, axis=0, return_counts=True)[1]
+    assert len(counts) == 6 and abs(counts - 1000).max() < 130
+    ten = pipeline.order(np.arange(10 * 4000), 10, seed=0).reshape(-1, 10)
+    for place in range(10):
+        assert abs(np.bincount(ten[:, place], minlength=10) - 400).max() < 100
+
+
+def test_order_is_random_access_and_far():
+    places = np.array([2**40 + 3, 5, 2**40 + 2, 5])
+    got = pipeline.order(places, 1000, 0)
+    assert got[1] == got[3] and got[0] != got[2] and ((0 <= got) & (got < 1000)).all()
+    assert got[0] == pipeline.order(places[:1], 1000, 0)[0]
+
+
+def test_the_order_of_a_seed_never_changes():
+    # A change here breaks the resume of every run there is.
+    assert pipeline.order(np.arange(8), 1000, 0).tolist() == ORDER_OF_SEED_0
+
+
+ORDER_OF_SEED_0 = [222, 461, 177, 95, 365, 702, 938, 835]
+
+
+# ---- batches
+
+
+def test_a_batch_is_what_it_says():
+    batch = take(1)[0]
+    assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {
+        "id": ((8,), "uint32"), "image": ((8, 2, 2, 3), "float32"), "text": ((8, 6), "int32"),
+        "text_mask": ((8, 6), "bool"), "label": ((8,), "int32"), "broken": ((8,), "int32"),
+    }
+    assert [TOKENIZER.decode(ids) for ids in batch["text"]] == [f"a {i}" for i in numbers(batch)]
+    assert numbers(batch) == pipeline.order(np.arange(8), 37, 5).tolist()
+
+
+def test_each_epoch_visits_every_sample_once():
+    seen = [number for batch in take(3 * 37, batch=2) for number in numbers(batch)]
+    epochs = [seen[i : i + 37] for i in range(0, len(seen), 37)]
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_ids_count_samples_and_wrap():
+    assert [batch["id"].tolist() for batch in take(2, batch=3)] == [[0, 1, 2], [3, 4, 5]]
+    assert take(1, batch=3, start=2**32 // 3)[0]["id"].tolist() == [2**32 - 1, 0, 1]
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 13])
+def test_restart_anywhere(start):
+    whole = take(16)
+    assert all(same(one, two) for one, two in zip(whole[start:], take(16 - start, start=start), strict=True))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_read_their_rows_and_no_others(hosts):
+    whole = take(6)
+    parts = np.array_split(np.arange(8), hosts)
+    for rows in parts:
+        source = Numbers()
+        mine = take(6, source, rows=rows, threads=0)
+        for full, part in zip(whole, mine, strict=True):
+            assert all(np.array_equal(full[key][rows], part[key]) for key in full)
+        assert sorted(source.seen) == sorted(number for batch in mine for number in numbers(batch))
+    # Rows need not be a range: two devices of a host may hold rows far apart, or hosts share them.
+    odd = take(1, rows=[6, 1, 2])[0]
+    assert all(np.array_equal(whole[0][key][[6, 1, 2]], odd[key]) for key in odd)
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 3, "ahead": 7}, {"ahead": 0}])
+def test_threads_change_nothing(options):
+    assert all(same(one, two) for one, two in zip(take(9), take(9, **options), strict=True))
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing():
+    """Also: their exceptions arrive as they are, and closing ends them."""
+    source = Numbers(bad={3})
+    assert all(same(one, two) for one, two in zip(take(9, source), take(9, source, workers=2), strict=True))
+    assert not multiprocessing.active_children()
+    one_pass = {"batch": 4, "seed": 0, "shuffle": False}
+    one, two = (list(pipeline.batches(source, TOKENIZER, **one_pass, workers=workers)) for workers in (0, 3))
+    assert len(one) == len(two) == 10 and all(same(*pair) for pair in zip(one, two, strict=True))
+    loader = pipeline.batches(Numbers(3, bad={0, 1, 2}), TOKENIZER, batch=2, seed=0, workers=1)
+    with pytest.raises(UserError, match="3 records in a row cannot be read.*: bad"):
+        next(loader)
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_flip_is_the_samples_own():
+    class Halves(Numbers):
+        def __getitem__(self, index):
+            image = np.zeros((2, 2, 3), np.uint8)
+            image[:, 0] = 255
+            return {"image": image, "text": ""}
+
+    left = [batch["image"][:, 0, 0, 0] > 0 for batch in take(16, Halves(), flip=True)]
+    assert 40 < np.sum(left) < 88  # of 128
+    again = take(1, Halves(), flip=True, start=3, rows=[5, 6])[0]["image"][:, 0, 0, 0] > 0
+    np.testing.assert_array_equal(again, left[3][[5, 6]])
+    assert not np.array_equal(left[0], left[5])
+    assert all((batch["image"][:, 0, 0, 0] > 0).all() for batch in take(3, Halves()))
+
+
+def test_one_sequential_pass_for_evaluation():
+    got = list(pipeline.batches(Numbers(11), TOKENIZER, batch=4, seed=0, shuffle=False))
+    assert [numbers(batch) for batch in got] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]]
+    assert [batch["valid"].tolist() for batch in got] == [[True] * 4, [True] * 4, [True, True, True, False]]
+    last = list(pipeline.batches(Numbers(11), TOKENIZER, batch=4, seed=0, shuffle=False, rows=[2, 3], start=2))
+    assert len(last) == 1 and last[0]["valid"].tolist() == [True, False]
+    assert not list(pipeline.batches(Numbers(11), TOKENIZER, batch=4, seed=0, shuffle=False, start=9))
+
+
+def test_examples_carry_their_scenes():
+    got = pipeline.examples(Numbers(5, bad={4}), [2, 4, 0])
+    facts = [(item["index"], item["broken"], item["scene"]["number"]) for item in got]
+    assert facts == [(2, -1, 2), (4, 4, 0), (0, -1, 0)]
+    assert got[0]["image"].dtype == np.uint8
+
+
+def test_broken_records_are_named_and_harm_no_other():
+    good, hurt = take(12), take(12, Numbers(bad={7, 8}))
+    for one, two in zip(good, hurt, strict=True):
+        for row, (before, after) in enumerate(zip(numbers(one), numbers(two), strict=True)):
+            assert after == (9 if before in (7, 8) else before)
+            assert two["broken"][row] == (before if before in (7, 8) else -1)
+    assert sum((pipeline.take_broken(batch) for batch in hurt), []).count(7) in (2, 3)  # 96 samples of 37
+
+
+def test_a_broken_run_longer_than_tries_is_an_error():
+    assert pipeline.read(Numbers(1000, bad=range(99)), 0)[1] == 0
+    with pytest.raises(UserError, match="100 records in a row cannot be read, from number 0 on; .*number 99: bad"):
+        pipeline.read(Numbers(1000, bad=range(100)), 0)
+
+
+@pytest.mark.parametrize("options, says", [({"rows": [8]}, "global batch of 8"), ({"rows": []}, "rows"),
+                                           ({"batch": 0}, "0"), ({"start": -1}, "-1"), ({"workers": -2}, "-2"),
+                                           ({"source": Numbers(0)}, "has 0")])
+def test_batches_refuses(options, says):
+    with pytest.raises(UserError, match=says):
+        pipeline.batches(options.pop("source", Numbers()), TOKENIZER, **{"batch": 8, "seed": 0, **options})
+
+
+# ---- the fingerprint
+
+
+def test_fingerprint_survives_json_and_names_what_differs():
+    config = {"source": "shapes", "resolution": 16, "options": {"objects": (1,), "size": 50}, "text": {"kind": "words"}}
+
+    def fingerprint(batch=8, seed=0, **changes):
+        changed = ml_collections.ConfigDict({**config, **changes})
+        source = sources.build(changed, "train")
+        return pipeline.fingerprint(changed, source, text.build(changed, source), batch=batch, seed=seed)
+
+    base = fingerprint()
+    assert json.loads(json.dumps(base)) == base == fingerprint(workers=3, threads=2)
+    assert pipeline.describe_mismatch(base, fingerprint()) == ""
+    assert pipeline.describe_mismatch(base, fingerprint(batch=16)) == "batch: 8 then, 16 now"
+    assert pipeline.describe_mismatch(base, fingerprint(resolution=32)) == "source.resolution: 16 then, 32 now"
+    assert "source.options.objects: [1] then, [1, 2] now" in pipeline.describe_mismatch(
+        base, fingerprint(options={"objects": (1, 2), "size": 50}))
+    changed = pipeline.describe_mismatch(base, fingerprint(text={"kind": "words", "length": 9}, flip=True, seed=1))
+    assert [line.split(":")[0] for line in changed.split("; ")] == ["flip", "seed", "text.digest", "text.length"]
+
+
+# ---- prefetch
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_prefetch_delivers_all_in_order_on_the_device():
+    with pipeline.prefetch(iter(range(20)), jax.numpy.asarray) as loader:
+        assert [int(item) for item in loader] == list(range(20))
+        with pytest.raises(StopIteration):
+            next(loader)
+    assert not prefetch_threads()
+
+
+def test_prefetch_runs_ahead_by_its_depth():
+    made = []
+    with pipeline.prefetch((made.append(i) or i for i in range(100)), lambda item: item, depth=3) as loader:
+        assert next(loader) == 0
+        time.sleep(0.3)
+        assert 4 <= len(made) <= 5  # one taken, three waiting, one in hand
+
+
+@pytest.mark.parametrize("where", ["loader", "put"])
+def test_prefetch_raises_after_the_batches_before(where):
+    def load():
+        yield 0
+        yield 1
+        if where == "loader":
+            raise UserError("bad record")
+        yield 2
+
+    def put(item):
+        if item == 2:
+            raise UserError("bad record")
+        return item
+
+    loader = pipeline.prefetch(load(), put)
+    assert [next(loader), next(loader)] == [0, 1]
+    with pytest.raises(UserError, match="bad record"):
+        next(loader)
+    assert not prefetch_threads()
+    with pytest.raises(StopIteration):  # not a hang
+        next(loader)
+
+
+def test_prefetch_closes_early_with_its_loader():
+    closed = []
+
+    def load():
+        try:
+            while True:
+                yield np.zeros(10)
+        finally:
+            closed.append(threading.current_thread().name)
+
+    loader = pipeline.prefetch(load(), lambda item: item)
+    next(loader)
+    loader.close()
+    loader.close()
+    assert closed == ["prefetch"] and not prefetch_threads()
+    with pytest.raises(KeyboardInterrupt), pipeline.prefetch(load(), lambda item: item):
+        raise KeyboardInterrupt
+    assert len(closed) == 2 and not prefetch_threads()
+
+
+def test_prefetch_ends_with_its_object():
+    loader = pipeline.prefetch(iter(int, 1), lambda item: item)
+    next(loader)
+    del loader
+    assert not prefetch_threads()
+
+
+def test_prefetch_over_batches_leaves_no_thread():
+    before = threading.active_count()
+    loader = pipeline.batches(Numbers(), TOKENIZER, batch=8, seed=5)
+    with pipeline.prefetch(loader, lambda batch: batch) as ahead:
+        assert same(next(ahead), take(1)[0])
+    deadline = time.time() + 5  # Grain does not wait for its threads, they end by themselves
+    while threading.active_count() > before and time.time() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+SCRIPT = """
+    import signal
+    import jax
+    from hybridgen.data import pipeline, sources, text
+    config = {"source": "shapes", "options": {"size": 100}, "resolution": 16}
+    if __name__ == "__main__":
+        stopped = []
+        source = sources.build(config, "train")
+        loader = pipeline.batches(source, text.Bytes(8), batch=4, seed=0, workers=WORKERS)
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(i))
+        for i, batch in enumerate(pipeline.prefetch(loader, jax.device_put)):
+            if i == 2:
+                print("running", flush=True)
+            if FAIL and i == 2:
+                raise RuntimeError("in the loop")
+            if stopped and i > stopped[0] + 20:
+                break
+"""
+
+
+def script(tmp_path, fail, workers):
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(SCRIPT).replace("WORKERS", str(workers)).replace("FAIL", str(fail)))
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, str(path)], env=env, start_new_session=True, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_program_that_fails_exits_with_its_traceback(tmp_path):
+    """An exception past a prefetch that nobody closed: a traceback and code 1, no abort and no hang."""
+    program = script(tmp_path, fail=True, workers=0)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 1 and errors.strip().endswith("RuntimeError: in the loop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_worker_processes_end_with_the_program(tmp_path, signum):
+    """Ctrl-C and SIGTERM reach the whole process group: the program decides. SIGKILL: no worker lives on."""
+    program = script(tmp_path, fail=False, workers=2)
+    try:
+        assert program.stdout.readline() == "running\n"
+        if signum == signal.SIGKILL:
+            program.kill()
+        else:
+            os.killpg(program.pid, signum)
+        errors = program.communicate(timeout=50)[1]  # returns when the last worker has let go of the pipe
+    finally:
+        if program.poll() is None:
+            os.killpg(program.pid, signal.SIGKILL)
+    if signum == signal.SIGINT:
+        assert errors.count("Traceback") == 1 and errors.strip().endswith("KeyboardInterrupt")
+    elif signum == signal.SIGTERM:
+        assert program.returncode == 0 and "Traceback" not in errors
