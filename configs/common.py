@@ -63,3 +63,8 @@ def shapes(**options) -> dict:
         "threads": 1,
         "text": {"kind": "words", "length": length},
     }
+
+
+def unknown(variant: str, *known: str) -> ValueError:
+    """The error for a variant that a config does not have."""
+    return ValueError(f"unknown variant {variant!r}: one of {', '.join(known)}, or none")

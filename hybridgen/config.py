@@ -55,7 +55,10 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     variant, settings = split_arg(arg)
-    config = module.get_config(variant)
+    try:
+        config = module.get_config(variant)
+    except ValueError as error:  # configs import nothing of ours, so they cannot raise UserError
+        raise UserError(f"{path}: {error}") from None
     override(config, [*settings, *overrides])
     return config.lock()
 

@@ -4,16 +4,19 @@ A run folder holds `config.json` (resolved: no "auto" left), `text.json` (the te
 Parts are runs too: `config.parts = {"tokenizer": "../tokenizer"}`, relative to the run folder or to where one stands.
 """
 
+import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from hybridgen import checkpoint, sharding
+from hybridgen import checkpoint, pictures, sharding
 from hybridgen import config as config_lib
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
@@ -100,8 +103,68 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
 
 def find_run(path: str, folder: Path | None) -> Path:
     """The run that a config or a command line names. Raises UserError if there is none."""
-    places = ([folder / path] if folder else []) + [Path(path)]
+    places = [Path(os.path.normpath(place)) for place in ([folder / path] if folder else []) + [Path(path)]]
     for place in places:
         if (place / "config.json").is_file():
             return place.resolve()
     raise UserError(f"no run in {path!r} (looked for config.json in {', '.join(str(p) for p in places)})")
+
+
+class Loaded(NamedTuple):
+    """A run ready to draw: `draw(cond, keys)` is one jitted program, `put` places host arrays on the mesh."""
+
+    config: Any
+    text: Any
+    mesh: Mesh
+    step: int
+    draw: Any
+    put: Any
+    tokenizer: Part | None
+    encode: Any
+    plans: bool  # draws from captions, through tokens of its own
+
+    def tokens(self, images: Any, batch: int) -> np.ndarray:
+        """Tokens `[b, n]` of pictures `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
+        out = []
+        for start in range(0, len(images), batch):
+            rows = np.minimum(np.arange(start, start + batch), len(images) - 1)
+            out.append(np.asarray(self.encode(self.put({"image": images[rows]})["image"]))[: len(images) - start])
+        return np.concatenate(out)
+
+
+def restore(folder: Path, changes: Mapping[str, Any], report: Any = print) -> Loaded:
+    """A run with its parts; `changes` replace sampling options ("prior.guidance": 3.0)."""
+    run = load(folder, report=report)
+    config = run.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.mesh = type(config.mesh)({"data": -1})
+        _change(config.sample.options, changes)
+    experiment = build(config, folder)
+    place = sharding.replicated(experiment.mesh)
+    own = jax.device_put(run.part, place)
+    program = pictures.sampler(experiment.family, experiment.model, config.sample.options)
+    part = own if hasattr(experiment.family, "embed") else experiment.parts.get("tokenizer")
+    return Loaded(
+        config,
+        run.text or experiment.text,
+        experiment.mesh,
+        run.step,
+        lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys),
+        functools.partial(sharding.to_global, mesh=experiment.mesh),
+        part,
+        jax.jit(functools.partial(Part.call, part, "encode")) if part else None,
+        hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),
+    )
+
+
+def _change(options: Any, changes: Mapping[str, Any]) -> None:
+    """Sets "decoder.steps" and the like; a group that the family's options do not have is refused."""
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        node = options
+        for group in path:
+            if group not in node:
+                raise UserError(f"this run has no {group!r} to set {last!r} of; its options are {', '.join(options) or 'none'}")
+            node = node[group]
+        with node.unlocked(), node.ignore_type():
+            node[last] = value

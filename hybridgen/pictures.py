@@ -4,6 +4,7 @@ Picture i of a seed has the key fold_in(step_key(seed, 0, "sample"), i): it is t
 Batches are padded to the compiled shape. Options are those of `config.sample.options`, checked here.
 """
 
+import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -113,3 +114,28 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
         return np.asarray(sheet(np.concatenate(strips, 2), captions, cell=96 * len(strips)))
 
     return grid
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sampling options of a command line; what is not given stays as the run's config has it."""
+    parser.add_argument("--guidance", type=float, help="guidance scale of the prior (1: none)")
+    parser.add_argument("--temperature", type=float, help="temperature of the prior (0: greedy)")
+    parser.add_argument("--top-k", type=int, help="keep the k most likely tokens (0: all)")
+    parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this mass (1: all)")
+    parser.add_argument("--decoder-guidance", type=float, help="guidance scale of the decoder, plan against none")
+    parser.add_argument("--steps", type=int, help="steps of the decoder's solver")
+    parser.add_argument("--solver", help=f"one of {', '.join(SOLVERS)}")
+
+
+def changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given, by the name of the option in `config.sample.options`."""
+    names = {
+        "guidance": "prior.guidance",
+        "temperature": "prior.temperature",
+        "top_k": "prior.top_k",
+        "top_p": "prior.top_p",
+        "decoder_guidance": "decoder.guidance",
+        "steps": "decoder.steps",
+        "solver": "decoder.solver",
+    }
+    return {name: getattr(args, given) for given, name in names.items() if getattr(args, given) is not None}

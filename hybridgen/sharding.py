@@ -80,7 +80,7 @@ def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
 def logical_spec(*names: str | None) -> PartitionSpec:
     """PartitionSpec of logical axis names. Two logical axes on one mesh axis are an error."""
     spec = [LOGICAL[name] if name else None for name in names]
-    used = [axis for axes in spec if axes for axis in axes]
+    used = [axis for axes in spec for axis in axes or ()]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {spec}")
     return PartitionSpec(*spec)
@@ -101,6 +101,7 @@ def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partit
     """Drops the axes of `spec` that do not divide their dimension (3 heads over 2 devices stay whole)."""
     kept = []
     for size, axes in zip(shape, spec, strict=True):
+        axes = (axes,) if isinstance(axes, str) else axes
         ways = int(np.prod([mesh.shape[axis] for axis in axes])) if axes else 1
         kept.append(axes if axes and size % ways == 0 else None)
     return PartitionSpec(*kept)

@@ -151,7 +151,8 @@ def train_loop(job: Job, state: dict, start: int, signals: rundir.Signals) -> tu
                     writer.scalars(step, {f"eval/{name}": value for name, value in job.evaluate(state).items()})
             if job.grid and (due(config.sample.every) or (last and config.sample.every and step > start)):
                 with writer.time("sample"):
-                    writer.image(step, "samples", job.grid(state))
+                    params = state_lib.inference_params(state["params"], state["ema"])
+                    writer.image(step, "samples", job.grid(params, state["extra"]))
             if due(config.checkpoint.every) or last or signals.requested:
                 with writer.time("save"):
                     job.saved.save(step, state, meta={"parts": job.experiment.digests})
@@ -182,13 +183,13 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], writer_options: d
     sharding.check_batch(experiment.mesh, config.batch, config.accumulate)
     resolved = config_lib.plain(config)
     model = experiment.model
-    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
-    print_fingerprint = {
+    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}  # no "auto" left
+    identity = {
         "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
-        "data": pipeline.fingerprint(config.data, source, config.batch, config.seed),
+        "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
         "parts": experiment.digests,
     }
-    saved = checkpoint.Checkpointer(folder / "checkpoints", keep=config.checkpoint.keep, fingerprint=print_fingerprint)
+    saved = checkpoint.Checkpointer(folder / "checkpoints", keep=config.checkpoint.keep, fingerprint=identity)
     start = saved.newest_good(report=print)
     if start is not None:
         saved.check_fingerprint(start, allow=allow)
@@ -228,7 +229,7 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], writer_options: d
     step = jax.jit(functools.partial(train_step, rule), donate_argnums=0, out_shardings=(places, None))
     evaluate = functools.partial(evaluate_all, jax.jit(functools.partial(eval_step, rule)), experiment, stream, put)
     writer = metrics.Writer(folder, start_step=start or 0, total_steps=config.steps, every=config.log.every, **writer_options)
-    grid = sample_grid(experiment, stream) if config.sample.every else None
+    grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
 
     def batches(start: int) -> Any:
         host = (counted(batch, source, writer, start + i) for i, batch in enumerate(stream(source, start)))

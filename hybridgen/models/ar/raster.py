@@ -181,7 +181,7 @@ def loss(
     cond = condition(model, batch)
     if train and model.drop:
         keys = rng.sample_keys(key, batch["id"])
-        cond["drop"] = rng.uniform(keys, ()) < model.drop
+        cond["drop"] = rng.bernoulli(rng.named(keys, "drop"), model.drop)
     logits = score(model, params, extra, tokens, cond)
     each = cross_entropy(logits, tokens)  # b n
     scalar, weight = weighted(each, rows(batch, each))
@@ -238,10 +238,13 @@ def plan(
 def sample(
     model: Raster, params: Any, cond: dict, keys: jax.Array, *, parts: Any, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """Tokens, and the tokenizer's picture of them where there is a tokenizer."""
-    tokens, logprob = plan(model, params, extra, condition(model, cond), keys, options)
-    out = {"tokens": tokens, "logprob": logprob}
+    """Tokens (or those of `cond["tokens"]`), and the tokenizer's picture of them where there is a tokenizer."""
+    if "tokens" in cond:
+        out = {"tokens": cond["tokens"]}
+    else:
+        tokens, logprob = plan(model, params, extra, condition(model, cond), keys, options.get("prior", {}))
+        out = {"tokens": tokens, "logprob": logprob}
     if "tokenizer" in parts:
-        codes = parts["tokenizer"].call("embed", tokens)
+        codes = parts["tokenizer"].call("embed", out["tokens"])
         out["image"] = jnp.clip(parts["tokenizer"].call("decode", codes), -1, 1)
     return out

@@ -203,13 +203,12 @@ def loss(
     """Error of the prediction at random times, on true tokens with corruption."""
     del step
     keys = rng.sample_keys(key, batch["id"])  # b
-    token_keys, keys = rng.split(keys, 2)
     tokens = None
     if model.plan_width:
         tokenizer = need(parts, "tokenizer", "a decoder with a plan")
         tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])
         if train and model.corrupt:
-            tokens = corrupted(tokens, token_keys, tokenizer.model.vocab, model.corrupt)
+            tokens = corrupted(tokens, keys, tokenizer.model.vocab, model.corrupt)
     cond = condition(model, batch, parts, tokens)
     return judged(model, params, batch, cond, keys, parts, train)
 
@@ -218,11 +217,10 @@ def judged(
     model: DiT, params: Any, batch: dict, cond: dict, keys: jax.Array, parts: Parts, train: bool
 ) -> tuple[jax.Array, dict]:
     """The loss given its conditions, some of them dropped in training."""
-    drop_keys, keys = rng.split(keys, 2)
     if train:
-        plan_keys, text_keys = rng.split(drop_keys, 2)
-        cond |= {"drop_plan": rng.uniform(plan_keys) < model.drop_plan}
-        cond |= {"drop_text": rng.uniform(text_keys) < model.drop_text, "drop_label": rng.uniform(text_keys) < model.drop_text}
+        cond |= {"drop_plan": rng.bernoulli(rng.named(keys, "drop plan"), model.drop_plan)}
+        told = rng.bernoulli(rng.named(keys, "drop text"), model.drop_text)
+        cond |= {"drop_text": told, "drop_label": told}
     each, metrics = process.errors(
         model, lambda x, t, cond: predict(model, params, {}, x, t, cond), clean(model, batch, parts), keys, cond
     )
@@ -234,11 +232,10 @@ def judged(
 
 def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> jax.Array:
     """`tokens [b, n]` with some replaced at random, at a rate of its own for each picture, uniform in [0, most]."""
-    rate_keys, place_keys, code_keys = rng.split(keys, 3)
     n = tokens.shape[1]
-    rate = most * rng.uniform(rate_keys)  # b
-    hit = rng.uniform(place_keys, (n,)) < rate[:, None]  # b n
-    return jnp.where(hit, rng.randint(code_keys, (n,), 0, vocab), tokens)
+    rate = most * rng.uniform(rng.named(keys, "corruption rate"))  # b
+    hit = rng.uniform(rng.named(keys, "corrupted places"), (n,)) < rate[:, None]  # b n
+    return jnp.where(hit, rng.randint(rng.named(keys, "corrupted codes"), (n,), 0, vocab), tokens)
 
 
 def draw(
@@ -259,6 +256,6 @@ def sample(
 ) -> dict[str, jax.Array]:
     """Renders of `cond["tokens"]`, or of the tokens of `cond["image"]`, or from text and label alone."""
     ready = condition(model, cond, parts)
-    return {"image": draw(model, params, extra, ready, keys, parts, options)} | (
+    return {"image": draw(model, params, extra, ready, keys, parts, options.get("decoder", {}))} | (
         {"draft": jnp.clip(ready["draft"], -1, 1)} if "draft" in ready and "autoencoder" not in parts else {}
     )

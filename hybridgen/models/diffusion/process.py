@@ -22,11 +22,10 @@ Network = Callable[[jax.Array, jax.Array, dict], jax.Array]  # (x_t b H W c, t b
 
 def errors(model: Any, network: Network, x: jax.Array, keys: jax.Array, cond: dict) -> tuple[jax.Array, dict]:
     """Squared error of the prediction `[b]` at random times, and metrics `[b]`: `x [b, H, W, c]` clean, a key a sample."""
-    time_keys, noise_keys = rng.split(keys, 2)
-    t = schedules.logit_normal(rng.normal(time_keys), model.time_mean, model.time_std)  # b
+    t = schedules.logit_normal(rng.normal(rng.named(keys, "time")), model.time_mean, model.time_std)  # b
     t = jnp.maximum(t, model.time_min)
     level = schedules.schedule(model.schedule)(t)
-    eps = rng.normal(noise_keys, x.shape[1:], x.dtype)
+    eps = rng.normal(rng.named(keys, "noise"), x.shape[1:], x.dtype)
     x_t = schedules.noised(level, x, eps)
     said = schedules.to_x_eps(level, model.kind, x_t, network(x_t, t, cond))
     if model.loss_kind == model.kind:
@@ -44,7 +43,6 @@ def render(
     options: "solver", "steps", "shift", "spacing", "guidance" (a scale that drops the plan, or {"plan": s, "text": s},
     see sampling.guidance). A condition "x" is dropped through the entry `drop_x [b] bool` of `cond`.
     """
-    noise_keys, solver_keys = rng.split(keys, 2)
     spec = options.get("guidance", 1.0)
     spec = spec if hasattr(spec, "items") else {"plan": spec}
     branches = guidance.branches(guidance.parse(spec))
@@ -57,6 +55,6 @@ def render(
     levels = schedules.schedule(model.schedule)(grid)
     call = guidance.guided(lambda x, t: network(x, t, full), spec)
     predict = schedules.predictor(call, model.kind)
-    noise = rng.normal(noise_keys, shape)  # b H W c: at t = 1 sigma is 1
+    noise = rng.normal(rng.named(keys, "noise"), shape)  # b H W c: at t = 1 sigma is 1
     with jax.named_scope("render"):
-        return SOLVERS[options.get("solver", "euler")](predict, noise, levels, solver_keys)
+        return SOLVERS[options.get("solver", "euler")](predict, noise, levels, rng.named(keys, "solver"))

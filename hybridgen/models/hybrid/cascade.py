@@ -84,22 +84,20 @@ def loss(
     prior, decoder = (member(model, name, params, parts) for name in ("prior", "decoder"))
     tokenizer = need(parts, "tokenizer", "a cascade")
     keys = rng.sample_keys(key, batch["id"])
-    drop_keys, draw_keys, decoder_keys = rng.split(keys, 3)
     tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])  # b n
     cond = find(prior.family).condition(prior.model, batch)
     if train:
-        cond["drop"] = rng.uniform(drop_keys) < prior.model.drop
+        cond["drop"] = rng.bernoulli(rng.named(keys, "drop"), prior.model.drop)
     logits = prior.call("score", tokens, cond)  # b n v
     nll = cross_entropy(logits, tokens)  # b n
 
     plan = tokens
     if train and model.own:
-        owned = own_tokens(model, prior, cond, logits, draw_keys, step)
-        pick_keys, decoder_keys = rng.split(decoder_keys, 2)
-        plan = jnp.where((rng.uniform(pick_keys) < model.own)[:, None], owned, tokens)
+        owned = own_tokens(model, prior, cond, logits, rng.named(keys, "own plan"), step)
+        plan = jnp.where(rng.bernoulli(rng.named(keys, "own"), model.own)[:, None], owned, tokens)
     flow = connect(model, prior, decoder, tokenizer, plan, logits, cond, parts)
     rendered, aux = find(decoder.family).judged(
-        decoder.model, decoder.params, batch, flow, decoder_keys, parts, train
+        decoder.model, decoder.params, batch, flow, rng.named(keys, "decoder"), parts, train
     )
     planned, _ = weighted(nll, rows(batch, nll))
     total = model.prior_weight * planned + model.decoder_weight * rendered
@@ -149,13 +147,12 @@ def sample(
     """
     prior, decoder = (member(model, name, params, parts) for name in ("prior", "decoder"))
     tokenizer = need(parts, "tokenizer", "a cascade")
-    plan_keys, render_keys = rng.split(keys, 2)
     asked = find(prior.family).condition(prior.model, cond)
     if "tokens" in cond:
         tokens, logprob = cond["tokens"], jnp.zeros(cond["tokens"].shape)
     else:
         with jax.named_scope("plan"):
-            tokens, logprob = prior.call("plan", asked, plan_keys, options.get("prior", {}))
+            tokens, logprob = prior.call("plan", asked, rng.named(keys, "plan"), options.get("prior", {}))
     family = find(decoder.family)
     if model.mode == "features":
         flow = connect(model, prior, decoder, tokenizer, tokens, logprob, asked, parts)
@@ -163,6 +160,6 @@ def sample(
         flow = family.planned(decoder.model, tokenizer.call("embed", tokens), parts)
     names = ("text", "text_mask", "label")
     told = flow | {name: cond[name] for name in names if name in cond}
-    image = decoder.call("draw", told, render_keys, parts, options.get("decoder", {}))
+    image = decoder.call("draw", told, rng.named(keys, "render"), parts, options.get("decoder", {}))
     draft = tokenizer.call("decode", tokenizer.call("embed", tokens))
     return {"image": image, "draft": jnp.clip(draft, -1, 1), "tokens": tokens, "logprob": logprob}

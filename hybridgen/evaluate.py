@@ -1,0 +1,160 @@
+"""Evaluation of a run: pictures from captions, read back by the judge, and reconstructions from true tokens.
+
+    python -m hybridgen.evaluate --run runs/shapes/cascade --splits validation,holdout --count 256
+
+Writes report.json, report.md and a contact sheet a split, with the verdict under each picture. For data without scenes
+(a folder of pictures) there is no judge: PSNR and SSIM of reconstructions, and the sheet.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridgen import config as config_lib
+from hybridgen import pictures, rundir, sharding
+from hybridgen.cli import command
+from hybridgen.data import pipeline, sources
+from hybridgen.errors import UserError
+from hybridgen.evals import alignment, recon
+from hybridgen.evals.sheet import sheet
+from hybridgen.experiment import Loaded, find_run, restore
+from hybridgen.metrics import progress
+
+
+def evaluate(loaded: Loaded, splits: tuple[str, ...], count: int, batch: int, seed: int, folder: Path) -> dict:
+    """Measures a run on `count` captions of each split; writes the report into `folder` and returns it."""
+    rundir.make(folder)
+    report: dict[str, Any] = {"family": loaded.config.family, "step": loaded.step, "seed": seed, "splits": {}}
+    report["options"] = config_lib.plain(loaded.config.sample.options)
+    with jax.set_mesh(loaded.mesh):
+        for split in splits:
+            source = sources.build(loaded.config.data, split)
+            items = pipeline.examples(source, range(min(count, len(source))))
+            report["splits"][split] = measure(loaded, items, batch, seed, folder / f"{split}.png", split)
+        codes = code_use(loaded, batch)
+    if codes:
+        report["codes"] = codes
+    rundir.write_json(folder / "report.json", report)
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    return report
+
+
+def measure(loaded: Loaded, items: list[dict], batch: int, seed: int, picture: Path, label: str) -> dict:
+    """Judge and PSNR of everything the family draws for `items`, by name ("image", "draft"), and the contact sheet."""
+    true = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1  # b H W 3
+    captions = [item["text"] for item in items]
+    scenes = [item["scene"] for item in items] if "scene" in items[0] else None
+    cond = {"image": true}
+    if loaded.text is not None:
+        ids, masks = zip(*(loaded.text.encode(caption) for caption in captions), strict=True)
+        cond |= {"text": np.stack(ids), "text_mask": np.stack(masks)}
+    if "label" in items[0]:
+        cond["label"] = np.asarray([item["label"] for item in items], np.int32)
+    out: dict[str, Any] = {}
+    if loaded.plans:
+        drawn = draw(loaded, {name: value for name, value in cond.items() if name != "image"}, seed, batch, label)
+        out["from captions"] = judged(drawn, scenes, None)
+        given = cond | {"tokens": loaded.tokens(true, batch)}
+        out["from true tokens"] = judged(draw(loaded, given, seed, batch, f"{label}, true tokens"), scenes, true)
+    else:
+        drawn = draw(loaded, cond, seed, batch, label)
+        out["reconstructed"] = judged(drawn, scenes, true)
+    names = [name for name in ("draft", "image") if name in drawn]
+    strips = np.concatenate([true, *(drawn[name] for name in names)], 2)
+    verdicts = [alignment.judge(*pair) for pair in zip(drawn["image"], scenes, strict=True)] if scenes else None
+    shown = slice(0, 48)
+    title = f"{label}: true picture, {', '.join('render' if name == 'image' else name for name in names)}"
+    paper = sheet(strips[shown], captions[shown], verdicts[shown] if verdicts else None, cell=64 * (1 + len(names)), title=title)
+    paper.save(picture)
+    return out
+
+
+def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[str, np.ndarray]:
+    """All pictures of a run for `cond`, as numpy."""
+    pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
+    total = -(-len(next(iter(cond.values()))) // batch)
+    pieces = list(progress(pieces, total=total, label=f"drawing {label}"))
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def judged(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
+    """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of what was drawn."""
+    out = {}
+    for name, called in (("image", "render"), ("draft", "draft")):
+        if name not in drawn:
+            continue
+        entry = {}
+        if true is not None:
+            entry |= {"psnr": float(recon.psnr(drawn[name], true).mean()), "ssim": float(recon.ssim(drawn[name], true).mean())}
+        if scenes is not None:
+            entry["judge"] = alignment.summary(alignment.judge_batch(drawn[name], scenes))
+        out[called] = entry
+    return out
+
+
+def code_use(loaded: Loaded, batch: int, count: int = 4096) -> dict | None:
+    """Share of codes in use and perplexity over vocabulary, on `count` training pictures."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None or not tokenizer.model.vocab:
+        return None
+    source = sources.build(loaded.config.data, "train")
+    items = pipeline.examples(source, range(min(count, len(source))))
+    images = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1
+    uses = np.bincount(loaded.tokens(images, batch).reshape(-1), minlength=tokenizer.model.vocab)
+    p = uses[uses > 0] / uses.sum()
+    perplexity = float(np.exp(-(p * np.log(p)).sum()))
+    vocab = tokenizer.model.vocab
+    return {"codes": vocab, "usage": float((uses > 0).mean()), "perplexity": perplexity / vocab, "tokens": int(uses.sum())}
+
+
+def markdown(report: dict) -> str:
+    """The report as tables."""
+    lines = [f"# {report['family']}, step {report['step']}", ""]
+    for split, kinds in report["splits"].items():
+        lines += [f"## {split}", "", "| pictures | of | objects | all right | by attribute | PSNR | SSIM |", "|---|---|---|---|---|---|---|"]
+        for kind, entries in kinds.items():
+            for name, entry in entries.items():
+                psnr, ssim = (f"{entry[key]:.2f}" if key in entry else "" for key in ("psnr", "ssim"))
+                groups = entry.get("judge", {"all": {}})
+                for group, means in groups.items():
+                    parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in means.items() if k not in ("all_right", "pictures"))
+                    right = f"{100 * means['all_right']:.1f} %" if means else ""
+                    lines.append(f"| {kind}, {name} | {means.get('pictures', '')} | {group} | {right} | {parts} | {psnr} | {ssim} |")
+        lines.append("")
+    if "codes" in report:
+        codes = report["codes"]
+        lines += [
+            f"Codebook of {codes['codes']}: {100 * codes['usage']:.1f} % in use, perplexity "
+            f"{100 * codes['perplexity']:.1f} % of it, over {codes['tokens']:,} tokens.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("hybridgen evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--splits", default="validation", help="comma-separated: train, validation, holdout")
+    parser.add_argument("--count", type=int, default=256, help="captions a split")
+    parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/evaluation)")
+    pictures.add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.count < 1 or args.batch < 1:
+        raise UserError(f"--count {args.count} and --batch {args.batch} must be at least 1")
+    folder = find_run(args.run, None)
+    loaded = restore(folder, pictures.changes(args))
+    out = args.out or folder / "evaluation"
+    report = evaluate(loaded, tuple(args.splits.split(",")), args.count, args.batch, args.seed, out)
+    print(markdown(report))
+    print(f"report {out / 'report.md'}, pictures {', '.join(str(out / f'{s}.png') for s in report['splits'])}")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,101 @@
+"""Manifests: size and SHA-256 of every file of a folder, written last. A folder that does not fit its own is not used.
+
+`manifest.json` is {"step", "processes", "files": {name: [bytes, sha256]}, "digest"}; `digest` is over the rest, so that
+a manifest that was damaged itself is seen. With several processes each writes the share of the files it digested,
+process p > 0 as `manifest.<p>.json`, and the folder is whole when all are there.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hybridgen import rundir
+
+
+class Damaged(Exception):
+    """A manifest is missing or damaged: its message begins with the file's name."""
+
+
+def write(folder: Path, step: int) -> None:
+    """Digests this process' share of `folder` and writes its manifest. All files must be final, for every process."""
+    process, processes = jax.process_index(), jax.process_count()
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_manifest(folder, path))
+    names = [path.relative_to(folder).as_posix() for path in paths][process::processes]
+    files = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in names}
+    body = {"step": step, "processes": processes, "files": files}
+    rundir.write_json(folder / _name(process), body | {"digest": _digest(body)})
+
+
+def remove(folder: Path) -> None:
+    """From here on `folder` does not verify. Goes before the files when a step is deleted."""
+    for path in folder.glob("manifest*.json"):
+        path.unlink(missing_ok=True)
+
+
+def read(folder: Path, step: int) -> dict[str, list]:
+    """{file: [bytes, SHA-256]} of a folder. Raises Damaged."""
+    files: dict[str, list] = {}
+    process, processes = 0, 1
+    while process < processes:
+        name = _name(process)
+        try:
+            body = json.loads((folder / name).read_text())
+            digest = body.pop("digest")
+            if digest != _digest(body) or body["step"] != step:
+                raise Damaged(f"{name}: damaged, its digest or step differs")
+            processes = body["processes"]
+            files |= body["files"]
+        except FileNotFoundError:
+            raise Damaged(f"{name}: missing, so the save was cut short") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{name}: unreadable, {type(error).__name__}") from None
+        process += 1
+    return files
+
+
+def faults(folder: Path, step: int, prefixes: tuple[str, ...] = ("",)) -> list[str]:
+    """What is wrong with this process' share of the files below `prefixes`: a line a fault, beginning with its file."""
+    try:
+        files = read(folder, step)
+    except Damaged as error:
+        return [str(error)]
+    names = sorted(name for name in files if name.startswith(prefixes))[jax.process_index() :: jax.process_count()]
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:  # hashing and reading release the GIL
+        found = list(pool.map(lambda name: _fault(folder / name, *files[name]), names))
+    return [f"{name}: {fault}" for name, fault in zip(names, found, strict=True) if fault]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fault(path: Path, size: int, digest: str) -> str:
+    """What is wrong with a file, or ""."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{found} bytes instead of {size}"
+        return "" if sha256(path) == digest else "its digest differs"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable, {error.strerror}"
+
+
+def _name(process: int) -> str:
+    return f"manifest.{process}.json" if process else "manifest.json"
+
+
+def _is_manifest(folder: Path, path: Path) -> bool:
+    """Also one that another process is writing at this moment."""
+    return path.parent == folder and path.name.lstrip(".").startswith("manifest.")
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""Recipes: the stages of a config, run in order; a finished stage is skipped and a stopped one resumed.
+
+    python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
+
+A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. A stage with a `family` is
+trained in WORKDIR/name; one with `evaluate` measures the run that it names and writes report and contact sheets.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from hybridgen import config as config_lib
+from hybridgen import evaluate, rundir, train
+from hybridgen.cli import command
+from hybridgen.errors import UserError
+from hybridgen.experiment import find_run, restore
+
+
+def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
+    """Runs the stages in `folder`. False if a signal stopped one."""
+    check(config)
+    rundir.make(folder)
+    started = time.monotonic()
+    for number, name in enumerate(config.order, 1):
+        stage, place = config.stages[name], folder / name
+        print(f"[{number}/{len(config.order)}] {name} ({time.monotonic() - started:.0f} s so far)", flush=True)
+        if "evaluate" in stage:
+            measure(stage, place)
+        elif not train.run(stage, place, allow=allow, label=name):
+            return False
+    print(f"done in {time.monotonic() - started:.0f} s")
+    return True
+
+
+def check(config: Any) -> None:
+    """A recipe's names must fit: UserError otherwise."""
+    for key in ("order", "stages"):
+        if key not in config:
+            raise UserError(f"this config is not a recipe: it has no {key!r} (a single stage is run by hybridgen train)")
+    for name in config.order:
+        if name not in config.stages:
+            raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")
+
+
+def measure(stage: Any, place: Path) -> None:
+    """Evaluates the run that `stage.evaluate` names, and says where report and pictures are."""
+    loaded = restore(find_run(stage.evaluate, place), {})
+    report = evaluate.evaluate(loaded, tuple(stage.splits), stage.count, stage.batch, stage.seed, place)
+    print(evaluate.markdown(report))
+    print(f"report {place / 'report.md'}")
+    for split in stage.splits:
+        print(f"grid   {place / f'{split}.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("hybridgen recipe", description=__doc__.split("\n")[0], allow_abbrev=False)
+    config_lib.add_argument(parser)
+    parser.add_argument("--workdir", required=True, type=Path, help="folder that holds a run folder for every stage")
+    parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
+    args, overrides = config_lib.parse(parser, argv)
+    config = config_lib.load(args.config, overrides)
+    done = run(config, args.workdir, tuple(filter(None, args.allow.split(","))))
+    return 0 if done else 130
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,168 @@
+"""The run folder: made for its owner only, locked by one trainer; JSON files that are whole or absent; a soft stop.
+
+    make(folder)
+    with lock(folder), Signals() as signals:
+        while not signals.requested: ...
+
+The lock is the operating system's (`flock` on `lock.json`), so it goes with its process, however that ends; the file
+only says who holds it. SIGTERM and the first Ctrl-C set `signals.requested`; the loop saves and ends by itself.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+
+from hybridgen.errors import UserError
+
+
+def make(folder: Path) -> Path:
+    """Creates `folder` (mode 0700) and its parents. Raises UserError if it cannot be made or written in."""
+    if "://" in str(folder):
+        raise UserError(f"{folder} is not a path on a file system; mount the bucket (gcsfuse) and give its path")
+    folder = Path(folder)
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write in the folder {folder}: permission denied")
+    return folder
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Writes `obj` so that `path` is the old file or the whole new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            json.dump(obj, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds the run folder for this run (process 0 of it). Raises UserError naming host and pid of who has it."""
+    if jax.process_index() != 0:
+        yield
+        return
+    path = Path(folder) / "lock.json"
+    handle = _acquire(path)
+    try:
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.truncate(handle, 0)
+        os.pwrite(handle, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while still locked: the next one makes a new file
+        os.close(handle)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same_file(handle, path):
+                return handle
+        except BlockingIOError:
+            if not _abandoned(path):
+                raise UserError(_in_use(path)) from None
+            path.unlink(missing_ok=True)  # a worker of a dead trainer still has the old file open
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    """Whether `path` is still the file that was opened: the last holder may have removed it in between."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}  # being written at this moment
+
+
+def _abandoned(path: Path) -> bool:
+    holder = _holder(path)
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _in_use(path: Path) -> str:
+    holder = _holder(path)
+    who = ", ".join(f"{name} {holder.get(name, 'unknown')}" for name in ("host", "pid"))
+    return f"run folder {path.parent} is in use: {who}, started {holder.get('started', 'just now')}"
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into `requested`; a second SIGINT raises KeyboardInterrupt. Restores old handlers."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        # not print: the signal may have come in the middle of one
+        text = f"{signal.Signals(number).name}: saving and stopping; a second Ctrl-C stops at once without saving\n"
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
