@@ -264,7 +264,7 @@ class Checkpointer:
         if step in self._verified:
             return
         if step not in (steps := self._folders()):
-            raise UserError(f"no checkpoint {step} in {self.directory}; there are: {', '.join(map(str, steps)) or 'none'}")
+            raise UserError(f"no checkpoint {step} in {self.directory}; there are: {steps or 'none'}")
         problems = self.verify(step)
         if problems:
             raise UserError(f"checkpoint {self._folder(step)} cannot be used: {problems[0]}")
@@ -313,8 +313,7 @@ def check_fingerprint(old: Mapping, new: Mapping, allow: Collection[str] = ()) -
 def _dotted(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
-        inside = isinstance(value, Mapping) and value
-        flat |= _dotted(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -1,0 +1,539 @@
+"""Checkpoints: what comes back is what was saved, bit for bit, or the step is refused by the name of its bad file."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridgen.checkpoint import Checkpointer, SaveError, check_fingerprint, digest
+from hybridgen.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def state_of(seed: int = 0) -> dict:
+    bits = np.random.default_rng(seed).integers(0, 2**16, (7, 6), dtype=np.uint16)  # nan, inf and denormals too
+    return {
+        "step": jnp.uint32(seed),
+        "params": {
+            "blocks": {"kernel": jnp.asarray(bits.view(jnp.bfloat16)), "bias": jnp.arange(5.0) + seed},
+            "codes": jnp.asarray(np.random.default_rng(seed).integers(0, 2**32, 9, dtype=np.uint32)),
+        },
+        "opt": {"group": {"mu": jnp.full((3, 4), -0.0), "count": jnp.int32(-seed), "flag": jnp.array([True, False])}},
+        "ema": {},
+        "extra": {"usage": jnp.arange(4), "empty": {}},
+    }
+
+
+def abstract(tree: dict) -> dict:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def same(a: dict, b: dict) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and digest(a) == digest(b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Steps 1, 2 and 3, as `state_of` makes them."""
+    with Checkpointer(tmp_path / "checkpoints", keep=3, fingerprint={"config": {"lr": 1}}) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state_of(step), meta={"parts": {"tokenizer": "abc"}})
+    return tmp_path / "checkpoints"
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def script(code: str, *args: object, env: dict | None = None) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | (env or {})
+    words = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+# ---- round trip
+
+
+def test_round_trip_bit_for_bit(saved):
+    with Checkpointer(saved, keep=3) as saver:
+        assert saver.good_steps() == [1, 2, 3] and saver.newest_good() == 3
+        for step in (1, 3):
+            assert same(saver.restore(step, abstract(state_of())), state_of(step))
+        assert not same(saver.restore(1, abstract(state_of())), state_of(3))
+        assert saver.meta(3) == {"parts": {"tokenizer": "abc"}}
+
+
+def test_parts_without_the_optimiser(saved):
+    want = state_of(3)
+    for path in files_of(saved / "3" / "training"):
+        path.unlink()  # neither read nor missed
+    with Checkpointer(saved, read_only=True) as reader:
+        assert reader.newest_good() == 3
+        found = reader.restore_params(3)
+        assert same(found, {name: want[name] for name in ("params", "ema", "extra")})
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+        assert same(reader.restore_params(3, "params/blocks"), want["params"]["blocks"])
+        assert reader.restore_params(3, "ema") == {}
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        asked = []
+        placed = reader.restore_params(3, "params/blocks", lambda path, shape: asked.append((path, shape)) or place)
+        assert same(placed, want["params"]["blocks"]) and placed["bias"].sharding == place
+        assert ("params/blocks/kernel", (7, 6)) in asked
+        with pytest.raises(UserError, match="no 'params/block'; at the top: .*params"):
+            reader.restore_params(3, "params/block")
+    with Checkpointer(saved) as saver:
+        assert saver.newest_good(report=lambda line: None) == 2  # a trainer does miss it
+
+
+def test_another_config_is_named_by_its_keys(saved):
+    want = abstract(state_of())
+    want["params"]["blocks"]["kernel"] = jax.ShapeDtypeStruct((7, 5), jnp.bfloat16)
+    want["params"]["blocks"]["bias"] = jax.ShapeDtypeStruct((5,), jnp.float16)
+    want["opt"]["other"] = want["opt"].pop("group")
+    with Checkpointer(saved) as saver, pytest.raises(UserError) as error:
+        saver.restore(3, want)
+    text = str(error.value)
+    assert "\n" not in text
+    assert "params/blocks/kernel bfloat16[7, 6] instead of bfloat16[7, 5]" in text
+    assert "params/blocks/bias float32[5] instead of float16[5]" in text
+    assert "lacks opt/other/count" in text and "has besides opt/group/count" in text and "opt/group/mu" in text
+
+
+def test_a_missing_step_is_refused(saved):
+    with Checkpointer(saved) as saver, pytest.raises(UserError, match="no checkpoint 7 .*1, 2, 3"):
+        saver.restore(7, abstract(state_of()))
+
+
+def test_the_same_step_twice_is_saved_once(saved):
+    before = (saved / "3" / "manifest.json").stat().st_mtime_ns
+    with Checkpointer(saved, keep=3) as saver:
+        assert saver.save(3, state_of(9)) is False
+        assert saver.save(4, state_of(4)) is True
+        assert saver.save(4, state_of(9)) is False
+        assert same(saver.restore(3, abstract(state_of())), state_of(3))
+        assert same(saver.restore(4, abstract(state_of())), state_of(4))
+    assert (saved / "3" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_donated_state_does_not_reach_the_save(tmp_path):
+    """On a CPU the arrays that Orbax writes are views of the very buffers that the next step is given."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state):
+        return jax.tree.map(lambda x: x + 1, state)
+
+    state = step({"params": {str(i): jnp.full((256, 1024), float(i)) for i in range(6)}})
+    with Checkpointer(tmp_path) as saver:
+        for n in (10, 20, 30):
+            want = {"params": {name: np.array(jnp.copy(x)) for name, x in state["params"].items()}}
+            like = abstract(state)
+            saver.save(n, state)
+            for _ in range(10):
+                state = step(state)
+            jax.block_until_ready(state)
+            assert same(saver.restore(n, like), want)
+            restored = saver.restore(n, like)
+            state = step(restored)  # and a restored state may be donated
+            assert float(state["params"]["0"][0, 0]) == want["params"]["0"][0, 0] + 1
+            assert same(saver.restore(n, like), want)
+
+
+# ---- faults
+
+
+def test_any_flipped_bit_is_found(saved):
+    chance, folder = random.Random(0), saved / "3"
+    files = [path for path in files_of(folder) if path.stat().st_size]
+    with Checkpointer(saved, keep=3) as saver:
+        for trial in range(200):
+            path = files[trial % len(files)]
+            bit = chance.randrange(8 * path.stat().st_size)
+            flip(path, bit)
+            problems = saver.verify(3)
+            assert problems and problems[0].startswith(str(path.relative_to(folder))), (path, bit, problems)
+            flip(path, bit)
+        assert saver.verify(3) == []
+        flip(files[-1], 3)
+        lines = []
+        assert saver.newest_good(report=lines.append) == 2
+        assert len(lines) == 1 and str(files[-1].relative_to(folder)) in lines[0]
+
+
+def _truncate(folder: Path) -> str:
+    path = max(files_of(folder / "model"), key=lambda p: p.stat().st_size)
+    os.truncate(path, path.stat().st_size - 1)
+    return path.name
+
+
+def _empty_file(folder: Path) -> str:
+    os.truncate(folder / "model" / "_METADATA", 0)
+    return "model/_METADATA"
+
+
+def _missing_file(folder: Path) -> str:
+    path = files_of(folder / "training" / "ocdbt.process_0")[0]
+    path.unlink()
+    return path.name
+
+
+def _missing_marker(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "manifest.json"
+
+
+def _half_marker(folder: Path) -> str:
+    os.truncate(folder / "manifest.json", 100)
+    return "manifest.json"
+
+
+def _empty_folder(folder: Path) -> str:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return "manifest.json"
+
+
+def _marker_of_another_step(folder: Path) -> str:
+    shutil.copy(folder.parent / "2" / "manifest.json", folder)
+    return "manifest.json"
+
+
+def _a_folder_in_its_place(folder: Path) -> str:
+    (folder / "about" / "metadata").unlink()
+    (folder / "about" / "metadata").mkdir()
+    return "about/metadata"
+
+
+FAULTS = [_truncate, _empty_file, _missing_file, _missing_marker, _half_marker, _empty_folder, _marker_of_another_step]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, _a_folder_in_its_place])
+def test_falls_back_and_names_the_file(saved, fault):
+    name, lines = fault(saved / "3"), []
+    with Checkpointer(saved, keep=3) as saver:
+        start = time.perf_counter()
+        assert saver.newest_good(report=lines.append) == 2
+        assert time.perf_counter() - start < 5
+        assert len(lines) == 1 and name in lines[0] and "checkpoint 3 " in lines[0] and "\n" not in lines[0]
+        with pytest.raises(UserError, match=re.escape(name)):
+            saver.restore(3, abstract(state_of()))
+        assert saver.save(3, state_of(33))  # reached again: the bad one is replaced
+        saver.wait()
+        assert saver.newest_good() == 3 and same(saver.restore(3, abstract(state_of())), state_of(33))
+
+
+def test_all_bad_is_none_and_other_names_are_no_steps(saved):
+    for step in (1, 2, 3):
+        _empty_folder(saved / str(step))
+    for name in ("007", "12.tmp", "-1", "x"):
+        (saved / name).mkdir()
+    lines = []
+    with Checkpointer(saved) as saver:
+        assert saver.newest_good(report=lines.append) is None and len(lines) == 3
+
+
+def test_what_is_not_there_or_not_writable(tmp_path):
+    with Checkpointer(tmp_path / "none", read_only=True) as reader:
+        assert reader.newest_good() is None
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create"):
+        Checkpointer(tmp_path / "file" / "checkpoints")
+
+
+def test_leftovers_of_a_killed_save_are_removed(saved):
+    leftover = saved / "4.orbax-checkpoint-tmp"
+    leftover.mkdir()
+    (leftover / "half").write_text("x")
+    with Checkpointer(saved, read_only=True):
+        assert leftover.exists()
+    with Checkpointer(saved):
+        assert not leftover.exists()
+
+
+KILLED = """
+import sys, numpy as np
+from hybridgen.checkpoint import Checkpointer
+saver = Checkpointer(sys.argv[1], keep=3)
+step = saver.newest_good() or 0
+print("ready", flush=True)
+while True:
+    step += 1
+    saver.save(step, {"params": {str(i): np.full((200, 1000), float(step)) for i in range(4)}, "step": np.int32(step)})
+"""
+
+
+def kill_during_saves(directory: Path, times: int, chance: random.Random) -> None:
+    reached = 0
+    for _ in range(times):
+        process = script(KILLED, directory)
+        for line in process.stdout:
+            if "ready" in line:
+                break
+        time.sleep(chance.uniform(0.05, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        with Checkpointer(directory, keep=3) as saver:
+            good = saver.good_steps()
+            assert not good or good[-1] >= reached  # what was there is there
+            reached = good[-1] if good else 0
+            for step in good:
+                for name, leaf in saver.restore_params(step)["params"].items():
+                    assert (leaf == step).all(), (step, name)
+    assert reached > 0
+
+
+def test_sigkill_in_a_save(tmp_path):
+    kill_during_saves(tmp_path, 2, random.Random(1))
+
+
+@pytest.mark.slow
+def test_sigkill_in_20_saves(tmp_path):
+    kill_during_saves(tmp_path, 20, random.Random(2))
+
+
+DISK_FULL = """
+import resource, sys, numpy as np
+from test_checkpoint import Checkpointer, SaveError, abstract, same
+state = lambda n: {"params": {"x": np.random.default_rng(n).random((400, 400))}, "step": np.int32(n)}
+saver = Checkpointer(sys.argv[1], keep=2)
+saver.save(1, state(1)); saver.wait()
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+failed = 0
+for step, limit in ((2, 100_000), (3, 50), (4, 700)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        saver.save(step, state(step)); saver.wait()
+    except SaveError as error:
+        failed += 1
+        assert str(step) in str(error), error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert saver.newest_good(report=print) == 1
+    assert [p.name for p in saver.directory.iterdir()] == ["1"], list(saver.directory.iterdir())
+assert failed == 3
+saver.save(5, state(5)); saver.wait()
+assert saver.newest_good() == 5 and same(saver.restore(5, abstract(state(5))), state(5))
+saver.close()
+"""
+
+
+def test_disk_full_is_reported_and_survived(tmp_path):
+    finish(script(DISK_FULL, tmp_path / "checkpoints"))
+
+
+def test_a_failed_save_is_reported_by_the_next_call(saved, monkeypatch):
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    with Checkpointer(saved, keep=3) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr("hybridgen.manifest.write", broken)
+            saver.save(4, state_of(4))
+            saver._thread.join()
+        with pytest.raises(SaveError, match="4 .*No space left"):
+            saver.save(5, state_of(5))
+        assert saver.save(5, state_of(5))  # reported once
+        saver.wait()
+        assert saver.good_steps() == [2, 3, 5]
+
+
+# ---- retention, fingerprint, digest
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_retention_is_by_step_and_after_the_manifest(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path, keep=2, keep_every=4) as saver:
+        for step in range(1, 11):
+            clock = 2_000_000_000 - 1000 * step  # runs backwards
+            monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+            saver.save(step, state_of(step))
+            saver.wait()
+            os.utime(tmp_path / str(step), (clock, clock))
+            assert steps_in(tmp_path)[-2:] == ([step - 1, step] if step > 1 else [1])
+    assert steps_in(tmp_path) == [4, 8, 9, 10]
+
+
+def test_the_only_good_step_stays(saved):
+    """Bad steps count for nothing: neither as one of those kept, nor as a reason to delete."""
+    flip(saved / "3" / "model" / "_METADATA", 5)
+    _empty_folder(saved / "2")
+    with Checkpointer(saved, keep=1) as saver:
+        assert saver.newest_good(report=lambda line: None) == 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("hybridgen.manifest.write", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+            saver.save(5, state_of(5))
+            with pytest.raises(SaveError):
+                saver.wait()
+        assert saver.newest_good(report=lambda line: None) == 1
+        saver.save(2, state_of(22))  # the run goes on from 1; step 3, newer but bad, must not push 2 out
+        saver.wait()
+        assert saver.newest_good(report=lambda line: None) == 2
+        saver.save(6, state_of(6))
+        saver.wait()
+    assert steps_in(saved) == [6]
+
+
+def test_fingerprint_names_every_key(saved):
+    old = {"config": {"seed": 0, "shape": (2, 3), "optim": {"lr": 1e-3}}, "data": {"length": 10}, "parts": {}}
+    check_fingerprint(json.loads(json.dumps(old)), old)
+    new = {"config": {"seed": 1, "shape": (2, 4), "optim": {"lr": 1e-3, "b2": 0.9}}, "data": {}, "parts": {"t": "ab"}}
+    with pytest.raises(UserError) as error:
+        check_fingerprint(json.loads(json.dumps(old)), new)
+    text = str(error.value)
+    for line in ("config.seed was 0 and is 1", "config.shape was [2, 3] and is [2, 4]", 'parts.t was nothing and is "ab"'):
+        assert line in text
+    assert "data.length was 10 and is nothing" in text and "config.optim.b2 was nothing and is 0.9" in text
+    with pytest.raises(UserError, match="config.shape") as error:
+        check_fingerprint(old, new, allow=("config.seed", "config.opt", "data", "parts.t"))
+    assert "seed" not in str(error.value) and "optim.b2" in str(error.value) and "length" not in str(error.value)
+    check_fingerprint(old, new, allow=("config", "data.length", "parts"))
+    with Checkpointer(saved, fingerprint={"config": {"lr": 2}}) as saver:
+        with pytest.raises(UserError, match="config.lr was 1 and is 2"):
+            saver.check_fingerprint(3)
+        saver.check_fingerprint(3, allow=["config.lr"])
+
+
+def test_digest_sees_path_shape_dtype_and_bytes():
+    tree = {"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.int32(1)}
+    others = [
+        {"a": {"x": np.arange(6, dtype=np.float32)}, "c": np.int32(1)},
+        {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.int32(1)},
+        {"a": {"b": np.arange(6, dtype=np.float32).view(np.int32)}, "c": np.int32(1)},
+        {"a": {"b": np.nextafter(np.arange(6, dtype=np.float32), 9)}, "c": np.int32(1)},
+    ]
+    assert len({digest(tree) for tree in (tree, *others)}) == 5
+    assert digest(tree) == digest(dict(reversed(jax.tree.map(jnp.asarray, tree).items())))
+
+
+def test_threads_and_files_do_not_grow(tmp_path):
+    def count():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    with Checkpointer(tmp_path) as saver:
+        for step in range(20):
+            saver.save(step, state_of(step))
+            saver.wait()
+            saver.restore(step, abstract(state_of()))
+            if step == 9:
+                before = count()
+        assert count() == before
+
+
+# ---- many devices, many processes
+
+SHARDED = """
+import sys, jax, numpy as np, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from test_checkpoint import Checkpointer, digest
+def mesh(*shape):
+    return jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: int(np.prod(shape))])
+want = {"params": {"w": np.random.default_rng(0).random((16, 24), np.float32), "s": np.float32(3)}}
+def put(mesh, spec, make=jax.device_put):
+    return {"params": {"w": make(want["params"]["w"], NamedSharding(mesh, spec)),
+                       "s": make(want["params"]["s"], NamedSharding(mesh, P()))}}
+like = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+saver = Checkpointer(sys.argv[1])
+saver.save(1, put(mesh(4, 2), P("a", "b")))
+for shape, spec in (((8, 1), P("a")), ((2, 4), P("b", "a")), ((1, 1), P()), ((4, 2), P(None, ("a", "b"))), ((2, 1), P())):
+    target = put(mesh(*shape), spec, like)
+    got = saver.restore(1, target)
+    assert digest(got) == digest(want)
+    assert got["params"]["w"].sharding == target["params"]["w"].sharding, got["params"]["w"].sharding
+place = NamedSharding(mesh(8, 1), P(None, "a"))
+got = saver.restore_params(1, "params", lambda path, shape: place if path == "params/w" else NamedSharding(mesh(8, 1), P()))
+assert got["w"].sharding == place and digest(got) == digest(want["params"])
+saver.close()
+print(digest(want))
+"""
+
+
+def test_restores_to_other_shardings(tmp_path):
+    out = finish(script(SHARDED, tmp_path, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}))
+    with Checkpointer(tmp_path) as saver:  # saved on 8 devices, read on 1
+        like = {"w": jax.ShapeDtypeStruct((16, 24), jnp.float32), "s": jax.ShapeDtypeStruct((), jnp.float32)}
+        assert digest(saver.restore(1, {"params": like})) == out.split()[-1]
+
+
+TWO = """
+import os, sys, jax, numpy as np
+from pathlib import Path
+directory, port, me = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, me)
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from test_checkpoint import Checkpointer, flip
+place = NamedSharding(jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,)), P("a"))
+def state(n):
+    whole = np.random.default_rng(n).random((4, 8), np.float32)
+    return {"params": {"w": jax.make_array_from_callback(whole.shape, place, lambda i: whole[i])}}, whole
+saver = Checkpointer(directory, keep=2)
+for step in (1, 2, 3):
+    saver.save(step, state(step)[0])
+saver.wait()
+multihost_utils.sync_global_devices("saved")
+assert {p.name for p in Path(directory, "3").glob("manifest*")} == {"manifest.json", "manifest.1.json"}
+assert saver.newest_good() == 3
+multihost_utils.sync_global_devices("seen")
+if me == 0:  # each of the first files in turn: they are in the shares of different processes
+    for path in sorted(Path(directory, "3", "model").rglob("*.ocdbt")):
+        flip(path, 9)
+        break
+multihost_utils.sync_global_devices("broken")
+lines = []
+assert saver.newest_good(report=lines.append) == 2 and len(lines) == 1, lines
+like = {"params": {"w": jax.ShapeDtypeStruct((4, 8), np.float32, sharding=place)}}
+got = saver.restore(2, like)["params"]["w"]
+for shard in got.addressable_shards:
+    assert (np.asarray(shard.data) == state(2)[1][shard.index]).all()
+assert (saver.restore_params(2)["params"]["w"] == state(2)[1]).all()
+saver.save(3, state(33)[0]); saver.wait()
+multihost_utils.sync_global_devices("again")
+assert saver.newest_good() == 3
+saver.close()
+print(lines[0])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_digests(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [script(TWO, tmp_path, port, me) for me in (0, 1)]
+    lines = [finish(process) for process in processes]
+    assert sum(".ocdbt" in line for line in lines) == 1 and sum("other processes" in line for line in lines) == 1
+    with Checkpointer(tmp_path) as saver:  # by one process
+        assert saver.newest_good() == 3
+        (tmp_path / "3" / "manifest.1.json").unlink()
+        lines = []
+        assert saver.newest_good(report=lines.append) == 2 and "manifest.1.json" in lines[0]
