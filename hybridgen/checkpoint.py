@@ -10,6 +10,7 @@ its manifest (manifest.py). Orbax's CheckpointManager is not used: it lists and 
 by manifests only. Whoever saves holds the run folder's lock (rundir.py).
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -67,9 +68,7 @@ class Checkpointer:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         if not read_only:
             rundir.make(self.directory)
-            if jax.process_index() == 0:
-                for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of a save that was killed
-                    shutil.rmtree(leftover, ignore_errors=True)
+            self._sweep()
         self._saved = {step for step in self._folders() if self._marked(step)}
 
     def __enter__(self) -> "Checkpointer":
@@ -89,6 +88,7 @@ class Checkpointer:
         if self.read_only:
             raise ValueError(f"{self.directory} was opened read_only")
         self.wait()
+        self._sweep()
         if step in self._saved:
             return False
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
@@ -96,9 +96,8 @@ class Checkpointer:
         try:
             # force: what is there under this name did not verify
             self._orbax.save(self._folder(step), args=ocp.args.Composite(**items), force=True)
-        except OSError as error:
-            self._remove(step)
-            raise SaveError(f"checkpoint {step} was not saved: {error}") from error
+        except Exception as error:  # whatever it is, the caller decides whether the run goes on
+            raise self._failed(step, error) from None
         self._saved.add(step)
         self._thread = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
         self._thread.start()
@@ -127,13 +126,24 @@ class Checkpointer:
             manifest.write(self._folder(step), step)
             self._rejected.discard(step)
         except BaseException as error:  # handed to the caller's next save or wait
-            self._failure = SaveError(f"checkpoint {step} was not saved: {error!r}"[:500])
-            self._failure.__cause__ = error
-            self._saved.discard(step)
-            self._remove(step)
+            self._failure = self._failed(step, error)
             return
         if jax.process_index() == 0:
             self._retain(step)
+
+    def _failed(self, step: int, error: BaseException) -> SaveError:
+        """Clears what a failed save left behind. A fresh Orbax, since the old one would raise this error again."""
+        with contextlib.suppress(Exception):
+            self._orbax.close()
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._saved.discard(step)
+        self._remove(step)
+        self._sweep()
+        text = str(error).split(" [tensorstore_spec")[0].replace("\n", " ")
+        text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
+        failure = SaveError(f"checkpoint {step} was not saved: {type(error).__name__}: {text}")
+        failure.__cause__ = error
+        return failure
 
     def _retain(self, saved: int) -> None:
         """Deletes what is older than the newest `keep` steps, by number (clocks may go back), but never `saved`."""
@@ -148,8 +158,13 @@ class Checkpointer:
         if jax.process_index() != 0:
             return
         manifest.remove(self._folder(step))  # first: half a step must not look whole
-        for path in (self._folder(step), *self.directory.glob(f"{step}.orbax-checkpoint-tmp*")):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(self._folder(step), ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Removes what saves left that were killed, or failed while some of their writes were still under way."""
+        if jax.process_index() == 0:
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     # ---- which steps are good
 

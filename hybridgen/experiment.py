@@ -55,14 +55,14 @@ def build(config: Any, folder: Path | None = None, source: Any = None) -> Experi
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, _context(config, parts, text)))
+    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text)))
     parts = {name: jax.device_put(part, sharding.replicated(mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
 
 
-def _context(config: Any, parts: Mapping[str, Part], text: Any) -> dict[str, Any]:
+def context(data: Any, parts: Mapping[str, Part], text: Any) -> dict[str, Any]:
     """What "auto" may stand for in a model's options."""
-    known: dict[str, Any] = {"resolution": config.data.resolution}
+    known: dict[str, Any] = {"resolution": data.resolution}
     if text is not None:
         known |= {"text_vocab": text.vocab_size, "text_length": text.length}
     if "tokenizer" in parts:

@@ -91,7 +91,7 @@ def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict,
     shapes = jax.eval_shape(fresh, parts)
     places = shardings(shapes, mesh)
     abstract = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
-    return abstract, lambda: jax.jit(fresh, out_shardings=places)(parts)
+    return abstract, lambda parts=parts: jax.jit(fresh, out_shardings=places)(parts)
 
 
 def start_from(state: dict, sources: dict[str, Any], which: Trainable) -> dict:

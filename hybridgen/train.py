@@ -122,6 +122,23 @@ def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
     return jax.tree.map(lambda x: x * aux["weight"], aux["metrics"] | {"loss": loss, "weight": 1.0})
 
 
+def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
+    """(rule, jitted `train_step`, abstract state with its shardings, function that makes the state of step 0)."""
+    config, built = experiment.config, []
+
+    def rule_of(trainable: Any) -> optax.GradientTransformation:
+        built[:] = [optim.build(config.optim, max(config.steps, 1), trainable)]
+        return built[0]
+
+    with jax.set_mesh(experiment.mesh):
+        abstract, make = state_lib.create(experiment, config.seed, specs, rule_of)
+    which = state_lib.trainable_of(config)
+    rule = Rule(experiment.family, experiment.model, built[0], which, config.seed, config.accumulate, config.health.spike)
+    places = jax.tree.map(lambda s: s.sharding, abstract)
+    step = jax.jit(functools.partial(train_step, rule), donate_argnums=0, out_shardings=(places, None))
+    return rule, step, abstract, make
+
+
 class Job(NamedTuple):
     """The dynamic half: what the loop works with."""
 
@@ -208,25 +225,14 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], writer_options: d
             source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
         )
 
-    specs = specs_of(next(stream(source, 0)), config.batch)
-    built: list = []
-
-    def rule_of(trainable: Any) -> optax.GradientTransformation:
-        built[:] = [optim.build(config.optim, max(config.steps, 1), trainable)]
-        return built[0]
-
+    rule, step, abstract, make = program(experiment, specs_of(next(stream(source, 0)), config.batch))
     with jax.set_mesh(experiment.mesh):
-        abstract, make = state_lib.create(experiment, config.seed, specs, rule_of)
         if start is not None:
             state = saved.restore(start, abstract)
         else:
             state = make()
             if config.init_from:
                 state = state_lib.start_from(state, earlier(config, folder), state_lib.trainable_of(config))
-    which = state_lib.trainable_of(config)
-    rule = Rule(experiment.family, model, built[0], which, config.seed, config.accumulate, config.health.spike)
-    places = jax.tree.map(lambda s: s.sharding, abstract)
-    step = jax.jit(functools.partial(train_step, rule), donate_argnums=0, out_shardings=(places, None))
     evaluate = functools.partial(evaluate_all, jax.jit(functools.partial(eval_step, rule)), experiment, stream, put)
     writer = metrics.Writer(folder, start_step=start or 0, total_steps=config.steps, every=config.log.every, **writer_options)
     grid = sample_grid(experiment, config.sample.count) if config.sample.every else None

@@ -49,7 +49,7 @@ def test_levels(name):
     assert level.alpha[0] == 1 and level.sigma[0] == 0
     assert (np.diff(level.alpha) < 0).all() and (np.diff(level.sigma) > 0).all()
     if name != "flow":
-        np.testing.assert_allclose(level.alpha**2 + level.sigma**2, 1, atol=1e-6)
+        np.testing.assert_allclose(level.alpha**2 + level.sigma**2, 1, atol=5e-6)
     if name in ("flow", "cosine"):
         assert level.alpha[-1] == 0 and level.sigma[-1] == 1
     inner, step = t[3:-3], 1e-3  # a timestep of the discrete ones
@@ -228,12 +228,13 @@ def test_ancestral_marginals(name, schedule):
     assert abs(y.std() - levels.sigma[-1]) < 4 * error / np.sqrt(2)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_ddpm_draws_the_data(schedule):
-    levels = SCHEDULES[schedule](schedules.times(150))
-    x = jax.random.normal(jax.random.key(1), (200, 100))
-    y = np.asarray(jax.jit(lambda x, keys: solvers.ddpm(gaussian, x, levels, keys))(x, keys_of(range(200))))
-    assert abs(y.mean() - MU) < 4 * S / 141 and abs(y.std() / S - 1) < 0.04
+@pytest.mark.parametrize("schedule, steps", [("cosine", 200), ("linear", 1000)])
+def test_ddpm_draws_the_data(schedule, steps):
+    levels = SCHEDULES[schedule](schedules.times(steps))
+    x = jax.random.normal(jax.random.key(1), (100, 60))
+    y = np.asarray(solvers.ddpm(gaussian, x, levels, keys_of(range(100))))
+    assert abs(y.mean() - MU) < 4 * S / 77  # 4 standard errors of 6,000 draws; of the spread, and 1 % of discretisation
+    assert abs(y.std() / S - 1) < 4 / 109 + 0.01
 
 
 def test_ddim_of_eta_one_is_ddpm():

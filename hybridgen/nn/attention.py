@@ -12,6 +12,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybridgen.nn import cache as kv
 from hybridgen.nn.linear import Linear, at_least_float32, cast, fan_in
@@ -43,6 +44,18 @@ class Mask(NamedTuple):
             valid = self.valid[:, None, None, None, :]
             seen = valid if seen is None else seen & valid
         return seen
+
+    def scope(self, t: int, s: int) -> str:
+        """Name for the profile and the FLOP count: "attend.{t}x{s}.{pairs}", pairs of query and key that see each other.
+
+        Where the offset is traced, over a cache, a chunk counts as the first of it and a single query as "loop".
+        """
+        known = isinstance(self.offset, int)
+        if self.kind == "full" or (t == 1 and not known):
+            return f"attend.{t}x{s}.{t * s if self.kind == 'full' else 'loop'}"
+        query = np.arange(t) + (self.offset if known else 0)
+        ends = np.where((self.kind == "prefix") & (query < self.prefix), self.prefix, query + 1)
+        return f"attend.{t}x{s}.{np.minimum(ends, s).sum()}"
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "auto") -> jax.Array:
@@ -138,7 +151,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache, k, v = kv.write(cache, layer, k, v)
             mask = mask._replace(valid=cache["valid"], offset=cache["index"])
-        with jax.named_scope("attend"):
+        with jax.named_scope(mask.scope(q.shape[1], k.shape[1])):
             out = attend(q, cast(k, self.dtype), cast(v, self.dtype), mask)  # b t h g k
         return _Out(x.shape[-1], self.bias, self.dtype, self.out_scale, name="out")(out), cache
 

@@ -66,6 +66,11 @@ class DiT(nn.Module):
         """Patches along a side."""
         return self.resolution // self.patch
 
+    @property
+    def length(self) -> int:
+        """Patches n."""
+        return self.side**2
+
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
         b, wide = x.shape[0], jnp.promote_types(x.dtype, jnp.float32)

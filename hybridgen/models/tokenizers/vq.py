@@ -64,6 +64,11 @@ class VQ(nn.Module):
         return side, side
 
     @property
+    def length(self) -> int:
+        """Tokens n."""
+        return self.grid[0] * self.grid[1]
+
+    @property
     def code_width(self) -> int:
         return len(self.levels) if self.quantizer == "fsq" else self.width
 

@@ -1,0 +1,118 @@
+"""FLOPs of a program, counted from its trace: what a model must compute, whatever a compiler makes of it.
+
+Every matrix product and convolution is counted at its shape, a multiply-add as 2; a loop counts as often as it turns, of
+branches the costliest. Attention counts the pairs of query and key that its mask lets see each other: half for a causal
+one. In training a product costs itself again for each side that a gradient flows to, so 3x where both train, 2x behind
+raw inputs or frozen weights and 1x in frozen parts; what remat recomputes is not counted. Norms, softmax, lookups and the
+optimiser are not counted either: that is the convention of MFU (PaLM, Chowdhery et al. 2022, appendix B).
+
+XLA's own `cost_analysis` cannot serve: it counts the body of a loop once, so it misses all layers and tokens but one.
+
+A count is {"matmul", "attention", "convolution"}: FLOPs of one call over all devices.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+PRODUCTS = {"dot_general": "matmul", "conv_general_dilated": "convolution"}
+KERNELS = ("dot_product_attention_fwd", "pallas_call")  # opaque; only inside the scope of an attention
+
+
+def forward(function: Callable, *args: Any) -> Counter:
+    """FLOPs of `function(*args)`; arguments may be abstract."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _walk(jaxpr, [False] * len(jaxpr.invars), "", 0)[0]
+
+
+def training(loss: Callable, trainable: Any, *args: Any) -> Counter:
+    """FLOPs of `loss(trainable, *args)` and of its gradient with respect to `trainable`."""
+    jaxpr = jax.make_jaxpr(loss)(trainable, *args).jaxpr
+    count = len(jax.tree.leaves(trainable))
+    return _walk(jaxpr, [True] * count + [False] * (len(jaxpr.invars) - count), "", 0)[0]
+
+
+def _walk(jaxpr: Any, needs: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
+    """Count of a jaxpr, and which results need a gradient, given which arguments do.
+
+    `turns`: of the outermost loop around it: the tokens of a decoding loop.
+    """
+    total: Counter = Counter()
+    marked = {var for var, need in zip(jaxpr.invars, needs, strict=True) if need}
+    for eqn in jaxpr.eqns:
+        given = [not isinstance(var, core.Literal) and var in marked for var in eqn.invars]
+        inner = f"{scope}/{eqn.source_info.name_stack}"
+        count, out = _equation(eqn, given, inner, turns)
+        total.update(count)
+        marked |= {var for var, need in zip(eqn.outvars, out, strict=True) if need and _real(var)}
+    return total, [not isinstance(var, core.Literal) and var in marked for var in jaxpr.outvars]
+
+
+def _real(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
+
+
+def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
+    name, spread = eqn.primitive.name, [any(given)] * len(eqn.outvars)
+    if name in PRODUCTS or name in KERNELS:
+        return _product(eqn, given, scope, turns), spread
+    if name == "stop_gradient":
+        return Counter(), [False] * len(eqn.outvars)
+    if name == "scan":
+        return _scan(eqn, given, scope, turns)
+    if name == "while":  # how often it turns is not known: once
+        carried = given[eqn.params["cond_nconsts"] :]
+        return _walk(eqn.params["body_jaxpr"].jaxpr, carried, scope, turns)[0], spread
+    if name == "cond":
+        branches = [_walk(branch.jaxpr, given[1:], scope, turns) for branch in eqn.params["branches"]]
+        return max((count for count, _ in branches), key=Counter.total), [
+            any(needs) for needs in zip(*(out for _, out in branches), strict=True)
+        ]
+    for value in eqn.params.values():  # jit, remat, custom_jvp, ...: one inner program over the same arguments
+        body = getattr(value, "jaxpr", value)
+        if isinstance(body, core.Jaxpr):
+            same = len(body.invars) == len(given)
+            return _walk(body, given if same else [any(given)] * len(body.invars), scope, turns)
+    return Counter(), spread
+
+
+def _scan(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
+    body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
+    first, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    needs = list(given)
+    while True:  # what a turn carries on may need a gradient only from the second turn on
+        count, out = _walk(body, needs, scope, turns or length)
+        carried = [a or b for a, b in zip(needs[first : first + carries], out[:carries], strict=True)]
+        if carried == needs[first : first + carries]:
+            return Counter({kind: length * size for kind, size in count.items()}), out
+        needs[first : first + carries] = carried
+
+
+def _product(eqn: Any, given: list[bool], scope: str, turns: int) -> Counter:
+    """Forward and, for each side that needs a gradient, once more."""
+    left, right, out = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
+    attend = re.search(r"attend\.(\d+)x(\d+)\.(\d+|loop)", scope)
+    name = eqn.primitive.name
+    if name == "dot_general":
+        (inner, _), _ = eqn.params["dimension_numbers"]
+        size = 2 * out.size * math.prod(left.shape[i] for i in inner)
+    elif name == "conv_general_dilated":
+        features = eqn.params["dimension_numbers"].rhs_spec[0]  # the kernel's axis of output channels
+        size = 2 * out.size * right.size // right.shape[features]
+    elif attend:
+        size = 4 * left.size * int(attend[2])  # q k, and weights v
+    else:
+        raise NotImplementedError(f"the FLOPs of {name} are not known outside attention ({scope})")
+    sides = 2 * any(given) if name in KERNELS else sum(given[:2])
+    if not attend:
+        return Counter({PRODUCTS[name]: size * (1 + sides)})
+    t, s = int(attend[1]), int(attend[2])
+    # a query at a time over a cache: the loop fills the cache's last positions
+    pairs = s - (min(turns, s) - 1) / 2 if attend[3] == "loop" else int(attend[3])
+    return Counter({"attention": size * (1 + sides) * pairs / (t * s)})

@@ -1,0 +1,205 @@
+"""The programs of a config, train step and sample, and their inputs, without a run on disk: for bench and preflight.
+
+What a part names may be a run folder; a config, such as "configs/tokenizers/vq.py:f16", for the part untrained; or, in a
+stage of a recipe, a neighbouring stage. Untrained parts are built for the data of the config that names them. Inputs are
+abstract (shapes, dtypes and shardings); `make` gives real ones.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hybridgen import config as config_lib
+from hybridgen import flops, pictures, rng, rundir, sharding, trees
+from hybridgen.data import pipeline, sources
+from hybridgen.data import text as text_lib
+from hybridgen.errors import UserError
+from hybridgen.experiment import Experiment, context, find_run, load
+from hybridgen.models.parts import Part, find
+from hybridgen.state import inference_params
+from hybridgen.train import Rule, program, specs_of
+
+CACHED = {"tokenizer": "tokens", "autoencoder": "latent"}  # part: what a batch may hold in place of its encoding
+
+
+class Programs(NamedTuple):
+    """`step(state, batch, parts)` and `draw(params, extra, parts, cond, keys)`, jitted, and what they take."""
+
+    experiment: Experiment  # its parts are abstract
+    rule: Rule
+    step: Any
+    draw: Any
+    state: Any
+    batch: dict
+    cond: dict
+    keys: Any
+    make: Callable  # () -> (state, batch, parts, cond, keys) as arrays
+
+    def train_arguments(self) -> tuple:
+        return self.state, self.batch, self.experiment.parts
+
+    def sample_arguments(self) -> tuple:
+        params = inference_params(self.state["params"], self.state["ema"])
+        return params, self.state["extra"], self.experiment.parts, self.cond, self.keys
+
+    def train_flops(self) -> dict[str, float]:
+        """FLOPs of a training step over all devices, by kind."""
+        rule, (state, batch, parts) = self.rule, self.train_arguments()
+        trainable, frozen = rule.which.split(state["params"])
+
+        def loss(trainable: Any, frozen: Any, batch: dict, parts: Any, extra: Any, step: Any) -> Any:
+            params, options = trees.join(trainable, frozen), {"parts": parts, "extra": extra, "step": step, "train": True}
+            return rule.family.loss(rule.model, params, batch, jax.random.key(0), **options)[0]
+
+        return dict(flops.training(loss, trainable, frozen, batch, parts, state["extra"], state["step"]))
+
+    def sample_flops(self) -> dict[str, float]:
+        """FLOPs of one call of `draw` over all devices, by kind."""
+        return dict(flops.forward(self.draw, *self.sample_arguments()))
+
+    @property
+    def trains(self) -> bool:
+        return self.experiment.config.steps > 0
+
+    def tokens(self) -> int:
+        """Image tokens of a picture, or patches; 0 where the model has no such thing."""
+        model, parts = self.experiment.model, self.experiment.parts
+        length = getattr(model, "length", 0)
+        return length or (parts["tokenizer"].model.length if "tokenizer" in parts else 0)
+
+
+def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
+    """(the config itself, or a stage of a recipe, all stages). Raises UserError where the name does not fit."""
+    stages = config.get("stages", {})
+    known = [name for name in stages if "family" in stages[name]]
+    if not stages:
+        if stage:
+            raise UserError(f"--stage {stage} is for recipes, and this config is a single stage")
+        return config, {}
+    if stage not in known:
+        given = f"it has no {stage!r}{config_lib.hint(stage, known)}" if stage else "choose a stage of it with --stage"
+        raise UserError(f"this config is a recipe of {', '.join(known)}: {given}")
+    return stages[stage], stages
+
+
+def build(config: Any, stages: Mapping, *, devices: Any = None, count: int | None = None, cached: bool = False) -> Programs:
+    """Programs of a stage on `devices` (default: this machine's); `draw` makes `count` pictures (default: the config's).
+
+    cached: image tokens and latents come with the batch, as from a cache, and encoders do not run.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_batch(mesh, config.batch, config.accumulate)
+    source = sources.build(config.data, "train")
+    text = text_lib.build(config.data, source) if config.data.get("text") else None
+    read = functools.partial(pipeline.batches, source, text, seed=config.seed, threads=0)
+    specs = specs_of(next(read(batch=config.batch, rows=[0])), config.batch)
+    unmade = {name: _part(name, path, config.data, text, specs, stages) for name, path in config.parts.items()}
+    parts = {name: part for name, (part, _) in unmade.items()}
+    family = find(config.family)
+    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text)))
+    everywhere, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    experiment = Experiment(config, family, model, _placed(parts, everywhere), {}, text, mesh)
+    encoders = {entry: parts[name] for name, entry in CACHED.items() if cached and name in parts}
+    batch = specs | {entry: jax.eval_shape(_encode, part, specs["image"]) for entry, part in encoders.items()}
+    rule, step, state, make_state = program(experiment, batch)
+    ways = int(np.prod([mesh.shape[axis] for axis in sharding.LOGICAL["batch"]]))
+    count = -(-(count or config.sample.count) // ways) * ways
+    asked = ("text", "text_mask", "label", "image")
+    cond = {name: jax.ShapeDtypeStruct((count, *specs[name].shape[1:]), specs[name].dtype) for name in asked}
+    keys = jax.eval_shape(lambda: pictures.keys_for(config.seed, np.arange(count)))
+
+    def make() -> tuple:
+        rows = next(read(batch=max(config.batch, count)))
+        pipeline.take_broken(rows)
+        real = {name: jax.device_put(made(), everywhere) for name, (_, made) in unmade.items()}
+        batch = sharding.to_global({name: x[: config.batch] for name, x in rows.items()}, mesh)
+        named = {entry: name for name, entry in CACHED.items()}
+        batch |= {entry: jax.jit(_encode)(real[named[entry]], batch["image"]) for entry in encoders}
+        told = sharding.to_global({name: rows[name][:count] for name in cond}, mesh)
+        drawn = jax.device_put(pictures.keys_for(config.seed, np.arange(count)), by_row)
+        with jax.set_mesh(mesh):
+            return make_state(real), batch, real, told, drawn
+
+    draw = pictures.sampler(family, model, config.sample.options)
+    inputs = (_placed(x, by_row) for x in (batch, cond, keys))
+    return Programs(experiment, rule, step, draw, state, *inputs, make)
+
+
+def _encode(part: Part, image: Any) -> Any:
+    return part.call("encode", image)
+
+
+def _placed(tree: Any, place: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def _part(name: str, path: str, data: Any, text: Any, specs: dict, stages: Mapping) -> tuple[Part, Callable]:
+    """(the abstract part, function that makes it) of a run, a config file or a stage."""
+    stage = stages.get(Path(path).name)
+    if stage is None and ".py" not in path:
+        try:
+            part = load(find_run(path, None)).part
+        except UserError as error:
+            hint = f"to compile or time without one, name a config: --config.parts.{name}=configs/FILE.py:VARIANT"
+            raise UserError(f"part {name!r}: {error}; {hint}") from None
+        return jax.eval_shape(lambda: part), lambda: part
+    config = stage or config_lib.load(path)
+    inner = {other: _part(other, where, data, text, specs, stages)[0] for other, where in config.parts.items()}
+    family = find(config.family)
+    model = family.build(config_lib.resolve(config.model, context(data, inner, text)))
+
+    def fresh() -> Part:
+        key = rng.step_key(jax.random.key(config.seed), 0, "init")
+        arrays = family.init(model, key, specs, inner)
+        return Part(arrays["params"], arrays["extra"], config.family, model)
+
+    return jax.eval_shape(fresh), jax.jit(fresh)
+
+
+def compile_timed(function: Any, arguments: tuple) -> tuple[Any, dict[str, Any]]:
+    """(compiled, {"lower_s", "compile_s", "memory": bytes a device}) of a jitted function on abstract arguments."""
+    start = time.perf_counter()
+    lowered = function.lower(*arguments)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    plan = compiled.memory_analysis()
+    memory = {
+        "arguments": plan.argument_size_in_bytes,
+        "outputs": plan.output_size_in_bytes,
+        "aliased": plan.alias_size_in_bytes,  # outputs that lie where arguments were
+        "temporaries": plan.temp_size_in_bytes,
+    }
+    memory["peak"] = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+    return compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle, "memory": memory}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What bench and preflight have in common."""
+    config_lib.add_argument(parser)
+    parser.add_argument("--stage", help="the stage, if the config is a recipe")
+    parser.add_argument("--count", type=int, metavar="N", help="pictures drawn at a time (default: the config's)")
+    parser.add_argument("--cached", action="store_true", help="tokens and latents come with the batch: encoders do not run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+
+
+def load(args: argparse.Namespace, overrides: Any, devices: Any = None) -> Programs:
+    """The programs that a command line names."""
+    config, stages = choose(config_lib.load(args.config, overrides), args.stage)
+    if args.count is not None and args.count < 1:
+        raise UserError(f"--count {args.count} is not at least 1")
+    return build(config, stages, devices=devices, count=args.count, cached=args.cached)
+
+
+def writable(path: Path | None) -> Path | None:
+    """`path`, once it is clear that a file can be written there; UserError otherwise."""
+    if path is not None:
+        rundir.make(path.resolve().parent)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, not a file to write")
+    return path

@@ -1,0 +1,177 @@
+"""Systems small enough to prove things about: batches, families, experiments and a toy family whose loss is masked.
+
+Letters: b pictures, n tokens, l text positions.
+"""
+
+import functools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridgen import rng, sharding, state, train, trees
+from hybridgen.experiment import Experiment
+from hybridgen.models.losses import weighted
+from hybridgen.models.parts import Part, find
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # configs are read from the clone
+
+from configs import common  # noqa: E402
+
+SIDE, WORDS, LENGTH, CLASSES = 16, 11, 5, 3
+VQ = {"resolution": SIDE, "patch": 4, "channels": (16, 32), "attention": False}  # a grid of 2 x 2
+FSQ = VQ | {"quantizer": "fsq", "levels": (4, 3)}
+MOVING = VQ | {"quantizer": "vq", "codes": 16, "width": 4, "moving": True}
+PRIOR = {"width": 32, "depth": 2, "heads": 2, "text_vocab": WORDS, "text_length": LENGTH, "qk_norm": True}
+DECODER = {"resolution": SIDE, "patch": 4, "width": 32, "depth": 2, "heads": 2, "draft": True}
+
+
+def batch(b: int, start: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Smooth random pictures with captions that mean nothing; sample `start + i` is the same in every batch."""
+    rows = [_sample(start + i) for i in range(b)]
+    image, text, label = (np.stack(part) for part in zip(*rows, strict=True))
+    ids = np.arange(start, start + b, dtype=np.uint32)
+    return {"id": ids, "image": image.astype(dtype), "text": text, "text_mask": text > 0, "label": label}
+
+
+def _sample(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = np.random.default_rng([7, number])
+    coarse = draw.uniform(-1, 1, (4, 4, 3))
+    text = draw.integers(1, WORDS, LENGTH) * (np.arange(LENGTH) < draw.integers(2, LENGTH + 1))
+    return coarse.repeat(SIDE // 4, 0).repeat(SIDE // 4, 1), text.astype(np.int32), np.int32(draw.integers(CLASSES))
+
+
+def part(family: str, options: dict, seed: int = 0, parts: dict | None = None, noise: float = 0.0) -> Part:
+    """A component with fresh arrays; `noise` moves every parameter, so that nothing is zero by initialisation."""
+    model = find(family).build(options)
+    make = functools.partial(find(family).init, model, specs=state.spec_of(batch(1)), parts=parts or {})
+    arrays = jax.jit(make)(jax.random.key(seed))
+    if noise:
+        arrays["params"] = shaken(arrays["params"], noise)
+    return Part(arrays["params"], arrays["extra"], family, model)
+
+
+def shaken(params: dict, size: float) -> dict:
+    flat = trees.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(flat))
+    noisy = {name: x + size * jax.random.normal(key, x.shape, x.dtype) for key, (name, x) in zip(keys, flat.items(), strict=True)}
+    return trees.unflatten(noisy)
+
+
+def tokenizer(options: dict = FSQ, noise: float = 0.05) -> Part:
+    return part("tokenizers.vq", options, noise=noise)
+
+
+def prior_options(tokenizer: Part, **changes) -> dict:
+    return PRIOR | {"vocab": tokenizer.model.vocab, "grid": tokenizer.model.grid} | changes
+
+
+def decoder_options(tokenizer: Part, **changes) -> dict:
+    return DECODER | {"plan_width": tokenizer.model.code_width} | changes
+
+
+def cascade_options(tokenizer: Part, prior: dict | None = None, decoder: dict | None = None, **changes) -> dict:
+    """A joint cascade: both members are trained in it."""
+    members = {
+        "prior": {"family": "ar.raster", "model": prior_options(tokenizer, **(prior or {}))},
+        "decoder": {"family": "diffusion.dit", "model": decoder_options(tokenizer, **(decoder or {}))},
+    }
+    return members | changes
+
+
+def experiment(family, model: dict, parts: dict | None = None, mesh: dict | None = None, **changes) -> Experiment:
+    """An experiment without a folder. `family`: a name, or a namespace such as `toy`; `changes`: as in configs.common."""
+    sizes = mesh or {"data": 1}
+    place = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    config = common.stage(str(family), {}, {}, **{"log__every": 1, "steps": 1000, "optim__warmup": 0} | changes)
+    module = find(family) if isinstance(family, str) else family
+    ready = {name: jax.device_put(part, sharding.replicated(place)) for name, part in (parts or {}).items()}
+    return Experiment(config, module, module.build(model), ready, {}, None, place)
+
+
+class Run:
+    """An experiment's compiled step with its state: `run.step(batch)` -> metrics."""
+
+    def __init__(self, experiment: Experiment, first: dict, dtype: str = "float32"):
+        self.experiment = experiment
+        self.rule, self.compiled, self.abstract, make = train.program(experiment, state.spec_of(first))
+        self.parts = wide(experiment.parts, dtype)
+        self.dtype = dtype
+        with jax.set_mesh(experiment.mesh):
+            self.state = wide(make(), dtype)
+
+    def step(self, batch: dict) -> dict[str, float]:
+        with jax.set_mesh(self.experiment.mesh):
+            put = sharding.to_global(wide(batch, self.dtype), self.experiment.mesh)
+            self.state, report = self.compiled(self.state, put, self.parts)
+        return {name: float(value) for name, value in report.items()}
+
+    def memory(self, batch: dict):
+        with jax.set_mesh(self.experiment.mesh):
+            return self.compiled.lower(self.state, batch, self.parts).compile().memory_analysis()
+
+
+def wide(tree, dtype: str):
+    """The tree with its floating-point leaves in `dtype`; typed keys and integers as they are."""
+
+    def cast(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, tree) if dtype != "float32" else tree
+
+
+def same(a, b) -> bool:
+    """Equal trees, bit for bit."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype for x, y in pairs
+    )
+
+
+def apart(a, b) -> float:
+    """The largest difference of two trees, relative to the size of its leaf."""
+    worst = 0.0
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        worst = max(worst, float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)) if x.size else 0.0)
+    return worst
+
+
+# ---- a toy family: regression with noise and a mask, so that microbatches weigh differently
+
+
+def toy_batch(b: int, start: int = 0, n: int = 6, d: int = 4) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng([1, start])
+    mask = draw.uniform(size=(b, n)) < np.linspace(0.1, 1, b)[:, None]  # rows keep ever more of their tokens
+    x, y = draw.normal(size=(b, n, d)), draw.normal(size=(b, n))
+    ids = np.arange(start, start + b, dtype=np.uint32)
+    return {"id": ids, "x": x.astype(np.float32), "y": y.astype(np.float32), "mask": mask}
+
+
+def _toy_init(model, key, specs, parts):
+    d = specs["x"].shape[-1]
+    kernels = {name: jax.random.normal(jax.random.fold_in(key, i), (d, d)) for i, name in enumerate(("a", "b"))}
+    params = {name: {"kernel": kernel, "bias": jnp.zeros((d,))} for name, kernel in kernels.items()}
+    return {"params": params, "extra": {"seen": jnp.zeros(()), "ids": jnp.zeros((), jnp.uint32)}}
+
+
+def _toy_loss(model, params, batch, key, *, parts, extra, step, train):
+    x = batch["x"]  # b n d
+    noise = rng.normal(rng.sample_keys(key, batch["id"]), x.shape[1:], x.dtype)
+    h = jnp.tanh((x + 0.3 * noise) @ params["a"]["kernel"] + params["a"]["bias"])
+    out = (h @ params["b"]["kernel"] + params["b"]["bias"]).mean(-1)  # b n
+    scalar, weight = weighted(jnp.square(out - batch["y"]), batch["mask"])
+    sums = {"seen": weight, "ids": batch["id"].sum(dtype=jnp.uint32)}
+    return scalar, {"metrics": {"error": scalar}, "weight": weight, "extra": sums}
+
+
+def _toy_merge(model, extra, sums, key, step):
+    return {"seen": 0.5 * extra["seen"] + sums["seen"], "ids": extra["ids"] + sums["ids"]}
+
+
+toy = SimpleNamespace(build=lambda options: None, init=_toy_init, loss=_toy_loss, merge=_toy_merge)
