@@ -17,6 +17,9 @@ ADAMW = {
     "groups": {},  # name: {"match": path pattern, and what differs}
 }
 
+# an untrained part for `bench`: 16 x 16 tokens of pictures at 32, next to nothing to compute
+UNTRAINED_256 = "configs/tokenizers/vq.py:tiny,model.patch=2,model.channels=(32,)"
+
 
 def stage(family: str, model: dict, data: dict, **changes) -> ConfigDict:
     """A stage config: `family`, its `model` options, `data`, and `changes` to the defaults below ("optim.lr")."""

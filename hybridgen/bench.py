@@ -1,15 +1,15 @@
-"""Step time, tokens a second, images a second and fraction of this machine's rate, for training and sampling of a config.
+"""Step time, tokens and images a second, and fraction of this machine's rate, of training and sampling with a config.
 
     python -m hybridgen.bench --config configs/ar/raster.py:bench
     python -m hybridgen.bench --config configs/recipes/shapes.py:cpu --stage decoder --what train --json decoder.json
 
-Times the programs that `train` and `sample` run, on one batch of the config's data, on this machine. Runs of a program take
-turns with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see the same machine: the
-fraction of its matmul rate is the median over turns. FLOPs are counted from the trace (`hybridgen.flops`). Parts that name
-a config are used untrained. Nothing is written but FILE.
+Times the programs that `train` and `sample` run, on one batch of the config's data, on this machine. Runs of a program
+take turns with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see the same machine:
+the fraction of its matmul rate is the median over turns. FLOPs are counted from the trace (`hybridgen.flops`). Parts
+that name a config are used untrained. Nothing is written but FILE.
 
-JSON: {"config", "family", "platform", "device", "devices", "batch", "dtype", "parameters", "load" (of the machine in the
-minute before, in busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "train" and "sample": {
+JSON: {"config", "family", "platform", "device", "devices", "batch", "dtype", "parameters", "load" (of the machine in
+the minute before, in busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "train" and "sample": {
   "seconds" of a step or call: {"median", "q1", "q3", "min", "runs"}, "images" of a step or call, "images_per_s",
   "tokens_per_s" (image tokens, or patches), "flops" of a step or call: {"matmul", "attention", "convolution", "total"},
   "flops_per_s", "matmul_fraction", "lower_s" (trace and lower), "compile_s",
@@ -24,15 +24,13 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from hybridgen import config as config_lib
 from hybridgen import programs, rundir, trees
-from hybridgen.cli import command
+from hybridgen.cli import command, make_parser
 from hybridgen.errors import UserError
 from hybridgen.state import inference_params
 
@@ -76,7 +74,7 @@ def bench(built: programs.Programs, what: tuple[str, ...], runs: int) -> dict[st
             report[name] = entry | {"measured_peak": measured_peak(device)}
             print(line(name, report[name]), flush=True)
     report["matmul"] = {"dtype": matmul.dtype, "flops_per_s": statistics.median(rates)}
-    print(f"\nmatmul rate {human(statistics.median(rates), 'FLOP/s')} a device, {matmul.dtype}")
+    print(f"\nmatmul rate {programs.human(statistics.median(rates), 'FLOP/s')} a device, {matmul.dtype}")
     return report
 
 
@@ -109,7 +107,7 @@ def steps(compiled: Any, state: dict, batch: dict, parts: Any) -> Iterator[tuple
 
 
 def alternate(turns: Iterator, matmul: Matmul, runs: int) -> tuple[list[float], list[float], Any]:
-    """(seconds of each of `runs` turns, matmul rate around each, the last turn's result); two turns before do not count."""
+    """(seconds of each turn, matmul rate around each, the last turn's result) of `runs` turns, after two unmeasured."""
     seconds, rates = [], []
     for _ in range(2):
         jax.block_until_ready(next(turns))
@@ -148,7 +146,7 @@ def measured_peak(device: Any) -> int:
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-HEAD = f"{'':8}{'time':>10}{'spread':>9}{'tokens/s':>11}{'images/s':>10}{'FLOP':>10}{'of matmul':>11}{'compile':>9}{'peak':>10}"
+HEAD = "              time   spread   tokens/s  images/s      FLOP  of matmul  compile      peak"
 
 
 def headline(report: dict) -> str:
@@ -163,21 +161,13 @@ def headline(report: dict) -> str:
 
 def line(name: str, entry: dict) -> str:
     """A row of the table under HEAD."""
-    seconds = entry["seconds"]
+    seconds, human = entry["seconds"], programs.human
     spread = (seconds["q3"] - seconds["q1"]) / seconds["median"]
     return (
         f"{name:8}{human(seconds['median'], 's'):>10}{spread:>9.1%}{human(entry['tokens_per_s']):>11}"
         f"{human(entry['images_per_s']):>10}{human(entry['flops']['total']):>10}{entry['matmul_fraction']:>11.1%}"
         f"{entry['lower_s'] + entry['compile_s']:>7.1f} s{entry['memory']['peak'] / 2**30:>6.2f} GiB"
     )
-
-
-def human(number: float, unit: str = "") -> str:
-    """Three digits and a prefix: 1.23 G."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m")):
-        if number >= size:
-            break
-    return f"{number / size:.3g} {prefix}{unit}".strip() if prefix or unit else f"{number:.3g}"
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -195,9 +185,9 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("hybridgen bench", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser("bench", __doc__)
     programs.add_arguments(parser)
-    parser.add_argument("--what", type=names, metavar="train,sample", help="which programs (default: what the config has)")
+    parser.add_argument("--what", type=names, metavar="NAMES", help="train, sample or train,sample")
     parser.add_argument("--steps", type=positive, default=10, help="timed runs of each program (default 10)")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)

@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class SaveError(RuntimeError):
 
 
 class Checkpointer:
-    """Saves and restores the steps of one directory.
+    """Saves and restores the steps of one directory. Close it (or use `with`): a program's end cuts a save in flight.
 
     Args:
       directory: created if missing (UserError if that cannot be).
@@ -88,7 +89,6 @@ class Checkpointer:
         if self.read_only:
             raise ValueError(f"{self.directory} was opened read_only")
         self.wait()
-        self._sweep()
         if step in self._saved:
             return False
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
@@ -97,7 +97,7 @@ class Checkpointer:
             # force: what is there under this name did not verify
             self._orbax.save(self._folder(step), args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # whatever it is, the caller decides whether the run goes on
-            raise self._failed(step, error) from None
+            raise self._failed(step, error) from error
         self._saved.add(step)
         self._thread = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
         self._thread.start()
@@ -127,6 +127,7 @@ class Checkpointer:
             self._rejected.discard(step)
         except BaseException as error:  # handed to the caller's next save or wait
             self._failure = self._failed(step, error)
+            self._failure.__cause__ = error
             return
         if jax.process_index() == 0:
             self._retain(step)
@@ -138,12 +139,14 @@ class Checkpointer:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._saved.discard(step)
         self._remove(step)
-        self._sweep()
+        for _ in range(20):  # writes still under way bring the folder back: the next save must not find them in it
+            self._sweep()
+            time.sleep(0.5)
+            if not self._leftovers():
+                break
         text = str(error).split(" [tensorstore_spec")[0].replace("\n", " ")
         text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
-        failure = SaveError(f"checkpoint {step} was not saved: {type(error).__name__}: {text}")
-        failure.__cause__ = error
-        return failure
+        return SaveError(f"checkpoint {step} was not saved: {type(error).__name__}: {text}")
 
     def _retain(self, saved: int) -> None:
         """Deletes what is older than the newest `keep` steps, by number (clocks may go back), but never `saved`."""
@@ -161,10 +164,13 @@ class Checkpointer:
         shutil.rmtree(self._folder(step), ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Removes what saves left that were killed, or failed while some of their writes were still under way."""
+        """Removes what saves left that were killed or failed."""
         if jax.process_index() == 0:
-            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            for leftover in self._leftovers():
                 shutil.rmtree(leftover, ignore_errors=True)
+
+    def _leftovers(self) -> list[Path]:
+        return list(self.directory.glob("*.orbax-checkpoint-tmp*"))
 
     # ---- which steps are good
 

@@ -1,8 +1,11 @@
-"""`hybridgen COMMAND ...`, the same as `python -m hybridgen.COMMAND ...`; a user's mistake is one line and exit code 2."""
+"""`hybridgen COMMAND ...`, the same as `python -m hybridgen.COMMAND ...`; a mistake is one line and exit code 2."""
 
+import argparse
+import difflib
 import importlib
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from hybridgen.errors import UserError
 
@@ -16,12 +19,23 @@ COMMANDS = {
 }
 
 
-def command(main: Callable[[], int]) -> None:
+def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """The parser of a command, described by the first line of `doc`; what it refuses is a UserError, not usage."""
+    parser = argparse.ArgumentParser(f"hybridgen {name}", description=doc.split("\n")[0], allow_abbrev=False)
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message} (see hybridgen {name} --help)")
+
+    parser.error = error
+    return parser
+
+
+def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; UserError is one line on stderr and code 2."""
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -32,9 +46,16 @@ def command(main: Callable[[], int]) -> None:
 def main() -> None:
     """The console script."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name not in COMMANDS:
+    if name in ("-h", "--help"):
         print("usage: hybridgen COMMAND [--help] ...\n")
         print("\n".join(f"  {known:10s} {what}" for known, what in COMMANDS.items()))
-        sys.exit(0 if name in ("-h", "--help") else 2)
-    module = importlib.import_module(f"hybridgen.{name}")
-    command(lambda: module.main(sys.argv[2:]))
+    else:
+        command(lambda: _module(name).main(sys.argv[2:]))
+
+
+def _module(name: str):
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name!r}; {hint}")
+    return importlib.import_module(f"hybridgen.{name}")

@@ -20,11 +20,32 @@ from hybridgen.errors import UserError
 
 AUTO = "auto"
 
+# the least value of an entry of a stage
+LEAST = {
+    "seed": 0,
+    "batch": 1,
+    "accumulate": 1,
+    "steps": 0,
+    "data.resolution": 1,
+    "data.workers": 0,
+    "data.threads": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+    "eval.every": 0,
+    "eval.batches": 1,
+    "sample.every": 0,
+    "sample.count": 1,
+    "profile.start": 0,
+    "profile.steps": 0,
+}
 
-def add_argument(parser: argparse.ArgumentParser, required: bool = True) -> None:
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` to a command."""
     parser.add_argument(
         "--config",
-        required=required,
+        required=True,
         metavar="FILE[:VARIANT[,KEY=VALUE...]]",
         help="a file in configs/, such as configs/ar/raster.py:tiny; --config.a.b=VALUE overrides an entry",
     )
@@ -35,7 +56,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
     args, rest = parser.parse_known_args(argv)
     overrides = []
     for item in rest:
-        if not item.startswith("--config.") or "=" not in item:
+        if item.startswith("--config.") and "=" not in item:
+            parser.error(f"{item} has no value: {item}=VALUE")
+        if not item.startswith("--config."):
             known = [option for action in parser._actions for option in action.option_strings]
             parser.error(f"unknown argument {item!r}{hint(item.split('=')[0], known)}")
         overrides.append(item.removeprefix("--config."))
@@ -54,13 +77,24 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     module_spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} is not a config: it has no get_config(variant)")
     variant, settings = split_arg(arg)
     try:
         config = module.get_config(variant)
     except ValueError as error:  # configs import nothing of ours, so they cannot raise UserError
         raise UserError(f"{path}: {error}") from None
     override(config, [*settings, *overrides])
+    check_numbers(config)
     return config.lock()
+
+
+def check_numbers(config: Mapping) -> None:
+    """Raises UserError for a number of a stage, or of a stage of a recipe, that is below its least value."""
+    for stage, prefix in [(config, ""), *((s, f"stages.{name}.") for name, s in config.get("stages", {}).items())]:
+        for key, value in flatten(stage).items():
+            if key in LEAST and isinstance(value, int) and value < LEAST[key]:
+                raise UserError(f"config key '{prefix}{key}' is {value} and must be at least {LEAST[key]}")
 
 
 def split_arg(arg: str) -> tuple[str, list[str]]:
@@ -96,23 +130,28 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
 
 
 def _convert(key: str, text: str, old: Any) -> Any:
-    """`text` as a value of the type of `old`; None, "auto" and tuples are freer."""
+    """`text` as a value of the type of `old`; where that is None or "auto" it is free."""
     if isinstance(old, str) and old != AUTO:
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return _typed(key, value, old)
+
+
+def _typed(key: str, value: Any, old: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
-    if old is None or old == AUTO or value is None or text == AUTO:
+    if old is None or old == AUTO:
         return value
     if isinstance(old, tuple):
-        return value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, tuple) else (value,)
+        return tuple(_typed(key, one, old[0]) for one in values) if old else values
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(old):
-        raise UserError(f"config key {key!r} takes {type(old).__name__}, such as {old!r}, and was given {text!r}")
+        raise UserError(f"config key {key!r} takes {type(old).__name__}, such as {old!r}, and was given {value!r}")
     return value
 
 
@@ -170,5 +209,10 @@ def from_plain(data: Any) -> Any:
 
 
 def read(path: Path) -> ConfigDict:
-    """The config that a run wrote."""
-    return from_plain(json.loads(path.read_text())).lock()
+    """The config that a run wrote. Raises UserError if the file is missing or damaged."""
+    try:
+        return from_plain(json.loads(path.read_text(encoding="utf-8"))).lock()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not the config of a run: {error}") from None

@@ -6,7 +6,6 @@ Writes report.json, report.md and a contact sheet a split, with the verdict unde
 (a folder of pictures) there is no judge: PSNR and SSIM of reconstructions, and the sheet.
 """
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from hybridgen import config as config_lib
 from hybridgen import pictures, rundir, sharding
-from hybridgen.cli import command
+from hybridgen.cli import command, make_parser
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
 from hybridgen.evals import alignment, recon
@@ -136,7 +135,7 @@ def markdown(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("hybridgen evaluate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser("evaluate", __doc__)
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--splits", default="validation", help="comma-separated: train, validation, holdout")
     parser.add_argument("--count", type=int, default=256, help="captions a split")

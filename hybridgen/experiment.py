@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from hybridgen import checkpoint, pictures, sharding
@@ -28,7 +27,7 @@ from hybridgen.state import inference_params
 class Experiment(NamedTuple):
     config: Any
     family: ModuleType
-    model: nn.Module
+    model: Any  # the family's Flax module
     parts: dict[str, Part]
     digests: dict[str, str]
     text: Any  # the text tokenizer, or None

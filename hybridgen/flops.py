@@ -1,10 +1,10 @@
 """FLOPs of a program, counted from its trace: what a model must compute, whatever a compiler makes of it.
 
-Every matrix product and convolution is counted at its shape, a multiply-add as 2; a loop counts as often as it turns, of
-branches the costliest. Attention counts the pairs of query and key that its mask lets see each other: half for a causal
-one. In training a product costs itself again for each side that a gradient flows to, so 3x where both train, 2x behind
-raw inputs or frozen weights and 1x in frozen parts; what remat recomputes is not counted. Norms, softmax, lookups and the
-optimiser are not counted either: that is the convention of MFU (PaLM, Chowdhery et al. 2022, appendix B).
+Every matrix product and convolution is counted at its shape, a multiply-add as 2; a loop counts as often as it turns,
+of branches the costliest. Attention counts the pairs of query and key that its mask lets see each other: half for a
+causal one. In training a product costs itself again for each side that a gradient flows to: 3x where both train, 2x
+behind raw inputs or through frozen weights, 1x in frozen parts. What remat recomputes is not counted, nor are norms,
+softmax, lookups and the optimiser: that is the convention of MFU (PaLM, Chowdhery et al. 2022, appendix B).
 
 XLA's own `cost_analysis` cannot serve: it counts the body of a loop once, so it misses all layers and tokens but one.
 

@@ -1,8 +1,8 @@
 """The programs of a config, train step and sample, and their inputs, without a run on disk: for bench and preflight.
 
-What a part names may be a run folder; a config, such as "configs/tokenizers/vq.py:f16", for the part untrained; or, in a
-stage of a recipe, a neighbouring stage. Untrained parts are built for the data of the config that names them. Inputs are
-abstract (shapes, dtypes and shardings); `make` gives real ones.
+What a part names may be a run folder; a config, such as "configs/tokenizers/vq.py:f16", for the part untrained; or, in
+a stage of a recipe, a neighbouring stage. Untrained parts are built for the data of the config that names them. Inputs
+are abstract (shapes, dtypes and shardings); `make` gives real ones.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from hybridgen import flops, pictures, rng, rundir, sharding, trees
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
-from hybridgen.experiment import Experiment, context, find_run, load
+from hybridgen.experiment import Experiment, context, find_run
+from hybridgen.experiment import load as load_run
 from hybridgen.models.parts import Part, find
 from hybridgen.state import inference_params
 from hybridgen.train import Rule, program, specs_of
@@ -54,8 +55,8 @@ class Programs(NamedTuple):
         trainable, frozen = rule.which.split(state["params"])
 
         def loss(trainable: Any, frozen: Any, batch: dict, parts: Any, extra: Any, step: Any) -> Any:
-            params, options = trees.join(trainable, frozen), {"parts": parts, "extra": extra, "step": step, "train": True}
-            return rule.family.loss(rule.model, params, batch, jax.random.key(0), **options)[0]
+            options = {"parts": parts, "extra": extra, "step": step, "train": True}
+            return rule.family.loss(rule.model, trees.join(trainable, frozen), batch, jax.random.key(0), **options)[0]
 
         return dict(flops.training(loss, trainable, frozen, batch, parts, state["extra"], state["step"]))
 
@@ -88,8 +89,10 @@ def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
     return stages[stage], stages
 
 
-def build(config: Any, stages: Mapping, *, devices: Any = None, count: int | None = None, cached: bool = False) -> Programs:
-    """Programs of a stage on `devices` (default: this machine's); `draw` makes `count` pictures (default: the config's).
+def build(
+    config: Any, stages: Mapping, *, devices: Any = None, count: int | None = None, cached: bool = False
+) -> Programs:
+    """Programs of a stage on `devices` (default: this machine's); `draw` makes `count` pictures (default: config's).
 
     cached: image tokens and latents come with the batch, as from a cache, and encoders do not run.
     """
@@ -144,7 +147,7 @@ def _part(name: str, path: str, data: Any, text: Any, specs: dict, stages: Mappi
     stage = stages.get(Path(path).name)
     if stage is None and ".py" not in path:
         try:
-            part = load(find_run(path, None)).part
+            part = load_run(find_run(path, None)).part
         except UserError as error:
             hint = f"to compile or time without one, name a config: --config.parts.{name}=configs/FILE.py:VARIANT"
             raise UserError(f"part {name!r}: {error}; {hint}") from None
@@ -184,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_lib.add_argument(parser)
     parser.add_argument("--stage", help="the stage, if the config is a recipe")
     parser.add_argument("--count", type=int, metavar="N", help="pictures drawn at a time (default: the config's)")
-    parser.add_argument("--cached", action="store_true", help="tokens and latents come with the batch: encoders do not run")
+    parser.add_argument("--cached", action="store_true", help="tokens and latents come with the batch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
 
 
@@ -203,3 +206,10 @@ def writable(path: Path | None) -> Path | None:
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a file to write")
     return path
+
+
+def human(number: float, unit: str = "") -> str:
+    """Three digits and a prefix: 1.23 G."""
+    scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"))
+    size, prefix = next((scale for scale in scales if number >= scale[0]), scales[-1])
+    return f"{number / size:.3g} {prefix}{unit}".strip()

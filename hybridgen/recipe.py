@@ -6,14 +6,13 @@ A recipe is a config with `order`, the names of its stages, and `stages`, their 
 trained in WORKDIR/name; one with `evaluate` measures the run that it names and writes report and contact sheets.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 from hybridgen import config as config_lib
 from hybridgen import evaluate, rundir, train
-from hybridgen.cli import command
+from hybridgen.cli import command, make_parser
 from hybridgen.errors import UserError
 from hybridgen.experiment import find_run, restore
 
@@ -55,7 +54,7 @@ def measure(stage: Any, place: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("hybridgen recipe", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser("recipe", __doc__)
     config_lib.add_argument(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="folder that holds a run folder for every stage")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hybridgen import pictures, rundir
-from hybridgen.cli import command
+from hybridgen.cli import command, make_parser
 from hybridgen.errors import UserError
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore
@@ -43,6 +43,7 @@ def sample(loaded: Loaded, prompts: list[str], count: int, seed: int, batch: int
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Pictures in [-1, 1] as bytes."""
     return np.round((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
@@ -59,7 +60,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("hybridgen sample", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser("sample", __doc__)
     parser.add_argument("--run", required=True, help="run folder of a cascade or of anything that draws from text")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--prompts", type=Path, help="a text file with a prompt a line")

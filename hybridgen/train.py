@@ -6,7 +6,6 @@ The loop's order is fixed: evaluate, save, next batch, step. A checkpoint named 
 data gives at step N and every random number are functions of (seed, N), so a resumed run is the uninterrupted one.
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import optax
 from hybridgen import checkpoint, metrics, optim, rng, rundir, sharding, trees
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
-from hybridgen.cli import command
+from hybridgen.cli import command, make_parser
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, build, find_run, load
@@ -193,7 +192,7 @@ def train_loop(job: Job, state: dict, start: int, signals: rundir.Signals) -> tu
                 )
 
 
-def prepare(config: Any, folder: Path, allow: tuple[str, ...], writer_options: dict) -> tuple[Job, Any, int]:
+def prepare(config: Any, folder: Path, allow: tuple[str, ...], label: str) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
     source = sources.build(config.data, "train")
     experiment = build(config, folder, source)
@@ -234,7 +233,9 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], writer_options: d
             if config.init_from:
                 state = state_lib.start_from(state, earlier(config, folder), state_lib.trainable_of(config))
     evaluate = functools.partial(evaluate_all, jax.jit(functools.partial(eval_step, rule)), experiment, stream, put)
-    writer = metrics.Writer(folder, start_step=start or 0, total_steps=config.steps, every=config.log.every, **writer_options)
+    writer = metrics.Writer(
+        folder, start_step=start or 0, total_steps=config.steps, every=config.log.every, batch=config.batch, label=label
+    )
     grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
 
     def batches(start: int) -> Any:
@@ -292,7 +293,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
     """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
     rundir.make(folder)
     with rundir.lock(folder), rundir.Signals() as signals:
-        job, state, start = prepare(config, folder, allow, {"label": label})
+        job, state, start = prepare(config, folder, allow, label)
         job.writer.line(
             f"{label}: {config.family}, {trees.count(state['params']):,} parameters, "
             f"mesh {dict(job.experiment.mesh.shape)}, steps {start} to {config.steps}, folder {folder}"
@@ -310,7 +311,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("hybridgen train", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = make_parser("train", __doc__)
     config_lib.add_argument(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="run folder: checkpoints, metrics, pictures")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")

@@ -49,7 +49,7 @@ STATIC = jax.jit(filtered, static_argnums=(1, 2, 3))
 TRACED = jax.jit(filtered)
 
 
-@pytest.mark.parametrize("run, options", [(TRACED, o) for o in OPTIONS] + [(STATIC, o) for o in OPTIONS[-3:]])
+@pytest.mark.parametrize("run, options", [(TRACED, o) for o in OPTIONS] + [(STATIC, o) for o in OPTIONS[-2:]])
 def test_filters_keep_what_the_definition_keeps(run, options):
     logits = tied(8, 37)
     out = run(logits, *options)
@@ -61,9 +61,9 @@ def test_filters_keep_what_the_definition_keeps(run, options):
 
 def test_filters_at_the_sizes_of_codebooks():
     logits = jax.random.normal(jax.random.key(0), (4, 5000)) * 4
-    out = STATIC(logits, 1.0, 900, 0.95)
+    out = TRACED(logits, 1.0, 900, 0.95)
     assert np.array_equal(np.isfinite(out), [kept_by_numpy(row, 1.0, 900, 0.95) for row in np.asarray(logits)])
-    assert (np.isfinite(STATIC(logits, 1.0, 900, 1.0)).sum(-1) == 900).all()
+    assert (np.isfinite(TRACED(logits, 1.0, 900, 1.0)).sum(-1) == 900).all()
 
 
 def test_no_sort_and_no_loop_where_nothing_is_asked_for():
@@ -82,7 +82,7 @@ def test_temperature_zero_is_argmax(traced):
 
 
 def test_frequencies_match_the_softmax():
-    count, row = 40_000, jnp.array([1.0, 0.0, -1.0, 2.0, 0.5, -3.0])
+    count, row = 20_000, jnp.array([1.0, 0.0, -1.0, 2.0, 0.5, -3.0])
     logits = jnp.broadcast_to(row, (count, 6))
     options = {"temperature": 0.8, "top_k": 5, "top_p": 0.97}
     drawn, _ = jax.jit(lambda k: tokens.draw(k, logits, **options))(keys_of(range(count)))
@@ -94,15 +94,6 @@ def test_frequencies_match_the_softmax():
     assert chi2 < 25  # 4 degrees of freedom or fewer: 5e-5 of being exceeded
 
 
-def test_a_row_is_drawn_alike_in_any_batch():
-    draw = jax.jit(lambda k, a: tokens.draw(k, a, temperature=1.2, top_k=50, top_p=0.9))
-    logits = jax.random.normal(jax.random.key(3), (33, 257)) * 2
-    whole, _ = draw(keys_of(range(33)), logits)
-    for rows in ([4], list(range(5, 22))):
-        part, _ = draw(keys_of(rows), logits[jnp.array(rows)])
-        assert np.array_equal(part, whole[jnp.array(rows)])
-
-
 def test_options_out_of_range():
     for wrong in ({"temperature": -0.1}, {"top_k": -1}, {"top_p": 1.5}):
         with pytest.raises(UserError, match=next(iter(wrong))):
@@ -111,7 +102,7 @@ def test_options_out_of_range():
 
 # ---------------------------------------------------------------- decoding
 
-V, B, N = 11, 5, 7
+V, B, N = 37, 5, 7
 TABLE = jax.random.normal(jax.random.key(11), (V, V)) * 2
 
 
@@ -159,14 +150,14 @@ def two_chains(cache, token):
 
 def test_generate_is_the_loop_in_any_batch():
     """Five pictures in one program are two of them in a Python loop, tokens bit for bit."""
-    options = {"temperature": 0.8, "top_k": 6, "top_p": 0.9}
+    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
     run = jax.jit(lambda k: decode.generate(chain, *begin(B), k, length=N, **options))
     drawn, logp = run(keys_of(range(B)))
     rows = [4, 1]
     expected, expected_logp = by_hand(rows, options)
     assert drawn.shape == (B, N) and np.array_equal(drawn[jnp.array(rows)], expected)
     np.testing.assert_allclose(logp[jnp.array(rows)], expected_logp, rtol=1e-5, atol=1e-5)
-    assert len({row.tobytes() for row in np.asarray(drawn)}) > B // 2
+    assert len({row.tobytes() for row in np.asarray(drawn)}) == B
 
 
 GREEDY = {"temperature": 0}  # where chance is beside the point: it compiles in a third of the time

@@ -212,8 +212,7 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize("schedule", ["flow", "scaled_linear"])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name, schedule", [*((name, "flow") for name in STOCHASTIC), ("ddpm", "scaled_linear")])
 def test_ancestral_marginals(name, schedule):
     """Told the true x, after any number of steps x_s is N(alpha x, sigma^2): what defines these samplers."""
     levels = SCHEDULES[schedule](np.array([1.0, 0.7, 0.65, 0.4]))

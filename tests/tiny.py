@@ -3,7 +3,6 @@
 Letters: b pictures, n tokens, l text positions.
 """
 
-import functools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ if str(ROOT) not in sys.path:
 from configs import common  # noqa: E402
 
 SIDE, WORDS, LENGTH, CLASSES = 16, 11, 5, 3
-VQ = {"resolution": SIDE, "patch": 4, "channels": (16, 32), "attention": False}  # a grid of 2 x 2
+VQ = {"resolution": SIDE, "patch": 4, "channels": (16,), "attention": False}  # a grid of 4 x 4
 FSQ = VQ | {"quantizer": "fsq", "levels": (4, 3)}
 MOVING = VQ | {"quantizer": "vq", "codes": 16, "width": 4, "moving": True}
 PRIOR = {"width": 32, "depth": 2, "heads": 2, "text_vocab": WORDS, "text_length": LENGTH, "qk_norm": True}
@@ -46,25 +45,35 @@ def _sample(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return coarse.repeat(SIDE // 4, 0).repeat(SIDE // 4, 1), text.astype(np.int32), np.int32(draw.integers(CLASSES))
 
 
-def part(family: str, options: dict, seed: int = 0, parts: dict | None = None, noise: float = 0.0) -> Part:
-    """A component with fresh arrays; `noise` moves every parameter, so that nothing is zero by initialisation."""
+def filled(module, model, specs: dict, parts: dict, seed: int = 0) -> dict:
+    """Arrays of the shapes that `init` gives, all of them random (also what starts at zero), made without compiling."""
+    shapes = jax.eval_shape(lambda key: module.init(model, key, specs, parts), jax.random.key(0))
+    draw = np.random.default_rng([3, seed])
+
+    def fill(path: str, shape) -> np.ndarray:
+        noise = draw.normal(size=shape.shape)
+        if path.endswith("kernel") and len(shape.shape) > 1:
+            return noise * 0.5 / np.sqrt(shape.shape[-2] if "layers" not in path else noise[0].size ** 0.5)
+        if path.endswith(("count", "scale")):
+            return 1 + 0.1 * noise if path.endswith("scale") else np.ones(shape.shape)
+        return noise * 0.2
+
+    flat = {path: fill(path, shape).astype(shape.dtype) for path, shape in trees.flatten(shapes).items()}
+    if "extra/codebook" in flat:
+        flat["extra/codebook"] /= np.linalg.norm(flat["extra/codebook"], axis=-1, keepdims=True)
+        flat["extra/total"] = flat["extra/codebook"].copy()
+    return {"extra": {}} | trees.unflatten(flat)
+
+
+def part(family: str, options: dict, seed: int = 0, parts: dict | None = None) -> Part:
+    """A component with random arrays."""
     model = find(family).build(options)
-    make = functools.partial(find(family).init, model, specs=state.spec_of(batch(1)), parts=parts or {})
-    arrays = jax.jit(make)(jax.random.key(seed))
-    if noise:
-        arrays["params"] = shaken(arrays["params"], noise)
+    arrays = jax.tree.map(jnp.asarray, filled(find(family), model, state.spec_of(batch(1)), parts or {}, seed))
     return Part(arrays["params"], arrays["extra"], family, model)
 
 
-def shaken(params: dict, size: float) -> dict:
-    flat = trees.flatten(params)
-    keys = jax.random.split(jax.random.key(5), len(flat))
-    noisy = {name: x + size * jax.random.normal(key, x.shape, x.dtype) for key, (name, x) in zip(keys, flat.items(), strict=True)}
-    return trees.unflatten(noisy)
-
-
-def tokenizer(options: dict = FSQ, noise: float = 0.05) -> Part:
-    return part("tokenizers.vq", options, noise=noise)
+def tokenizer(options: dict = FSQ, seed: int = 0) -> Part:
+    return part("tokenizers.vq", options, seed)
 
 
 def prior_options(tokenizer: Part, **changes) -> dict:
@@ -98,12 +107,16 @@ class Run:
     """An experiment's compiled step with its state: `run.step(batch)` -> metrics."""
 
     def __init__(self, experiment: Experiment, first: dict, dtype: str = "float32"):
-        self.experiment = experiment
-        self.rule, self.compiled, self.abstract, make = train.program(experiment, state.spec_of(first))
+        self.experiment, self.dtype = experiment, dtype
+        specs = state.spec_of(first)
+        self.rule, self.compiled, self.abstract, self.make = train.program(experiment, specs)
         self.parts = wide(experiment.parts, dtype)
-        self.dtype = dtype
-        with jax.set_mesh(experiment.mesh):
-            self.state = wide(make(), dtype)
+        arrays = filled(experiment.family, experiment.model, specs, experiment.parts)
+        # every optimiser here starts from zeros: no need to compile its init
+        zeros = SimpleNamespace(init=lambda params: jax.tree.map(_zeros, jax.eval_shape(self.rule.optimiser.init, params)))
+        start = state.initial(arrays, zeros, self.rule.which, experiment.config.frozen_dtype)
+        places = jax.tree.map(lambda s: s.sharding, self.abstract)
+        self.state = jax.device_put(wide(start, dtype), places)
 
     def step(self, batch: dict) -> dict[str, float]:
         with jax.set_mesh(self.experiment.mesh):
@@ -114,6 +127,10 @@ class Run:
     def memory(self, batch: dict):
         with jax.set_mesh(self.experiment.mesh):
             return self.compiled.lower(self.state, batch, self.parts).compile().memory_analysis()
+
+
+def _zeros(spec) -> np.ndarray:
+    return np.zeros(spec.shape, spec.dtype)
 
 
 def wide(tree, dtype: str):

@@ -2,7 +2,8 @@
 
     python -m hybridgen.train --config configs/tokenizers/vq.py:tiny --workdir runs/tokenizer
 
-`tiny`: a smoke test. `vq`, `vq_gradient`, `autoencoder`: other quantisers at the demo's size.
+`tiny`: a smoke test. `vq`, `vq_gradient`, `autoencoder`: other quantisers at the demo's size. For pictures at 256:
+`f16`, 256 tokens of 16,384 codes (as LlamaGen's), and `f8_latent`, a latent of 32 x 32 x 4.
 """
 
 from configs import common
@@ -21,6 +22,13 @@ def get_config(variant: str = ""):
         config.model.update(quantizer="vq", codes=1024, width=8, moving=False)
     elif variant == "autoencoder":
         config.model.update(quantizer="none", width=8)
+    elif variant in ("f16", "f8_latent"):
+        config.data.update(resolution=256)
+        config.model.update(patch=2, blocks=2, attention=False, dtype="bfloat16")
+        if variant == "f16":
+            config.model.update(channels=(128, 256, 256, 512), attention=True, quantizer="vq", codes=16_384, width=8)
+        else:
+            config.model.update(channels=(128, 256, 512), quantizer="none", width=4)
     elif variant:
-        raise common.unknown(variant, "tiny", "vq", "vq_gradient", "autoencoder")
+        raise common.unknown(variant, "tiny", "vq", "vq_gradient", "autoencoder", "f16", "f8_latent")
     return config

@@ -88,13 +88,18 @@ class GridAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`image [b, H, W, c] -> [b, h, w, features]`."""
+    """`image [b, H, W, c] -> [b, h, w, features]`.
+
+    A `local` encoder has no blocks on the last grid, only a map of each place with its position: what a place says then
+    depends on its neighbourhood alone.
+    """
 
     features: int
     channels: tuple[int, ...]
     patch: int = 1
     blocks: int = 2
     attention_grid: tuple[int, int] | None = None
+    local: tuple[int, int] | None = None  # the grid of a local encoder
     dtype: str = "float32"
 
     @nn.compact
@@ -103,12 +108,22 @@ class Encoder(nn.Module):
         for level, width in enumerate(self.channels):
             if level:
                 x = Linear(width, bias=True, dtype=self.dtype, name=f"down_{level}")(patchify(x, 2))
-            for i in range(self.blocks):
+            last = self.local and level == len(self.channels) - 1
+            for i in range(0 if last else self.blocks):
                 x = ResBlock(width, dtype=self.dtype, name=f"block_{level}_{i}")(x)
+        if self.local:
+            return self._place(x)
         if self.attention_grid:
             x = GridAttention(self.attention_grid, dtype=self.dtype, name="mix")(x)
             x = ResBlock(x.shape[-1], dtype=self.dtype, name="last")(x)
         x = nn.silu(GroupNorm(16, name="norm")(x))
+        return Linear(self.features, bias=True, dtype=self.dtype, name="project")(x)
+
+    def _place(self, x: jax.Array) -> jax.Array:
+        c = x.shape[-1]
+        position = self.param("position", nn.initializers.normal(0.5), (self.local[0] * self.local[1], c))
+        x = Norm(name="norm")(x) + cast(position, self.dtype).reshape(*self.local, c)
+        x = nn.silu(Linear(2 * c, bias=True, dtype=self.dtype, name="hidden")(x))
         return Linear(self.features, bias=True, dtype=self.dtype, name="project")(x)
 
 

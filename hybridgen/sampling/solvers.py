@@ -7,7 +7,8 @@
 One signature: `solve(predict, x, levels, keys=None, *, previews=False, **options)`.
 - `predict(x_t B ..., level) -> (x, eps)`, both B ...: clean picture and noise at this level (a Level of scalars). Both,
   and not one, because solvers use one or the other, and official samplers that clip x keep eps (or do not).
-- `levels`: schedules.Level of n+1 numpy values, noisiest first: grids are known when the program is traced.
+- `levels`: schedules.Level of n+1 numpy values, noisiest first: grids are known when the program is traced. Euler and
+  Heun need t to be what dalpha and dsigma are derivatives in; the others only pass it on to `predict`.
 - `keys`: B typed keys, for the stochastic ones: step i draws picture b's noise from `fold_in(keys[b], i)`.
 - where sigma ends at 0, the result is the last prediction of x exactly.
 - `previews=True` also returns the n predictions of x: n B ...

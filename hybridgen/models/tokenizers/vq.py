@@ -29,6 +29,7 @@ class VQ(nn.Module):
     channels: tuple[int, ...] = (128, 256)
     blocks: int = 1
     attention: bool = True
+    local: bool = False  # tokens tell of their neighbourhood only: plans compose, and a prior learns them faster
     quantizer: str = "fsq"  # fsq | vq | none
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq
     codes: int = 1024  # vq
@@ -38,7 +39,8 @@ class VQ(nn.Module):
     decay: float = 0.99
     revive_below: float = 0.03  # vq: a code with less than this share of its fair use is dead
     commitment: float = 0.25
-    entropy: float = 0.0  # weight of the codebook-use entropy (fsq)
+    entropy: float = 0.0  # fsq: weight of the entropy of the batch's use of the codes ...
+    fill: float = 0.7  # ... up to this share of the codebook
     l1: float = 0.0  # weight of the absolute error beside the squared one
     dtype: str = "float32"
 
@@ -52,7 +54,7 @@ class VQ(nn.Module):
             "attention_grid": self.grid if self.attention else None,
             "dtype": self.dtype,
         }
-        self.encoder = Encoder(self.code_width, **options)
+        self.encoder = Encoder(self.code_width, local=self.grid if self.local else None, **options)
         self.decoder = Decoder(3, **options)
         if self.quantizer == "vq" and not self.moving:
             self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.width))
@@ -142,7 +144,7 @@ def loss(
         if model.entropy:
             use = quantize.fsq_entropy(flat, model.levels)
             metrics["entropy"] = use
-            total = total - model.entropy * use
+            total = total + model.entropy * jnp.maximum(jnp.log(model.fill * model.vocab) - use, 0.0)
     scalar, weight = weighted(total, rows(batch, total))
     mse, _ = weighted(error, rows(batch, error))
     metrics |= {"mse": mse, "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12))}

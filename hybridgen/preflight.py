@@ -1,0 +1,203 @@
+"""Does a config fit: its train step and sample program, compiled for a TPU topology on a CPU; nothing is run.
+
+    python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:16x16
+    python -m hybridgen.preflight --config configs/recipes/shapes.py:cpu --stage decoder --json FILE   # this machine
+
+Says for each program whether it fits a device's memory, and by how much; exit code 1 if one does not. A topology needs
+the extra `tpu` (libtpu), and no TPU. Parts that name a config are taken untrained: nothing has to be trained before.
+
+JSON: {"config", "family", "topology" (null: this machine), "device", "devices", "mesh", "batch", "count" (pictures
+drawn at a time), "parameters", "fits", "capacity": bytes a device that a program may use (null: not known),
+"train" and "sample": {
+  "fits", "spare": bytes a device that are left (negative: over by; null: not known),
+  "memory": bytes a device {"arguments", "outputs", "aliased", "temporaries", "peak"} (null if it did not compile),
+  "flops" of a step or call, all devices: {"matmul", "attention", "convolution", "total"},
+  "lower_s" (trace and lower), "compile_s", "error": null, or what the compiler said}}
+"""
+
+import importlib.util
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from hybridgen import config as config_lib
+from hybridgen import programs, rundir, trees
+from hybridgen.cli import command, make_parser
+from hybridgen.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A TPU: the sides of its topologies, and memory that a program may use (GiB a device, as libtpu 0.0.42 says)."""
+
+    sides: int
+    memory: float
+
+
+CHIPS = {
+    "v2": Chip(2, 7.48),
+    "v3": Chip(2, 15.48),
+    "v4": Chip(3, 15.25),
+    "v5e": Chip(2, 15.75),
+    "v5p": Chip(3, 95.74),
+    "v6e": Chip(2, 31.25),
+    "tpu7x": Chip(3, 94.75),
+}
+KNOWN = "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1"
+# libtpu is not to look for a TPU, for a metadata server or for another process that has one
+OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def topology(name: str) -> tuple[list, float]:
+    """(devices to compile for, bytes that a program may use on each) of a topology such as "v5e:16x16"."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
+    chip = CHIPS.get(found[1]) if found else None
+    sides = [int(side) for side in found[2].split("x")] if found else []
+    if chip is None:
+        near = config_lib.hint(name.partition(":")[0], CHIPS)
+        raise UserError(f"no topology {name!r}{near}; known are {KNOWN}")
+    if len(sides) != chip.sides:
+        raise UserError(f"topology {name!r} has {len(sides)} sides and {found[1]} has {chip.sides}; known are {KNOWN}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU topology needs libtpu: pip install 'hybridgen[tpu]'")
+    for variable, value in OFFLINE.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    options = {"chips_per_host_bounds": (1,) * 3} if set(sides) == {1} else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"no topology {name!r}: {str(error).splitlines()[0]}; known are {KNOWN}") from None
+    return list(devices), chip.memory * GIB
+
+
+def capacity() -> float | None:
+    """Bytes that a program may use on a device of this machine; on a CPU, its share of all memory."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def preflight(built: programs.Programs, room: float | None) -> dict[str, Any]:
+    """Compiles both programs and prints a line for each; the report, as described in the file's head."""
+    config, mesh = built.experiment.config, built.experiment.mesh
+    report = {
+        "family": config.family,
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.devices.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "batch": config.batch,
+        "count": built.keys.shape[0],
+        "parameters": trees.count(built.state["params"]),
+        "capacity": room,
+    }
+    print(headline(report), HEAD, sep="\n", flush=True)
+    for name in ("train", "sample") if built.trains else ("sample",):
+        with jax.set_mesh(mesh):
+            entry = attempt(built, name, room)
+        report[name] = entry
+        print(line(name, entry), flush=True)
+    report["fits"] = all(report[name]["fits"] for name in ("train", "sample") if name in report)
+    return report
+
+
+def attempt(built: programs.Programs, name: str, room: float | None) -> dict[str, Any]:
+    """The report of one program. Running out of memory while compiling is a result; other errors are raised."""
+    if name == "train":
+        function, arguments, flops = built.step, built.train_arguments(), built.train_flops()
+    else:
+        function, arguments, flops = built.draw, built.sample_arguments(), built.sample_flops()
+    entry = {"flops": flops | {"total": sum(flops.values())}, "error": None}
+    start = time.perf_counter()
+    try:
+        _, measured = programs.compile_timed(function, arguments)
+    except jax.errors.JaxRuntimeError as error:
+        over = exceeded(str(error))
+        if over is None:
+            raise
+        seconds = {"lower_s": 0.0, "compile_s": time.perf_counter() - start}
+        return entry | seconds | {"memory": None, "fits": False, "spare": -over, "error": str(error)[:2000]}
+    spare = None if room is None else room - measured["memory"]["peak"]
+    return entry | measured | {"spare": spare, "fits": spare is None or spare >= 0}
+
+
+def exceeded(message: str) -> float | None:
+    """By how many bytes a compiler's message says that memory is exceeded; None if it is about something else."""
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message:
+        return None
+    size = r"([\d.]+)\s*([KMGT]?)i?B?"
+    by = re.search(rf"[Ee]xceeded .{{0,40}}capacity by {size}", message)
+    if by:
+        return _bytes(by[1], by[2])
+    pair = re.search(rf"[Uu]sed {size} of {size}", message)
+    pair = pair or re.search(rf"{size}\)? exceeds (?:available \w+ \()?{size}", message)
+    return _bytes(pair[1], pair[2]) - _bytes(pair[3], pair[4]) if pair else 0.0
+
+
+def _bytes(number: str, prefix: str) -> float:
+    return float(number) * 1024 ** " KMGT".index(prefix or " ")
+
+
+def headline(report: dict) -> str:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one device"
+    room = f", {report['capacity'] / GIB:.2f} GiB each" if report["capacity"] else ""
+    return (
+        f"{report['family']}: {report['parameters']:,} parameters, batch {report['batch']}, draws {report['count']}, "
+        f"on {report['devices']} x {report['device']}{room}, mesh {mesh}"
+    )
+
+
+HEAD = "GiB a device arguments  outputs  aliased  temporary    peak     FLOP   compile"
+COLUMNS = {"arguments": 10, "outputs": 9, "aliased": 9, "temporaries": 11, "peak": 8}
+
+
+def line(name: str, entry: dict) -> str:
+    """A row of the table under HEAD, with the verdict."""
+    memory = entry["memory"] or {}
+    sizes = {key: f"{memory[key] / GIB:.2f}" if memory else "-" for key in COLUMNS}
+    row = "".join(f"{sizes[key]:>{width}}" for key, width in COLUMNS.items())
+    return (
+        f"{name:12}{row}{programs.human(entry['flops']['total']):>9}{entry['lower_s'] + entry['compile_s']:>8.0f} s"
+        f"  {verdict(entry)}"
+    )
+
+
+def verdict(entry: dict) -> str:
+    if entry["spare"] is None:
+        return "compiles; the memory of this device is not known"
+    if entry["fits"]:
+        return f"fits with {entry['spare'] / GIB:.2f} GiB to spare"
+    return f"over by {-entry['spare'] / GIB:.2f} GiB"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser("preflight", __doc__)
+    programs.add_arguments(parser)
+    parser.add_argument("--topology", metavar="CHIP:SIDES", help=f"{KNOWN}; default: this machine")
+    args, overrides = config_lib.parse(parser, argv)
+    json = programs.writable(args.json)
+    if args.topology:
+        jax.config.update("jax_platforms", "cpu")  # what is compiled for is not what is here
+        devices, room = topology(args.topology)
+    else:
+        devices, room = None, capacity()
+    report = preflight(programs.load(args, overrides, devices), room)
+    report = {"config": args.config, "topology": args.topology} | report
+    if json:
+        rundir.write_json(json, report)
+    return 0 if report["fits"] else 1
+
+
+if __name__ == "__main__":
+    command(main)

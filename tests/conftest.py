@@ -1,0 +1,51 @@
+"""Before anything imports JAX: tests run on the CPU, on one device. And tiny runs, trained once a session.
+
+Tests that need several devices start a process with XLA_FLAGS=--xla_force_host_platform_device_count=8: a mesh takes
+every device there is, so eight of them here would make data-parallel programs of all the other tests.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).parents[1]
+TOKENIZER = "configs/tokenizers/vq.py"
+
+
+class TinyRun(NamedTuple):
+    folder: Path
+    losses: list[float]  # one a step
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Callable[[str], TinyRun]:
+    """Config file -> the run of its `tiny` variant, trained the first time it is asked for, on one tokenizer."""
+    runs: dict[str, TinyRun] = {}
+
+    def get(path: str) -> TinyRun:
+        if path not in runs:
+            tokenizer = None if path == TOKENIZER else get(TOKENIZER).folder
+            runs[path] = _train(path, tmp_path_factory.mktemp("runs") / Path(path).stem, tokenizer)
+        return runs[path]
+
+    return get
+
+
+def _train(path: str, folder: Path, tokenizer: Path | None) -> TinyRun:
+    from hybridgen import config, train
+
+    tiny = config.load(f"{ROOT / path}:tiny", ["log.every=1"]).copy_and_resolve_references()
+    with tiny.unlocked():
+        for name in tiny.parts:
+            assert name == "tokenizer", f"{path}:tiny has a part {name!r}, which this fixture cannot give it"
+            tiny.parts[name] = str(tokenizer)
+    assert train.run(tiny, folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == tiny.steps
+    return TinyRun(folder, losses)

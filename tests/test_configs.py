@@ -1,0 +1,93 @@
+"""Every config: at `tiny` it trains, its loss falls and it samples the right shape; every parameter of it has a place.
+
+A new file in configs/ is found by itself. Parts come from one tiny tokenizer, trained once (conftest.py).
+"""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hybridgen import config as config_lib
+from hybridgen import pictures, programs, recipe, sharding, trees
+from hybridgen.data import pipeline, sources
+from hybridgen.errors import UserError
+from hybridgen.experiment import restore
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/recipes/*.py"))
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*/*.py") if path.parent.name != "recipes")
+LARGE = 2**20  # elements of a parameter that must not be whole on every device of a large mesh
+
+
+def variants(path: Path) -> list[str]:
+    """The names of a config's variants, from the error that an unknown one gets; the default is ""."""
+    with pytest.raises(UserError) as error:
+        config_lib.load(f"{ROOT / path}:no_such_variant")
+    names = re.search(r"one of (.*), or none", str(error.value))
+    return ["", *names[1].split(", ")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_tiny_trains_and_samples(path, tiny_run):
+    folder, losses = tiny_run(str(path))
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < 0.97 * np.mean(losses[:4]), losses
+
+    loaded = restore(folder, {})
+    count, side = 3, loaded.config.data.resolution
+    batch = next(pipeline.batches(sources.build(loaded.config.data, "validation"), loaded.text, batch=count, seed=0))
+    cond = {name: batch[name] for name in ("image", "text", "text_mask", "label")}
+    with jax.set_mesh(loaded.mesh):
+        pieces = list(pictures.draw_all(loaded.draw, cond, seed=0, batch=2, put=loaded.put))
+    images = np.concatenate([piece["image"] for piece in pieces])  # b H W 3
+    assert images.shape == (count, side, side, 3) and np.isfinite(images).all() and np.abs(images).max() <= 1
+    assert images.std() > 0
+    tokens = np.concatenate([piece["tokens"] for piece in pieces])  # b n
+    assert tokens.shape[0] == count and tokens.min() >= 0 and tokens.max() < loaded.tokenizer.model.vocab
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_parameter_has_a_place(path):
+    neighbours = {"tokenizer": "tokenizers/vq.py", "prior": "ar/raster.py", "decoder": "diffusion/dit.py"}
+    stages = {name: config_lib.load(f"{ROOT}/configs/{file}:tiny") for name, file in neighbours.items()}
+    for variant in variants(path):
+        config = config_lib.load(f"{ROOT / path}:{variant}").copy_and_resolve_references()
+        with config.unlocked():
+            config.mesh = {"data": -1}
+            for name, part in config.parts.items():
+                config.parts[name] = str(ROOT / part) if part.startswith("configs/") else part
+        built = programs.build(config, stages, devices=jax.devices()[:1])  # raises for a parameter that no rule fits
+        for name, leaf in trees.flatten(built.state["params"]).items():
+            spec = sharding.param_spec(name, leaf.shape)
+            assert leaf.size < LARGE or any(spec), f"{path}:{variant} {name} {leaf.shape} would be whole everywhere"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_recipes_fit_together(path):
+    for variant in variants(path):
+        config = config_lib.load(f"{ROOT / path}:{variant}")
+        recipe.check(config)
+        known = list(config.order)
+        for number, name in enumerate(known):
+            stage = config.stages[name]
+            needs = [stage.evaluate] if "evaluate" in stage else stage.parts.values()
+            assert all(need.removeprefix("../") in known[:number] for need in needs), (variant, name)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_at_tiny(tmp_path, capfd):
+    config = config_lib.load(f"{ROOT}/configs/recipes/shapes.py:tiny")
+    assert recipe.run(config, tmp_path / "run")
+    assert "done in" in capfd.readouterr().out
+    report = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())
+    for split in ("validation", "holdout"):
+        assert (tmp_path / "run" / "evaluation" / f"{split}.png").stat().st_size > 10_000
+        assert report["splits"][split]["from captions"]["render"]["judge"]["all"]["pictures"] == 16
+
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/checkpoints/*/manifest.json")}
+    assert recipe.run(config, tmp_path / "run")  # every stage is there: nothing is trained or saved again
+    assert stamps and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
