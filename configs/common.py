@@ -68,6 +68,15 @@ def shapes(**options) -> dict:
     }
 
 
+# the demo's pictures: six shapes, eight colours, two sizes, nine positions, four relations, one or two objects
+DEMO = {
+    "shapes": ("circle", "square", "triangle", "cross", "diamond", "heart"),
+    "templates": 2,
+    "jitter": 0.02,
+    "length": 14,
+}
+
+
 def unknown(variant: str, *known: str) -> ValueError:
     """The error for a variant that a config does not have."""
     return ValueError(f"unknown variant {variant!r}: one of {', '.join(known)}, or none")

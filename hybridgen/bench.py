@@ -4,9 +4,9 @@
     python -m hybridgen.bench --config configs/recipes/shapes.py:cpu --stage decoder --what train --json decoder.json
 
 Times the programs that `train` and `sample` run, on one batch of the config's data, on this machine. Runs of a program
-take turns with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see the same machine:
-the fraction of its matmul rate is the median over turns. FLOPs are counted from the trace (`hybridgen.flops`). Parts
-that name a config are used untrained. Nothing is written but FILE.
+take turns with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see the same
+machine: the fraction of its matmul rate is the median over turns. FLOPs are counted from the trace (hybridgen.flops).
+Parts that name a config are used untrained. Nothing is written but FILE.
 
 JSON: {"config", "family", "platform", "device", "devices", "batch", "dtype", "parameters", "load" (of the machine in
 the minute before, in busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "train" and "sample": {
@@ -31,10 +31,8 @@ import jax
 from hybridgen import config as config_lib
 from hybridgen import programs, rundir, trees
 from hybridgen.cli import command, make_parser
-from hybridgen.errors import UserError
 from hybridgen.state import inference_params
 
-WHAT = ("train", "sample")
 PATIENCE = 90.0  # seconds of turns after which a program is not run again, if it ran three times
 
 
@@ -170,14 +168,6 @@ def line(name: str, entry: dict) -> str:
     )
 
 
-def names(text: str) -> tuple[str, ...]:
-    """"train,sample" -> its names, in the order of WHAT."""
-    given = text.split(",")
-    if not set(given) <= set(WHAT):
-        raise argparse.ArgumentTypeError(f"{text!r} is not made of {', '.join(WHAT)}")
-    return tuple(name for name in WHAT if name in given)
-
-
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -187,15 +177,11 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("bench", __doc__)
     programs.add_arguments(parser)
-    parser.add_argument("--what", type=names, metavar="NAMES", help="train, sample or train,sample")
     parser.add_argument("--steps", type=positive, default=10, help="timed runs of each program (default 10)")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
     built = programs.load(args, overrides)
-    what = args.what or (WHAT if built.trains else ("sample",))
-    if "train" in what and not built.trains:
-        raise UserError(f"this {built.experiment.config.family} config has no training steps: --what sample")
-    report = {"config": args.config} | bench(built, what, args.steps)
+    report = {"config": args.config} | bench(built, built.names(args.what), args.steps)
     if json:
         rundir.write_json(json, report)
     return 0

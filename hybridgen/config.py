@@ -20,7 +20,7 @@ from hybridgen.errors import UserError
 
 AUTO = "auto"
 
-# the least value of an entry of a stage
+# the least value of an entry of a stage; the most is what fits a seed
 LEAST = {
     "seed": 0,
     "batch": 1,
@@ -39,6 +39,7 @@ LEAST = {
     "profile.start": 0,
     "profile.steps": 0,
 }
+MOST = 2**32 - 1
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -90,11 +91,11 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def check_numbers(config: Mapping) -> None:
-    """Raises UserError for a number of a stage, or of a stage of a recipe, that is below its least value."""
+    """Raises UserError for a number of a stage, or of a stage of a recipe, that is out of range."""
     for stage, prefix in [(config, ""), *((s, f"stages.{name}.") for name, s in config.get("stages", {}).items())]:
         for key, value in flatten(stage).items():
-            if key in LEAST and isinstance(value, int) and value < LEAST[key]:
-                raise UserError(f"config key '{prefix}{key}' is {value} and must be at least {LEAST[key]}")
+            if key in LEAST and isinstance(value, int) and not LEAST[key] <= value <= MOST:
+                raise UserError(f"config key '{prefix}{key}' {value} is not within {LEAST[key]} and {MOST}")
 
 
 def split_arg(arg: str) -> tuple[str, list[str]]:

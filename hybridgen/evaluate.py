@@ -6,7 +6,7 @@ Writes report.json, report.md and a contact sheet a split, with the verdict unde
 (a folder of pictures) there is no judge: PSNR and SSIM of reconstructions, and the sheet.
 """
 
-import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import jax
 import numpy as np
 
 from hybridgen import config as config_lib
-from hybridgen import pictures, rundir, sharding
+from hybridgen import pictures, rundir
 from hybridgen.cli import command, make_parser
 from hybridgen.data import pipeline, sources
-from hybridgen.errors import UserError
 from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore
@@ -26,12 +25,12 @@ from hybridgen.metrics import progress
 
 def evaluate(loaded: Loaded, splits: tuple[str, ...], count: int, batch: int, seed: int, folder: Path) -> dict:
     """Measures a run on `count` captions of each split; writes the report into `folder` and returns it."""
+    data = {split: sources.build(loaded.config.data, split) for split in splits}
     rundir.make(folder)
     report: dict[str, Any] = {"family": loaded.config.family, "step": loaded.step, "seed": seed, "splits": {}}
     report["options"] = config_lib.plain(loaded.config.sample.options)
     with jax.set_mesh(loaded.mesh):
-        for split in splits:
-            source = sources.build(loaded.config.data, split)
+        for split, source in data.items():
             items = pipeline.examples(source, range(min(count, len(source))))
             report["splits"][split] = measure(loaded, items, batch, seed, folder / f"{split}.png", split)
         codes = code_use(loaded, batch)
@@ -65,10 +64,9 @@ def measure(loaded: Loaded, items: list[dict], batch: int, seed: int, picture: P
     names = [name for name in ("draft", "image") if name in drawn]
     strips = np.concatenate([true, *(drawn[name] for name in names)], 2)
     verdicts = [alignment.judge(*pair) for pair in zip(drawn["image"], scenes, strict=True)] if scenes else None
-    shown = slice(0, 48)
+    shown, cell = slice(0, 48), 64 * (1 + len(names))
     title = f"{label}: true picture, {', '.join('render' if name == 'image' else name for name in names)}"
-    paper = sheet(strips[shown], captions[shown], verdicts[shown] if verdicts else None, cell=64 * (1 + len(names)), title=title)
-    paper.save(picture)
+    sheet(strips[shown], captions[shown], verdicts[shown] if verdicts else None, cell=cell, title=title).save(picture)
     return out
 
 
@@ -88,7 +86,8 @@ def judged(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
             continue
         entry = {}
         if true is not None:
-            entry |= {"psnr": float(recon.psnr(drawn[name], true).mean()), "ssim": float(recon.ssim(drawn[name], true).mean())}
+            psnr, ssim = recon.psnr(drawn[name], true), recon.ssim(drawn[name], true)  # b
+            entry |= {"psnr": float(psnr.mean()), "ssim": float(ssim.mean())}
         if scenes is not None:
             entry["judge"] = alignment.summary(alignment.judge_batch(drawn[name], scenes))
         out[called] = entry
@@ -105,24 +104,26 @@ def code_use(loaded: Loaded, batch: int, count: int = 4096) -> dict | None:
     images = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1
     uses = np.bincount(loaded.tokens(images, batch).reshape(-1), minlength=tokenizer.model.vocab)
     p = uses[uses > 0] / uses.sum()
-    perplexity = float(np.exp(-(p * np.log(p)).sum()))
-    vocab = tokenizer.model.vocab
-    return {"codes": vocab, "usage": float((uses > 0).mean()), "perplexity": perplexity / vocab, "tokens": int(uses.sum())}
+    vocab, perplexity = tokenizer.model.vocab, float(np.exp(-(p * np.log(p)).sum()))
+    usage = float((uses > 0).mean())
+    return {"codes": vocab, "usage": usage, "perplexity": perplexity / vocab, "tokens": int(uses.sum())}
 
 
 def markdown(report: dict) -> str:
     """The report as tables."""
+    head = ("pictures", "of", "objects", "all right", "by attribute", "PSNR", "SSIM")
     lines = [f"# {report['family']}, step {report['step']}", ""]
     for split, kinds in report["splits"].items():
-        lines += [f"## {split}", "", "| pictures | of | objects | all right | by attribute | PSNR | SSIM |", "|---|---|---|---|---|---|---|"]
+        lines += [f"## {split}", "", _row(head), _row(["---"] * len(head))]
         for kind, entries in kinds.items():
             for name, entry in entries.items():
                 psnr, ssim = (f"{entry[key]:.2f}" if key in entry else "" for key in ("psnr", "ssim"))
                 groups = entry.get("judge", {"all": {}})
                 for group, means in groups.items():
-                    parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in means.items() if k not in ("all_right", "pictures"))
+                    rest = {k: v for k, v in means.items() if k not in ("all_right", "pictures")}
+                    parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in rest.items())
                     right = f"{100 * means['all_right']:.1f} %" if means else ""
-                    lines.append(f"| {kind}, {name} | {means.get('pictures', '')} | {group} | {right} | {parts} | {psnr} | {ssim} |")
+                    lines.append(_row([f"{kind}, {name}", means.get("pictures", ""), group, right, parts, psnr, ssim]))
         lines.append("")
     if "codes" in report:
         codes = report["codes"]
@@ -132,6 +133,10 @@ def markdown(report: dict) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _row(cells: Iterable) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,8 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/evaluation)")
     pictures.add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.count < 1 or args.batch < 1:
-        raise UserError(f"--count {args.count} and --batch {args.batch} must be at least 1")
+    pictures.check_arguments(args)
     folder = find_run(args.run, None)
     loaded = restore(folder, pictures.changes(args))
     out = args.out or folder / "evaluation"

@@ -1,7 +1,7 @@
 """Drawing pictures from a model: one jitted program of one shape, any number of pictures, each from its own key.
 
-Picture i of a seed has the key fold_in(step_key(seed, 0, "sample"), i): it is the same whatever the batch it is drawn in.
-Batches are padded to the compiled shape. Options are those of `config.sample.options`, checked here.
+Picture i of a seed has the key fold_in(step_key(seed, 0, "sample"), i): it is the same whatever the batch it is drawn
+in. Batches are padded to the compiled shape. Options are those of `config.sample.options`, checked here.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hybridgen import config as config_lib
 from hybridgen import rng, sharding
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
@@ -125,6 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder-guidance", type=float, help="guidance scale of the decoder, plan against none")
     parser.add_argument("--steps", type=int, help="steps of the decoder's solver")
     parser.add_argument("--solver", help=f"one of {', '.join(SOLVERS)}")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError for a count, a batch or a seed out of range."""
+    for name, least in (("count", 1), ("batch", 1), ("seed", 0)):
+        if not least <= getattr(args, name) <= config_lib.MOST:
+            raise UserError(f"--{name} {getattr(args, name)} is not within {least} and {config_lib.MOST}")
 
 
 def changes(args: argparse.Namespace) -> dict[str, Any]:

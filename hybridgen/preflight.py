@@ -89,8 +89,8 @@ def capacity() -> float | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def preflight(built: programs.Programs, room: float | None) -> dict[str, Any]:
-    """Compiles both programs and prints a line for each; the report, as described in the file's head."""
+def preflight(built: programs.Programs, what: tuple[str, ...], room: float | None) -> dict[str, Any]:
+    """Compiles the programs named in `what` and prints a line for each; the report described in the file's head."""
     config, mesh = built.experiment.config, built.experiment.mesh
     report = {
         "family": config.family,
@@ -103,12 +103,12 @@ def preflight(built: programs.Programs, room: float | None) -> dict[str, Any]:
         "capacity": room,
     }
     print(headline(report), HEAD, sep="\n", flush=True)
-    for name in ("train", "sample") if built.trains else ("sample",):
+    for name in what:
         with jax.set_mesh(mesh):
             entry = attempt(built, name, room)
         report[name] = entry
         print(line(name, entry), flush=True)
-    report["fits"] = all(report[name]["fits"] for name in ("train", "sample") if name in report)
+    report["fits"] = all(report[name]["fits"] for name in what)
     return report
 
 
@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         devices, room = topology(args.topology)
     else:
         devices, room = None, capacity()
-    report = preflight(programs.load(args, overrides, devices), room)
+    built = programs.load(args, overrides, devices)
+    report = preflight(built, built.names(args.what), room)
     report = {"config": args.config, "topology": args.topology} | report
     if json:
         rundir.write_json(json, report)

@@ -26,6 +26,7 @@ from hybridgen.models.parts import Part, find
 from hybridgen.state import inference_params
 from hybridgen.train import Rule, program, specs_of
 
+WHAT = ("train", "sample")
 CACHED = {"tokenizer": "tokens", "autoencoder": "latent"}  # part: what a batch may hold in place of its encoding
 
 
@@ -67,6 +68,12 @@ class Programs(NamedTuple):
     @property
     def trains(self) -> bool:
         return self.experiment.config.steps > 0
+
+    def names(self, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+        """Which programs to look at: those asked for, or what the config has."""
+        if asked and "train" in asked and not self.trains:
+            raise UserError(f"this {self.experiment.config.family} config has no training steps: --what sample")
+        return asked or (WHAT if self.trains else WHAT[1:])
 
     def tokens(self) -> int:
         """Image tokens of a picture, or patches; 0 where the model has no such thing."""
@@ -186,9 +193,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What bench and preflight have in common."""
     config_lib.add_argument(parser)
     parser.add_argument("--stage", help="the stage, if the config is a recipe")
+    parser.add_argument("--what", type=_names, metavar="NAMES", help="train, sample or train,sample (default: both)")
     parser.add_argument("--count", type=int, metavar="N", help="pictures drawn at a time (default: the config's)")
     parser.add_argument("--cached", action="store_true", help="tokens and latents come with the batch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    given = text.split(",")
+    if not set(given) <= set(WHAT):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of {', '.join(WHAT)}")
+    return tuple(name for name in WHAT if name in given)
 
 
 def load(args: argparse.Namespace, overrides: Any, devices: Any = None) -> Programs:

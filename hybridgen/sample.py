@@ -22,7 +22,7 @@ from hybridgen.metrics import progress
 
 def sample(loaded: Loaded, prompts: list[str], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
     """Draws `count` pictures of each prompt into `out`; returns the path of the grid."""
-    if loaded.text is None:
+    if not loaded.plans:
         raise UserError(f"a {loaded.config.family} run takes no prompts")
     prompts = [prompt for prompt in prompts for _ in range(count)]
     cond = pictures.text_cond(loaded.text, prompts)
@@ -53,7 +53,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts:
         if not args.prompts.is_file():
             raise UserError(f"no file of prompts {str(args.prompts)!r}")
-        prompts += [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = args.prompts.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompts in {args.prompts}: {error}") from None
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
     return prompts
@@ -68,11 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for PNGs and grid.png")
-    parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft beside each render in the grid")
+    parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft beside each render")
     pictures.add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.count < 1 or args.batch < 1:
-        raise UserError(f"--count {args.count} and --batch {args.batch} must be at least 1")
+    pictures.check_arguments(args)
     prompts = read_prompts(args)
     loaded = restore(find_run(args.run, None), pictures.changes(args))
     grid = sample(loaded, prompts, args.count, args.seed, args.batch, args.out, args.draft)

@@ -209,11 +209,6 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], label: str) -> tu
     start = saved.newest_good(report=print)
     if start is not None:
         saved.check_fingerprint(start, allow=allow)
-    if jax.process_index() == 0:
-        rundir.write_json(folder / "config.json", resolved)
-        if experiment.text is not None:
-            rundir.write_json(folder / "text.json", experiment.text.to_json())
-
     rows = sharding.local_rows(experiment.mesh, config.batch)
     put = functools.partial(sharding.to_global, mesh=experiment.mesh)
 
@@ -225,6 +220,10 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], label: str) -> tu
         )
 
     rule, step, abstract, make = program(experiment, specs_of(next(stream(source, 0)), config.batch))
+    if jax.process_index() == 0:  # not before everything fits together
+        rundir.write_json(folder / "config.json", resolved)
+        if experiment.text is not None:
+            rundir.write_json(folder / "text.json", experiment.text.to_json())
     with jax.set_mesh(experiment.mesh):
         if start is not None:
             state = saved.restore(start, abstract)
@@ -239,7 +238,7 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], label: str) -> tu
     grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
 
     def batches(start: int) -> Any:
-        host = (counted(batch, source, writer, start + i) for i, batch in enumerate(stream(source, start)))
+        host = (counted(batch, source, writer, start + i + 1) for i, batch in enumerate(stream(source, start)))
         return pipeline.prefetch(host, put, depth=2)
 
     return Job(experiment, rule, step, evaluate, batches, saved, writer, grid), state, start or 0
@@ -317,6 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     args, overrides = config_lib.parse(parser, argv)
     config = config_lib.load(args.config, overrides)
+    if "family" not in config:
+        raise UserError(f"{args.config} has no family to train; a recipe is run by hybridgen recipe")
     done = run(config, args.workdir, allow=tuple(filter(None, args.allow.split(","))))
     return 0 if done else 130
 

@@ -83,6 +83,7 @@ def test_sampling_counts_each_token_at_its_place_in_the_cache():
     def draw(params, cond, keys, scale):
         return raster.plan(model, params, {}, cond, keys, {"guidance": scale})
 
+    # prefill runs the text, the start and the first logits; the loop every token but the last
     matmul, attention = prior_by_hand()
     plain = flops.forward(lambda *args: draw(*args, 1.0), params, cond, keys)
     assert plain == {"matmul": 2 * B * matmul, "attention": 2 * B * attention}
@@ -130,7 +131,8 @@ def test_a_decoder_counts_as_by_hand():
 def test_a_convolution_counts_its_output_times_its_kernel():
     conv = Conv(8, size=3)
     x = jax.ShapeDtypeStruct((B, 6, 5, 4), jnp.float32)
-    params = jax.eval_shape(lambda: conv.init(jax.random.key(0), jnp.zeros(x.shape)))
+    shapes = {"kernel": (3, 3, 4, 8), "bias": (8,)}
+    params = {"params": {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}}
     forward = 2 * B * 6 * 5 * 8 * (3 * 3 * 4)
     assert flops.forward(conv.apply, params, x) == {"convolution": forward}
     count = flops.training(lambda params, x: conv.apply(params, x).sum(), params, x)
@@ -150,7 +152,10 @@ def test_loops_branches_and_stopped_gradients():
     assert flops.training(loss, w, w) == {"matmul": (3 * (5 + 2) + 2) * one}
 
 
-@pytest.mark.parametrize("mask", [Mask(), Mask("causal"), Mask("causal", offset=3), Mask("prefix", 4), Mask("prefix", 9)])
+MASKS = [Mask(), Mask("causal"), Mask("causal", offset=3), Mask("prefix", 4), Mask("prefix", 9)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_the_scope_of_an_attention_tells_the_pairs_of_its_mask(mask):
     t, s = 7, 7 + (mask.offset or 0)
     dense = mask.dense(t, s)

@@ -1,8 +1,8 @@
 """Attention: one function that picks the kernel, and the layer around it.
 
 Masks are descriptions, not dense arrays, so that every kernel can take them: a kind ("full", "causal", or "prefix":
-full over the first `prefix` positions and causal after), and which keys are valid. Grouped queries (Ainslie et al. 2023)
-keep the group as an axis: q is `[b, t, h, g, k]` over `h` key heads.
+full over the first `prefix` positions and causal after), and which keys are valid. Grouped queries (Ainslie et al.
+2023) keep the group as an axis: q is `[b, t, h, g, k]` over `h` key heads.
 
 Letters: b batch, t query positions, s key positions, h key heads, g queries per key head, k head width, d width.
 """
@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy as np
 
 from hybridgen.nn import cache as kv
-from hybridgen.nn.linear import Linear, at_least_float32, cast, fan_in
+from hybridgen.nn.linear import Linear, affine, at_least_float32, cast, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary, rotate
 from hybridgen.sharding import shard
@@ -57,6 +58,18 @@ class Mask(NamedTuple):
         ends = np.where((self.kind == "prefix") & (query < self.prefix), self.prefix, query + 1)
         return f"attend.{t}x{s}.{np.minimum(ends, s).sum()}"
 
+    def scope(self, t: int, s: int) -> str:
+        """Name for the profile and the FLOP count: "attend.{t}x{s}.{pairs of query and key that see each other}".
+
+        Where the offset is traced, over a cache, a chunk counts as the first of it and a single query as "loop".
+        """
+        known = isinstance(self.offset, int)
+        if self.kind == "full" or (t == 1 and not known):
+            return f"attend.{t}x{s}.{t * s if self.kind == 'full' else 'loop'}"
+        query = np.arange(t) + (self.offset if known else 0)
+        ends = np.where((self.kind == "prefix") & (query < self.prefix), self.prefix, query + 1)
+        return f"attend.{t}x{s}.{np.minimum(ends, s).sum()}"
+
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "auto") -> jax.Array:
     """Scaled dot-product attention: `q [b, t, h, g, k]`, `k, v [b, s, h, k]` -> `[b, t, h, g, k]`.
@@ -71,19 +84,32 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "
         return _cudnn(q, k, v, mask)
     if kernel != "xla":
         raise ValueError(f"attention kernel {kernel!r} is not one of 'auto', 'xla', 'cudnn'")
-    scores = jnp.einsum("bthgk,bshk->bhgts", q * q.shape[-1] ** -0.5, k)
-    scores = at_least_float32(scores)  # b h g t s
-    seen = mask.dense(q.shape[1], k.shape[1])
+    return _xla(q, k, v, mask)
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    b, t, h, g, width = q.shape
+    # heads before positions, once: every product here and in the backward pass is then a plain batched matrix
+    # product; otherwise the CPU backend copies the t x s arrays to transpose them
+    q = (q * width**-0.5).transpose(0, 2, 3, 1, 4).reshape(b, h, g * t, width)  # b h gt k
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # b h s k
+    scores = at_least_float32(_product(q, k, 3)).reshape(b, h, g, t, -1)  # b h g t s
+    low = jnp.finfo(scores.dtype).min
+    seen = mask.dense(t, k.shape[2])
     if seen is not None:
-        scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
+        scores = jnp.where(seen, scores, low)
+    # the floor makes exp(low - top) zero in a row that sees no key
+    top = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), low / 2)
+    weights = jnp.exp(scores - top).reshape(b, h, g * t, -1)  # b h gt s
     # normalising after the product touches t*k numbers in place of t*s
-    total = weights.sum(-1).transpose(0, 3, 1, 2)[..., None]  # b t h g 1
-    out = jnp.einsum("bhgts,bshk->bthgk", weights.astype(v.dtype), v)
-    return (out / jnp.maximum(total, jnp.finfo(total.dtype).tiny)).astype(q.dtype)
+    total = weights.sum(-1, keepdims=True)  # b h gt 1
+    out = _product(weights.astype(v.dtype), v, 2) / jnp.where(total == 0, 1.0, total)
+    return out.astype(q.dtype).reshape(b, h, g, t, width).transpose(0, 3, 1, 2, 4)
+
+
+def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """Batched over b and h: the last axis of `x [b, h, m, n]` against `axis` of y."""
+    return jax.lax.dot_general(x, y, (((3,), (axis,)), ((0, 1), (0, 1))))
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
@@ -135,9 +161,9 @@ class Attention(nn.Module):
         g, width = self.heads // h, self.head_width
         options = {"bias": self.bias, "dtype": self.dtype}
         if context is None:
-            qkv = Linear((h, g + 2, width), name="qkv", **options)(x)  # b t h g+2 k
-            qkv = shard(qkv, "batch", None, "heads", None, None)
-            q, k, v = qkv[..., :g, :], qkv[..., g, :], qkv[..., g + 1, :]
+            q, k, v = Linear((h, g + 2, width), parts=(g, 1, 1), name="qkv", **options)(x)
+            q, k, v = (shard(part, "batch", None, "heads", None, None) for part in (q, k, v))
+            k, v = k[..., 0, :], v[..., 0, :]
         else:
             q = Linear((h, g, width), name="q", **options)(x)  # b t h g k
             both = Linear((h, 2, width), name="kv", **options)(context)  # b s h 2 k
@@ -168,8 +194,5 @@ class _Out(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[-3:], self.width)
         kernel = cast(self.param("kernel", fan_in(self.scale, axes=3), shape), self.dtype)  # h g k d
-        kernel = kernel.reshape(-1, self.width)
-        y = (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(*x.shape[:-3], -1)
-        if self.bias:
-            y = y + cast(self.param("bias", nn.initializers.zeros, (self.width,)), self.dtype)
-        return y
+        bias = cast(self.param("bias", nn.initializers.zeros, (self.width,)), self.dtype) if self.bias else None
+        return affine(x.reshape(*x.shape[:-3], -1), kernel.reshape(-1, self.width), bias)

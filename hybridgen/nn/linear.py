@@ -1,7 +1,7 @@
 """Linear maps and embedding tables, on `self.param` and einsum.
 
-Compute dtype: "bfloat16" casts inputs and weights down; "float32" promotes to *at least* float32, so that a float64 test
-stays float64. Reductions that lose digits (norms, softmax, losses) go through `at_least_float32`.
+Compute dtype: "bfloat16" casts inputs and weights down; "float32" promotes to *at least* float32, so that a float64
+test stays float64. Reductions that lose digits (norms, softmax, losses) go through `at_least_float32`.
 
 Letters: b batch, n tokens, d width in, f width out, v rows of a table.
 """
@@ -29,7 +29,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def fan_in(scale: float = 1.0, axes: int = 1) -> Init:
-    """Truncated normal with variance scale / fan-in; the fan-in is the product of the first `axes` axes of the kernel."""
+    """Truncated normal with variance scale / fan-in: the product of the first `axes` axes of the kernel."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         fan = 1
@@ -51,27 +51,44 @@ ones = nn.initializers.ones
 
 
 class Linear(nn.Module):
-    """`x [..., d] -> [..., *features]`; parameters `kernel [d, *features]` and, if asked, `bias [*features]`."""
+    """`x [..., d] -> [..., *features]`; parameters `kernel [d, *features]` and, if asked, `bias [*features]`.
+
+    `parts` cuts the last but one feature axis: the result is then a list of arrays, each from a product of its own. One
+    product whose result is cut is slower: in the gradient every part is padded to the whole, and the wholes are summed.
+    """
 
     features: int | tuple[int, ...]
     bias: bool = False
     dtype: str = "float32"
     init: Init = fan_in()
+    parts: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-        shape = (x.shape[-1], *features)
-        kernel = cast(self.param("kernel", self.init, shape), self.dtype)  # d *features
-        flat = kernel.reshape(shape[0], -1)  # d f: one matrix product whatever the feature axes
-        y = (cast(x, self.dtype).reshape(-1, shape[0]) @ flat).reshape(*x.shape[:-1], *features)
-        if self.bias:
-            y = y + cast(self.param("bias", zeros, features), self.dtype)
-        return y
+        kernel = cast(self.param("kernel", self.init, (x.shape[-1], *features)), self.dtype)  # d *features
+        bias = cast(self.param("bias", zeros, features), self.dtype) if self.bias else None
+        x = cast(x, self.dtype)
+        if not self.parts:
+            return affine(x, kernel, bias)
+        kernels = jax.lax.split(kernel, self.parts, kernel.ndim - 2)
+        biases = [None] * len(kernels) if bias is None else jax.lax.split(bias, self.parts, bias.ndim - 2)
+        return [affine(x, *pair) for pair in zip(kernels, biases, strict=True)]
+
+
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`x [..., d] @ kernel [d, *features] + bias`, as one product of two matrices.
+
+    With the leading axes flat, the kernel's gradient contracts one axis; with more, the CPU backend copies both
+    operands to transpose them, at the price of the product itself.
+    """
+    d, *features = kernel.shape
+    y = (x.reshape(-1, d) @ kernel.reshape(d, -1)).reshape(*x.shape[:-1], *features)
+    return y if bias is None else y + bias
 
 
 class Embed(nn.Module):
-    """Table lookup `ids [...] int -> [..., d]`; parameter `table [v, d]`. `attend(x)` gives logits by the same table."""
+    """Table lookup `ids [...] int -> [..., d]`; parameter `table [v, d]`. `attend(x)`: logits by the same table."""
 
     size: int
     width: int

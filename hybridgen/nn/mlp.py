@@ -24,7 +24,7 @@ class MLP(nn.Module):
         if self.kind not in ("swiglu", "gelu"):
             raise ValueError(f"mlp kind {self.kind!r} is not one of 'swiglu', 'gelu'")
         branches = 2 if self.kind == "swiglu" else 1
-        y = Linear((branches, self.hidden), bias=self.bias, dtype=self.dtype, name="up")(x)  # b n 1|2 f
-        y = shard(y, "batch", None, None, "mlp")
-        y = nn.silu(y[..., 0, :]) * y[..., 1, :] if branches == 2 else nn.gelu(y[..., 0, :])  # b n f
+        parts = Linear((branches, self.hidden), parts=(1,) * branches, bias=self.bias, dtype=self.dtype, name="up")(x)
+        parts = [shard(part[..., 0, :], "batch", None, "mlp") for part in parts]  # b n f
+        y = nn.silu(parts[0]) * parts[1] if branches == 2 else nn.gelu(parts[0])
         return Linear(x.shape[-1], bias=self.bias, dtype=self.dtype, init=fan_in(self.out_scale), name="down")(y)

@@ -1,0 +1,76 @@
+"""Bench on a tiny config: what it reports must hang together, and what it cannot do it says."""
+
+import json
+
+import jax
+import pytest
+
+from hybridgen import bench, cli, programs
+from hybridgen import config as config_lib
+from hybridgen.errors import UserError
+
+PRIOR = ["--config", "configs/ar/raster.py:tiny", "--config.parts.tokenizer=configs/tokenizers/vq.py:tiny"]
+SMALL = ["--config.model.depth=1", "--config.batch=2", "--count", "3"]
+
+
+def test_the_report_of_training_and_sampling(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert bench.main([*PRIOR, *SMALL, "--steps", "3", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    shown = capsys.readouterr().out
+    for name, images in (("train", 2), ("sample", 3)):
+        entry = report[name]
+        seconds = entry["seconds"]
+        assert seconds["runs"] == 3 and 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"]
+        assert entry["images"] == images
+        assert entry["images_per_s"] == pytest.approx(images / seconds["median"])
+        assert entry["tokens_per_s"] == pytest.approx(16 * entry["images_per_s"])  # a 4 x 4 grid
+        assert entry["flops_per_s"] == pytest.approx(entry["flops"]["total"] / seconds["median"])
+        assert 0 < entry["matmul_fraction"] < 1
+        memory = entry["memory"]
+        assert memory["peak"] == sum(memory[key] for key in ("arguments", "outputs", "temporaries")) - memory["aliased"]
+        assert f"\n{name} " in shown
+    # a training state is updated in place
+    assert report["train"]["memory"]["aliased"] > 3 * 4 * report["parameters"]
+
+
+def build(path, *overrides, stage=None, **options):
+    return programs.build(*programs.choose(config_lib.load(path, overrides), stage), **options)
+
+
+def test_cached_tokens_replace_the_encoder():
+    part = "parts.tokenizer=configs/tokenizers/vq.py:tiny"
+    plain, cached = (build("configs/ar/raster.py:tiny", part, cached=cached) for cached in (False, True))
+    assert cached.batch["tokens"].shape == (8, 16)
+    assert plain.train_flops()["convolution"] > 0 and "convolution" not in cached.train_flops()
+    _, batch, _, _, _ = cached.make()
+    assert batch["tokens"].shape == (8, 16) and 0 < batch["tokens"].max() < 1000
+
+
+def test_the_stages_of_a_recipe_are_parts_of_each_other():
+    built = build("configs/recipes/shapes.py:tiny", stage="cascade")
+    assert set(built.experiment.parts) == {"tokenizer", "prior", "decoder"} and not built.trains
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(built.experiment.parts))
+    assert built.sample_flops()["attention"] > 0
+    with pytest.raises(UserError, match="tokenizer, prior, decoder, cascade.*--stage"):
+        build("configs/recipes/shapes.py:tiny")
+    with pytest.raises(UserError, match="did you mean 'prior'"):
+        build("configs/recipes/shapes.py:tiny", stage="priors")
+
+
+def test_a_missing_part_says_how_to_do_without():
+    with pytest.raises(UserError, match=r"part 'tokenizer': no run in .*--config\.parts\.tokenizer=configs/"):
+        build("configs/ar/raster.py:tiny")
+
+
+@pytest.mark.parametrize("argument", [["--what", "eval"], ["--steps", "0"], ["--wat"], ["--count", "0"]])
+def test_wrong_arguments_exit_with_2(argument, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.command(lambda: bench.main([*PRIOR, *argument]))
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_nothing_trains_in_an_assembled_cascade(capsys):
+    with pytest.raises(UserError, match="no training steps"):
+        bench.main(["--config", "configs/recipes/shapes.py:tiny", "--stage", "cascade", "--what", "train"])
