@@ -76,6 +76,17 @@ DEMO = {
     "length": 14,
 }
 
+# everything that shapes can draw and say
+FULL = {
+    "resolution": 64,
+    "sizes": ("small", "medium", "large"),
+    "objects": (1, 2, 3, 4),
+    "counts": True,
+    "backgrounds": ("white", "black", "grey"),
+    "languages": ("en", "zh"),
+    "length": 52,
+}
+
 
 def unknown(variant: str, *known: str) -> ValueError:
     """The error for a variant that a config does not have."""

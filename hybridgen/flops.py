@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 PRODUCTS = {"dot_general": "matmul", "conv_general_dilated": "convolution"}
-KERNELS = ("dot_product_attention_fwd", "pallas_call")  # opaque; only inside the scope of an attention
+KERNELS = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper", "pallas_call")  # opaque: only in attention
 
 
 def forward(function: Callable, *args: Any) -> Counter:

@@ -85,11 +85,11 @@ class Programs(NamedTuple):
 def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
     """(the config itself, or a stage of a recipe, all stages). Raises UserError where the name does not fit."""
     stages = config.get("stages", {})
-    known = [name for name in stages if "family" in stages[name]]
     if not stages:
         if stage:
             raise UserError(f"--stage {stage} is for recipes, and this config is a single stage")
         return config, {}
+    known = [name for name in config.order if "family" in stages[name]]
     if stage not in known:
         given = f"it has no {stage!r}{config_lib.hint(stage, known)}" if stage else "choose a stage of it with --stage"
         raise UserError(f"this config is a recipe of {', '.join(known)}: {given}")

@@ -61,7 +61,7 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
     grads, (weight, sums, extra_sums) = accumulate(weighted_loss, trainable, batch, rule.accumulate)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9).astype(g.dtype), grads)
     report = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), sums)
-    report["gradient_norm"] = optax.global_norm(grads)
+    report["gradient_norm"] = optax.tree.norm(grads)
     good, health = check(report["loss"], report["gradient_norm"], state["health"], rule.spike)
 
     def apply(old: dict) -> dict:

@@ -91,12 +91,12 @@ def test_wrong_arguments_exit_with_2(capsys):
 
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="libtpu is for x86-64 Linux")
 def test_a_tpu_topology_on_a_cpu(tmp_path):
-    code, report, shown = run(tmp_path, *PRIOR, "--topology", "v5e:2x2", "--config.mesh.fsdp=2")
+    code, report, shown = run(tmp_path, *PRIOR, "--topology", "v5e:2x2", "--config.mesh.fsdp=2", "--cached")
     assert code == 0, report
     assert report["devices"] == 4 and report["mesh"] == {"data": 2, "fsdp": 2} and "TPU" in report["device"]
     assert report["capacity"] == 15.75 * GIB and report["count"] == 16
     # the state lies on two devices in halves, the batch in quarters
-    assert report["train"]["memory"]["arguments"] < 0.75 * 3 * 4 * report["parameters"]
+    assert report["train"]["memory"]["arguments"] < 0.6 * 3 * 4 * report["parameters"]
     assert shown.count("GiB to spare") == 2
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy as np
 
+from hybridgen.errors import UserError
 from hybridgen.nn import cache as kv
 from hybridgen.nn.linear import Linear, affine, at_least_float32, cast, fan_in
 from hybridgen.nn.norm import Norm
@@ -83,7 +84,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "
     if kernel == "cudnn":
         return _cudnn(q, k, v, mask)
     if kernel != "xla":
-        raise ValueError(f"attention kernel {kernel!r} is not one of 'auto', 'xla', 'cudnn'")
+        raise UserError(f"attention kernel {kernel!r} is not one of 'auto', 'xla', 'cudnn'")
     return _xla(q, k, v, mask)
 
 
@@ -157,7 +158,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, kv.Cache | None]:
         h = self.kv_heads or self.heads
         if self.heads % h:
-            raise ValueError(f"{self.heads} query heads do not divide over {h} key heads")
+            raise UserError(f"{self.heads} query heads do not divide over {h} key heads")
         g, width = self.heads // h, self.head_width
         options = {"bias": self.bias, "dtype": self.dtype}
         if context is None:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen.errors import UserError
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Init, Linear, cast, fan_in, zeros
 from hybridgen.nn.norm import GroupNorm, Norm
@@ -37,7 +38,7 @@ def patchify(x: jax.Array, p: int) -> jax.Array:
     """`[b, H, W, c] -> [b, H/p, W/p, p*p*c]`."""
     b, height, width, c = x.shape
     if height % p or width % p:
-        raise ValueError(f"a picture of {height} x {width} does not divide into patches of {p}")
+        raise UserError(f"a picture of {height} x {width} does not divide into patches of {p}")
     x = x.reshape(b, height // p, p, width // p, p, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // p, width // p, p * p * c)
 

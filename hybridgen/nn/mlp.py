@@ -6,6 +6,7 @@ Letters: b batch, n tokens, d width, f hidden.
 import flax.linen as nn
 import jax
 
+from hybridgen.errors import UserError
 from hybridgen.nn.linear import Linear, fan_in
 from hybridgen.sharding import shard
 
@@ -22,7 +23,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind not in ("swiglu", "gelu"):
-            raise ValueError(f"mlp kind {self.kind!r} is not one of 'swiglu', 'gelu'")
+            raise UserError(f"mlp kind {self.kind!r} is not one of 'swiglu', 'gelu'")
         branches = 2 if self.kind == "swiglu" else 1
         parts = Linear((branches, self.hidden), parts=(1,) * branches, bias=self.bias, dtype=self.dtype, name="up")(x)
         parts = [shard(part[..., 0, :], "batch", None, "mlp") for part in parts]  # b n f

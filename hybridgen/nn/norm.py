@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen.errors import UserError
 from hybridgen.nn.linear import at_least_float32, ones, zeros
 
 
@@ -27,7 +28,7 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         elif self.kind != "rms":
-            raise ValueError(f"norm kind {self.kind!r} is not one of 'rms', 'layer'")
+            raise UserError(f"norm kind {self.kind!r} is not one of 'rms', 'layer'")
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         if self.affine:
             y = y * self.param("scale", ones, x.shape[-1:])
@@ -46,7 +47,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, height, width, c = x.shape
         if c % self.groups:
-            raise ValueError(f"{c} channels do not divide into {self.groups} groups")
+            raise UserError(f"{c} channels do not divide into {self.groups} groups")
         y = at_least_float32(x).reshape(b, height * width, self.groups, c // self.groups)  # b HW g c/g
         mean = y.mean((1, 3), keepdims=True)
         var = jnp.square(y - mean).mean((1, 3), keepdims=True)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybridgen.errors import UserError
+
 Rotary = tuple[jax.Array, jax.Array]
 
 
@@ -28,7 +30,7 @@ def rotary(positions: np.ndarray | jax.Array, head_width: int, base: float = 10_
     positions = positions[:, None] if positions.ndim == 1 else positions  # n axes
     axes = positions.shape[-1]
     if head_width % (2 * axes):
-        raise ValueError(f"head width {head_width} does not divide by {2 * axes}")
+        raise UserError(f"head width {head_width} does not divide by {2 * axes}")
     count = head_width // (2 * axes)
     frequency = base ** (-np.arange(count) / count)
     angles = positions[:, :, None] * jnp.asarray(frequency, jnp.float32)  # n axes k/(2 axes)
@@ -46,7 +48,7 @@ def rotate(x: jax.Array, table: Rotary) -> jax.Array:
 def sincos_2d(height: int, width: int, d: int) -> np.ndarray:
     """Fixed sine-cosine table of a grid (MAE, He et al. 2021): [height * width, d]; d divides by 4."""
     if d % 4:
-        raise ValueError(f"width {d} does not divide by 4")
+        raise UserError(f"width {d} does not divide by 4")
     frequency = 10_000.0 ** (-np.arange(d // 4) / (d // 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     parts = []

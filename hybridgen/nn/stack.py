@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen.errors import UserError
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Linear, zeros
@@ -114,7 +115,7 @@ class Stack(nn.Module):
         cache: kv.Cache | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+            raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         options = dict(self.block)
         # deep residual branches start smaller, so that the sum over layers keeps its variance (GPT-2)
         options.setdefault("out_scale", 1.0 / (2 * self.depth))

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen.errors import UserError
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.linear import Embed, cast, normal
 from hybridgen.nn.norm import Norm
@@ -33,7 +34,7 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, text: jax.Array, mask: jax.Array) -> jax.Array:
         if text.shape[1] != self.length:
-            raise ValueError(f"text of {text.shape[1]} positions for a tower of {self.length}")
+            raise UserError(f"text of {text.shape[1]} positions for a tower of {self.length}")
         x = Embed(self.vocab, self.width, self.dtype, normal(0.5), name="words")(text)
         x = x + cast(self.param("position", nn.initializers.normal(0.1), (self.length, self.width)), self.dtype)
         if self.depth:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen import rng
+from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.nn import quantize
 from hybridgen.nn.conv import Decoder, Encoder
@@ -46,7 +47,9 @@ class VQ(nn.Module):
 
     def setup(self) -> None:
         if self.quantizer not in ("fsq", "vq", "none"):
-            raise ValueError(f"quantizer {self.quantizer!r} is not one of 'fsq', 'vq', 'none'")
+            raise UserError(f"quantizer {self.quantizer!r} is not one of 'fsq', 'vq', 'none'")
+        if self.quantizer == "fsq" and min(self.levels) < 2:
+            raise UserError(f"levels {self.levels}: every channel needs at least 2")
         options = {
             "channels": tuple(self.channels),
             "patch": self.patch,
