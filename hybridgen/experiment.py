@@ -34,8 +34,11 @@ class Experiment(NamedTuple):
     mesh: Mesh
 
 
-def build(config: Any, folder: Path | None = None, source: Any = None) -> Experiment:
-    """Everything of a config but its state and data. `source` is read for the vocabulary if no part brings one."""
+def build(config: Any, folder: Path | None = None, source: Any = None, text: Any = None) -> Experiment:
+    """Everything of a config but its state and data. `text`: the run's own tokenizer, if it is known already.
+
+    Otherwise it is the parts', and if they have none its vocabulary is read from `source`.
+    """
     mesh = sharding.make_mesh(config.mesh)
     parts, digests, texts = {}, {}, []
     seen: dict[str, str] = {}
@@ -50,7 +53,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None) -> Experi
     for name, digest in seen.items():
         if digests.get(name, digest) != digest:
             raise UserError(f"part {name!r} ({config.parts[name]}) is not the one that the other parts were trained with")
-    text = texts[0] if texts else None
+    text = text or (texts[0] if texts else None)
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     family = find(config.family)
@@ -138,14 +141,14 @@ def restore(folder: Path, changes: Mapping[str, Any], report: Any = print) -> Lo
     with config.unlocked():
         config.mesh = type(config.mesh)({"data": -1})
         _change(config.sample.options, changes)
-    experiment = build(config, folder)
+    experiment = build(config, folder, text=run.text)
     place = sharding.replicated(experiment.mesh)
     own = jax.device_put(run.part, place)
     program = pictures.sampler(experiment.family, experiment.model, config.sample.options)
     part = own if hasattr(experiment.family, "embed") else experiment.parts.get("tokenizer")
     return Loaded(
         config,
-        run.text or experiment.text,
+        experiment.text,
         experiment.mesh,
         run.step,
         lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys),

@@ -96,7 +96,7 @@ def test_a_tpu_topology_on_a_cpu(tmp_path):
     assert report["devices"] == 4 and report["mesh"] == {"data": 2, "fsdp": 2} and "TPU" in report["device"]
     assert report["capacity"] == 15.75 * GIB and report["count"] == 16
     # the state lies on two devices in halves, the batch in quarters
-    assert report["train"]["memory"]["arguments"] < 0.6 * 3 * 4 * report["parameters"]
+    assert report["train"]["memory"]["arguments"] < 0.8 * 3 * 4 * report["parameters"]
     assert shown.count("GiB to spare") == 2
 
 

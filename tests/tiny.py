@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
 
 from configs import common  # noqa: E402
 
-SIDE, WORDS, LENGTH, CLASSES = 16, 11, 5, 3
+SIDE, WORDS, LENGTH, CLASSES = 16, 12, 5, 3
 VQ = {"resolution": SIDE, "patch": 4, "channels": (16,), "attention": False}  # a grid of 4 x 4
 FSQ = VQ | {"quantizer": "fsq", "levels": (4, 3)}
 MOVING = VQ | {"quantizer": "vq", "codes": 16, "width": 4, "moving": True}
@@ -52,6 +52,8 @@ def filled(module, model, specs: dict, parts: dict, seed: int = 0) -> dict:
 
     def fill(path: str, shape) -> np.ndarray:
         noise = draw.normal(size=shape.shape)
+        if path.startswith("extra/") and not path.endswith("count"):
+            return np.zeros(shape.shape)
         if path.endswith("kernel") and len(shape.shape) > 1:
             return noise * 0.5 / np.sqrt(shape.shape[-2] if "layers" not in path else noise[0].size ** 0.5)
         if path.endswith(("count", "scale")):
@@ -60,8 +62,9 @@ def filled(module, model, specs: dict, parts: dict, seed: int = 0) -> dict:
 
     flat = {path: fill(path, shape).astype(shape.dtype) for path, shape in trees.flatten(shapes).items()}
     if "extra/codebook" in flat:
-        flat["extra/codebook"] /= np.linalg.norm(flat["extra/codebook"], axis=-1, keepdims=True)
-        flat["extra/total"] = flat["extra/codebook"].copy()
+        codes = draw.normal(size=flat["extra/codebook"].shape)
+        codes = (codes / np.linalg.norm(codes, axis=-1, keepdims=True)).astype(np.float32)
+        flat |= {"extra/codebook": codes, "extra/total": codes}
     return {"extra": {}} | trees.unflatten(flat)
 
 

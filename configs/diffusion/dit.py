@@ -30,7 +30,9 @@ def get_config(variant: str = ""):
         config.steps, config.batch = 400_000, 1024
         config.optim.update(lr=1e-4, schedule="constant", warmup=1000)
         config.ema.decay = 0.9999
-        config.model.update(resolution=32, channels=4, patch=2, width=1152, depth=28, heads=16)
+        config.model.update(channels=4, patch=2, width=1152, depth=28, heads=16)
+        with config.model.ignore_type():  # of the latent: not the data's, which "auto" stands for
+            config.model.resolution = 32
         config.model.update(draft=False, kind="velocity", remat="full", unroll=1, dtype="bfloat16")
         config.mesh.update(data=-1, fsdp=16)
         config.sample.options.decoder.update(guidance=1.5, steps=25)

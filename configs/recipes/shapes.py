@@ -18,7 +18,8 @@ from configs.tokenizers import vq
 VARIANTS = ("tiny", "cpu", "cpu_long", "base")
 
 
-def get_config(variant: str = "cpu"):
+def get_config(variant: str = ""):
+    variant = variant or "cpu"
     if variant not in VARIANTS:
         raise common.unknown(variant, *VARIANTS)
     small = "tiny" if variant == "tiny" else ""
@@ -44,10 +45,10 @@ def get_config(variant: str = "cpu"):
 
 def _cpu(tokenizer, prior, decoder, cascade):
     # local tokens compose: with global ones a prior learns each pair of objects anew
-    tokenizer.model.update(local=True, entropy=0.02, fill=0.75)
-    tokenizer.steps, tokenizer.optim.lr = 950, 5e-3
+    tokenizer.model.update(local=True, entropy=0.02, fill=0.68)
+    tokenizer.steps, tokenizer.optim.lr = 850, 5e-3
     prior.model.update(width=128, heads=2)
-    prior.steps, prior.optim.lr = 1100, 3e-3
+    prior.steps, prior.optim.lr = 1500, 3e-3
     # judged in x: at velocity's weights the few steps of the demo go into fine noise, and the render falls behind the draft
     decoder.model.update(width=128, heads=2, depth=3, loss_kind="x", drop_plan=0.02, corrupt=0.03)
     decoder.steps, decoder.optim.lr = 350, 2e-3

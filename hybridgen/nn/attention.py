@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy as np
 
 from hybridgen.errors import UserError
 from hybridgen.nn import cache as kv
@@ -41,23 +40,11 @@ class Mask(NamedTuple):
             if self.kind == "prefix":
                 seen = seen | ((key < self.prefix) & (query < self.prefix))
             elif self.kind != "causal":
-                raise ValueError(f"mask kind {self.kind!r} is not one of 'full', 'causal', 'prefix'")
+                raise UserError(f"mask kind {self.kind!r} is not one of 'full', 'causal', 'prefix'")
         if self.valid is not None:
             valid = self.valid[:, None, None, None, :]
             seen = valid if seen is None else seen & valid
         return seen
-
-    def scope(self, t: int, s: int) -> str:
-        """Name for the profile and the FLOP count: "attend.{t}x{s}.{pairs}", pairs of query and key that see each other.
-
-        Where the offset is traced, over a cache, a chunk counts as the first of it and a single query as "loop".
-        """
-        known = isinstance(self.offset, int)
-        if self.kind == "full" or (t == 1 and not known):
-            return f"attend.{t}x{s}.{t * s if self.kind == 'full' else 'loop'}"
-        query = np.arange(t) + (self.offset if known else 0)
-        ends = np.where((self.kind == "prefix") & (query < self.prefix), self.prefix, query + 1)
-        return f"attend.{t}x{s}.{np.minimum(ends, s).sum()}"
 
     def scope(self, t: int, s: int) -> str:
         """Name for the profile and the FLOP count: "attend.{t}x{s}.{pairs of query and key that see each other}".

@@ -1,9 +1,9 @@
 """The transformer block, and a stack of them by scan over depth.
 
 One block serves language models and diffusion transformers: pre-norm attention and feed-forward, with options that a
-config sets. With `modulated`, a condition vector gives shift, scale and gate of both branches (adaLN-zero, Peebles & Xie
-2022). Layers are stacked on a leading axis of every parameter; `unroll` layers run per iteration of the scan (all of
-them: a plain loop, faster to run and slower to compile), and `remat` recomputes activations in the backward pass.
+config sets. With `modulated`, a condition vector gives shift, scale and gate of both branches (adaLN-zero, Peebles &
+Xie 2022). Layers are stacked on a leading axis of every parameter; `unroll` layers run per iteration of the scan (all
+of them: a plain loop, faster to run and slower to compile), and `remat` recomputes activations in the backward pass.
 
 Letters: b batch, t positions, s context positions, d width, l layers.
 """

@@ -1,0 +1,314 @@
+"""The training contract: accumulation by weight, noise by sample, freezing, optimiser groups, skipped steps.
+
+Most of it is proved on a toy family (tiny.py) whose loss is masked and noisy: what holds for it holds for the step, which
+knows nothing of families.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from hybridgen import optim, state, trees
+from hybridgen.errors import UserError
+
+ADAM = {"kind": "adamw", "lr": 0.1, "schedule": "constant", "warmup": 0, "final": 0.0, "clip": 0.0, "decay": 0.0}
+ADAM |= {"decay_on": "kernel$", "b1": 0.9, "b2": 0.95, "eps": 1e-8}
+
+
+# ---------------------------------------------------------------- accumulation
+
+
+def steps(family, model, batches, dtype="float64", parts=None, **changes):
+    """State and losses after a step on each batch."""
+    run = tiny.Run(tiny.experiment(family, model, parts, **changes), batches[0], dtype)
+    losses = [run.step(batch) for batch in batches]
+    return run.state, losses
+
+
+def test_accumulated_is_a_large_batch_for_a_masked_loss():
+    batches = [tiny.toy_batch(8, start) for start in (0, 8)]
+    weights = [batches[0]["mask"][i::4].sum() for i in range(4)]
+    assert max(weights) > 1.5 * min(weights)  # so that a mean over microbatches would be another gradient
+    with jax.enable_x64(True):
+        options = {"ema__decay": 0.9, "optim__clip": 0.1}
+        whole, losses = steps(tiny.toy, {}, batches, **options)
+        parts, by_parts = steps(tiny.toy, {}, batches, accumulate=4, **options)
+    assert whole["params"]["a"]["kernel"].dtype == jnp.float64
+    assert tiny.apart(whole, parts) < 1e-12
+    assert tiny.apart(losses, by_parts) < 1e-12
+
+
+def test_accumulated_is_a_large_batch_for_a_prior_with_rows_that_do_not_count():
+    tokenizer = tiny.tokenizer()
+    model = tiny.prior_options(tokenizer, text_vocab=0, classes=tiny.CLASSES, depth=1, drop=0.5)
+    batch = tiny.batch(8) | {"valid": np.arange(8) < 5}  # row 7, 6 and 5 are filling: microbatches weigh 3 and 2
+    with jax.enable_x64(True):
+        batch["tokens"] = np.random.default_rng(0).integers(0, 12, (8, 16)).astype(np.int32)
+        whole, losses = steps("ar.raster", model, [batch] * 2, optim__kind="adamw")
+        parts, by_parts = steps("ar.raster", model, [batch] * 2, accumulate=2)
+        changed = batch | {"tokens": np.where(batch["valid"][:, None], batch["tokens"], 0)}
+        other, _ = steps("ar.raster", model, [changed] * 2, accumulate=2)
+    assert tiny.apart(whole["params"], parts["params"]) < 1e-9
+    assert tiny.apart(losses, by_parts) < 1e-11
+    assert tiny.same(parts, other)  # what is not valid counts for nothing
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """One compiled toy, and its first state on the host: `toy()` starts anew."""
+    run = tiny.Run(tiny.experiment(tiny.toy, {}, ema__decay=0.9, health__spike=10.0, optim__lr=1e-3), tiny.toy_batch(8))
+    first = jax.device_get(run.state)
+
+    def fresh():
+        run.state = jax.device_put(first, jax.tree.map(lambda s: s.sharding, run.abstract))
+        return run
+
+    return fresh
+
+
+def test_noise_belongs_to_the_sample_and_the_step(toy):
+    batch = tiny.toy_batch(8)
+    turned = {name: x[::-1].copy() for name, x in batch.items()}
+    loss = toy().step(batch)["loss"]
+    assert toy().step(turned)["loss"] == pytest.approx(loss, rel=1e-6)  # whatever the row
+    assert abs(toy().step(batch | {"id": batch["id"] + 8})["loss"] / loss - 1) > 1e-3
+    assert toy().step(batch)["loss"] == loss
+    run = toy()
+    run.state = run.state | {"step": run.state["step"] + 1}
+    assert abs(run.step(batch)["loss"] / loss - 1) > 1e-3
+
+
+# ---------------------------------------------------------------- freezing
+
+
+def test_frozen_parameters_have_no_gradient_no_optimizer_state_and_no_average():
+    """Compiled memory: two matrices of d x d, of which one trains or both do."""
+    d = 512
+    size = d * d * 4
+    batch = tiny.toy_batch(2, n=2, d=d)
+    options = {"ema__decay": 0.9, "optim__lr": 1e-2}
+    full = tiny.Run(tiny.experiment(tiny.toy, {}, **options), batch)
+    rules = (("^a/bias", True), ("^a/", False))  # the first match decides
+    frozen = tiny.Run(tiny.experiment(tiny.toy, {}, trainable=rules, frozen_dtype="bfloat16", **options), batch)
+    with_all, with_one = full.memory(batch), frozen.memory(batch)
+    saved = with_all.temp_size_in_bytes - with_one.temp_size_in_bytes
+    assert 0.95 * size < saved < 2.5 * size  # the gradient of the other one, or that and its update
+    # two moments and an average less, and half of the parameter
+    assert with_all.argument_size_in_bytes - with_one.argument_size_in_bytes == pytest.approx(3.5 * size, rel=0.01)
+
+    before = jax.device_get(frozen.state["params"])
+    for start in (0, 2, 4):
+        report = frozen.step(tiny.toy_batch(2, start, n=2, d=d))
+    assert np.isfinite(report["loss"])
+    after = frozen.state["params"]
+    assert after["a"]["kernel"].dtype == jnp.bfloat16
+    assert tiny.same(before["a"]["kernel"], after["a"]["kernel"])
+    assert not tiny.same(before["a"]["bias"], after["a"]["bias"])
+    assert not tiny.same(before["b"]["kernel"], after["b"]["kernel"])
+    paths = [*trees.flatten(frozen.state["opt"]), *trees.flatten(frozen.state["ema"])]
+    assert not [path for path in paths if "a/kernel" in path] and [path for path in paths if "a/bias" in path]
+
+
+def test_average_follows_its_rule_and_leaves_out_what_is_named():
+    which = state.Trainable((), "^disc/", 0.9)
+    params = {"a": {"kernel": jnp.ones(3)}, "disc": {"kernel": jnp.ones(3)}}
+    assert list(which.averaged(params)) == ["a"]
+    assert state.Trainable((), "^disc/", 0.0).averaged(params) == {}
+    average, value = {"a": jnp.zeros(2)}, {"a": jnp.ones(2)}
+    for count, keep in ((0, 0.1), (8, 0.5), (10_000, 0.9)):  # min(decay, (1 + n) / (10 + n))
+        got = optim.ema(average, value, 0.9, jnp.int32(count))["a"]
+        np.testing.assert_allclose(got, 1 - keep, rtol=1e-6)
+    assert tiny.same(state.inference_params(params, {"a": {"kernel": 2 * jnp.ones(3)}})["a"]["kernel"], 2 * jnp.ones(3))
+
+
+# ---------------------------------------------------------------- optimisers
+
+
+def gradients(params, step):
+    draw = np.random.default_rng(step)
+    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape) * 10 ** draw.uniform(-1, 2), x.dtype), params)
+
+
+def updates_of(config, params, count=4, steps=10):
+    rule = optim.build(config, steps, params)
+    opt, out = rule.init(params), []
+    for i in range(count):
+        opt = optim.unpack(rule, params, optim.pack(opt))
+        updates, opt = rule.update(gradients(params, i), opt, params)
+        out.append(updates)
+    return out
+
+
+def test_a_group_acts_alone():
+    """Each group, with its own clip, rate, schedule and decay, is the optimiser of its own parameters."""
+    params = {"x": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "y": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}
+    own = {"match": "^y/", "clip": 0.5, "lr": 0.02, "schedule": "linear", "warmup": 3, "decay": 0.3, "decay_on": "bias$"}
+    both = updates_of(ADAM | {"clip": 5.0, "groups": {"slow": own}}, params)
+    for name, config in (("x", ADAM | {"clip": 5.0}), ("y", ADAM | own)):
+        # gradients are drawn for the whole tree, so that each leaf sees the same ones
+        rule = optim.build(config, 10, {name: params[name]})
+        opt = rule.init({name: params[name]})
+        for i, got in enumerate(both):
+            updates, opt = rule.update({name: gradients(params, i)[name]}, opt, {name: params[name]})
+            assert tiny.same(updates[name], got[name])
+    # and by hand: the first update of Adam is the sign of the gradient, whatever its clip
+    assert tiny.apart(jax.tree.map(jnp.abs, both[0]["x"]), jax.tree.map(lambda x: jnp.full(x.shape, 0.1), params["x"])) < 1e-5
+
+
+def test_clip_is_the_norm_of_the_group():
+    params = {"x": {"kernel": jnp.zeros(4)}, "y": {"kernel": jnp.zeros(9)}}
+    grads = {"x": {"kernel": jnp.full(4, 3.0)}, "y": {"kernel": jnp.full(9, 5.0)}}  # norms 6 and 15
+    config = ADAM | {"b1": 0.0, "clip": 12.0, "groups": {"own": {"match": "^y", "clip": 3.0}}}
+    rule = optim.build(config, 10, params)
+    _, opt = rule.update(grads, rule.init(params), params)
+    moments = {path: leaf for path, leaf in trees.flatten(optim.pack(opt)).items() if "/mu/" in path}
+    by_name = {path[-8]: leaf for path, leaf in moments.items()}
+    np.testing.assert_allclose(by_name["x"], 3.0)  # not clipped by the norm of both, 16.2
+    np.testing.assert_allclose(by_name["y"], 1.0, rtol=1e-6)
+
+
+def test_decay_goes_by_path_and_not_by_rank():
+    params = {"blocks": {"norm": {"scale": jnp.ones((2, 4))}, "mlp": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones(4)}}}
+    still = jax.tree.map(jnp.zeros_like, params)
+    for kind in optim.KINDS:
+        for pattern, touched in (("kernel$", {"kernel"}), ("norm/|bias$", {"scale", "bias"})):
+            rule = optim.build(ADAM | {"kind": kind, "decay": 0.5, "decay_on": pattern}, 10, params)
+            updates, _ = rule.update(still, rule.init(params), params)
+            moved = {path.split("/")[-1] for path, leaf in trees.flatten(updates).items() if np.abs(leaf).max() > 0}
+            assert moved == touched
+            if kind == "adamw":
+                assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(updates)) == pytest.approx(0.1 * 0.5)
+
+
+def test_a_parameter_of_two_groups_is_refused():
+    groups = {"one": {"match": "kernel$"}, "two": {"match": "^a/"}}
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
+    with pytest.raises(UserError, match="'a/kernel' matches the optimiser groups one and two"):
+        optim.build(ADAM | {"groups": groups}, 10, params)
+    with pytest.raises(UserError, match="'sgd' is not one of adamw, adafactor"):
+        optim.build(ADAM | {"kind": "sgd"}, 10, params)
+    with pytest.raises(UserError, match="'sine' is not one of"):
+        optim.build(ADAM | {"schedule": "sine"}, 10, params)
+
+
+def test_schedules():
+    group = ADAM | {"lr": 0.8, "warmup": 4, "final": 0.25}
+    at = {name: [float(optim.schedule(group | {"schedule": name}, 12)(i)) for i in range(14)] for name in optim.SCHEDULES}
+    for values in at.values():
+        np.testing.assert_allclose(values[:5], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)  # the first update is not lost
+    np.testing.assert_allclose(at["constant"][5:], 0.8, rtol=1e-6)
+    np.testing.assert_allclose(at["linear"][8], 0.5, rtol=1e-6)  # half-way from 0.8 to 0.2
+    np.testing.assert_allclose(at["cosine"][8], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(at["cosine"][6], 0.2 + 0.6 * (1 + np.cos(np.pi / 4)) / 2, rtol=1e-6)
+    np.testing.assert_allclose([at["linear"][13], at["cosine"][13]], 0.2, rtol=1e-6)
+
+
+def test_adafactor_learns_with_a_small_state():
+    params = {"a": {"kernel": jnp.ones((256, 192)), "bias": jnp.ones(256)}}
+    config = ADAM | {"kind": "adafactor", "lr": 0.05, "clip": 1.0}
+    rule = optim.build(config, 50, params)
+    opt = rule.init(params)
+    assert trees.nbytes(optim.pack(opt)) < 0.05 * trees.nbytes(params)
+    assert trees.nbytes(optim.pack(optim.build(ADAM, 50, params).init(params))) > 1.9 * trees.nbytes(params)
+
+    def loss(params):
+        return jnp.square(params["a"]["kernel"] - 0.5).mean() + jnp.square(params["a"]["bias"] + 1).mean()
+
+    @jax.jit
+    def step(params, packed):
+        opt = optim.unpack(rule, params, packed)
+        updates, opt = rule.update(jax.grad(loss)(params), opt, params)
+        return optax.apply_updates(params, updates), optim.pack(opt)
+
+    first, packed = loss(params), optim.pack(opt)
+    for _ in range(40):
+        params, packed = step(params, packed)
+    assert loss(params) < 0.5 * first
+
+
+# ---------------------------------------------------------------- health
+
+
+def test_a_bad_batch_is_counted_and_changes_nothing_else(toy):
+    run = toy()
+    good = tiny.toy_batch(8)
+    run.step(good)
+    before = jax.device_get(run.state)
+    reports = []
+    for bad in (np.nan, np.inf, 1e38):  # the last one: finite numbers, and the loss overflows
+        x = good["x"].copy()
+        x[3, 2, 1] = bad
+        y = np.where(good["mask"] & (bad == 1e38), bad, good["y"]).astype(np.float32)
+        reports.append(run.step(good | {"x": x, "y": y, "mask": np.ones_like(good["mask"])}))
+    for name in ("params", "opt", "ema", "extra"):
+        assert tiny.same(before[name], run.state[name]), name
+    assert [report["skipped"] for report in reports] == [1, 2, 3]
+    health = jax.device_get(run.state["health"])
+    assert (int(run.state["step"]), health["skipped"], health["streak"], health["count"]) == (4, 3, 3, 1)
+    assert health["norm"] == before["health"]["norm"]
+
+    run.step(good)
+    assert int(run.state["health"]["streak"]) == 0 and int(run.state["health"]["skipped"]) == 3
+    assert not tiny.same(before["params"], run.state["params"])
+    counts = {int(leaf) for path, leaf in trees.flatten(run.state["opt"]).items() if path.endswith("count")}
+    assert counts == {2} == {int(run.state["step"]) - int(run.state["health"]["skipped"])}
+    assert float(run.state["extra"]["seen"]) == pytest.approx(1.5 * good["mask"].sum())  # merged twice, halved once
+
+
+def test_a_spike_is_skipped_once_the_usual_norm_is_known(toy):
+    run = toy()
+    wild = tiny.toy_batch(8) | {"y": tiny.toy_batch(8)["y"] * 1e4}
+    assert run.step(wild)["skipped"] == 0  # nobody knows yet what is usual
+    run = toy()
+    for i in range(20):
+        run.step(tiny.toy_batch(8, 8 * i))
+    before = jax.device_get(run.state)
+    report = run.step(wild)
+    assert np.isfinite(report["loss"]) and report["skipped"] == 1
+    for name in ("params", "opt", "ema", "extra"):
+        assert tiny.same(before[name], run.state[name]), name
+    mild = tiny.toy_batch(8) | {"y": tiny.toy_batch(8)["y"] * 2}
+    assert run.step(mild)["skipped"] == 1  # a larger one than usual is no spike
+
+
+# ---------------------------------------------------------------- starting from another run
+
+
+@pytest.fixture
+def made():
+    which = state.Trainable((("^b/bias", False),), "", 0.9)
+    arrays = tiny.filled(tiny.toy, None, {"x": jax.ShapeDtypeStruct((1, 1, 4), jnp.float32)}, {})
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    rule = optim.build(ADAM, 10, which.split(arrays["params"])[0])
+    return state.initial(arrays, rule, which, "bfloat16"), which
+
+
+def test_init_from_takes_the_whole_or_a_subtree_and_nothing_of_the_optimizer(made):
+    fresh, which = made
+    source = jax.tree.map(lambda x: np.asarray(x, np.float32) + 1, fresh["params"])
+    whole = state.start_from(fresh, {"": source}, which)
+    assert tiny.apart(jax.tree.map(lambda x: x.astype(jnp.float32), whole["params"]), source) < 1e-2  # bfloat16
+    assert tiny.same(whole["params"]["a"]["kernel"], source["a"]["kernel"])
+    assert whole["params"]["b"]["bias"].dtype == jnp.bfloat16  # as it was to be
+    assert tiny.same(whole["ema"]["a"], whole["params"]["a"])
+    for name in ("step", "opt", "extra", "health"):
+        assert tiny.same(whole[name], fresh[name])
+    part = state.start_from(fresh, {"b": source["a"]}, which)  # under another name
+    assert tiny.same(part["params"]["b"]["kernel"], source["a"]["kernel"])
+    assert tiny.same(part["params"]["a"], fresh["params"]["a"])
+    leaf = state.start_from(fresh, {"a": source["a"], "b": source["b"]}, which)
+    assert tiny.same(leaf["params"], whole["params"])
+
+
+def test_init_from_refuses_other_trees_and_shapes(made):
+    fresh, which = made
+    kernel = fresh["params"]["a"]["kernel"]
+    with pytest.raises(UserError, match="'a/bias'"):
+        state.start_from(fresh, {"a": {"kernel": kernel}}, which)
+    with pytest.raises(UserError, match="'a/odd'"):
+        state.start_from(fresh, {"a": fresh["params"]["a"] | {"odd": kernel}}, which)
+    with pytest.raises(UserError, match=r"'a/kernel' has shape \(4, 5\) and is to have \(4, 4\)"):
+        state.start_from(fresh, {"a": fresh["params"]["a"] | {"kernel": jnp.zeros((4, 5))}}, which)
