@@ -226,7 +226,10 @@ class Checkpointer:
         if self.read_only:
             raise ValueError(f"{self.directory} was opened read_only: restore_params")
         self._check(step)
-        has = {name: branch for item in ("model", "training") for name, branch in self._metadata(step, item).items()}
+        # an item without arrays is not on disk
+        has = {name: {} for name, branch in abstract.items() if not jax.tree.leaves(branch)}
+        for item in ("model", "training"):
+            has |= self._metadata(step, item)
         _compare(f"checkpoint {self._folder(step)}", has, abstract)
         state = {name: {} for name in abstract}
         for item, wanted in _items(abstract).items():

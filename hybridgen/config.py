@@ -99,7 +99,7 @@ def check_numbers(config: Mapping) -> None:
 
 
 def split_arg(arg: str) -> tuple[str, list[str]]:
-    """"tiny,resolution=64" -> ("tiny", ["resolution=64"]); commas inside brackets belong to the value."""
+    """ "tiny,resolution=64" -> ("tiny", ["resolution=64"]); commas inside brackets belong to the value."""
     parts, depth = [""], 0
     for letter in arg:
         depth += (letter in "([{") - (letter in ")]}")
@@ -171,7 +171,7 @@ def flatten(config: Mapping, prefix: str = "", nodes: bool = False) -> dict[str,
 
 
 def hint(word: str, known: Any) -> str:
-    """"; did you mean 'x'?" or nothing."""
+    """ "; did you mean 'x'?" or nothing."""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 

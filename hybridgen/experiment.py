@@ -52,7 +52,9 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
                 raise UserError(f"the parts were trained with different {other}s: {place} does not fit the others")
     for name, digest in seen.items():
         if digests.get(name, digest) != digest:
-            raise UserError(f"part {name!r} ({config.parts[name]}) is not the one that the other parts were trained with")
+            raise UserError(
+                f"part {name!r} ({config.parts[name]}) is not the one that the other parts were trained with"
+            )
     text = text or (texts[0] if texts else None)
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
@@ -166,7 +168,9 @@ def _change(options: Any, changes: Mapping[str, Any]) -> None:
         node = options
         for group in path:
             if group not in node:
-                raise UserError(f"this run has no {group!r} to set {last!r} of; its options are {', '.join(options) or 'none'}")
+                raise UserError(
+                    f"this run has no {group!r} to set {last!r} of; its options are {', '.join(options) or 'none'}"
+                )
             node = node[group]
         with node.unlocked(), node.ignore_type():
             node[last] = value

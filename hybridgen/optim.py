@@ -61,9 +61,7 @@ def _chain(group: Mapping, steps: int) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(group["decay_on"], _name(path))), params)
 
     if group["kind"] == "adamw":
-        rule = optax.adamw(
-            rate, group["b1"], group["b2"], group["eps"], weight_decay=group["decay"], mask=decays
-        )
+        rule = optax.adamw(rate, group["b1"], group["b2"], group["eps"], weight_decay=group["decay"], mask=decays)
     elif group["kind"] == "adafactor":
         rule = optax.adafactor(rate, weight_decay_rate=group["decay"] or None, weight_decay_mask=decays)
     else:

@@ -2,8 +2,9 @@
 
     python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
 
-A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. A stage with a `family` is
-trained in WORKDIR/name; one with `evaluate` measures the run that it names and writes report and contact sheets.
+A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. A stage with a
+`family` is trained in WORKDIR/name; one with `evaluate` measures the run that it names and writes report and
+contact sheets.
 """
 
 import time
@@ -37,7 +38,9 @@ def check(config: Any) -> None:
     """A recipe's names must fit: UserError otherwise."""
     for key in ("order", "stages"):
         if key not in config:
-            raise UserError(f"this config is not a recipe: it has no {key!r} (a single stage is run by hybridgen train)")
+            raise UserError(
+                f"this config is not a recipe: it has no {key!r} (a single stage is run by hybridgen train)"
+            )
     for name in config.order:
         if name not in config.stages:
             raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")

@@ -1,7 +1,8 @@
 """Meshes and shardings: one table for parameters (path patterns), one for activations (logical axes).
 
 Mesh axes, outermost first: `dcn` (data parallel across slices), `data`, `fsdp` (data parallel with sharded parameters)
-and `tensor`. Parameters match the first rule of `PARAM_RULES` whose pattern is found in their path; a stacked layer axis
+and `tensor`. Parameters match the first rule of `PARAM_RULES` whose pattern is found in their path; a stacked layer
+axis
 in front is never sharded. Every parameter must match a rule. Activations are named by `shard(x, "batch", None, "mlp")`,
 which does nothing outside a mesh.
 """
@@ -49,7 +50,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
-    """Mesh over all devices from `{axis: size}`; one size may be -1 (the rest). Raises UserError if it does not divide."""
+    """Mesh over all devices from `{axis: size}`; one size may be -1 (the rest). UserError if it does not divide."""
     devices = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
     unknown = set(sizes) - set(MESH_AXES)
     if unknown:
@@ -108,7 +109,7 @@ def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partit
 
 
 def param_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Rule for one parameter by its path ("prior/blocks/attention/qkv/kernel"). Raises ValueError if no rule matches."""
+    """Rule for one parameter by its path ("prior/blocks/attention/qkv/kernel"). ValueError if no rule matches."""
     for pattern, names in PARAM_RULES:
         if re.search(pattern, path) and len(shape) >= len(names):
             return logical_spec(*(None,) * (len(shape) - len(names)), *names)

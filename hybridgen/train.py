@@ -2,8 +2,8 @@
 
     python -m hybridgen.train --config configs/ar/raster.py:tiny --workdir runs/raster
 
-The loop's order is fixed: evaluate, save, next batch, step. A checkpoint named N has consumed exactly N batches; what the
-data gives at step N and every random number are functions of (seed, N), so a resumed run is the uninterrupted one.
+The loop's order is fixed: evaluate, save, next batch, step. A checkpoint named N has consumed exactly N batches; what
+the data gives at step N and every random number are functions of (seed, N), so a resumed run is the uninterrupted one.
 """
 
 import functools
@@ -132,7 +132,9 @@ def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
     with jax.set_mesh(experiment.mesh):
         abstract, make = state_lib.create(experiment, config.seed, specs, rule_of)
     which = state_lib.trainable_of(config)
-    rule = Rule(experiment.family, experiment.model, built[0], which, config.seed, config.accumulate, config.health.spike)
+    rule = Rule(
+        experiment.family, experiment.model, built[0], which, config.seed, config.accumulate, config.health.spike
+    )
     places = jax.tree.map(lambda s: s.sharding, abstract)
     step = jax.jit(functools.partial(train_step, rule), donate_argnums=0, out_shardings=(places, None))
     return rule, step, abstract, make

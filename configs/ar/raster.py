@@ -1,6 +1,7 @@
 """Raster prior on shapes, over the tokens of a trained tokenizer.
 
-    python -m hybridgen.train --config configs/ar/raster.py:tiny --workdir runs/prior --config.parts.tokenizer=runs/tokenizer
+    python -m hybridgen.train --config configs/ar/raster.py:tiny --workdir runs/prior \
+        --config.parts.tokenizer=runs/tokenizer
 
 `tiny`: a smoke test. `bench`: width 512, 12 layers, 256 tokens, what CPU speed is judged by. `3b`: 2.9B parameters
 over 256 tokens of a 16,384 codebook, for a v5e:16x16 or more (LlamaGen's 3B is 3200 wide with heads of 100; here they

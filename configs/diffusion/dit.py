@@ -1,6 +1,7 @@
 """DiT decoder on shapes: pixels from the tokens of a trained tokenizer and its draft of them.
 
-    python -m hybridgen.train --config configs/diffusion/dit.py:tiny --workdir runs/decoder --config.parts.tokenizer=runs/tokenizer
+    python -m hybridgen.train --config configs/diffusion/dit.py:tiny --workdir runs/decoder \
+        --config.parts.tokenizer=runs/tokenizer
 
 `tiny`: a smoke test. `bench`: width 512, 12 layers, 256 patches, what CPU speed is judged by. `xl`: DiT-XL/2 on latents
 32 x 32 x 4 of pictures at 256, from a plan of 256 tokens, for a v5e:16x16 or more.

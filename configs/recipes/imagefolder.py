@@ -2,7 +2,7 @@
 
     python -m hybridgen.recipe --config configs/recipes/imagefolder.py:cpu --config.path=FOLDER --workdir runs/mine
 
-`tiny`: a smoke test. `cpu`: about half an hour on two cores, 32 px. `config.path`, `config.text_key`, `config.split_key` and
+`tiny`: a smoke test. `cpu`: about half an hour on two cores, 32 px. `config.path`, `config.text_key` and
 `config.length` (prompt tokens) reach every stage.
 """
 

@@ -49,7 +49,8 @@ def _cpu(tokenizer, prior, decoder, cascade):
     tokenizer.steps, tokenizer.optim.lr = 850, 5e-3
     prior.model.update(width=128, heads=2)
     prior.steps, prior.optim.lr = 1500, 3e-3
-    # judged in x: at velocity's weights the few steps of the demo go into fine noise, and the render falls behind the draft
+    # judged in x: at velocity's weights the few steps of the demo go into fine noise, and the render falls behind the
+    # draft
     decoder.model.update(width=128, heads=2, depth=3, loss_kind="x", drop_plan=0.02, corrupt=0.03)
     decoder.steps, decoder.optim.lr = 350, 2e-3
 

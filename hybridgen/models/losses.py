@@ -31,7 +31,7 @@ def weighted(values: jax.Array, weights: jax.Array | None = None) -> tuple[jax.A
 
 
 def rows(batch: dict, like: jax.Array) -> jax.Array | None:
-    """The batch's `valid` rows (padding of a last partial batch is not valid), broadcast to the shape of `like [b, ...]`."""
+    """The batch's `valid` rows (padding of a last partial batch is not), broadcast to the shape of `like [b, ...]`."""
     if "valid" not in batch:
         return None
     valid = batch["valid"].reshape(-1, *(1,) * (like.ndim - 1))

@@ -1,8 +1,8 @@
 """Convolutions, residual blocks and the convolutional encoder and decoder of every tokenizer.
 
 The encoder starts with `patch` x `patch` space-to-depth, then runs residual blocks at each level and halves the picture
-between levels; the decoder mirrors it. Reduction is `patch * 2 ** (levels - 1)`. Shapes as in VQGAN (Esser et al. 2021),
-with the first reductions as space-to-depth, which costs a fraction and loses nothing at small sizes.
+between levels; the decoder mirrors it. Reduction is `patch * 2 ** (levels - 1)`. Shapes as in VQGAN (Esser et al.
+2021), with the first reductions as space-to-depth, which costs a fraction and loses nothing at small sizes.
 
 Letters: b batch, H W picture, h w grid, c channels.
 """
@@ -18,7 +18,7 @@ from hybridgen.nn.norm import GroupNorm, Norm
 
 
 class Conv(nn.Module):
-    """`size` x `size` convolution, same padding: `x [b, h, w, c] -> [b, h, w, features]`; kernel `[size, size, c, features]`."""
+    """`size` x `size` convolution, same padding: `[b, h, w, c] -> [b, h, w, features]`; kernel `[size, size, c, f]`."""
 
     features: int
     size: int = 3
@@ -30,6 +30,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.init, (self.size, self.size, x.shape[-1], self.features))
         bias = self.param("bias", zeros, (self.features,))
         x, kernel = cast(x, self.dtype), cast(kernel, self.dtype)
+        wide = jnp.promote_types(x.dtype, kernel.dtype)  # unlike a matrix product, this one does not promote
+        x, kernel = x.astype(wide), kernel.astype(wide)
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y + cast(bias, self.dtype)
 
@@ -69,7 +71,7 @@ class ResBlock(nn.Module):
 
 
 class GridAttention(nn.Module):
-    """Full self-attention over the grid `[b, h, w, c]`, with a learned position table: every place sees the whole picture."""
+    """Full self-attention over the grid `[b, h, w, c]`, with learned positions: every place sees the whole picture."""
 
     grid: tuple[int, int]
     head_width: int = 64

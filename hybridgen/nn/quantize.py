@@ -1,7 +1,8 @@
-"""Quantisers as functions on arrays: finite scalar quantisation and vector quantisation, with straight-through gradients.
+"""Quantisers as functions on arrays: finite scalar quantisation and vector quantisation, with straight-through
+gradients.
 
-FSQ (Mentzer et al. 2023) rounds each channel to one of a few levels: no codebook to learn. VQ (van den Oord et al. 2017)
-takes the nearest code, plain or on the unit sphere (Yu et al. 2021); its codebook learns by gradient or by moving
+FSQ (Mentzer et al. 2023) rounds each channel to one of a few levels: no codebook to learn. VQ (van den Oord et al.
+2017) takes the nearest code, plain or on the unit sphere (Yu et al. 2021); its codebook learns by gradient or by moving
 averages (Razavi et al. 2019), and codes that fall out of use are revived.
 
 Letters: b batch, n tokens, d code width, v codes.

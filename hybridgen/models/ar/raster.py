@@ -1,8 +1,8 @@
 """Raster prior: a transformer that writes an image as tokens, row by row, after a text prefix or a class.
 
-Llama-style blocks (RMSNorm, SwiGLU, rotary positions in the plane, optional qk-norm and grouped queries), as LlamaGen (Sun
-et al. 2024). The sequence is [text][start][tokens]: `start` carries the class and says whether the condition was dropped
-(then the text is masked out), so that the unconditional model is the same program.
+Llama-style blocks (RMSNorm, SwiGLU, rotary positions in the plane, optional qk-norm and grouped queries), as LlamaGen
+(Sun et al. 2024). The sequence is [text][start][tokens]: `start` carries the class and says whether the condition was
+dropped (then the text is masked out), so that the unconditional model is the same program.
 
 cond: {"text" b l int, "text_mask" b l bool} and/or {"label" b int}, and optionally "drop" b bool.
 
@@ -21,7 +21,7 @@ from hybridgen.models.parts import need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, cast, fan_in
+from hybridgen.nn.linear import Embed, Linear, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
 from hybridgen.nn.stack import Stack

@@ -1,10 +1,10 @@
 """DiT decoder: a diffusion transformer that renders pixels (or latents) from a plan of image tokens.
 
-DiT (Peebles & Xie 2022) with flow matching or eps / v prediction. The plan reaches it three ways: its codes are added on
-the patch grid, at whatever ratio the two grids have; their mean goes through adaLN; and, if asked, cross-attention reads
-them. With `draft` it also sees the tokenizer's own reconstruction of the plan, and an "x" prediction is a correction of it:
-at initialisation the decoder is the tokenizer's, and training only has to improve it. In training, tokens are corrupted
-and dropped at random, so that it forgives a prior's mistakes.
+DiT (Peebles & Xie 2022) with flow matching or eps / v prediction. The plan reaches it three ways: its codes are added
+on the patch grid, at whatever ratio the two grids have; their mean goes through adaLN; and, if asked, cross-attention
+reads them. With `draft` it also sees the tokenizer's own reconstruction of the plan, and an "x" prediction is a
+correction of it: at initialisation the decoder is the tokenizer's, and training only has to improve it. In training,
+tokens are corrupted and dropped at random, so that it forgives a prior's mistakes.
 
 cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask", "label", and "drop_plan", "drop_text" b bool.
 
@@ -77,7 +77,9 @@ class DiT(nn.Module):
         draft = self._draft(cond) if self.draft else None
         pixels = x if draft is None else jnp.concatenate([x, draft.astype(x.dtype)], -1)
         y = Linear(self.width, bias=True, dtype=self.dtype, name="patches")(patchify(pixels, self.patch))
-        y = y + cast(jnp.asarray(sincos_2d(self.side, self.side, self.width)).reshape(self.side, self.side, -1), self.dtype)
+        y = y + cast(
+            jnp.asarray(sincos_2d(self.side, self.side, self.width)).reshape(self.side, self.side, -1), self.dtype
+        )
         vector = TimestepEmbed(self.width, dtype=self.dtype, name="time")(t)  # b d
         context = None
         if self.plan_width:
@@ -243,14 +245,10 @@ def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> ja
     return jnp.where(hit, rng.randint(rng.named(keys, "corrupted codes"), (n,), 0, vocab), tokens)
 
 
-def draw(
-    model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict
-) -> jax.Array:
+def draw(model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict) -> jax.Array:
     """Renders `[b, H, W, 3]` in [-1, 1] from cond."""
     shape = (model.resolution, model.resolution, model.channels)
-    x = process.render(
-        model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options
-    )
+    x = process.render(model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options)
     if "autoencoder" in parts:
         x = parts["autoencoder"].call("decode", x)
     return jnp.clip(x, -1, 1)

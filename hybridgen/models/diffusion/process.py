@@ -1,7 +1,7 @@
 """The diffusion process around any decoder network: its training loss and its sampling, over the role `predict`.
 
-A decoder's module carries the options `schedule`, `kind` (what the network says), `loss_kind` (what it is judged in: "x"
-predicted and "velocity" judged is JiT, Li & He 2025), `time_mean, time_std, time_min` (logit-normal times, SD3).
+A decoder's module carries the options `schedule`, `kind` (what the network says), `loss_kind` (what it is judged in:
+"x" predicted and "velocity" judged is JiT, Li & He 2025), `time_mean, time_std, time_min` (logit-normal times, SD3).
 
 Letters: b batch, H W picture or latent, c channels.
 """
@@ -21,7 +21,7 @@ Network = Callable[[jax.Array, jax.Array, dict], jax.Array]  # (x_t b H W c, t b
 
 
 def errors(model: Any, network: Network, x: jax.Array, keys: jax.Array, cond: dict) -> tuple[jax.Array, dict]:
-    """Squared error of the prediction `[b]` at random times, and metrics `[b]`: `x [b, H, W, c]` clean, a key a sample."""
+    """Squared error of the prediction `[b]` at random times, and metrics `[b]`; `x [b, H, W, c]` is clean."""
     t = schedules.logit_normal(rng.normal(rng.named(keys, "time")), model.time_mean, model.time_std)  # b
     t = jnp.maximum(t, model.time_min)
     level = schedules.schedule(model.schedule)(t)
@@ -51,7 +51,9 @@ def render(
     for name in {name for branch in branches for name in branch}:
         full[f"drop_{name}"] = jnp.concatenate([jnp.full((b,), name in branch) for branch in branches])
 
-    grid = schedules.times(options.get("steps", 8), shift=options.get("shift", 1.0), spacing=options.get("spacing", "uniform"))
+    grid = schedules.times(
+        options.get("steps", 8), shift=options.get("shift", 1.0), spacing=options.get("spacing", "uniform")
+    )
     levels = schedules.schedule(model.schedule)(grid)
     call = guidance.guided(lambda x, t: network(x, t, full), spec)
     predict = schedules.predictor(call, model.kind)

@@ -120,7 +120,14 @@ def own_tokens(
 
 
 def connect(
-    model: Cascade, prior: Part, decoder: Part, tokenizer: Part, plan: jax.Array, logits: jax.Array, cond: dict, parts: Parts
+    model: Cascade,
+    prior: Part,
+    decoder: Part,
+    tokenizer: Part,
+    plan: jax.Array,
+    logits: jax.Array,
+    cond: dict,
+    parts: Parts,
 ) -> dict:
     """What the decoder is told: codes of the plan, expected codes, or hidden states on the token grid."""
     family, b = find(decoder.family), plan.shape[0]

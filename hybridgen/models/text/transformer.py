@@ -1,7 +1,7 @@
 """A small trained text tower: embeddings, learned positions and a few bidirectional blocks.
 
-Depth 0 is embeddings and positions alone. Role: `encode(text, mask) -> features b l d, mask`; a family that owns a tower
-uses the module, and its parameters live in that family's.
+Depth 0 is embeddings and positions alone. Role: `encode(text, mask) -> features b l d, mask`; a family that owns a
+tower uses the module, and its parameters live in that family's.
 
 Letters: b batch, l text positions, d width.
 """

@@ -1,10 +1,11 @@
 """Convolutional image tokenizer: pictures to a grid of codes and back.
 
-VQ-VAE (van den Oord et al. 2017) with options that a config sets: finite scalar quantisation ("fsq", Mentzer et al. 2023),
-vector quantisation ("vq") with plain or l2-normalised codes, a codebook learned by gradient or by moving averages, and
-revival of dead codes; "none" is a plain autoencoder with a continuous latent.
+VQ-VAE (van den Oord et al. 2017) with options that a config sets: finite scalar quantisation ("fsq", Mentzer et al.
+2023), vector quantisation ("vq") with plain or l2-normalised codes, a codebook learned by gradient or by moving
+averages, and revival of dead codes; "none" is a plain autoencoder with a continuous latent.
 
-`extra`: `count [v]`, the moving average of tokens a step per code; with a moving codebook also `total [v, d]`, `codebook [v, d]`.
+`extra`: `count [v]`, the moving average of tokens a step per code; with a moving codebook also `total [v, d]`,
+`codebook [v, d]`.
 
 Letters: b batch, H W picture, h w grid, n = h*w tokens, d code width, v codes.
 """
@@ -15,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.nn import quantize
