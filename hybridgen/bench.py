@@ -148,6 +148,7 @@ HEAD = "              time   spread   tokens/s  images/s      FLOP  of matmul  c
 
 
 def headline(report: dict) -> str:
+    """The first lines of the report."""
     text = (
         f"{report['family']}: {report['parameters']:,} parameters, batch {report['batch']}, {report['dtype']}, "
         f"on {report['devices']} {report['device']} device{'s' * (report['devices'] > 1)}"
@@ -169,6 +170,7 @@ def line(name: str, entry: dict) -> str:
 
 
 def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

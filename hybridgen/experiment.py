@@ -25,6 +25,8 @@ from hybridgen.state import inference_params
 
 
 class Experiment(NamedTuple):
+    """What a config means here: `parts` by name with their `digests`, `text` the text tokenizer or None."""
+
     config: Any
     family: ModuleType
     model: Any  # the family's Flax module

@@ -71,6 +71,7 @@ def faults(folder: Path, step: int, prefixes: tuple[str, ...] = ("",)) -> list[s
 
 
 def sha256(path: Path) -> str:
+    """Hex digest of a file, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

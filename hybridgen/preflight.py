@@ -150,6 +150,7 @@ def _bytes(number: str, prefix: str) -> float:
 
 
 def headline(report: dict) -> str:
+    """The first line of the report."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one device"
     room = f", {report['capacity'] / GIB:.2f} GiB each" if report["capacity"] else ""
     return (
@@ -174,6 +175,7 @@ def line(name: str, entry: dict) -> str:
 
 
 def verdict(entry: dict) -> str:
+    """One line a program: fits or over, by how much."""
     if entry["spare"] is None:
         return "compiles; the memory of this device is not known"
     if entry["fits"]:

@@ -136,10 +136,12 @@ def param_shardings(tree: Any, mesh: Mesh, strict: bool = True) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data axes."""
     return NamedSharding(mesh, PartitionSpec(LOGICAL["batch"]))
 
 

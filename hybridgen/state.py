@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from hybridgen import optim, rng, sharding, trees
 from hybridgen.errors import UserError
@@ -37,6 +37,7 @@ class Trainable(NamedTuple):
 
 
 def trainable_of(config: Any) -> Trainable:
+    """A config's rules of what trains and what is averaged."""
     return Trainable(
         tuple((str(pattern), bool(value)) for pattern, value in config.trainable),
         config.ema.skip,
@@ -126,7 +127,3 @@ def inference_params(params: Any, ema: Any) -> dict:
 def spec_of(batch: dict) -> dict:
     """ShapeDtypeStructs of a batch."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-
-
-def scalar_sharding(mesh: Mesh) -> jax.sharding.NamedSharding:
-    return jax.sharding.NamedSharding(mesh, PartitionSpec())

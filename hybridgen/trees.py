@@ -69,4 +69,5 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
+    """Bytes of all arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,6 @@
 """Run in a process of its own, with eight host devices: the same steps on several meshes, one line of JSON each.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_cases.py prior float32 10 '{"data": 2}' ...
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_cases.py prior float32 10 '{"data": 2}' ...
 """
 
 import json
@@ -21,7 +21,9 @@ def system(name: str, mesh: dict, **changes):
     if name == "toy":
         return tiny.experiment(tiny.toy, {}, None, mesh, **changes)
     if name in ("fsq", "moving"):
-        model = {"fsq": tiny.FSQ | {"attention": True}, "moving": tiny.MOVING | {"revive_below": 0.3, "decay": 0.9}}[name]
+        model = {"fsq": tiny.FSQ | {"attention": True}, "moving": tiny.MOVING | {"revive_below": 0.3, "decay": 0.9}}[
+            name
+        ]
         return tiny.experiment("tokenizers.vq", model, None, mesh, **changes)
     tokenizer = tiny.tokenizer()
     parts = {"tokenizer": tokenizer}
@@ -54,7 +56,9 @@ def measure(name: str, dtype: str, steps: int, mesh: dict, **changes) -> dict:
         "donated": all(leaf.is_deleted() for leaf in jax.tree.leaves(start)),
         "shards": {path: [leaf.shape, leaf.addressable_shards[0].data.shape] for path, leaf in flat.items()},
         "final": {
-            path: np.asarray(leaf).tolist() for path, leaf in flat.items() if path.startswith(("extra/", "params/")) and leaf.size < 600
+            path: np.asarray(leaf).tolist()
+            for path, leaf in flat.items()
+            if path.startswith(("extra/", "params/")) and leaf.size < 600
         },
     }
 

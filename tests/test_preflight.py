@@ -1,5 +1,6 @@
 """Preflight: verdicts and messages on this machine, and real compilations for TPUs, which need libtpu and no TPU."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
 PRIOR = ["--config", "configs/ar/raster.py:tiny", "--config.parts.tokenizer=configs/tokenizers/vq.py:tiny"]
 
 
@@ -89,7 +91,7 @@ def test_wrong_arguments_exit_with_2(capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="libtpu is for x86-64 Linux")
+@needs_libtpu
 def test_a_tpu_topology_on_a_cpu(tmp_path):
     code, report, shown = run(tmp_path, *PRIOR, "--topology", "v5e:2x2", "--config.mesh.fsdp=2", "--cached")
     assert code == 0, report
@@ -100,6 +102,7 @@ def test_a_tpu_topology_on_a_cpu(tmp_path):
     assert shown.count("GiB to spare") == 2
 
 
+@needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("config, billions", [("configs/ar/raster.py:3b", 2.9), ("configs/diffusion/dit.py:xl", 0.68)])
 def test_large_models_fit_a_pod_slice(tmp_path, config, billions):
@@ -115,6 +118,7 @@ def test_large_models_fit_a_pod_slice(tmp_path, config, billions):
     assert report["train"]["flops"]["total"] == pytest.approx(6 * report["parameters"] * positions, rel=0.3)
 
 
+@needs_libtpu
 @pytest.mark.slow
 def test_an_oversized_config_says_by_how_much(tmp_path):
     arguments = ["--config", "configs/ar/raster.py:3b", "--topology", "v5e:16x16", "--config.mesh.fsdp=1"]

@@ -1,7 +1,7 @@
 """The training contract: accumulation by weight, noise by sample, freezing, optimiser groups, skipped steps.
 
-Most of it is proved on a toy family (tiny.py) whose loss is masked and noisy: what holds for it holds for the step, which
-knows nothing of families.
+Most of it is proved on a toy family (tiny.py) whose loss is masked and noisy: what holds for it holds for the
+step, which knows nothing of families.
 """
 
 import jax
@@ -144,8 +144,19 @@ def updates_of(config, params, count=4, steps=10):
 
 def test_a_group_acts_alone():
     """Each group, with its own clip, rate, schedule and decay, is the optimiser of its own parameters."""
-    params = {"x": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "y": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}
-    own = {"match": "^y/", "clip": 0.5, "lr": 0.02, "schedule": "linear", "warmup": 3, "decay": 0.3, "decay_on": "bias$"}
+    params = {
+        "x": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)},
+        "y": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)},
+    }
+    own = {
+        "match": "^y/",
+        "clip": 0.5,
+        "lr": 0.02,
+        "schedule": "linear",
+        "warmup": 3,
+        "decay": 0.3,
+        "decay_on": "bias$",
+    }
     both = updates_of(ADAM | {"clip": 5.0, "groups": {"slow": own}}, params)
     for name, config in (("x", ADAM | {"clip": 5.0}), ("y", ADAM | own)):
         # gradients are drawn for the whole tree, so that each leaf sees the same ones
@@ -155,7 +166,10 @@ def test_a_group_acts_alone():
             updates, opt = rule.update({name: gradients(params, i)[name]}, opt, {name: params[name]})
             assert tiny.same(updates[name], got[name])
     # and by hand: the first update of Adam is the sign of the gradient, whatever its clip
-    assert tiny.apart(jax.tree.map(jnp.abs, both[0]["x"]), jax.tree.map(lambda x: jnp.full(x.shape, 0.1), params["x"])) < 1e-5
+    assert (
+        tiny.apart(jax.tree.map(jnp.abs, both[0]["x"]), jax.tree.map(lambda x: jnp.full(x.shape, 0.1), params["x"]))
+        < 1e-5
+    )
 
 
 def test_clip_is_the_norm_of_the_group():
@@ -171,7 +185,9 @@ def test_clip_is_the_norm_of_the_group():
 
 
 def test_decay_goes_by_path_and_not_by_rank():
-    params = {"blocks": {"norm": {"scale": jnp.ones((2, 4))}, "mlp": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones(4)}}}
+    params = {
+        "blocks": {"norm": {"scale": jnp.ones((2, 4))}, "mlp": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones(4)}}
+    }
     still = jax.tree.map(jnp.zeros_like, params)
     for kind in optim.KINDS:
         for pattern, touched in (("kernel$", {"kernel"}), ("norm/|bias$", {"scale", "bias"})):
@@ -196,7 +212,9 @@ def test_a_parameter_of_two_groups_is_refused():
 
 def test_schedules():
     group = ADAM | {"lr": 0.8, "warmup": 4, "final": 0.25}
-    at = {name: [float(optim.schedule(group | {"schedule": name}, 12)(i)) for i in range(14)] for name in optim.SCHEDULES}
+    at = {
+        name: [float(optim.schedule(group | {"schedule": name}, 12)(i)) for i in range(14)] for name in optim.SCHEDULES
+    }
     for values in at.values():
         np.testing.assert_allclose(values[:5], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)  # the first update is not lost
     np.testing.assert_allclose(at["constant"][5:], 0.8, rtol=1e-6)

@@ -97,7 +97,7 @@ def cascade_options(tokenizer: Part, prior: dict | None = None, decoder: dict | 
 
 
 def experiment(family, model: dict, parts: dict | None = None, mesh: dict | None = None, **changes) -> Experiment:
-    """An experiment without a folder. `family`: a name, or a namespace such as `toy`; `changes`: as in configs.common."""
+    """An experiment without a folder. `family`: a name or a namespace such as `toy`; `changes`: see configs.common."""
     sizes = mesh or {"data": 1}
     place = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     config = common.stage(str(family), {}, {}, **{"log__every": 1, "steps": 1000, "optim__warmup": 0} | changes)
@@ -116,7 +116,9 @@ class Run:
         self.parts = wide(experiment.parts, dtype)
         arrays = filled(experiment.family, experiment.model, specs, experiment.parts)
         # every optimiser here starts from zeros: no need to compile its init
-        zeros = SimpleNamespace(init=lambda params: jax.tree.map(_zeros, jax.eval_shape(self.rule.optimiser.init, params)))
+        zeros = SimpleNamespace(
+            init=lambda params: jax.tree.map(_zeros, jax.eval_shape(self.rule.optimiser.init, params))
+        )
         start = state.initial(arrays, zeros, self.rule.which, experiment.config.frozen_dtype)
         places = jax.tree.map(lambda s: s.sharding, self.abstract)
         self.state = jax.device_put(wide(start, dtype), places)

@@ -25,6 +25,7 @@ def cast(x: jax.Array, dtype: str) -> jax.Array:
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x`, promoted to at least float32: for norms, softmax and losses."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -43,6 +44,7 @@ def fan_in(scale: float = 1.0, axes: int = 1) -> Init:
 
 
 def normal(std: float) -> Init:
+    """Normal with this standard deviation."""
     return nn.initializers.normal(std)
 
 

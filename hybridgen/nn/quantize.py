@@ -16,6 +16,7 @@ from hybridgen.nn.linear import lookup
 
 
 def fsq_size(levels: tuple[int, ...]) -> int:
+    """Number of codes of these levels."""
     return int(np.prod(levels))
 
 
@@ -67,6 +68,7 @@ def _soft_digit(x: jax.Array, size: int, temperature: float) -> jax.Array:
 
 
 def normalise(x: jax.Array) -> jax.Array:
+    """Rows of `x [..., d]` on the unit sphere."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 
@@ -77,6 +79,7 @@ def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
+    """The value of `codes` with the gradient of `z`, of one shape."""
     return z + jax.lax.stop_gradient(codes - z)
 
 
@@ -117,4 +120,5 @@ def perplexity(count: jax.Array) -> jax.Array:
 
 
 def codes_of(ids: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Rows of `codebook [v, d]` by `ids [...]`: `[..., d]`."""
     return lookup(codebook, ids)

@@ -50,6 +50,7 @@ class TextTower(nn.Module):
 
 
 def round_up(size: float, to: int = 32) -> int:
+    """`size` rounded up to a multiple of `to`."""
     return -int(-size // to) * to
 
 
