@@ -39,7 +39,7 @@ def stage(family: str, model: dict, data: dict, **changes) -> ConfigDict:
     config.ema = ConfigDict({"decay": 0.0, "skip": "^disc/"})
     config.mesh = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1})
     config.health = ConfigDict({"spike": 100.0, "give_up": 10})
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0})  # 0: none stays for good
     config.log = ConfigDict({"every": 50})
     config.eval = ConfigDict({"every": 0, "batches": 4})
     config.sample = ConfigDict({"every": 0, "count": 16, "options": ConfigDict()})

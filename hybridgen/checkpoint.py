@@ -103,6 +103,10 @@ class Checkpointer:
         self._thread.start()
         return True
 
+    def holds(self, step: int) -> bool:
+        """Whether `step` was saved, or is being saved and has not failed yet."""
+        return step in self._saved
+
     def wait(self) -> None:
         """Waits for the save in flight. Raises SaveError if it failed."""
         if self._thread is not None:

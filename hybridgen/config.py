@@ -1,7 +1,14 @@
 """Configs: load `file.py:variant,key=value`, override `--config.a.b=value`, resolve "auto", compare.
 
 A config is plain data (an `ml_collections.ConfigDict` from `get_config(arg)`): strings name things, tuples hold lists.
-Unknown keys and values of another type are refused with the nearest known key.
+Unknown keys and values of another type are refused with the nearest known key. Three groups are open, what a user adds
+to them is new: `parts.NAME=RUN`, `init_from.SUBTREE=RUN[:SUBTREE]` and `optim.groups.NAME.OPTION=VALUE`.
+
+A value is a Python literal, or one of the words true, false, none. An option that holds text takes its value as it is
+written, so `model.quantizer=none` is the word; but an option of a data source (`data.options.NAME`, or an entry that
+stages share as one) may also be none or a tuple of texts: `text_key=none` is a folder without captions.
+
+An entry that stages share (`path` of a recipe) reaches all of them; set under one stage, it is that stage's own.
 """
 
 import argparse
@@ -9,12 +16,13 @@ import ast
 import difflib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from hybridgen.errors import UserError
 
@@ -31,15 +39,29 @@ LEAST = {
     "data.threads": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
+    "health.give_up": 1,
+    "optim.warmup": 0,
     "log.every": 1,
     "eval.every": 0,
     "eval.batches": 1,
     "sample.every": 0,
     "sample.count": 1,
+    "count": 1,
     "profile.start": 0,
     "profile.steps": 0,
 }
 MOST = 2**32 - 1
+# and of an option of a model, or of a member of it; of a tuple, each
+LEAST_OF_MODEL = {name: 1 for name in ("heads", "kv_heads", "depth", "patch", "width", "blocks", "codes", "channels")}
+LEAST_OF_MODEL |= {"levels": 2}
+
+DTYPES = ("float32", "bfloat16", "float64")
+PATTERN = re.compile(r"optim\.decay_on|optim\.groups\.[^.]+\.(match|decay_on)|ema\.skip")
+STAGE = r"(?:stages\.[^.]+\.)?"
+OPEN = re.compile(rf"({STAGE}parts)\.([^.]+)|({STAGE}init_from)\.(.+)")
+GROUP = re.compile(rf"({STAGE}optim)\.groups\.([^.]+)\.([^.]+)")
+SOURCE_OPTION = re.compile(rf"{STAGE}data\.options\.[^.]+")
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +70,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE[:VARIANT[,KEY=VALUE...]]",
-        help="a file in configs/, such as configs/ar/raster.py:tiny; --config.a.b=VALUE overrides an entry",
+        help="a file in configs/, such as configs/ar/raster.py:tiny; --config.a.b=VALUE overrides an entry: a number, "
+        "true, false, none, a tuple, or text as it is (of data.options, none is no text)",
     )
 
 
@@ -72,6 +95,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no config file {path!r}{hint(path, [str(p) for p in Path('configs').rglob('*.py')])}")
+    if file.suffix != ".py":
+        raise UserError(f"{path} is not a config: that is a Python file such as configs/ar/raster.py")
     root = str(next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent))
     if root not in sys.path:
         sys.path.insert(0, root)  # configs import each other as `configs.x`
@@ -86,16 +111,44 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     except ValueError as error:  # configs import nothing of ours, so they cannot raise UserError
         raise UserError(f"{path}: {error}") from None
     override(config, [*settings, *overrides])
-    check_numbers(config)
+    check(config)
     return config.lock()
 
 
-def check_numbers(config: Mapping) -> None:
-    """Raises UserError for a number of a stage, or of a stage of a recipe, that is out of range."""
+def check(config: Mapping) -> None:
+    """Raises UserError for a value of a stage, or of a stage of a recipe, that nothing can be made of."""
     for stage, prefix in [(config, ""), *((s, f"stages.{name}.") for name, s in config.get("stages", {}).items())]:
         for key, value in flatten(stage).items():
-            if key in LEAST and isinstance(value, int) and not LEAST[key] <= value <= MOST:
-                raise UserError(f"config key '{prefix}{key}' {value} is not within {LEAST[key]} and {MOST}")
+            _check_value(f"config key '{prefix}{key}'", key, value)
+
+
+def _check_value(where: str, key: str, value: Any) -> None:
+    name = key.rpartition(".")[2]
+    least = LEAST_OF_MODEL.get(name) if key.startswith("model.") else LEAST.get(key)
+    if least is not None:
+        if value == ():
+            raise UserError(f"{where} is empty, it takes at least one number")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not least <= number <= MOST:
+                raise UserError(f"{where} {number} is not within {least} and {MOST}")
+    if (key == "frozen_dtype" or (key.startswith("model.") and name == "dtype")) and value not in DTYPES:
+        raise UserError(f"{where} {value!r} is not one of {', '.join(DTYPES)}{hint(str(value), DTYPES)}")
+    if key.startswith("sample.options.") and value is None:
+        raise UserError(f"{where} is none, a sampling option has a value")
+    if key == "trainable":
+        for rule in value if isinstance(value, tuple) else (value,):
+            if not (isinstance(rule, tuple | list) and [type(part) for part in rule] == [str, bool]):
+                raise UserError(f"{where} takes pairs, such as (('^text/', False),), and was given {value!r}")
+            _check_pattern(where, rule[0])
+    elif PATTERN.fullmatch(key):
+        _check_pattern(where, value)
+
+
+def _check_pattern(where: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except (re.error, TypeError) as error:
+        raise UserError(f"{where} {text!r} is not a regular expression: {error}") from None
 
 
 def split_arg(arg: str) -> tuple[str, list[str]]:
@@ -118,26 +171,73 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
         key, _, text = setting.partition("=")
         known = flatten(config, nodes=True)
         if key not in known:
-            raise UserError(f"unknown config key {key!r}{hint(key, known)}")
+            _add(config, known, key, text)
+            continue
         old = known[key]
         if isinstance(old, Mapping):
             raise UserError(f"config key {key!r} is a group; set one of {', '.join(f'{key}.{k}' for k in old)}")
-        *path, last = key.split(".")
-        node = config
-        for name in path:
-            node = node[name]
+        references = _references(config)
+        same = [other for other, reference in references.items() if reference is references.get(key)]
+        node, last = _node(config, key)
         with node.unlocked(), node.ignore_type():
-            node[last] = _convert(key, text, old)
+            if any(other.count(".") <= key.count(".") for other in same if other != key):
+                del node[last]  # its own from now on; what is above all that share it reaches them
+            source_option = any(SOURCE_OPTION.fullmatch(other) for other in (key, *same))
+            node[last] = _convert(key, text, old, source_option)
 
 
-def _convert(key: str, text: str, old: Any) -> Any:
+def _add(config: ConfigDict, known: Mapping, key: str, text: str) -> None:
+    """Sets an entry that an open group does not have yet. Raises UserError for any other key."""
+    if match := OPEN.fullmatch(key):
+        group, name = filter(None, match.groups())
+        if group in known:
+            node, _ = _node(config, f"{group}.")
+            with node.unlocked():
+                node[name.replace(".", "/")] = text  # a path in the parameters
+            return
+    elif match := GROUP.fullmatch(key):
+        optim, name, option = match.groups()
+        options = known.get(optim, {})
+        if option in options and option != "groups" or option == "match":
+            node, _ = _node(config, f"{optim}.groups.")
+            with node.unlocked():
+                node[name] = node.get(name, ConfigDict())
+            with node[name].unlocked():
+                node[name][option] = _convert(key, text, options.get(option, ""))
+            return
+        known = [f"{optim}.groups.{name}.{option}" for option in ("match", *options)]
+    raise UserError(f"unknown config key {key!r}{hint(key, known)}")
+
+
+def _node(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """The group that a key is in, and its name there."""
+    *path, last = key.split(".")
+    for name in path:
+        config = config[name]
+    return config, last
+
+
+def _references(config: ConfigDict, prefix: str = "") -> dict[str, FieldReference]:
+    """{key: reference} of the entries that are shared; those that share one have one object."""
+    found = {}
+    for name, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            found |= _references(value, f"{prefix}{name}.")
+        elif isinstance(value, FieldReference):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _convert(key: str, text: str, old: Any, source_option: bool = False) -> Any:
     """`text` as a value of the type of `old`; where that is None or "auto" it is free."""
-    if isinstance(old, str) and old != AUTO:
-        return text
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(old, str) and old != AUTO:
+        several = isinstance(value, tuple | list) and all(isinstance(one, str) for one in value)
+        free = source_option and (value is None or isinstance(value, str) or several)
+        return _typed(key, value, None) if free else text
     return _typed(key, value, old)
 
 
@@ -148,7 +248,8 @@ def _typed(key: str, value: Any, old: Any) -> Any:
         return value
     if isinstance(old, tuple):
         values = value if isinstance(value, tuple) else (value,)
-        return tuple(_typed(key, one, old[0]) for one in values) if old else values
+        alike = len({type(one) for one in old}) == 1  # a pair of a pattern and a bool is not
+        return tuple(_typed(key, one, old[0]) for one in values) if alike else values
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(old):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from hybridgen import config as config_lib
-from hybridgen import pictures, rundir
+from hybridgen import pictures, rundir, sharding
 from hybridgen.cli import command, make_parser
 from hybridgen.data import pipeline, sources
 from hybridgen.evals import alignment, recon
@@ -53,25 +53,28 @@ def measure(loaded: Loaded, items: list[dict], batch: int, seed: int, picture: P
     if "label" in items[0]:
         cond["label"] = np.asarray([item["label"] for item in items], np.int32)
     out: dict[str, Any] = {}
-    if loaded.plans:
+    if loaded.generates:
         drawn = draw(loaded, {name: value for name, value in cond.items() if name != "image"}, seed, batch, label)
         out["from captions"] = judged(drawn, scenes, None)
-        given = cond | {"tokens": loaded.tokens(true, batch)}
-        out["from true tokens"] = judged(draw(loaded, given, seed, batch, f"{label}, true tokens"), scenes, true)
+        if loaded.plans and loaded.tokenizer:
+            given = cond | {"tokens": loaded.tokens(true, batch)}
+            out["from true tokens"] = judged(draw(loaded, given, seed, batch, f"{label}, true tokens"), scenes, true)
     else:
         drawn = draw(loaded, cond, seed, batch, label)
         out["reconstructed"] = judged(drawn, scenes, true)
     names = [name for name in ("draft", "image") if name in drawn]
     strips = np.concatenate([true, *(drawn[name] for name in names)], 2)
-    verdicts = [alignment.judge(*pair) for pair in zip(drawn["image"], scenes, strict=True)] if scenes else None
     shown, cell = slice(0, 48), 64 * (1 + len(names))
+    pairs = zip(drawn["image"][shown], scenes[shown], strict=True) if scenes else ()
+    verdicts = [alignment.judge(*pair) for pair in pairs] or None
     title = f"{label}: true picture, {', '.join('render' if name == 'image' else name for name in names)}"
-    sheet(strips[shown], captions[shown], verdicts[shown] if verdicts else None, cell=cell, title=title).save(picture)
+    sheet(strips[shown], captions[shown], verdicts, cell=cell, title=title).save(picture)
     return out
 
 
 def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[str, np.ndarray]:
     """All pictures of a run for `cond`, as numpy."""
+    batch = sharding.padded(loaded.mesh, batch)
     pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
     total = -(-len(next(iter(cond.values()))) // batch)
     pieces = list(progress(pieces, total=total, label=f"drawing {label}"))
@@ -79,18 +82,40 @@ def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[
 
 
 def judged(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
-    """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of what was drawn."""
-    out = {}
+    """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of what was drawn.
+
+    Where there are both, also "paired": render against draft of the same tokens, see `paired`.
+    """
+    out: dict[str, Any] = {}
+    each: dict[str, dict] = {}
     for name, called in (("image", "render"), ("draft", "draft")):
         if name not in drawn:
             continue
-        entry = {}
+        entry, each[called] = {}, {}
         if true is not None:
             psnr, ssim = recon.psnr(drawn[name], true), recon.ssim(drawn[name], true)  # b
             entry |= {"psnr": float(psnr.mean()), "ssim": float(ssim.mean())}
+            each[called]["psnr"] = psnr
         if scenes is not None:
-            entry["judge"] = alignment.summary(alignment.judge_batch(drawn[name], scenes))
+            table = alignment.judge_batch(drawn[name], scenes)
+            entry["judge"] = alignment.summary(table)
+            each[called]["right"] = table["all_right"] == 1
         out[called] = entry
+    if len(each) == 2 and each["draft"]:
+        out["paired"] = paired(each["render"], each["draft"])
+    return out
+
+
+def paired(render: dict, draft: dict) -> dict:
+    """Render against draft, picture by picture: how many are right in one of them only; by how much PSNR differs."""
+    out = {}
+    if "right" in render:
+        out |= {"only_render_right": int((render["right"] & ~draft["right"]).sum())}
+        out |= {"only_draft_right": int((draft["right"] & ~render["right"]).sum())}
+    if "psnr" in render:
+        gain = render["psnr"] - draft["psnr"]  # b
+        error = float(gain.std() / len(gain) ** 0.5)
+        out |= {"psnr_gain": float(gain.mean()), "standard_error": error, "psnr_higher": float((gain > 0).mean())}
     return out
 
 
@@ -117,14 +142,18 @@ def markdown(report: dict) -> str:
         lines += [f"## {split}", "", _row(head), _row(["---"] * len(head))]
         for kind, entries in kinds.items():
             for name, entry in entries.items():
-                psnr, ssim = (f"{entry[key]:.2f}" if key in entry else "" for key in ("psnr", "ssim"))
+                if name == "paired":
+                    continue
                 groups = entry.get("judge", {"all": {}})
                 for group, means in groups.items():
+                    known = entry if group == "all" else {}  # PSNR and SSIM are over all
+                    psnr, ssim = (f"{known[key]:.2f}" if key in known else "" for key in ("psnr", "ssim"))
                     rest = {k: v for k, v in means.items() if k not in ("all_right", "pictures")}
                     parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in rest.items())
                     right = f"{100 * means['all_right']:.1f} %" if means else ""
                     lines.append(_row([f"{kind}, {name}", means.get("pictures", ""), group, right, parts, psnr, ssim]))
-        lines.append("")
+        both = {kind: entries["paired"] for kind, entries in kinds.items() if "paired" in entries}
+        lines += ["", *(_paired_line(kind, pair) for kind, pair in both.items()), ""]
     if "codes" in report:
         codes = report["codes"]
         lines += [
@@ -133,6 +162,16 @@ def markdown(report: dict) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _paired_line(kind: str, pair: dict) -> str:
+    parts = []
+    if "only_render_right" in pair:
+        parts.append(f"{pair['only_render_right']} right only as render, {pair['only_draft_right']} only as draft")
+    if "psnr_gain" in pair:
+        gain, error = pair["psnr_gain"], pair["standard_error"]
+        parts.append(f"PSNR {gain:+.3f} dB (s.e. {error:.3f}), higher in {100 * pair['psnr_higher']:.0f} %")
+    return f"- {kind}, render against draft of the same tokens: {'; '.join(parts)}"
 
 
 def _row(cells: Iterable) -> str:
@@ -151,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     pictures.check_arguments(args)
     folder = find_run(args.run, None)
-    loaded = restore(folder, pictures.changes(args))
+    loaded = restore(folder, pictures.changes(args), args.checkpoint)
     out = args.out or folder / "evaluation"
     report = evaluate(loaded, tuple(args.splits.split(",")), args.count, args.batch, args.seed, out)
     print(markdown(report))

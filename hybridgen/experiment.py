@@ -4,6 +4,7 @@ A run folder holds `config.json` (resolved: no "auto" left), `text.json` (the te
 Parts are runs too: `config.parts = {"tokenizer": "../tokenizer"}`, relative to the run folder or to where one stands.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -37,18 +38,19 @@ class Experiment(NamedTuple):
 
 
 def build(config: Any, folder: Path | None = None, source: Any = None, text: Any = None) -> Experiment:
-    """Everything of a config but its state and data. `text`: the run's own tokenizer, if it is known already.
+    """Everything of a config but its state and data. `text`: the run's own text tokenizer, if it is known already.
 
-    Otherwise it is the parts', and if they have none its vocabulary is read from `source`.
+    Otherwise it is that of the parts that read text, and if none does it is made from `source` as the config says.
     """
     mesh = sharding.make_mesh(config.mesh)
-    parts, digests, texts = {}, {}, []
+    parts, digests, texts = {}, {}, {}
     seen: dict[str, str] = {}
     for name, path in config.parts.items():
         place = find_run(path, folder)
         run = load(place)
         parts[name], digests[name] = run.part, run.digest
-        texts += [run.text] if run.text else []
+        if run.text and getattr(run.part.model, "text_vocab", 0):
+            texts[name] = run.text
         for other, digest in run.part_digests.items():
             if seen.setdefault(other, digest) != digest:
                 raise UserError(f"the parts were trained with different {other}s: {place} does not fit the others")
@@ -57,18 +59,26 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
             raise UserError(
                 f"part {name!r} ({config.parts[name]}) is not the one that the other parts were trained with"
             )
-    text = text or (texts[0] if texts else None)
+    if len({text_lib.digest(other) for other in texts.values()}) > 1:
+        raise UserError(f"the parts {' and '.join(texts)} read text differently: they were trained on other captions")
+    text = text or next(iter(texts.values()), None)
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text)))
-    parts = {name: jax.device_put(part, sharding.replicated(mesh)) for name, part in parts.items()}
+    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
+    parts = {name: jax.device_put(part, part_shardings(part, mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
 
 
-def context(data: Any, parts: Mapping[str, Part], text: Any) -> dict[str, Any]:
+def part_shardings(part: Part, mesh: Mesh) -> Part:
+    """Where a part's arrays lie: parameters by the table, everything else on every device."""
+    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), part.extra)
+    return dataclasses.replace(part, params=sharding.param_shardings(part.params, mesh), extra=everywhere)
+
+
+def context(data: Any, parts: Mapping[str, Part], text: Any, source: Any = None) -> dict[str, Any]:
     """What "auto" may stand for in a model's options."""
-    known: dict[str, Any] = {"resolution": data.resolution}
+    known: dict[str, Any] = {"resolution": data.resolution, "classes": len(getattr(source, "class_names", ()))}
     if text is not None:
         known |= {"text_vocab": text.vocab_size, "text_length": text.length}
     if "tokenizer" in parts:
@@ -126,29 +136,43 @@ class Loaded(NamedTuple):
     draw: Any
     put: Any
     tokenizer: Part | None
-    encode: Any
-    plans: bool  # draws from captions, through tokens of its own
+    encode: Any  # images -> tokens, compiled
+    plans: bool  # draws tokens of its own
+    reads: bool  # text
+    classes: int  # 0: takes no label
+
+    @property
+    def generates(self) -> bool:
+        """Whether it draws from a caption or a class alone."""
+        return self.plans or ((self.reads or self.classes > 0) and self.tokenizer is None)
 
     def tokens(self, images: Any, batch: int) -> np.ndarray:
         """Tokens `[b, n]` of pictures `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
-        out = []
+        out, batch = [], sharding.padded(self.mesh, batch)
         for start in range(0, len(images), batch):
             rows = np.minimum(np.arange(start, start + batch), len(images) - 1)
             out.append(np.asarray(self.encode(self.put({"image": images[rows]})["image"]))[: len(images) - start])
         return np.concatenate(out)
 
 
-def restore(folder: Path, changes: Mapping[str, Any], report: Any = print) -> Loaded:
-    """A run with its parts; `changes` replace sampling options ("prior.guidance": 3.0)."""
-    run = load(folder, report=report)
+def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -> Loaded:
+    """A run with its parts, at its newest good step or at `step`.
+
+    `changes` replace sampling options ("prior.guidance": 3.0).
+    """
+    run = load(folder, step)
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
-        config.mesh = type(config.mesh)({"data": -1})
+        try:
+            sharding.make_mesh(config.mesh)
+        except UserError:  # trained on another machine
+            config.mesh = type(config.mesh)({"data": -1})
         _change(config.sample.options, changes)
     experiment = build(config, folder, text=run.text)
-    place = sharding.replicated(experiment.mesh)
-    own = jax.device_put(run.part, place)
+    own = jax.device_put(run.part, part_shardings(run.part, experiment.mesh))
     program = pictures.sampler(experiment.family, experiment.model, config.sample.options)
+    members = getattr(experiment.family, "members", lambda model: ())(run.part.model)
+    networks = [run.part.model, *(part.model for part in experiment.parts.values()), *members]
     part = own if hasattr(experiment.family, "embed") else experiment.parts.get("tokenizer")
     return Loaded(
         config,
@@ -158,8 +182,10 @@ def restore(folder: Path, changes: Mapping[str, Any], report: Any = print) -> Lo
         lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys),
         functools.partial(sharding.to_global, mesh=experiment.mesh),
         part,
-        jax.jit(functools.partial(Part.call, part, "encode")) if part else None,
+        functools.partial(jax.jit(lambda part, image: part.call("encode", image)), part) if part else None,
         hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),
+        any(getattr(model, "text_vocab", 0) for model in networks),
+        max(getattr(model, "classes", 0) for model in networks),
     )
 
 

@@ -185,6 +185,34 @@ class Writer:
                     self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
+class ProfileWindow:
+    """A trace of `steps` steps from step `first` on, in `folder`; `at` goes before each step. Leaving it ends it."""
+
+    def __init__(self, folder: Path, first: int, steps: int):
+        self.folder, self.first, self.last = folder, first, first + steps
+        self._open = False
+
+    def __enter__(self) -> "ProfileWindow":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def at(self, step: int, before: Any) -> None:
+        """Starts or ends the trace, if it is time; `before`: arrays of the step before, which belongs into it."""
+        if self.first <= step < self.last and not self._open:
+            jax.profiler.start_trace(str(self.folder))
+            self._open = True
+        elif step >= self.last and self._open:
+            jax.block_until_ready(before)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._open:
+            self._open = False
+            jax.profiler.stop_trace()
+
+
 def cut_back(path: Path, step: int) -> None:
     """Drops the entries of a JSONL log that are beyond `step`, or half written. Keeps the order of the rest."""
     if not path.exists():

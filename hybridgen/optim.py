@@ -4,7 +4,8 @@
 
 A group's `match` is a path pattern; what it does not set is as in `config.optim`. A parameter may match one group only;
 those that match none form the group "rest". Decay follows `decay_on`, a path pattern: layers are stacked, so rank says
-nothing. The state is packed into nested dicts of arrays, so that checkpoints hold no Python classes.
+nothing. It is decoupled, p * (1 - lr * decay) for every kind. The state is packed into nested dicts of arrays, so that
+checkpoints hold no Python classes.
 """
 
 import re
@@ -23,19 +24,59 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 
 def build(config: Mapping, steps: int, params: Mapping) -> optax.GradientTransformation:
-    """Optimiser for `params` (a nested dict, only its paths count) over `steps` updates."""
+    """Optimiser for `params` (a nested dict, only its paths count) over `steps` updates.
+
+    Raises UserError for a pattern that matches nothing, or two groups for one parameter.
+    """
     rest = {name: config[name] for name in config if name != "groups"}
-    groups = {"rest": rest} | {name: rest | dict(group) for name, group in config.get("groups", {}).items()}
-    labels = trees.unflatten({path: _label(path, groups) for path in trees.flatten(params)})
-    chains = {name: _chain(group, steps) for name, group in groups.items()}
-    return optax.multi_transform(chains, labels)
+    own = dict(config.get("groups", {}))
+    if "rest" in own:
+        raise UserError("optim.groups: 'rest' is what no group matches; set that in optim itself")
+    match = {name: _pattern(f"groups.{name}.match", group) for name, group in own.items()}
+    groups = {"rest": rest} | {name: rest | dict(group) for name, group in own.items()}
+    decay_on = {
+        name: _pattern("decay_on" if name == "rest" else f"groups.{name}.decay_on", group)
+        for name, group in groups.items()
+    }
+    labels = {path: _label(path, match) for path in trees.flatten(params)}
+    if labels:  # an assembled model trains nothing
+        _check_use(groups, labels, decay_on)
+    chains = {name: _chain(group, steps, decay_on[name]) for name, group in groups.items()}
+    return optax.multi_transform(chains, trees.unflatten(labels))
 
 
-def _label(path: str, groups: Mapping) -> str:
-    found = [name for name, group in groups.items() if name != "rest" and re.search(group["match"], path)]
+def _pattern(key: str, group: Mapping) -> re.Pattern:
+    """The compiled entry of a group that `key` ends in."""
+    text = group.get(key.rpartition(".")[2])
+    if not isinstance(text, str):
+        raise UserError(f"optim.{key} is {text!r}, it must be a pattern of parameter paths")
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(f"optim.{key} {text!r} is not a regular expression: {error}") from None
+
+
+def _label(path: str, match: Mapping[str, re.Pattern]) -> str:
+    found = [name for name, pattern in match.items() if pattern.search(path)]
     if len(found) > 1:
         raise UserError(f"parameter {path!r} matches the optimiser groups {' and '.join(found)}")
     return found[0] if found else "rest"
+
+
+def _check_use(groups: Mapping, labels: Mapping[str, str], decay_on: Mapping[str, re.Pattern]) -> None:
+    """Raises UserError for a group without a parameter, and for a `decay_on` that decays none of all its groups'."""
+    some = f"a path is {next(iter(labels))!r}, for instance"
+    for name, group in groups.items():
+        if name not in ("rest", *labels.values()):
+            raise UserError(f"optim.groups.{name}.match {group['match']!r} matches no trained parameter; {some}")
+    users: dict[re.Pattern, list[str]] = {}  # most groups inherit the pattern: one of norms only has nothing to decay
+    for name, pattern in decay_on.items():
+        if groups[name]["decay"] and name in labels.values():
+            users.setdefault(pattern, []).append(name)
+    for pattern, names in users.items():
+        if not any(pattern.search(path) for path, name in labels.items() if name in names):
+            where = "decay_on" if "rest" in names else f"groups.{names[0]}.decay_on"
+            raise UserError(f"optim.{where} {pattern.pattern!r} matches no trained parameter to decay; {some}")
 
 
 def schedule(group: Mapping, steps: int) -> optax.Schedule:
@@ -54,16 +95,18 @@ def schedule(group: Mapping, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after[group["schedule"]]()], [warmup])
 
 
-def _chain(group: Mapping, steps: int) -> optax.GradientTransformation:
+def _chain(group: Mapping, steps: int, decay_on: re.Pattern) -> optax.GradientTransformation:
     rate = schedule(group, steps)
 
     def decays(params: Mapping) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(group["decay_on"], _name(path))), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: bool(decay_on.search(_name(path))), params)
 
     if group["kind"] == "adamw":
         rule = optax.adamw(rate, group["b1"], group["b2"], group["eps"], weight_decay=group["decay"], mask=decays)
     elif group["kind"] == "adafactor":
-        rule = optax.adafactor(rate, weight_decay_rate=group["decay"] or None, weight_decay_mask=decays)
+        rule = optax.adafactor(rate)
+        if group["decay"]:  # optax's own is not multiplied by the rate: 0.1 would take a tenth of a parameter a step
+            rule = optax.chain(rule, optax.add_decayed_weights(lambda count: -group["decay"] * rate(count), decays))
     else:
         raise UserError(f"optim.kind {group['kind']!r} is not one of {', '.join(KINDS)}")
     clip = [optax.clip_by_global_norm(group["clip"])] if group["clip"] else []

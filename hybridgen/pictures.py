@@ -33,15 +33,17 @@ CHOICES = {"solver": tuple(SOLVERS), "guidance_schedule": tuple(guidance.RAMPS),
 
 
 def checked(options: Mapping, path: str = "") -> dict[str, Any]:
-    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule."""
+    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule.
+
+    `guidance` is a scale, or a scale by the condition that it is against: {"plan": 1.5, "text": 3.0}.
+    """
     out: dict[str, Any] = {}
     for name, value in options.items():
         where = f"{path}{name}"
-        if name in RANGES and not isinstance(value, Mapping) and not hasattr(value, "items"):
-            low, high, kind = RANGES[name]
-            if not low <= value <= high:
-                raise UserError(f"{where} {value} is not within {low} and {high}")
-            out[name] = kind(value)
+        if name == "guidance" and hasattr(value, "items"):
+            out[name] = {level: _in_range(name, f"{where}.{level}", scale) for level, scale in value.items()}
+        elif name in RANGES:
+            out[name] = _in_range(name, where, value)
         elif name in CHOICES:
             if value not in CHOICES[name]:
                 raise UserError(f"{where} {value!r} is not one of {', '.join(CHOICES[name])}")
@@ -50,10 +52,18 @@ def checked(options: Mapping, path: str = "") -> dict[str, Any]:
             out[name] = checked(value, f"{where}.")
         else:
             raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES))}")
-    ramp = out.pop("guidance_schedule", "constant")
-    if ramp != "constant":
-        out["guidance"] = guidance.schedule(ramp, out.get("guidance", 1.0))
+    ramp = functools.partial(guidance.schedule, out.pop("guidance_schedule", "constant"))
+    scale = out.get("guidance", 1.0)
+    if "guidance" in out:
+        out["guidance"] = {name: ramp(s) for name, s in scale.items()} if hasattr(scale, "items") else ramp(scale)
     return out
+
+
+def _in_range(name: str, where: str, value: Any) -> Any:
+    low, high, kind = RANGES[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{where} {value!r} is not within {low} and {high}")
+    return kind(value)
 
 
 def sampler(family: Any, model: Any, options: Mapping) -> Callable:
@@ -96,8 +106,7 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     """state -> a captioned sheet of pictures for the first validation batch, original on the left of each."""
     config = experiment.config
     source = sources.build(config.data, "validation")
-    ways = int(np.prod([experiment.mesh.shape[axis] for axis in sharding.LOGICAL["batch"]]))
-    count = -(-min(count, len(source)) // ways) * ways
+    count = sharding.padded(experiment.mesh, min(count, len(source)))
     batch = next(pipeline.batches(source, experiment.text, batch=count, seed=config.seed, shuffle=False))
     pipeline.take_broken(batch)
     captions = [item["text"] for item in pipeline.examples(source, np.arange(count) % len(source))]
@@ -119,7 +128,9 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sampling options of a command line; what is not given stays as the run's config has it."""
+    parser.add_argument("--checkpoint", type=int, metavar="N", help="step to draw from (default: the newest good one)")
     parser.add_argument("--guidance", type=float, help="guidance scale of the prior (1: none)")
+    parser.add_argument("--guidance-schedule", help=f"over the tokens: one of {', '.join(guidance.RAMPS)}")
     parser.add_argument("--temperature", type=float, help="temperature of the prior (0: greedy)")
     parser.add_argument("--top-k", type=int, help="keep the k most likely tokens (0: all)")
     parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this mass (1: all)")
@@ -139,6 +150,7 @@ def changes(args: argparse.Namespace) -> dict[str, Any]:
     """What was given, by the name of the option in `config.sample.options`."""
     names = {
         "guidance": "prior.guidance",
+        "guidance_schedule": "prior.guidance_schedule",
         "temperature": "prior.temperature",
         "top_k": "prior.top_k",
         "top_p": "prior.top_p",

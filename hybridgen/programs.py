@@ -20,7 +20,7 @@ from hybridgen import flops, pictures, rng, rundir, sharding, trees
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
-from hybridgen.experiment import Experiment, context, find_run
+from hybridgen.experiment import Experiment, context, find_run, part_shardings
 from hybridgen.experiment import load as load_run
 from hybridgen.models.parts import Part, find
 from hybridgen.state import inference_params
@@ -112,22 +112,22 @@ def build(
     unmade = {name: _part(name, path, config.data, text, specs, stages) for name, path in config.parts.items()}
     parts = {name: part for name, (part, _) in unmade.items()}
     family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text)))
-    everywhere, by_row = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    experiment = Experiment(config, family, model, _placed(parts, everywhere), {}, text, mesh)
+    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
+    by_row = sharding.batch_sharding(mesh)
+    places = {name: part_shardings(part, mesh) for name, part in parts.items()}
+    experiment = Experiment(config, family, model, _placed(parts, places), {}, text, mesh)
     encoders = {entry: parts[name] for name, entry in CACHED.items() if cached and name in parts}
     batch = specs | {entry: jax.eval_shape(_encode, part, specs["image"]) for entry, part in encoders.items()}
     rule, step, state, make_state = program(experiment, batch)
-    ways = int(np.prod([mesh.shape[axis] for axis in sharding.LOGICAL["batch"]]))
-    count = -(-(count or config.sample.count) // ways) * ways
-    asked = ("text", "text_mask", "label", "image")
+    count = sharding.padded(mesh, count or config.sample.count)
+    asked = [name for name in ("text", "text_mask", "label", "image") if name in specs]
     cond = {name: jax.ShapeDtypeStruct((count, *specs[name].shape[1:]), specs[name].dtype) for name in asked}
     keys = jax.eval_shape(lambda: pictures.keys_for(config.seed, np.arange(count)))
 
     def make() -> tuple:
         rows = next(read(batch=max(config.batch, count)))
         pipeline.take_broken(rows)
-        real = {name: jax.device_put(made(), everywhere) for name, (_, made) in unmade.items()}
+        real = {name: jax.device_put(made(), places[name]) for name, (_, made) in unmade.items()}
         batch = sharding.to_global({name: x[: config.batch] for name, x in rows.items()}, mesh)
         named = {entry: name for name, entry in CACHED.items()}
         batch |= {entry: jax.jit(_encode)(real[named[entry]], batch["image"]) for entry in encoders}
@@ -137,7 +137,7 @@ def build(
             return make_state(real), batch, real, told, drawn
 
     draw = pictures.sampler(family, model, config.sample.options)
-    inputs = (_placed(x, by_row) for x in (batch, cond, keys))
+    inputs = (_placed(x, jax.tree.map(lambda _: by_row, x)) for x in (batch, cond, keys))
     return Programs(experiment, rule, step, draw, state, *inputs, make)
 
 
@@ -145,8 +145,8 @@ def _encode(part: Part, image: Any) -> Any:
     return part.call("encode", image)
 
 
-def _placed(tree: Any, place: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+def _placed(tree: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def _part(name: str, path: str, data: Any, text: Any, specs: dict, stages: Mapping) -> tuple[Part, Callable]:

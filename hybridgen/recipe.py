@@ -1,10 +1,10 @@
-"""Recipes: the stages of a config, run in order; a finished stage is skipped and a stopped one resumed.
+"""Recipes: the stages of a config, run in order; what was trained is not trained again and a stopped stage resumes.
 
     python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
 
 A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. A stage with a
-`family` is trained in WORKDIR/name; one with `evaluate` measures the run that it names and writes report and
-contact sheets.
+`family` is trained in WORKDIR/name; one with `evaluate` measures the run that it names, each time, and writes report
+and contact sheets.
 """
 
 import time

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -26,10 +27,12 @@ import jax
 
 from hybridgen.errors import UserError
 
+URL = re.compile(r"[a-zA-Z][\w+.-]+:/")  # a Path writes gs://bucket as gs:/bucket
+
 
 def make(folder: Path) -> Path:
     """Creates `folder` (mode 0700) and its parents. Raises UserError if it cannot be made or written in."""
-    if "://" in str(folder):
+    if URL.match(str(folder)):
         raise UserError(f"{folder} is not a path on a file system; mount the bucket (gcsfuse) and give its path")
     folder = Path(folder)
     try:

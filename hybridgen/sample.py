@@ -6,27 +6,30 @@ Writes numbered PNGs and a captioned grid. Picture i of a seed is the same whate
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen import pictures, rundir
+from hybridgen import pictures, rundir, sharding
 from hybridgen.cli import command, make_parser
+from hybridgen.data import transforms
 from hybridgen.errors import UserError
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.metrics import progress
 
+Asked = tuple[str | None, int | None]  # a prompt, a class
 
-def sample(loaded: Loaded, prompts: list[str], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
-    """Draws `count` pictures of each prompt into `out`; returns the path of the grid."""
-    if not loaded.plans:
-        raise UserError(f"a {loaded.config.family} run takes no prompts")
-    prompts = [prompt for prompt in prompts for _ in range(count)]
-    cond = pictures.text_cond(loaded.text, prompts)
-    batch = min(batch, len(prompts))
+
+def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
+    """Draws `count` pictures of each (prompt, class) asked for into `out`; returns the path of the grid."""
+    cond = conditions(loaded, [one for one in asked for _ in range(count)])
+    words = [", ".join(filter(None, (text, label is not None and f"class {label}"))) for text, label in asked]
+    prompts = [text for text in words for _ in range(count)]
+    batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
     rundir.make(out)
     kept, number = [], 0
     with jax.set_mesh(loaded.mesh):
@@ -35,20 +38,29 @@ def sample(loaded: Loaded, prompts: list[str], count: int, seed: int, batch: int
             shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
             kept.append(np.concatenate(shown, 2))
             for image in piece["image"]:
-                Image.fromarray(to_uint8(image)).save(out / f"{number:05d}.png")
+                Image.fromarray(transforms.to_uint8(image)).save(out / f"{number:05d}.png")
                 number += 1
     grid = out / "grid.png"
     sheet(np.concatenate(kept), prompts, cell=128).save(grid)
     return grid
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Pictures in [-1, 1] as bytes."""
-    return np.round((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
+def conditions(loaded: Loaded, asked: list[Asked]) -> dict[str, np.ndarray]:
+    """Prompts and classes as model input. Raises UserError for what the run does not take, or lacks."""
+    kind, (text, label) = loaded.config.family, asked[0]
+    if not loaded.generates:
+        raise UserError(f"a {kind} run takes no prompts")
+    if (text is not None) != loaded.reads:
+        raise UserError(f"this {kind} run {'takes a prompt: --prompt' if loaded.reads else 'takes no prompts'}")
+    cond = pictures.text_cond(loaded.text, [text for text, _ in asked]) if loaded.reads else {}
+    if (label is not None) != (loaded.classes > 0) or not all(0 <= (n or 0) < max(loaded.classes, 1) for _, n in asked):
+        known = f"takes a class: --label 0 to {loaded.classes - 1}" if loaded.classes else "takes no --label"
+        raise UserError(f"this {kind} run {known}, and was given {label}")
+    return cond | ({"label": np.asarray([n for _, n in asked], np.int32)} if loaded.classes else {})
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of the command line and of the file, a line each."""
+def read_asked(args: argparse.Namespace) -> list[Asked]:
+    """Prompts of the command line and of the file, a line each, each with every class that was given."""
     prompts = list(args.prompt)
     if args.prompts:
         if not args.prompts.is_file():
@@ -58,9 +70,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the prompts in {args.prompts}: {error}") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
-    return prompts
+    if not prompts and not args.label:
+        raise UserError("no prompt: give --prompt TEXT, --prompts FILE or, for a class, --label N")
+    return list(itertools.product(prompts or [None], args.label or [None]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True, help="run folder of a cascade or of anything that draws from text")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--prompts", type=Path, help="a text file with a prompt a line")
+    parser.add_argument("--label", action="append", type=int, help="a class, for a class-conditional run")
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time")
@@ -76,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     pictures.add_arguments(parser)
     args = parser.parse_args(argv)
     pictures.check_arguments(args)
-    prompts = read_prompts(args)
-    loaded = restore(find_run(args.run, None), pictures.changes(args))
-    grid = sample(loaded, prompts, args.count, args.seed, args.batch, args.out, args.draft)
-    print(f"{len(prompts) * args.count} pictures in {args.out}, grid {grid}")
+    asked = read_asked(args)
+    loaded = restore(find_run(args.run, None), pictures.changes(args), args.checkpoint)
+    grid = sample(loaded, asked, args.count, args.seed, args.batch, args.out, args.draft)
+    print(f"{len(asked) * args.count} pictures in {args.out}, grid {grid}")
     return 0
 
 

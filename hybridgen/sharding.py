@@ -2,9 +2,8 @@
 
 Mesh axes, outermost first: `dcn` (data parallel across slices), `data`, `fsdp` (data parallel with sharded parameters)
 and `tensor`. Parameters match the first rule of `PARAM_RULES` whose pattern is found in their path; a stacked layer
-axis
-in front is never sharded. Every parameter must match a rule. Activations are named by `shard(x, "batch", None, "mlp")`,
-which does nothing outside a mesh.
+axis in front is never sharded. Every parameter must match a rule. Activations are named by
+`shard(x, "batch", None, "mlp")`, which does nothing outside a mesh.
 """
 
 import re
@@ -78,6 +77,12 @@ def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
         )
 
 
+def padded(mesh: Mesh, rows: int) -> int:
+    """The least batch of at least `rows` rows that divides over the mesh's data axes."""
+    ways = int(np.prod([mesh.shape[axis] for axis in LOGICAL["batch"]]))
+    return -(-rows // ways) * ways
+
+
 def logical_spec(*names: str | None) -> PartitionSpec:
     """PartitionSpec of logical axis names. Two logical axes on one mesh axis are an error."""
     spec = [LOGICAL[name] if name else None for name in names]
@@ -116,21 +121,27 @@ def param_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
     raise ValueError(f"no sharding rule matches parameter {path!r} of shape {shape}")
 
 
-def param_shardings(tree: Any, mesh: Mesh, strict: bool = True) -> Any:
-    """NamedShardings for a nested dict of parameters, or of what mirrors it (moments, EMA).
-
-    With `strict=False` a leaf that no rule fits (a factored moment, a counter) is replicated instead of refused.
-    """
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a nested dict of parameters (or their averages)."""
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        name = "/".join(str(key.key) for key in path)
-        try:
-            spec = param_spec(name, leaf.shape)
-        except ValueError:
-            if strict:
-                raise
-            spec = PartitionSpec(*(None,) * leaf.ndim)
+        spec = param_spec("/".join(str(key.key) for key in path), leaf.shape)
         return NamedSharding(mesh, _divisible(spec, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def mirror_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:
+    """NamedShardings of an optimiser's state: a moment lies as its parameter does, everything else on every device.
+
+    A moment has the path of its parameter at the end of its own, and its shape; a factored one (Adafactor) has not.
+    """
+    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    places = dict(zip(shapes, jax.tree.leaves(param_shardings(params, mesh)), strict=True))
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        ends = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+        return next((places[end] for end in ends if shapes.get(end) == leaf.shape), replicated(mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 

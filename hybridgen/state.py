@@ -24,6 +24,17 @@ class Trainable(NamedTuple):
     no_ema: str  # pattern of what is left out of the average (discriminators)
     decay: float  # 0: no average
 
+    def check(self, params: Any) -> None:
+        """Raises UserError for a pattern that is none, or that no parameter matches."""
+        paths = trees.flatten(params)
+        for pattern, _ in self.rules:
+            try:
+                if any(re.search(pattern, path) for path in paths):
+                    continue
+            except re.error as error:
+                raise UserError(f"trainable: {pattern!r} is not a regular expression: {error}") from None
+            raise UserError(f"trainable: {pattern!r} matches no parameter; there are {', '.join(list(paths)[:3])}, ...")
+
     def split(self, params: Any) -> tuple[dict, dict]:
         """(trainable, frozen), nested."""
         return trees.split(params, lambda path: bool(trees.first_match(path, self.rules, True)))
@@ -71,7 +82,7 @@ def shardings(state: Any, mesh: Mesh) -> Any:
     return rest | {
         "params": sharding.param_shardings(state["params"], mesh),
         "ema": sharding.param_shardings(state["ema"], mesh),
-        "opt": sharding.param_shardings(state["opt"], mesh, strict=False),
+        "opt": sharding.mirror_shardings(state["opt"], state["params"], mesh),
     }
 
 
@@ -86,6 +97,7 @@ def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict,
     def fresh(parts: Any) -> dict:
         key = rng.step_key(jax.random.key(seed), 0, "init")
         arrays = family.init(model, key, specs, parts)
+        which.check(arrays["params"])
         trainable, _ = which.split(arrays["params"])
         return initial(arrays, rule_of(trainable), which, experiment.config.frozen_dtype)
 
@@ -95,27 +107,32 @@ def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict,
     return abstract, lambda parts=parts: jax.jit(fresh, out_shardings=places)(parts)
 
 
-def start_from(state: dict, sources: dict[str, Any], which: Trainable) -> dict:
-    """Replaces named subtrees of fresh parameters by earlier ones: {"path/of/subtree" or "": arrays}.
+def start_from(state: dict, sources: dict[str, Any], which: Trainable, extra: Any = None) -> dict:
+    """Replaces named subtrees of fresh parameters by earlier ones: {"path/of/subtree" or "": arrays}; and `extra`.
 
     The average starts there too; the optimiser stays fresh. Raises UserError where trees or shapes differ.
     """
-    flat = trees.flatten(state["params"])
+    params = state["params"]
     for prefix, arrays in sources.items():
-        found = trees.flatten(arrays)
-        here = {path: leaf for path, leaf in flat.items() if not prefix or path.startswith(f"{prefix}/")}
-        given = {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in found.items()}
-        if set(here) != set(given):
-            odd = sorted(set(here) ^ set(given))
-            raise UserError(f"init_from[{prefix!r}]: {len(odd)} parameters stand on one side only, such as {odd[0]!r}")
-        for path, leaf in given.items():
-            if leaf.shape != flat[path].shape:
-                raise UserError(f"init_from: {path!r} has shape {leaf.shape} and is to have {flat[path].shape}")
-            target = flat[path]
-            flat[path] = jax.device_put(jnp.asarray(leaf, target.dtype), target.sharding)
-    params = trees.unflatten(flat)
+        params = _replaced(params, prefix, arrays)
     trainable, _ = which.split(params)
-    return state | {"params": params, "ema": jax.tree.map(jnp.copy, which.averaged(trainable))}
+    state = state | {"params": params, "ema": jax.tree.map(jnp.copy, which.averaged(trainable))}
+    return state if extra is None else state | {"extra": _replaced(state["extra"], "", extra)}
+
+
+def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
+    """`tree` with its subtree `prefix` ("": all of it) taken from `arrays`, in the tree's dtypes and places."""
+    flat = trees.flatten(tree)
+    here = {path for path in flat if not prefix or path.startswith(f"{prefix}/")}
+    given = {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in trees.flatten(arrays).items()}
+    if odd := sorted(here ^ set(given)):
+        raise UserError(f"init_from[{prefix!r}]: {len(odd)} arrays stand on one side only, such as {odd[0]!r}")
+    for path, leaf in given.items():
+        target = flat[path]
+        if leaf.shape != target.shape:
+            raise UserError(f"init_from: {path!r} has shape {leaf.shape} and is to have {target.shape}")
+        flat[path] = jax.device_put(jnp.asarray(leaf, target.dtype), target.sharding)
+    return trees.unflatten(flat)
 
 
 def inference_params(params: Any, ema: Any) -> dict:

@@ -6,7 +6,9 @@ The loop's order is fixed: evaluate, save, next batch, step. A checkpoint named 
 the data gives at step N and every random number are functions of (seed, N), so a resumed run is the uninterrupted one.
 """
 
+import contextlib
 import functools
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,9 +163,10 @@ def train_loop(job: Job, state: dict, start: int, signals: rundir.Signals) -> tu
     def due(every: int) -> bool:
         return bool(every) and step % every == 0 and step > start
 
-    with job.batches(start) as batches:
+    window = metrics.ProfileWindow(writer.folder / "profile", start + config.profile.start, config.profile.steps)
+    with job.batches(start) as batches, window:
         while True:
-            last = step == config.steps
+            last = step >= config.steps
             if due(config.eval.every) or (last and config.eval.every and step > start):
                 with writer.time("eval"):
                     writer.scalars(step, {f"eval/{name}": value for name, value in job.evaluate(state).items()})
@@ -173,19 +176,15 @@ def train_loop(job: Job, state: dict, start: int, signals: rundir.Signals) -> tu
                     writer.image(step, "samples", job.grid(params, state["extra"]))
             if due(config.checkpoint.every) or last or signals.requested:
                 with writer.time("save"):
-                    job.saved.save(step, state, meta={"parts": job.experiment.digests})
+                    save(job, step, state)
             if last or signals.requested:
                 return state, not last
-            if config.profile.steps and step == start + config.profile.start:
-                jax.profiler.start_trace(str(job.saved.directory.parent / "profile"))
+            window.at(step, state["step"])
             with writer.time("data"):
                 batch = next(batches)
             with writer.time("step"):
                 state, report = job.step(state, batch, job.experiment.parts)
             step += 1
-            if config.profile.steps and step == start + config.profile.start + config.profile.steps:
-                jax.block_until_ready(report)
-                jax.profiler.stop_trace()
             writer.step(step, report)
             if step % config.log.every == 0 and int(state["health"]["streak"]) >= failing:
                 raise UserError(
@@ -194,10 +193,23 @@ def train_loop(job: Job, state: dict, start: int, signals: rundir.Signals) -> tu
                 )
 
 
-def prepare(config: Any, folder: Path, allow: tuple[str, ...], label: str) -> tuple[Job, Any, int]:
+def save(job: Job, step: int, state: dict) -> None:
+    """Starts saving. A failed save is reported and the run goes on: the next one may find the disk less full."""
+    for _ in range(2):  # the first attempt may report what became of the save before
+        try:
+            job.saved.save(step, state, meta={"parts": job.experiment.digests})
+            return
+        except checkpoint.SaveError as error:
+            job.writer.note(step, "save failed", str(error))
+
+
+def prepare(
+    config: Any, folder: Path, allow: tuple[str, ...], timer: metrics.Timer, label: str
+) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
     source = sources.build(config.data, "train")
-    experiment = build(config, folder, source)
+    with timer.time("build"):
+        experiment = build(config, folder, source)
     sharding.check_batch(experiment.mesh, config.batch, config.accumulate)
     resolved = config_lib.plain(config)
     model = experiment.model
@@ -207,12 +219,49 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], label: str) -> tu
         "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
         "parts": experiment.digests,
     }
-    saved = checkpoint.Checkpointer(folder / "checkpoints", keep=config.checkpoint.keep, fingerprint=identity)
-    start = saved.newest_good(report=print)
-    if start is not None:
-        saved.check_fingerprint(start, allow=allow)
-    rows = sharding.local_rows(experiment.mesh, config.batch)
-    put = functools.partial(sharding.to_global, mesh=experiment.mesh)
+    with contextlib.ExitStack() as undo:  # closes what was opened if something does not fit
+        keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
+        saved = checkpoint.Checkpointer(folder / "checkpoints", fingerprint=identity, **keep)
+        undo.enter_context(saved)
+        start = saved.newest_good(report=print)
+        if start is not None:
+            saved.check_fingerprint(start, allow=allow)
+        stream, put = reader(experiment)
+        rule, step, abstract, make = program(experiment, specs_of(next(stream(source, 0)), config.batch))
+        if jax.process_index() == 0:  # not before everything fits together
+            rundir.write_json(folder / "config.json", resolved)
+            if experiment.text is not None:
+                rundir.write_json(folder / "text.json", experiment.text.to_json())
+        with timer.time("restore" if start is not None else "init"), jax.set_mesh(experiment.mesh):
+            state = make() if start is None else saved.restore(start, abstract)
+            if start is None and config.init_from:
+                params, extra = earlier(config, folder)
+                state = state_lib.start_from(state, params, state_lib.trainable_of(config), extra)
+        evaluate = functools.partial(evaluate_all, jax.jit(functools.partial(eval_step, rule)), experiment, stream, put)
+        grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
+        writer = metrics.Writer(
+            folder,
+            start_step=start or 0,
+            total_steps=config.steps,
+            every=config.log.every,
+            batch=config.batch,
+            label=label,
+            timer=timer,
+        )
+        undo.pop_all()
+
+    def batches(start: int) -> Any:
+        known: set[str] = set()
+        host = (noted(batch, source, writer, start + i + 1, known) for i, batch in enumerate(stream(source, start)))
+        return pipeline.prefetch(host, put, depth=2)
+
+    return Job(experiment, rule, step, evaluate, batches, saved, writer, grid), state, start or 0
+
+
+def reader(experiment: Experiment) -> tuple[Any, Any]:
+    """(`stream(source, start)`: iterator of this host's rows of each batch, `put`: rows -> arrays on the mesh)."""
+    config, mesh = experiment.config, experiment.mesh
+    rows = sharding.local_rows(mesh, config.batch)
 
     def stream(source: Any, start: int, shuffle: bool = True) -> Any:
         options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
@@ -221,39 +270,20 @@ def prepare(config: Any, folder: Path, allow: tuple[str, ...], label: str) -> tu
             source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
         )
 
-    rule, step, abstract, make = program(experiment, specs_of(next(stream(source, 0)), config.batch))
-    if jax.process_index() == 0:  # not before everything fits together
-        rundir.write_json(folder / "config.json", resolved)
-        if experiment.text is not None:
-            rundir.write_json(folder / "text.json", experiment.text.to_json())
-    with jax.set_mesh(experiment.mesh):
-        if start is not None:
-            state = saved.restore(start, abstract)
-        else:
-            state = make()
-            if config.init_from:
-                state = state_lib.start_from(state, earlier(config, folder), state_lib.trainable_of(config))
-    evaluate = functools.partial(evaluate_all, jax.jit(functools.partial(eval_step, rule)), experiment, stream, put)
-    writer = metrics.Writer(
-        folder, start_step=start or 0, total_steps=config.steps, every=config.log.every, batch=config.batch, label=label
-    )
-    grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
-
-    def batches(start: int) -> Any:
-        host = (counted(batch, source, writer, start + i + 1) for i, batch in enumerate(stream(source, start)))
-        return pipeline.prefetch(host, put, depth=2)
-
-    return Job(experiment, rule, step, evaluate, batches, saved, writer, grid), state, start or 0
+    return stream, functools.partial(sharding.to_global, mesh=mesh)
 
 
 # what may differ when a run is resumed: it changes neither the samples nor the arithmetic of a step
 NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data")
 
 
-def counted(batch: dict, source: Any, writer: metrics.Writer, step: int) -> dict:
-    """The batch without its `broken` entry; each replaced record is counted and named."""
+def noted(batch: dict, source: Any, writer: metrics.Writer, step: int, known: set[str]) -> dict:
+    """The batch without its `broken` entry; each record that had to be replaced is named once, with a number."""
     for index in pipeline.take_broken(batch):
-        writer.note(step, "broken_record", source.name(index))
+        name = source.name(index)
+        if name not in known:
+            known.add(name)
+            writer.note(step, "broken_record", f"{name} (number {len(known)})")
     return batch
 
 
@@ -262,27 +292,29 @@ def specs_of(batch: dict, rows: int) -> dict:
     return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items() if name != "broken"}
 
 
-def earlier(config: Any, folder: Path) -> dict[str, Any]:
-    """Subtrees of `config.init_from`: {"subtree here": "run" or "run:subtree there"}."""
-    found = {}
+def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
+    """Subtrees of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}, and the `extra` of a
+    run that is taken whole (a codebook, for instance), or None."""
+    found, extra = {}, None
     for prefix, where in config.init_from.items():
         path, _, inside = where.partition(":")
-        arrays = load(find_run(path, folder)).part.params
+        part = load(find_run(path, folder)).part
+        arrays = part.params
         for name in filter(None, inside.split("/")):
             if name not in arrays:
                 raise UserError(f"init_from: {path} has no subtree {inside!r}; it has {', '.join(arrays)}")
             arrays = arrays[name]
-        found["" if prefix == "all" else prefix.replace(".", "/")] = arrays
-    return found
+        whole = prefix == "all"
+        found["" if whole else prefix.replace(".", "/")] = arrays
+        extra = part.extra if whole and not inside else extra
+    return found, extra
 
 
 def evaluate_all(compiled: Any, experiment: Experiment, stream: Any, put: Any, state: dict) -> dict[str, float]:
     """Weighted means of the metrics over `config.eval.batches` batches of the validation split."""
     source = sources.build(experiment.config.data, "validation")
     totals: dict[str, float] = {}
-    for i, batch in enumerate(stream(source, 0, shuffle=False)):
-        if i == experiment.config.eval.batches:
-            break
+    for batch in itertools.islice(stream(source, 0, shuffle=False), experiment.config.eval.batches):
         pipeline.take_broken(batch)
         for name, value in compiled(state, put(batch), experiment.parts).items():
             totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
@@ -292,9 +324,10 @@ def evaluate_all(compiled: Any, experiment: Experiment, stream: Any, put: Any, s
 
 def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = "train") -> bool:
     """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
+    timer = metrics.Timer()
     rundir.make(folder)
     with rundir.lock(folder), rundir.Signals() as signals:
-        job, state, start = prepare(config, folder, allow, label)
+        job, state, start = prepare(config, folder, allow, timer, label)
         job.writer.line(
             f"{label}: {config.family}, {trees.count(state['params']):,} parameters, "
             f"mesh {dict(job.experiment.mesh.shape)}, steps {start} to {config.steps}, folder {folder}"
@@ -302,10 +335,16 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
         try:
             with jax.set_mesh(job.experiment.mesh):
                 state, stopped = train_loop(job, state, start, signals)
-            job.saved.wait()
+            with job.writer.time("save"):
+                job.saved.wait()
+            if not job.saved.holds(int(state["step"])):
+                raise UserError(f"the last step, {int(state['step'])}, is not saved: see the lines above")
+        except checkpoint.SaveError as error:
+            raise UserError(f"the run is at its end and its last state is not saved: {error}") from error
         finally:
-            job.saved.close()
             job.writer.close()
+            with contextlib.suppress(checkpoint.SaveError):  # reported above
+                job.saved.close()
     if stopped:
         print(f"stopped at step {int(state['step'])}; the same command goes on from there", file=sys.stderr)
     return not stopped

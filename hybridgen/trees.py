@@ -58,16 +58,6 @@ def first_match(path: str, rules: Iterable[tuple[str, Any]], default: Any) -> An
     return default
 
 
-def path_tree(tree: Mapping) -> dict:
-    """The same nesting with each leaf replaced by its path."""
-    return unflatten({path: path for path in flatten(tree)})
-
-
 def count(tree: Any) -> int:
     """Number of array elements."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

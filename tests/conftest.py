@@ -13,6 +13,8 @@ from typing import NamedTuple
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# tests compile much and compute little: quick compilation, slower programs
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "configs/tokenizers/vq.py"
 

@@ -10,20 +10,21 @@ import jax
 import numpy as np
 import tiny
 
-from hybridgen import trees
+from hybridgen import sharding, trees
 
 ROWS = 16
 WIDE = {"width": 32, "heads": 4}  # heads, width and words divide by every mesh axis here
+OPTIONS = {"ema__decay": 0.9, "optim__lr": 1e-3, "optim__warmup": 5, "optim__decay": 0.1}
 
 
 def system(name: str, mesh: dict, **changes):
     """An experiment of this name on this mesh."""
     if name == "toy":
         return tiny.experiment(tiny.toy, {}, None, mesh, **changes)
-    if name in ("fsq", "moving"):
-        model = {"fsq": tiny.FSQ | {"attention": True}, "moving": tiny.MOVING | {"revive_below": 0.3, "decay": 0.9}}[
-            name
-        ]
+    if name == "fsq":
+        return tiny.experiment("tokenizers.vq", tiny.FSQ | {"attention": True}, None, mesh, **changes)
+    if name == "moving":
+        model = tiny.MOVING | {"revive_below": 0.3, "decay": 0.9}
         return tiny.experiment("tokenizers.vq", model, None, mesh, **changes)
     tokenizer = tiny.tokenizer()
     parts = {"tokenizer": tokenizer}
@@ -32,7 +33,8 @@ def system(name: str, mesh: dict, **changes):
     if name == "decoder":
         model = tiny.decoder_options(tokenizer, cross=True, corrupt=0.3, classes=tiny.CLASSES, **WIDE)
         return tiny.experiment("diffusion.dit", model, parts, mesh, **changes)
-    model = tiny.cascade_options(tokenizer, WIDE, WIDE, own=0.5, rollout_every=4, mode="soft")
+    # a gradient from the decoder to the prior, the prior's own plans, and a true rollout at steps 0, 4, 8 ...
+    model = tiny.cascade_options(tokenizer, WIDE, WIDE, mode="features", own=0.5, rollout_every=4)
     return tiny.experiment("hybrid.cascade", model, parts, mesh, **changes)
 
 
@@ -43,8 +45,7 @@ def batch_of(name: str, step: int) -> dict:
 
 
 def measure(name: str, dtype: str, steps: int, mesh: dict, **changes) -> dict:
-    options = {"ema__decay": 0.9, "optim__lr": 1e-3, "optim__warmup": 5, "optim__decay": 0.1} | changes
-    run = tiny.Run(system(name, mesh, **options), batch_of(name, 0), dtype)
+    run = tiny.Run(system(name, mesh, **OPTIONS | changes), batch_of(name, 0), dtype)
     start = run.state
     losses = [run.step(batch_of(name, step))["loss"] for step in range(steps)]
     places = zip(jax.tree.leaves(run.abstract), jax.tree.leaves(run.state), strict=True)
@@ -52,27 +53,58 @@ def measure(name: str, dtype: str, steps: int, mesh: dict, **changes) -> dict:
     return {
         "mesh": mesh,
         "losses": losses,
+        "dtype": sorted({str(leaf.dtype) for path, leaf in flat.items() if path.startswith("params/")}),
+        "skipped": int(run.state["health"]["skipped"]),
         "pinned": all(want.sharding.is_equivalent_to(leaf.sharding, leaf.ndim) for want, leaf in places),
         "donated": all(leaf.is_deleted() for leaf in jax.tree.leaves(start)),
+        "devices": sorted({len(leaf.devices()) for leaf in flat.values()}),
         "shards": {path: [leaf.shape, leaf.addressable_shards[0].data.shape] for path, leaf in flat.items()},
+        "copies": all(copies_agree(leaf) for leaf in flat.values()),
         "final": {
             path: np.asarray(leaf).tolist()
             for path, leaf in flat.items()
-            if path.startswith(("extra/", "params/")) and leaf.size < 600
+            if path.startswith(("extra/", "params/")) and (leaf.size < 600 or path.startswith("extra/"))
         },
     }
 
 
+def copies_agree(leaf: jax.Array) -> bool:
+    """Devices that hold the same part of an array hold the same bits."""
+    seen: dict[str, bytes] = {}
+    return all(
+        seen.setdefault(str(part.index), np.asarray(part.data).tobytes()) == np.asarray(part.data).tobytes()
+        for part in leaf.addressable_shards
+    )
+
+
+def memory(mesh: dict) -> dict:
+    """Bytes of one device that a step of the toy needs on this mesh, besides arguments and results."""
+    batch = tiny.toy_batch(64, n=64, d=16)
+    run = tiny.Run(system("toy", mesh), batch)
+    with jax.set_mesh(run.experiment.mesh):
+        placed = sharding.to_global(batch, run.experiment.mesh)
+    return {"mesh": mesh, "temporary": run.memory(placed).temp_size_in_bytes}
+
+
+def places(sizes: dict) -> dict:
+    """Where rows of a batch of 16 lie on a mesh of all devices."""
+    mesh = sharding.make_mesh(sizes)
+    batch = sharding.to_global({"x": np.arange(32).reshape(16, 2)}, mesh)["x"]
+    rows = [[shard.device.id, np.asarray(shard.data)[:, 0].tolist()] for shard in batch.addressable_shards]
+    return {"shape": dict(mesh.shape), "rows": rows, "local": sharding.local_rows(mesh, 16)}
+
+
 def main() -> None:
-    name, dtype, steps, *meshes = sys.argv[1:]
-    changes = {}
-    for text in meshes:
-        if text.startswith("--"):
-            key, _, value = text[2:].partition("=")
-            changes[key] = json.loads(value)
-            continue
+    name, dtype, steps, *rest = sys.argv[1:]
+    changes = dict(text.removeprefix("--").split("=") for text in rest if text.startswith("--"))
+    changes = {key: json.loads(value) for key, value in changes.items()}
+    for mesh in (json.loads(text) for text in rest if not text.startswith("--")):
         with jax.enable_x64(dtype == "float64"):
-            print(json.dumps(measure(name, dtype, int(steps), json.loads(text), **changes)), flush=True)
+            if name in ("memory", "places"):
+                out = {"memory": memory, "places": places}[name](mesh)
+            else:
+                out = measure(name, dtype, int(steps), mesh, **changes)
+        print(json.dumps(out), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from hybridgen import config as config_lib
 from hybridgen import evaluate, recipe, sample, train
 from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 VQ, PRIOR, RECIPE = (f"configs/{name}.py:tiny" for name in ("tokenizers/vq", "ar/raster", "recipes/shapes"))
+JOINT, FOLDER = "configs/hybrid/cascade.py:tiny", "configs/recipes/imagefolder.py:tiny"
 SMALL = f"{ROOT}/{VQ},model.channels=(16,),model.attention=False"  # soon compiled
 
 
@@ -64,7 +66,37 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (PRIOR, "steps=1", "no run in '../tokenizer'"),
         (VQ, "model.quantizer=pq", "'pq'"),
         (VQ, "data.resolution=30", "30"),
-        (VQ, "model.levels=(1,0)", "levels"),
+        (VQ, "model.levels=(1,0)", "config key 'model.levels' 1 is not within 2 and"),
+        (VQ, "model.levels=()", "config key 'model.levels' is empty"),
+        (VQ, "model.channels=(0,)", "config key 'model.channels' 0 is not within 1 and"),
+        (VQ, "model.blocks=0", "config key 'model.blocks' 0 is not within 1 and"),
+        (VQ, "model.patch=0", "config key 'model.patch' 0 is not within 1 and"),
+        (PRIOR, "model.heads=0", "config key 'model.heads' 0 is not within 1 and"),
+        (PRIOR, "model.depth=-1", "config key 'model.depth' -1 is not within 1 and"),
+        (PRIOR, "model.width=0", "config key 'model.width' 0 is not within 1 and"),
+        (JOINT, "model.prior.model.kv_heads=0", "config key 'model.prior.model.kv_heads' 0 is not within 1 and"),
+        (PRIOR, "model.dtype=bf16", "'model.dtype' 'bf16' is not one of float32, bfloat16, float64"),
+        (PRIOR, "model.dtype=float16", "'float16' is not one of float32, bfloat16, float64"),
+        (JOINT, "model.decoder.model.dtype=half", "config key 'model.decoder.model.dtype' 'half' is not one of"),
+        (VQ, "frozen_dtype=fp16", "config key 'frozen_dtype' 'fp16' is not one of"),
+        (VQ, "trainable=('text',)", "config key 'trainable' takes pairs, such as (('^text/', False),), and was given"),
+        (VQ, "trainable=('text', False)", "config key 'trainable' takes pairs"),
+        (VQ, "trainable=text", "config key 'trainable' takes pairs"),
+        (VQ, "trainable=(('text', 1),)", "config key 'trainable' takes pairs"),
+        (VQ, "trainable=(('(', False),)", "config key 'trainable' '(' is not a regular expression"),
+        (VQ, "optim.decay_on=(", "config key 'optim.decay_on' '(' is not a regular expression: missing )"),
+        (VQ, "ema.skip=[", "config key 'ema.skip' '[' is not a regular expression"),
+        (VQ, "optim.groups.slow.match=*", "config key 'optim.groups.slow.match' '*' is not a regular expression"),
+        (VQ, "optim.groups.slow.lrr=1", "did you mean 'optim.groups.slow.lr'?"),
+        (VQ, "optim.groups.slow.lr=fast", "config key 'optim.groups.slow.lr' takes float"),
+        (VQ, "optim.groups.slow=1", "unknown config key 'optim.groups.slow'"),
+        (VQ, "parts.a.b=1", "unknown config key 'parts.a.b'"),
+        (VQ, "part.tokenizer=x", "unknown config key 'part.tokenizer'"),
+        (PRIOR, "sample.options.prior.guidance=none", "config key 'sample.options.prior.guidance' takes float"),
+        (VQ, "health.give_up=0", "config key 'health.give_up' 0 is not within 1 and"),
+        (VQ, "checkpoint.keep_every=-1", "config key 'checkpoint.keep_every' -1 is not within 0 and"),
+        ("README.md", "steps=1", "README.md is not a config: that is a Python file such as"),
+        ("pyproject.toml", "steps=1", "pyproject.toml is not a config"),
     ],
 )
 def test_a_config_that_cannot_be_trained(config, override, says, tmp_path):
@@ -73,6 +105,54 @@ def test_a_config_that_cannot_be_trained(config, override, says, tmp_path):
     message = refused(train.main, "--config", ROOT / config, "--workdir", where, *overrides)
     assert says in message
     assert not list(tmp_path.rglob("*.json")), "a refused run has left something"
+
+
+def test_a_sampling_option_without_a_value(tmp_path):
+    """Also where it comes from a file."""
+    file = tmp_path / "mine.py"
+    file.write_text("from configs.ar import raster\n\n\ndef get_config(_):\n    config = raster.get_config('tiny')\n")
+    with file.open("a") as lines:
+        lines.write("    config.sample.options.prior.top_p = None\n    return config\n")
+    config_lib.load(f"{ROOT / PRIOR}")  # now `configs` can be imported
+    with pytest.raises(UserError, match="config key 'sample.options.prior.top_p' is none"):
+        config_lib.load(str(file))
+
+
+def test_what_is_added_to_open_groups():
+    words = ["init_from.all=runs/x", "init_from.prior.blocks=runs/y:blocks", "parts.text=../text"]
+    words += ["optim.groups.slow.match=^encoder/", "optim.groups.slow.lr=1", "optim.groups.slow.lr=1e-4"]
+    words += ["trainable=[('^encoder/', True), ('', False)]"]
+    one = config_lib.load(f"{ROOT / VQ}", words)
+    assert one.init_from.to_dict() == {"all": "runs/x", "prior/blocks": "runs/y:blocks"}
+    assert one.parts.text == "../text"
+    assert one.optim.groups.to_dict() == {"slow": {"match": "^encoder/", "lr": 1e-4}}
+    assert one.trainable == (("^encoder/", True), ("", False))
+    assert config_lib.from_plain(json.loads(json.dumps(config_lib.plain(one)))).to_dict() == one.to_dict()
+
+    whole = config_lib.load(f"{ROOT / RECIPE}", [f"stages.decoder.{word}" for word in words[:4]])
+    assert whole.stages.decoder.init_from.all == "runs/x" and not whole.stages.prior.init_from
+    assert whole.stages.decoder.optim.groups.slow.match == "^encoder/"
+    twice = f"{ROOT / VQ},trainable=(('a', True),)"
+    assert config_lib.load(twice, ["trainable=(('b', False), ('c', True))"]).trainable == (("b", False), ("c", True))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_what_stages_share_is_set_for_all_or_for_one(turn):
+    words = ["path=/all", "stages.decoder.data.options.path=/one", "text_key=none", "length=7"]
+    stages = config_lib.load(f"{ROOT / FOLDER}", words[::turn]).copy_and_resolve_references().stages
+    found = {name: stages[name].data for name in ("tokenizer", "prior", "decoder", "cascade")}
+    places = {name: data.options.path for name, data in found.items()}
+    assert places == dict.fromkeys(found, "/all") | {"decoder": "/one"}
+    assert all(data.options.text_key is None and data.text.length == 7 for data in found.values())
+
+
+def test_where_none_is_a_word():
+    """`none` names a quantiser; of a data source's options it is nothing."""
+    assert config_lib.load(f"{ROOT / VQ}", ["model.quantizer=none"]).model.quantizer == "none"
+    for text, value in (("none", None), ("caption", "caption"), ("('en', 'zh')", ("en", "zh")), ("'none'", "none")):
+        stages = config_lib.load(f"{ROOT / FOLDER}", [f"stages.prior.data.options.text_key={text}", "path=12"]).stages
+        assert stages.prior.data.options.to_dict() == {"text_key": value, "path": "12"}
+        assert stages.decoder.data.options.text_key == "text"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +242,7 @@ def test_runs_that_are_damaged(tiny_run, tmp_path):
         (["--prompt", "a red circle", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a red circel"], "does not know the word 'circel'; the nearest known word is 'circle'"),
         (["--prompt", " ".join(["a red circle"] * 99)], "the prompt has 297 tokens, this model reads at most 16"),
-        ([], "no prompt: give --prompt TEXT or --prompts FILE"),
+        ([], "no prompt: give --prompt TEXT, --prompts FILE or"),
         (["--prompts", "nowhere.txt"], "no file of prompts 'nowhere.txt'"),
         (["--prompts", __file__.replace("tests/test_cli.py", "hybridgen")], "no file of prompts"),
         (["--prompt", "a red circle", "--guidance", "-1"], "prior.guidance -1.0 is not within 0.0 and 100.0"),

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from hybridgen.checkpoint import check_fingerprint
 from hybridgen.data import pipeline, sources, text, transforms
 from hybridgen.errors import UserError
 
@@ -229,13 +230,23 @@ def test_fingerprint_survives_json_and_names_what_differs():
 
     base = fingerprint()
     assert json.loads(json.dumps(base)) == base == fingerprint(workers=3, threads=2)
-    assert pipeline.describe_mismatch(base, fingerprint()) == ""
-    assert pipeline.describe_mismatch(base, fingerprint(batch=16)) == "batch: 8 then, 16 now"
-    assert pipeline.describe_mismatch(base, fingerprint(resolution=32)) == "source.resolution: 16 then, 32 now"
-    assert "source.options.objects: [1] then, [1, 2] now" in pipeline.describe_mismatch(
-        base, fingerprint(options={"objects": (1, 2), "size": 50}))
-    changed = pipeline.describe_mismatch(base, fingerprint(text={"kind": "words", "length": 9}, flip=True, seed=1))
-    assert [line.split(":")[0] for line in changed.split("; ")] == ["flip", "seed", "text.digest", "text.length"]
+    check_fingerprint(base, fingerprint())
+    for changes, says in (
+        ({"batch": 16}, "batch was 8 and is 16 .--allow batch."),
+        ({"resolution": 32}, "source.resolution was 16 and is 32"),
+        ({"options": {"objects": (1, 2), "size": 50}}, r"source.options.objects was \[1\] and is \[1, 2\]"),
+        ({"text": {"kind": "words", "length": 9}, "flip": True, "seed": 1}, "flip,seed,text.digest,text.length"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_fingerprint(base, fingerprint(**changes))
+
+
+def test_without_a_text_tokenizer_there_is_no_text():
+    config = {"source": "shapes", "resolution": 16, "options": {"size": 50}}
+    source = sources.build(config, "train")
+    batch = next(pipeline.batches(source, None, batch=4, seed=0))
+    assert sorted(batch) == ["broken", "id", "image", "label"] and batch["image"].shape == (4, 16, 16, 3)
+    assert pipeline.fingerprint(config, source, None, batch=4, seed=0)["text"] is None
 
 
 # ---- prefetch

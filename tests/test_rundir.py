@@ -115,8 +115,16 @@ def test_the_folder_is_the_owners(tmp_path):
     for wrong in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="cannot create the folder"):
             rundir.make(wrong)
-    with pytest.raises(UserError, match="not a path"):
-        rundir.make("gs://bucket/run")
+    (tmp_path / "a:b").mkdir()
+    assert rundir.make(tmp_path / "a:b" / "run").is_dir()  # a colon alone is a name
+
+
+def test_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for where in (Path("gs://bucket/run"), "gs://bucket/run", Path("s3://bucket"), Path("hdfs://host/run")):
+        with pytest.raises(UserError, match="not a path on a file system"):
+            rundir.make(where)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -52,11 +52,11 @@ def filled(module, model, specs: dict, parts: dict, seed: int = 0) -> dict:
 
     def fill(path: str, shape) -> np.ndarray:
         noise = draw.normal(size=shape.shape)
-        if path.startswith("extra/") and not path.endswith("count"):
+        if path.startswith("extra/") and not path.endswith(("count", "square")):
             return np.zeros(shape.shape)
         if path.endswith("kernel") and len(shape.shape) > 1:
             return noise * 0.5 / np.sqrt(shape.shape[-2] if "layers" not in path else noise[0].size ** 0.5)
-        if path.endswith(("count", "scale")):
+        if path.endswith(("count", "scale", "square")):
             return 1 + 0.1 * noise if path.endswith("scale") else np.ones(shape.shape)
         return noise * 0.2
 

@@ -13,11 +13,13 @@ from configs import common
 
 def get_config(variant: str = ""):
     model = {"vocab": "auto", "grid": "auto", "text_vocab": "auto", "text_length": "auto"}
-    model |= {"width": 192, "depth": 4, "heads": 3, "kv_heads": None, "qk_norm": True, "text_depth": 1, "drop": 0.1}
+    model |= {"classes": "auto", "drop": 0.1, "text_depth": 1}
+    model |= {"width": 192, "depth": 4, "heads": 3, "kv_heads": None, "qk_norm": True}
     model |= {"remat": "none", "unroll": -1, "dtype": "float32"}
     config = common.stage("ar.raster", model, common.shapes(), steps=2000, optim__lr=2e-3)
     config.parts.tokenizer = "../tokenizer"
-    config.sample.options = {"prior": {"guidance": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}}
+    draw = {"guidance": 2.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    config.sample.options = {"prior": draw}
     if variant == "tiny":
         config.steps, config.batch = 20, 8
         config.model.update(width=64, depth=2, heads=1)
@@ -30,7 +32,7 @@ def get_config(variant: str = ""):
         config.data.text.length = 64
         config.steps, config.batch = 300_000, 1024
         config.optim.update(lr=2e-4, warmup=5000, decay=0.05)
-        config.model.update(width=3072, depth=24, heads=24, hidden=8192, text_width=1024, text_depth=6)
+        config.model.update(width=3072, depth=24, heads=24, hidden=8192, text_depth=0)
         config.model.update(remat="full", unroll=1, dtype="bfloat16")
         config.mesh.update(data=-1, fsdp=16)
         config.parts.tokenizer = "configs/tokenizers/vq.py:f16"

@@ -2,8 +2,8 @@
 
     python -m hybridgen.recipe --config configs/recipes/imagefolder.py:cpu --config.path=FOLDER --workdir runs/mine
 
-`tiny`: a smoke test. `cpu`: about half an hour on two cores, 32 px. `config.path`, `config.text_key` and
-`config.length` (prompt tokens) reach every stage.
+`tiny`: a smoke test. `cpu`, `cpu_long`, `base`: as of `shapes`, at 32 px (`base`: 64). `config.path`,
+`config.text_key`, `config.length` (prompt tokens) and `config.resolution` reach every stage.
 """
 
 from ml_collections import ConfigDict
@@ -16,13 +16,14 @@ def get_config(variant: str = "cpu"):
     config.path = "pictures"
     config.text_key = "text"
     config.length = 24
+    config.resolution = 64 if variant == "base" else 32
     for name in ("tokenizer", "prior", "decoder", "cascade"):
         stage = config.stages[name]
         stage.data = ConfigDict(
             {
                 "source": "folder",
                 "options": {"path": config.get_ref("path"), "text_key": config.get_ref("text_key")},
-                "resolution": 32,
+                "resolution": config.get_ref("resolution"),
                 "flip": name in ("tokenizer", "decoder"),
                 "workers": 0,
                 "threads": 1,

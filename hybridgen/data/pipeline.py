@@ -11,9 +11,10 @@ samples whatever the number of hosts, workers or restarts, and nothing about dat
 Grain maps k to a batch in threads or worker processes. Its own shuffle is not used: it walks a block of at least 2**16
 indices, which takes 20 us an index for 3,000 records and 10 ms for six, and may change with its version.
 
-A host batch is a dict of numpy arrays: `id` B uint32, `image` B H W 3 float32 in [-1, 1], `text` B L int32, `text_mask`
-B L bool, `label` B int32 (0 where a source has no classes), `broken` B int32 (-1, or the index of the record that could
-not be read and was replaced by the next good one; `take_broken` pops it), and `valid` B bool when not shuffling.
+A host batch is a dict of numpy arrays: `id` B uint32, `image` B H W 3 float32 in [-1, 1], `text` B L int32 and
+`text_mask` B L bool (not without a text tokenizer), `label` B int32 (0 where a source has no classes), `broken` B int32
+(-1, or the index of the record that could not be read and was replaced by the next good one; `take_broken` pops it),
+and `valid` B bool when not shuffling.
 
 Letters: B rows this host holds, H W picture, L prompt length.
 """
@@ -116,22 +117,23 @@ class _HostBatch:
         indices = order(positions, length, self.seed) if self.shuffle else positions % length  # B int64
         own = draw(self.seed, 1, positions)  # B uint64; bit 0: flip, the others: which caption
         samples = [self._sample(*pair) for pair in zip(indices.tolist(), own.tolist(), strict=True)]
-        image, ids, mask, label, broken = zip(*samples, strict=True)
+        image, texts, label, broken = zip(*samples, strict=True)
         out = {
             "id": (positions % 2**32).astype(np.uint32),
             "image": np.stack(image),  # uint8 until it has left the worker: a quarter of the bytes to hand over
-            "text": np.stack(ids),
-            "text_mask": np.stack(mask),
             "label": np.asarray(label, np.int32),
             "broken": np.asarray(broken, np.int32),
         }
+        if self.tokenizer:
+            ids, mask = zip(*(self.tokenizer.encode(text) for text in texts), strict=True)
+            out |= {"text": np.stack(ids), "text_mask": np.stack(mask)}
         return out if self.shuffle else out | {"valid": positions < length}
 
     def _sample(self, index: int, own: int):
         item, broken = read(self.source, index)
         image = transforms.flip(item["image"], own) if self.flip else item["image"]
         texts = item.get("texts") or (item["text"],)
-        return image, *self.tokenizer.encode(texts[(own >> 1) % len(texts)]), item.get("label", 0), broken
+        return image, texts[(own >> 1) % len(texts)], item.get("label", 0), broken
 
 
 def _start_worker(_index: int, _count: int) -> None:
@@ -207,7 +209,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def fingerprint(data_config, source, tokenizer, *, batch: int, seed: int) -> dict:
+def fingerprint(data_config, source, text, *, batch: int, seed: int) -> dict:
     """Plain values of everything that decides which sample is where and what is in it.
 
     Not in it: workers and threads, which change nothing, and the path of a folder, which may move (its records are).
@@ -215,24 +217,10 @@ def fingerprint(data_config, source, tokenizer, *, batch: int, seed: int) -> dic
     return _plain({
         "source": sources.describe(data_config, source),
         "flip": bool(data_config.get("flip", False)),
-        "text": {"kind": tokenizer.kind, "length": tokenizer.length, "digest": text_lib.digest(tokenizer)},
+        "text": text and {"kind": text.kind, "length": text.length, "digest": text_lib.digest(text)},
         "batch": batch,
         "seed": seed,
     })
-
-
-def describe_mismatch(old: dict, new: dict) -> str:
-    """The keys in which two fingerprints differ, with both values, on one line; empty if they are the same."""
-    old, new = _flat(_plain(old)), _flat(_plain(new))
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return "; ".join(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in keys)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return out
 
 
 def prefetch(iterator: Iterator, put: Callable, depth: int = 2) -> "Prefetch":

@@ -3,6 +3,19 @@
 A family is a module under `hybridgen.models` with the functions `build, init, loss, sample` and those of its role
 (DESIGN: the family contract). A part is a family's model with its arrays: a small pytree whose leaves are `params` and
 `extra` and whose static half names the family and holds the module, so that it travels into jit as traced arguments.
+
+Roles, the functions by which hybrids use any family; each takes (model, params, extra, ...) unless it says otherwise:
+
+    tokenizer   encode(image) -> tokens or latent; embed(tokens) -> codes b h w d; decode(codes or latent) -> image;
+                model: grid, length, vocab, code_width
+    text        encode(text, mask) -> features b l d
+    prior       condition(model, batch) -> cond; prefill(cond) -> (logits, cache); step(cache, chunk) -> (logits,
+                cache); score(tokens, cond) -> logits; features(tokens, cond) -> hidden states;
+                plan(cond, keys, options) -> (tokens, log-probabilities); model: width, length, drop
+    decoder     condition(model, batch, parts, tokens) -> cond; planned(model, codes, parts) -> its entries that follow
+                from a plan; corrupted(tokens, keys, vocab, most) -> tokens; judged(model, params, batch, cond, keys,
+                parts, train) -> (loss, aux); predict(x, t, cond); draw(cond, keys, parts, options) -> image;
+                model: kind (what it predicts), corrupt
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ import numpy as np
 
 from hybridgen.errors import UserError
 from hybridgen.nn import cache as kv
-from hybridgen.nn.linear import Linear, affine, at_least_float32, cast, fan_in
+from hybridgen.nn.linear import Linear, affine, cast, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary, rotate
 from hybridgen.sharding import shard
@@ -62,8 +62,8 @@ class Mask(NamedTuple):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "auto") -> jax.Array:
     """Scaled dot-product attention: `q [b, t, h, g, k]`, `k, v [b, s, h, k]` -> `[b, t, h, g, k]`.
 
-    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision only), "auto" picks. Softmax in at least float32. A row
-    that sees no key is zero.
+    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision, no prefix mask), "auto" picks. Softmax in at least
+    float32. A row that sees no key is zero ("xla").
     """
     if kernel == "auto":
         fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[1] > 1 and mask.kind != "prefix"
@@ -81,7 +81,7 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     # product; otherwise the CPU backend copies the t x s arrays to transpose them
     q = (q * width**-0.5).transpose(0, 2, 3, 1, 4).reshape(b, h, g * t, width)  # b h gt k
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # b h s k
-    scores = at_least_float32(_product(q, k, 3)).reshape(b, h, g, t, -1)  # b h g t s
+    scores = _product(q, k, 3).reshape(b, h, g, t, -1)  # b h g t s
     low = jnp.finfo(scores.dtype).min
     seen = mask.dense(t, k.shape[2])
     if seen is not None:
@@ -96,8 +96,9 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
 
 
 def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Batched over b and h: the last axis of `x [b, h, m, n]` against `axis` of y."""
-    return jax.lax.dot_general(x, y, (((3,), (axis,)), ((0, 1), (0, 1))))
+    """Batched over b and h: the last axis of `x [b, h, m, n]` against `axis` of y, summed in at least float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, y, (((3,), (axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:

@@ -10,6 +10,8 @@ Letters: b batch, s cached positions, t new positions, h heads, k head width.
 import jax
 import jax.numpy as jnp
 
+from hybridgen.sharding import shard
+
 Cache = dict[str, jax.Array]
 
 
@@ -30,7 +32,8 @@ def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> t
     out = []
     for name, chunk in (("k", k), ("v", v)):
         chunk = chunk.reshape(1, b, t, h * width).astype(cache[name].dtype)
-        new[name] = jax.lax.dynamic_update_slice(cache[name], chunk, (layer, 0, cache["index"], 0))
+        grown = jax.lax.dynamic_update_slice(cache[name], chunk, (layer, 0, cache["index"], 0))
+        new[name] = shard(grown, None, "batch", None, "heads")
         rows = jax.lax.dynamic_index_in_dim(new[name], layer, 0, keepdims=False)  # b s hk
         out.append(rows.reshape(b, rows.shape[1], h, width))
     return new, out[0], out[1]

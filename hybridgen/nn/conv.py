@@ -15,6 +15,7 @@ from hybridgen.errors import UserError
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Init, Linear, cast, fan_in, zeros
 from hybridgen.nn.norm import GroupNorm, Norm
+from hybridgen.sharding import shard
 
 
 class Conv(nn.Module):
@@ -33,7 +34,7 @@ class Conv(nn.Module):
         wide = jnp.promote_types(x.dtype, kernel.dtype)  # unlike a matrix product, this one does not promote
         x, kernel = x.astype(wide), kernel.astype(wide)
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + cast(bias, self.dtype)
+        return shard(y + cast(bias, self.dtype), "batch", None, None, None)
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:

@@ -55,6 +55,8 @@ ones = nn.initializers.ones
 class Linear(nn.Module):
     """`x [..., d] -> [..., *features]`; parameters `kernel [d, *features]` and, if asked, `bias [*features]`.
 
+    `wide`: the result is in at least float32 (logits).
+
     `parts` cuts the last but one feature axis: the result is then a list of arrays, each from a product of its own. One
     product whose result is cut is slower: in the gradient every part is padded to the whole, and the wholes are summed.
     """
@@ -64,6 +66,7 @@ class Linear(nn.Module):
     dtype: str = "float32"
     init: Init = fan_in()
     parts: tuple[int, ...] = ()
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
@@ -72,20 +75,22 @@ class Linear(nn.Module):
         bias = cast(self.param("bias", zeros, features), self.dtype) if self.bias else None
         x = cast(x, self.dtype)
         if not self.parts:
-            return affine(x, kernel, bias)
+            return affine(x, kernel, bias, self.wide)
         kernels = jax.lax.split(kernel, self.parts, kernel.ndim - 2)
         biases = [None] * len(kernels) if bias is None else jax.lax.split(bias, self.parts, bias.ndim - 2)
         return [affine(x, *pair) for pair in zip(kernels, biases, strict=True)]
 
 
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """`x [..., d] @ kernel [d, *features] + bias`, as one product of two matrices.
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, wide: bool = False) -> jax.Array:
+    """`x [..., d] @ kernel [d, *features] + bias`, as one product of two matrices; `wide`: in at least float32.
 
     With the leading axes flat, the kernel's gradient contracts one axis; with more, the CPU backend copies both
     operands to transpose them, at the price of the product itself.
     """
     d, *features = kernel.shape
-    y = (x.reshape(-1, d) @ kernel.reshape(d, -1)).reshape(*x.shape[:-1], *features)
+    dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else None
+    y = jnp.matmul(x.reshape(-1, d), kernel.reshape(d, -1), preferred_element_type=dtype)
+    y = y.reshape(*x.shape[:-1], *features)
     return y if bias is None else y + bias
 
 
@@ -101,7 +106,8 @@ class Embed(nn.Module):
         self.table = self.param("table", self.init, (self.size, self.width))  # v d
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return lookup(cast(self.table, self.dtype), ids)
+        # gathered whole over fsdp, as any kernel is: rows of a part of the width would have to change places
+        return lookup(shard(cast(self.table, self.dtype), "vocab", None), ids)
 
     def attend(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", cast(x, self.dtype), cast(self.table, self.dtype))

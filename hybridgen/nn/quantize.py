@@ -5,8 +5,10 @@ FSQ (Mentzer et al. 2023) rounds each channel to one of a few levels: no codeboo
 2017) takes the nearest code, plain or on the unit sphere (Yu et al. 2021); its codebook learns by gradient or by moving
 averages (Razavi et al. 2019), and codes that fall out of use are revived.
 
-Letters: b batch, n tokens, d code width, v codes.
+Letters: b batch, n tokens, d code width, v codes, s slots of the pool of candidates.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,11 @@ def fsq_size(levels: tuple[int, ...]) -> int:
 def fsq_bound(z: jax.Array, levels: tuple[int, ...]) -> jax.Array:
     """Squashes `z [..., d]` into the span of its levels, so that rounding gives exactly `levels[i]` values."""
     # an even number of levels is shifted by a half, so that rounding is symmetric (eq. 2 of the paper's appendix)
-    half = (jnp.asarray(levels, z.dtype) - 1) * (1 - 1e-3) / 2
+    margin = jnp.asarray([1 + 1e-3 if size == 2 else 1 - 1e-3 for size in levels], z.dtype)
+    half = (jnp.asarray(levels, z.dtype) - 1) * margin / 2
     offset = jnp.where(jnp.asarray(levels) % 2 == 0, 0.5, 0.0).astype(z.dtype)
-    shift = jnp.arctanh(offset / half)
+    # bound(0) = 0; of two levels, -1 and 0, that would be the very end of the tanh: there the sign of z decides
+    shift = jnp.where(jnp.asarray(levels) == 2, 0.0, jnp.arctanh(offset / half)).astype(z.dtype)
     return jnp.tanh(z + shift) * half - offset
 
 
@@ -83,21 +87,42 @@ def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
     return z + jax.lax.stop_gradient(codes - z)
 
 
-def vq_sums(z: jax.Array, ids: jax.Array, size: int, candidates: int) -> dict[str, jax.Array]:
-    """What the moving averages and the revival need of a batch: `z [n, d]`, `ids [n]`.
+def vq_sums(z: jax.Array, ids: jax.Array, size: int) -> dict[str, jax.Array]:
+    """Tokens of each code, `count [v]`, and their sum, `total [v, d]`, of `z [n, d]` with `ids [n]`.
 
-    Sums over tokens, so they add over microbatches and hosts. `pool` collects `candidates` encoder outputs, spread over
-    the batch, for codes to be reborn at; `pool_count` says how many microbatches went into the sum.
+    Sums over tokens, so they add over microbatches and hosts.
     """
-    onehot = jax.nn.one_hot(ids, size, dtype=z.dtype)  # n v
-    stride = max(z.shape[0] // candidates, 1)
-    pool = z[: stride * candidates : stride][jnp.arange(candidates) % min(candidates, z.shape[0])]
     return {
-        "count": onehot.sum(0),
-        "total": jnp.einsum("nv,nd->vd", onehot, z),
-        "pool": pool,
-        "pool_count": jnp.ones((), z.dtype),
+        "count": jnp.zeros((size,), z.dtype).at[ids].add(1.0),
+        "total": jnp.zeros((size, z.shape[-1]), z.dtype).at[ids].add(z),
     }
+
+
+def vq_pool(z: jax.Array, u: jax.Array, size: int) -> dict[str, jax.Array]:
+    """Encoder outputs for dead codes to be reborn at: `z [n, d]`, `u [n]` in [0, 1) -> `pool [s, d]`, `hits [s]`.
+
+    These too are sums, over microbatches and hosts, and yet single outputs must come back: a token is added to one
+    slot, and a slot that was hit once holds an output as it is. Slots are drawn unevenly, log-uniform over e^-10 of
+    densities, so that however many tokens there are, about a tenth of the slots lie where one hit is to be expected.
+    """
+    density = 10.0
+    slot = jnp.minimum(-jnp.log1p(-u) * (size / density), size - 1).astype(jnp.int32)  # n
+    return {
+        "pool": jnp.zeros((size, z.shape[-1]), z.dtype).at[slot].add(z),
+        "hits": jnp.zeros((size,), z.dtype).at[slot].add(1.0),
+    }
+
+
+def vq_born(dead: jax.Array, sums: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Who is reborn and where: `dead [v]` and the sums of `vq_pool` -> (`[v]` bool, `[v, d]`).
+
+    Every code gets an output of its own, in a random order; where there are too few, the others wait for the next step.
+    """
+    single = sums["hits"] == 1  # s
+    order = jnp.argsort(jnp.where(single, jax.random.uniform(key, single.shape), 2.0))  # s, single ones first
+    rank = jnp.cumsum(dead) - 1  # v
+    places = order[jnp.clip(rank, 0, single.size - 1)]
+    return dead & (rank < single.sum()), sums["pool"][places]
 
 
 def vq_usage(count: jax.Array, sums: jax.Array, decay: float) -> jax.Array:
@@ -113,9 +138,18 @@ def vq_moving(codebook: jax.Array, count: jax.Array, total: jax.Array, eps: floa
     return jnp.where(count[:, None] > eps, total / smooth[:, None], codebook)
 
 
+def in_use(usage: jax.Array, decay: float) -> jax.Array:
+    """Share of codes that took a token within the last 1 / (1 - decay) steps, or many shortly before: `usage [v]`.
+
+    `usage` is the moving average of tokens a step, from zero on: one token adds 1 - decay, and a window later e^-1 of
+    it is left.
+    """
+    return (usage > (1 - decay) * jnp.exp(-1.0)).mean()
+
+
 def perplexity(count: jax.Array) -> jax.Array:
-    """exp(entropy) of code counts `[v]`."""
-    p = count / jnp.maximum(count.sum(), 1)
+    """exp(entropy) of code counts `[v]`, of any scale; 1 before anything was counted."""
+    p = count / jnp.maximum(count.sum(), 1e-9)
     return jnp.exp(-(p * jnp.log(p + 1e-12)).sum())
 
 

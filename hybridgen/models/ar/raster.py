@@ -26,6 +26,7 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
 from hybridgen.nn.stack import Stack
 from hybridgen.sampling import decode, guidance
+from hybridgen.sharding import shard
 
 
 class Raster(nn.Module):
@@ -75,7 +76,7 @@ class Raster(nn.Module):
         }
         self.blocks = Stack(self.depth, tuple(block.items()), remat=self.remat, unroll=self.unroll)
         self.norm = Norm()
-        self.head = Linear(self.vocab, dtype=self.dtype, init=fan_in(0.1))
+        self.head = Linear(self.vocab, dtype=self.dtype, init=fan_in(0.1), wide=True)
 
     @property
     def length(self) -> int:
@@ -117,7 +118,8 @@ class Raster(nn.Module):
         return self.norm(x[:, self.prefix :])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.head(hidden)
+        logits = self.head(hidden)
+        return shard(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
 
     def forward(self, tokens: jax.Array, cond: dict) -> jax.Array:
         return self.logits(self(tokens, cond))

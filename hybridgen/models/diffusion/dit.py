@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen import rng
+from hybridgen.errors import UserError
 from hybridgen.models.diffusion import process
-from hybridgen.models.losses import rows, weighted
+from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.models.parts import Parts, need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
@@ -56,6 +57,7 @@ class DiT(nn.Module):
     time_min: float = 0.05
     drop_plan: float = 0.1
     drop_text: float = 0.1
+    relative: bool = False  # errors count in units of the draft's, so that wrong drafts do not drown the fine work
     corrupt: float = 0.0  # each picture's tokens are replaced at a rate drawn from [0, corrupt]
     remat: str = "none"
     unroll: int = 1
@@ -74,7 +76,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
         b, wide = x.shape[0], jnp.promote_types(x.dtype, jnp.float32)
-        draft = self._draft(cond) if self.draft else None
+        draft = self.seen_draft(cond) if self.draft else None
         pixels = x if draft is None else jnp.concatenate([x, draft.astype(x.dtype)], -1)
         y = Linear(self.width, bias=True, dtype=self.dtype, name="patches")(patchify(pixels, self.patch))
         y = y + cast(
@@ -113,7 +115,8 @@ class DiT(nn.Module):
     def _dropped(self, cond: dict, name: str, b: int) -> jax.Array:
         return cond.get(f"drop_{name}", jnp.zeros((b,), bool))
 
-    def _draft(self, cond: dict) -> jax.Array:
+    def seen_draft(self, cond: dict) -> jax.Array:
+        """`cond["draft"] [b, H, W, c]`, zero where the plan is dropped."""
         draft = cond["draft"]
         keep = ~self._dropped(cond, "plan", draft.shape[0])
         return draft * keep[:, None, None, None]
@@ -231,10 +234,20 @@ def judged(
     each, metrics = process.errors(
         model, lambda x, t, cond: predict(model, params, {}, x, t, cond), clean(model, batch, parts), keys, cond
     )
+    if model.relative:
+        each = each / (draft_error(model, batch, cond, parts) + 1e-4)
     valid = rows(batch, each)
     scalar, weight = weighted(each, valid)
     report = {name: weighted(value, valid)[0] for name, value in metrics.items()}
     return scalar, {"metrics": report, "weight": weight, "extra": {}}
+
+
+def draft_error(model: DiT, batch: dict, cond: dict, parts: Parts) -> jax.Array:
+    """Squared error `[b]` of what the decoder starts from: the draft, or nothing where the plan is dropped."""
+    if not model.draft:
+        raise UserError("model.relative needs model.draft: errors are measured in units of the draft's")
+    draft = model.seen_draft(cond)
+    return jax.lax.stop_gradient(per_sample(jnp.square(draft - clean(model, batch, parts))))
 
 
 def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> jax.Array:

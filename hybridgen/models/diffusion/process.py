@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen import rng
+from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample
 from hybridgen.sampling import guidance, schedules
 from hybridgen.sampling.solvers import SOLVERS
@@ -40,11 +41,16 @@ def render(
 ) -> jax.Array:
     """Draws `[b, *shape]` by a solver. `cond` holds b rows; guided branches repeat them with conditions dropped.
 
-    options: "solver", "steps", "shift", "spacing", "guidance" (a scale that drops the plan, or {"plan": s, "text": s},
-    see sampling.guidance). A condition "x" is dropped through the entry `drop_x [b] bool` of `cond`.
+    options: "solver", "steps", "shift", "spacing", "guidance" (a scale by condition, {"plan": s, "text": s}, see
+    sampling.guidance; a bare scale is that of the first of plan, text and label that there is). A condition "x" is
+    dropped through the entry `drop_x [b] bool` of `cond`.
     """
+    known = [name for name in ("plan", "text", "label") if name in cond]
     spec = options.get("guidance", 1.0)
-    spec = spec if hasattr(spec, "items") else {"plan": spec}
+    spec = spec if hasattr(spec, "items") or not guidance.is_on(spec) else {(known or ["plan"])[0]: spec}
+    for name in {name for branch in guidance.branches(guidance.parse(spec)) for name in branch}:
+        if name not in known:
+            raise UserError(f"guidance against {name!r}: the decoder is conditioned on {', '.join(known) or 'nothing'}")
     branches = guidance.branches(guidance.parse(spec))
     b = keys.shape[0]
     full = guidance.repeat(cond, len(branches))

@@ -4,7 +4,8 @@ Written on roles only, so that any prior and any decoder fit. A member is either
 `prior` or `decoder` names a family and its options, trained here, jointly and in one step. What flows between them is
 `mode`: "tokens" (no gradient to the prior), "soft" (expected codes under the prior's distribution) or "features" (the
 prior's hidden states). `own` is the share of pictures whose plan is the prior's own, drawn in parallel from its
-teacher-forced logits, or, every `rollout_every` steps, by a true rollout: so the decoder learns to forgive.
+teacher-forced logits, or, every `rollout_every` steps, by a true rollout: so the decoder learns to forgive. In mode
+"soft" these are told as codes of the drawn tokens, the others as expected codes.
 
 Sampling is one program: prefill, a scan over the cache, draft, a scan over diffusion steps.
 
@@ -22,6 +23,7 @@ from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.parts import Part, Parts, find, need
+from hybridgen.nn.linear import at_least_float32
 
 MODES = ("tokens", "soft", "features")
 
@@ -49,19 +51,31 @@ def build(config: Any) -> Cascade:
     return model
 
 
-def _network(text: str) -> tuple[str, nn.Module]:
+def members(model: Cascade) -> list[nn.Module]:
+    """The networks that are trained here."""
+    return [_network(text)[1] for text in (model.prior, model.decoder) if text]
+
+
+def _network(text: str, **changes: Any) -> tuple[str, nn.Module]:
     """(family, model) of a member trained here."""
     member = json.loads(text)
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in member["model"].items()}
-    return member["family"], find(member["family"]).build(options)
+    return member["family"], find(member["family"]).build(options | changes)
+
+
+def _trained(model: Cascade, name: str, parts: Parts) -> tuple[str, nn.Module]:
+    """(family, model) of a member trained here; told hidden states, a decoder has a plan as wide as the prior."""
+    if name == "decoder" and model.mode == "features":
+        prior = _network(model.prior)[1] if model.prior else need(parts, "prior", "a cascade").model
+        return _network(model.decoder, plan_width=prior.width)
+    return _network(getattr(model, name))
 
 
 def member(model: Cascade, name: str, params: Any, parts: Parts) -> Part:
     """The prior or the decoder, trained here or given."""
-    text = getattr(model, name)
-    if not text:
+    if not getattr(model, name):
         return need(parts, name, "a cascade")
-    family, network = _network(text)
+    family, network = _trained(model, name, parts)
     return Part(params[name], {}, family, network)
 
 
@@ -69,7 +83,7 @@ def init(model: Cascade, key: jax.Array, specs: dict, parts: Parts) -> dict[str,
     params = {}
     for name in ("prior", "decoder"):
         if getattr(model, name):
-            family, network = _network(getattr(model, name))
+            family, network = _trained(model, name, parts)
             params[name] = find(family).init(network, rng.step_key(key, 0, name), specs, parts)["params"]
     return {"params": params, "extra": {}}
 
@@ -85,18 +99,21 @@ def loss(
     tokenizer = need(parts, "tokenizer", "a cascade")
     keys = rng.sample_keys(key, batch["id"])
     tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])  # b n
-    cond = find(prior.family).condition(prior.model, batch)
-    if train:
-        cond["drop"] = rng.bernoulli(rng.named(keys, "drop"), prior.model.drop)
+    asked = find(prior.family).condition(prior.model, batch)
+    dropped = rng.bernoulli(rng.named(keys, "drop"), prior.model.drop if train and model.prior else 0.0)
+    cond = asked | {"drop": dropped}
     logits = prior.call("score", tokens, cond)  # b n v
     nll = cross_entropy(logits, tokens)  # b n
 
-    plan = tokens
+    plan, own, decoding = tokens, jnp.zeros(tokens.shape[:1], bool), find(decoder.family)
     if train and model.own:
-        owned = own_tokens(model, prior, cond, logits, rng.named(keys, "own plan"), step)
-        plan = jnp.where(rng.bernoulli(rng.named(keys, "own"), model.own)[:, None], owned, tokens)
-    flow = connect(model, prior, decoder, tokenizer, plan, logits, cond, parts)
-    rendered, aux = find(decoder.family).judged(
+        owned = own_tokens(model, prior, asked, logits, rng.named(keys, "own plan"), step)
+        own = rng.bernoulli(rng.named(keys, "own"), model.own)  # b
+        plan = jnp.where(own[:, None], owned, tokens)
+    if train and decoder.model.corrupt:
+        plan = decoding.corrupted(plan, keys, tokenizer.model.vocab, decoder.model.corrupt)
+    flow = connect(model, prior, decoder, tokenizer, plan, logits, own, cond, parts) | told(batch)
+    rendered, aux = decoding.judged(
         decoder.model, decoder.params, batch, flow, rng.named(keys, "decoder"), parts, train
     )
     planned, _ = weighted(nll, rows(batch, nll))
@@ -126,23 +143,30 @@ def connect(
     tokenizer: Part,
     plan: jax.Array,
     logits: jax.Array,
+    own: jax.Array,
     cond: dict,
     parts: Parts,
 ) -> dict:
-    """What the decoder is told: codes of the plan, expected codes, or hidden states on the token grid."""
+    """What the decoder is told: codes of the plan; expected codes, but where `own [b]`; hidden states on the grid."""
     family, b = find(decoder.family), plan.shape[0]
+    hard = jax.lax.stop_gradient(tokenizer.call("embed", plan))  # b h w d
     if model.mode == "tokens":
-        return family.planned(decoder.model, jax.lax.stop_gradient(tokenizer.call("embed", plan)), parts)
+        return family.planned(decoder.model, hard, parts)
     h, w = tokenizer.model.grid
     if model.mode == "soft":
         vocab = tokenizer.model.vocab
         ids = jnp.arange(-(-vocab // (h * w)) * h * w) % vocab  # every code, filled up to whole grids
         table = tokenizer.call("embed", ids.reshape(-1, h * w)).reshape(ids.size, -1)[:vocab]  # v d
         codes = jnp.einsum("bnv,vd->bnd", jax.nn.softmax(logits.astype(table.dtype), -1), table)
-        return family.planned(decoder.model, codes.reshape(b, h, w, -1), parts)
+        codes = jnp.where(own[:, None, None, None], hard, codes.reshape(b, h, w, -1))
+        return family.planned(decoder.model, codes, parts)
     hidden = prior.call("features", plan, cond).reshape(b, h, w, -1)
-    flow = family.planned(decoder.model, jax.lax.stop_gradient(tokenizer.call("embed", plan)), parts)
-    return flow | {"plan": hidden.astype(jnp.float32)}
+    return family.planned(decoder.model, hard, parts) | {"plan": at_least_float32(hidden)}
+
+
+def told(batch: dict) -> dict:
+    """What else a decoder may be conditioned on."""
+    return {name: batch[name] for name in ("text", "text_mask", "label") if name in batch}
 
 
 def sample(
@@ -160,13 +184,9 @@ def sample(
     else:
         with jax.named_scope("plan"):
             tokens, logprob = prior.call("plan", asked, rng.named(keys, "plan"), options.get("prior", {}))
-    family = find(decoder.family)
-    if model.mode == "features":
-        flow = connect(model, prior, decoder, tokenizer, tokens, logprob, asked, parts)
-    else:
-        flow = family.planned(decoder.model, tokenizer.call("embed", tokens), parts)
-    names = ("text", "text_mask", "label")
-    told = flow | {name: cond[name] for name in names if name in cond}
-    image = decoder.call("draw", told, rng.named(keys, "render"), parts, options.get("decoder", {}))
+    logits = prior.call("score", tokens, asked) if model.mode == "soft" else None
+    own = jnp.zeros(tokens.shape[:1], bool)
+    flow = connect(model, prior, decoder, tokenizer, tokens, logits, own, asked, parts) | told(cond)
+    image = decoder.call("draw", flow, rng.named(keys, "render"), parts, options.get("decoder", {}))
     draft = tokenizer.call("decode", tokenizer.call("embed", tokens))
     return {"image": image, "draft": jnp.clip(draft, -1, 1), "tokens": tokens, "logprob": logprob}

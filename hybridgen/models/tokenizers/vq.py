@@ -4,8 +4,10 @@ VQ-VAE (van den Oord et al. 2017) with options that a config sets: finite scalar
 2023), vector quantisation ("vq") with plain or l2-normalised codes, a codebook learned by gradient or by moving
 averages, and revival of dead codes; "none" is a plain autoencoder with a continuous latent.
 
-`extra`: `count [v]`, the moving average of tokens a step per code; with a moving codebook also `total [v, d]`,
-`codebook [v, d]`.
+`extra`: `use [v]`, the moving average of tokens a step per code, from zero on: what usage and perplexity are read from.
+With a moving codebook also `codebook [v, d]` and what it is the quotient of, `total [v, d]` and `count [v]`, where a
+reborn code starts with a fair share. With a continuous latent `mean [d]` and `square [d]`, the moving averages of its
+moments: `encode` gives it with mean 0 and variance 1, as the noise schedules of a diffusion over it take it to be.
 
 Letters: b batch, H W picture, h w grid, n = h*w tokens, d code width, v codes.
 """
@@ -16,10 +18,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.nn import quantize
 from hybridgen.nn.conv import Decoder, Encoder
+
+POOL = 1024  # least slots for encoder outputs that dead codes may be reborn at
 
 
 class VQ(nn.Module):
@@ -40,6 +45,7 @@ class VQ(nn.Module):
     decay: float = 0.99
     revive_below: float = 0.03  # vq: a code with less than this share of its fair use is dead
     commitment: float = 0.25
+    # of a microbatch, as the pull of a gradient codebook on its dead codes: accumulated is not the large batch here
     entropy: float = 0.0  # fsq: weight of the entropy of the batch's use of the codes ...
     fill: float = 0.7  # ... up to this share of the codebook
     l1: float = 0.0  # weight of the absolute error beside the squared one
@@ -98,16 +104,19 @@ def build(config: Any) -> VQ:
 
 
 def init(model: VQ, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
-    """Fresh arrays; an EMA codebook starts on random points and moves to the data by revival within a few steps."""
+    """Fresh arrays; a moving codebook starts on random points, and codes without a token are reborn from step 1 on."""
     del parts
     image = jnp.zeros((1, *specs["image"].shape[1:]), specs["image"].dtype)
     key, code_key = jax.random.split(key)
     params = model.init(key, image)["params"]
-    extra = {"count": jnp.ones((model.vocab,))} if model.vocab else {}
+    if not model.vocab:
+        return {"params": params, "extra": {"mean": jnp.zeros((model.width,)), "square": jnp.ones((model.width,))}}
+    extra = {"use": jnp.zeros((model.vocab,))}
     if model.quantizer == "vq" and model.moving:
         codebook = jax.random.normal(code_key, (model.vocab, model.width))
         codebook = quantize.normalise(codebook) if model.l2 else codebook
-        extra |= {"codebook": codebook, "total": codebook}
+        # of weight nothing: a code that takes tokens is their mean at once, one that takes none stays or is reborn
+        extra |= {"codebook": codebook, "total": jnp.zeros_like(codebook), "count": jnp.zeros((model.vocab,))}
     return {"params": params, "extra": extra}
 
 
@@ -132,6 +141,7 @@ def loss(
 ) -> tuple[jax.Array, dict]:
     """Squared (and absolute) error of the reconstruction, commitment, and use of the codebook."""
     del parts, step
+    still = jax.lax.stop_gradient
     image = batch["image"]  # b H W 3
     z = model.apply({"params": params}, image, method="features")  # b h w d
     codes, ids = quantise(model, params, extra, z)
@@ -142,19 +152,25 @@ def loss(
     flat = z.reshape(-1, model.code_width)  # (b n) d
     if model.quantizer == "vq":
         total, sums = _vq_terms(model, params, extra, z, ids, total)
+        if model.moving:
+            # by sample: the candidates are the same on every mesh and with any accumulation
+            u = rng.uniform(rng.sample_keys(key, batch["id"]), (model.length,))  # b n
+            sums |= quantize.vq_pool(still(flat), u.reshape(-1), max(model.vocab, POOL))
     elif model.quantizer == "fsq":
         sums = {"count": jnp.zeros((model.vocab,), z.dtype).at[ids.reshape(-1)].add(1.0)}
         if model.entropy:
             use = quantize.fsq_entropy(flat, model.levels)
             metrics["entropy"] = use
             total = total + model.entropy * jnp.maximum(jnp.log(model.fill * model.vocab) - use, 0.0)
+    else:
+        places = jnp.asarray(flat.shape[0], z.dtype)
+        sums = {"mean": still(flat).sum(0), "square": jnp.square(still(flat)).sum(0), "places": places}
     scalar, weight = weighted(total, rows(batch, total))
     mse, _ = weighted(error, rows(batch, error))
     metrics |= {"mse": mse, "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12))}
     if model.vocab:
-        count = extra["count"]
-        metrics["perplexity"] = quantize.perplexity(count) / model.vocab
-        metrics["usage"] = (count > 1e-3 * count.mean()).mean()
+        metrics["perplexity"] = quantize.perplexity(extra["use"]) / model.vocab
+        metrics["usage"] = quantize.in_use(extra["use"], model.decay)
     return scalar, {"metrics": metrics, "weight": weight, "extra": sums if train else {}}
 
 
@@ -167,44 +183,52 @@ def _vq_terms(
     still = jax.lax.stop_gradient
     total = total + model.commitment * per_sample(jnp.square(z - still(chosen)))
     flat = still(z).reshape(-1, model.width)  # (b n) d
-    sums = quantize.vq_sums(flat, ids.reshape(-1), model.vocab, min(model.vocab, flat.shape[0]))
-    if not model.moving:
-        total = total + per_sample(jnp.square(still(z) - chosen))
-        # a dead code gets no gradient from any token: pull it to an encoder output of this batch
-        target = sums["pool"][jnp.arange(model.vocab) % sums["pool"].shape[0]]
-        dead = extra["count"] < model.revive_below * extra["count"].mean()
-        total = total + (dead[:, None] * jnp.square(codebook - target)).sum() / flat.shape[0]
-        sums = {"count": sums["count"]}
-    return total, sums
+    if model.moving:
+        return total, quantize.vq_sums(flat, ids.reshape(-1), model.vocab)
+    total = total + per_sample(jnp.square(still(z) - chosen))
+    # a dead code gets no gradient from any token: pull it to an encoder output of this batch
+    candidates = min(model.vocab, flat.shape[0])
+    target = flat[jnp.arange(model.vocab) % candidates * (flat.shape[0] // candidates)]  # v d, spread over the batch
+    dead = extra["use"] < model.revive_below * extra["use"].mean()  # v
+    total = total + (dead[:, None] * jnp.square(codebook - target)).sum() / flat.shape[0]
+    return total, {"count": jnp.zeros((model.vocab,), z.dtype).at[ids.reshape(-1)].add(1.0)}
 
 
 def merge(model: VQ, extra: Any, sums: Any, key: jax.Array, step: jax.Array) -> Any:
     """`extra` after a step, from the sums of the whole batch; dead codes are reborn at encoder outputs of the batch."""
     del step
     if not model.vocab:
-        return extra
-    count = quantize.vq_usage(extra["count"], sums["count"], model.decay)
+        return {name: quantize.vq_usage(extra[name], sums[name] / sums["places"], model.decay) for name in extra}
+    use = quantize.vq_usage(extra["use"], sums["count"], model.decay)
     if "codebook" not in extra:
-        return {"count": count}
+        return {"use": use}
+    count = quantize.vq_usage(extra["count"], sums["count"], model.decay)
     total = quantize.vq_usage(extra["total"], sums["total"], model.decay)
     codebook = quantize.vq_moving(extra["codebook"], count, total)
     dead = count < model.revive_below * count.mean()  # v
-    pool = sums["pool"] / sums["pool_count"]
-    born = pool[jax.random.randint(key, (model.vocab,), 0, pool.shape[0])]  # v d
+    reborn, born = quantize.vq_born(dead, sums, key)  # v, v d
     fresh = count.mean()
-    codebook = jnp.where(dead[:, None], born, codebook)
     return {
-        "count": jnp.where(dead, fresh, count),
-        "total": jnp.where(dead[:, None], born * fresh, total),
-        "codebook": codebook,
+        "use": use,
+        "count": jnp.where(reborn, fresh, count),
+        "total": jnp.where(reborn[:, None], born * fresh, total),
+        "codebook": jnp.where(reborn[:, None], born, codebook),
     }
 
 
 def encode(model: VQ, params: Any, extra: Any, image: jax.Array) -> jax.Array:
     """`image [b, H, W, 3]` -> tokens `[b, n]` in raster order, or the latent `[b, h, w, d]` without a quantiser."""
     z = model.apply({"params": params}, image, method="features")
-    codes, ids = quantise(model, params, extra, z)
-    return codes if ids is None else ids.reshape(ids.shape[0], -1)
+    if not model.vocab:
+        mean, deviation = _moments(extra)
+        return (z - mean) / deviation
+    _, ids = quantise(model, params, extra, z)
+    return ids.reshape(ids.shape[0], -1)
+
+
+def _moments(extra: Any) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation `[d]` of a continuous latent."""
+    return extra["mean"], jnp.sqrt(jnp.maximum(extra["square"] - jnp.square(extra["mean"]), 1e-6))
 
 
 def embed(model: VQ, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
@@ -218,7 +242,9 @@ def embed(model: VQ, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
 
 def decode(model: VQ, params: Any, extra: Any, codes: jax.Array) -> jax.Array:
     """Codes (or latents, or expected codes) `[b, h, w, d]` -> image `[b, H, W, 3]`."""
-    del extra
+    if not model.vocab:
+        mean, deviation = _moments(extra)
+        codes = codes * deviation + mean
     return model.apply({"params": params}, codes, method="picture")
 
 

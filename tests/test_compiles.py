@@ -1,0 +1,79 @@
+"""Nothing compiles after the first steps: over training with evaluation, samples and saves, and over drawing."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+import pytest
+
+from hybridgen import config, evaluate, metrics, sample, train
+from hybridgen.experiment import restore
+
+ROOT = Path(__file__).parents[1]
+
+
+class Compilations:
+    """How many programs XLA has compiled since this was made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def heard(self, event: str, seconds: float, **_: object) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations():
+    counter = Compilations()
+    jax.monitoring.register_event_duration_secs_listener(counter.heard)
+    jax.jit(lambda x: x * 3 + 1)(1.5)
+    assert counter.count >= 1, "the event has another name: this counts nothing"
+    counter.count = 0
+    yield counter
+    with contextlib.suppress(Exception):
+        jax.monitoring.unregister_event_duration_listener(counter.heard)
+
+
+def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, compilations, monkeypatch):
+    """Every third step evaluates, draws and saves; so the fourth step has seen every program."""
+    seen: dict[int, int] = {}
+    step = metrics.Writer.step
+
+    def counted(self, number, report):
+        step(self, number, report)
+        seen[number] = compilations.count
+
+    monkeypatch.setattr(metrics.Writer, "step", counted)
+    tokenizer = tiny_run("configs/tokenizers/vq.py").folder
+    seen.clear()
+    compilations.count = 0
+    words = [f"parts.tokenizer={tokenizer}", "steps=12", "log.every=1", "model.width=32", "model.depth=1"]
+    words += ["eval.every=3", "eval.batches=2", "sample.every=3", "sample.count=4", "checkpoint.every=3"]
+    assert train.run(config.load(f"{ROOT}/configs/ar/raster.py:tiny", words), tmp_path / "run")
+    assert list((tmp_path / "run" / "images").glob("samples-*.png")), "no samples were drawn"
+    assert seen[1] > 0 and sorted(seen) == list(range(1, 13))
+    assert seen[4] > seen[2]  # evaluation and drawing
+    assert {seen[number] for number in range(4, 13)} == {seen[4]}
+
+
+def test_drawing_compiles_once_whatever_the_number(tiny_run, tmp_path, compilations):
+    """A last batch that is not full, other prompts and another seed are the same program."""
+    loaded = restore(tiny_run("configs/ar/raster.py").folder, {})
+
+    def draw(prompts: list[str], count: int, seed: int) -> int:
+        compilations.count = 0
+        sample.sample(loaded, [(prompt, None) for prompt in prompts], count, seed, 4, tmp_path / "out", draft=False)
+        return compilations.count
+
+    first = draw(["a small red circle in the centre"], 4, 0)
+    assert first >= 1
+    assert draw(["a large blue square at the top", "a small red circle in the centre"], 3, 1) == 0
+
+    def measure(count: int) -> int:
+        compilations.count = 0
+        evaluate.evaluate(loaded, ("validation",), count, 4, 0, tmp_path / f"report{count}")
+        return compilations.count
+
+    measure(8)
+    assert measure(8) == 0
+    assert measure(10) == 0  # a last batch of two, padded
