@@ -44,6 +44,7 @@ def labelled(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_class_conditional_prior_without_captions(tmp_path, capsys):
     """Pictures with a class and no text: trains, draws classes, and refuses what it does not know."""
     data = {"source": "folder", "resolution": 32, "workers": 0, "threads": 1}

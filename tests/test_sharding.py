@@ -4,7 +4,6 @@ Several devices are a process of their own (sharded_cases.py) with eight host de
 meshes and precisions is slow; a selection of it is not.
 """
 
-import functools
 import json
 import os
 import re
@@ -33,22 +32,18 @@ QUICK = "--xla_backend_optimization_level=0"
 SYSTEMS = ("fsq", "moving", "prior", "decoder", "cascade")
 
 
-@functools.cache
-def cases(name: str, dtype: str, steps: int, *meshes: str, **changes) -> list[dict]:
-    """What sharded_cases.py measures for this system on each mesh (JSON texts, so that a call can be remembered)."""
+def on(name: str, dtype: str, steps: int, *meshes: dict, **changes) -> list[dict]:
+    """What sharded_cases.py measures for this system on each mesh."""
     flags = [f"--{key}={json.dumps(value)}" for key, value in changes.items()]
-    line = [sys.executable, str(ROOT / "tests/sharded_cases.py"), name, dtype, str(steps), *flags, *meshes]
+    line = [sys.executable, str(ROOT / "tests/sharded_cases.py"), name, dtype, str(steps), *flags]
     settings = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK}"}
     settings |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    line += [json.dumps(mesh) for mesh in meshes]
     done = subprocess.run(line, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(text) for text in done.stdout.splitlines()]
     assert len(found) == len(meshes)
     return found
-
-
-def on(name: str, dtype: str, steps: int, *meshes: dict, **changes) -> list[dict]:
-    return cases(name, dtype, steps, *(json.dumps(mesh) for mesh in meshes), **changes)
 
 
 def apart(one: dict, many: dict) -> float:
@@ -85,10 +80,7 @@ def cut(found: dict, *groups: str) -> dict[str, float]:
 # ---------------------------------------------------------------- the same numbers
 
 
-def test_a_prior_on_eight_devices_is_the_prior_on_one():
-    check(on("prior", "float32", 10, ONE, MIXED), 1e-5, 1e-2)
-
-
+@pytest.mark.slow
 def test_a_moving_codebook_is_merged_over_devices():
     """`extra` is learned without gradients: sums over tokens, wherever the tokens lie; dead codes are reborn alike."""
     one, many = found = on("moving", "float64", 10, ONE, {"dcn": 2, "data": 2, "fsdp": 2})
@@ -98,6 +90,7 @@ def test_a_moving_codebook_is_merged_over_devices():
     assert np.abs(np.asarray(one["final"]["extra/count"]) - start).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_masked_loss_on_every_mesh():
     """Also where microbatches, which weigh differently, are cut over devices again."""
     meshes = (ONE, *MESHES["float32"], *MESHES["float64"])
@@ -151,8 +144,10 @@ def check_cuts(found: dict) -> None:
         assert set(copies.values()) == {share}, (found["mesh"], copies)
 
 
-def test_parameters_moments_and_average_are_cut():
-    one, many = on("prior", "float32", 10, ONE, MIXED)
+def test_a_prior_on_eight_devices_is_the_prior_on_one_and_is_cut():
+    """Parameters, moments and average, so that a device holds a part of them, and the same losses."""
+    one, many = found = on("prior", "float32", 10, ONE, MIXED)
+    check(found, 1e-5, 1e-2)
     check_cuts(many)
     held = sum(np.prod(part) for whole, part in many["shards"].values())
     assert held < 0.35 * sum(np.prod(whole) for whole, part in many["shards"].values())
