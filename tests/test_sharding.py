@@ -27,8 +27,8 @@ MESHES = {  # 2, 4 and 8 devices and every axis, for each precision
     "float32": ({"tensor": 2}, {"fsdp": 2, "tensor": 2}, {"data": 8}, {"dcn": 2, "fsdp": 4}),
     "float64": ({"data": 2}, {"fsdp": 4}, MIXED),
 }
-# quick compilation to slower code; how a program is cut over devices is decided before that
-QUICK = "--xla_backend_optimization_level=0"
+# large programs then compile in a sixth of the time; XLA ends at a flag it does not know, so only where it was tried
+QUICK = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 SYSTEMS = ("fsq", "moving", "prior", "decoder", "cascade")
 
 
@@ -36,7 +36,7 @@ def on(name: str, dtype: str, steps: int, *meshes: dict, **changes) -> list[dict
     """What sharded_cases.py measures for this system on each mesh."""
     flags = [f"--{key}={json.dumps(value)}" for key, value in changes.items()]
     line = [sys.executable, str(ROOT / "tests/sharded_cases.py"), name, dtype, str(steps), *flags]
-    settings = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK}"}
+    settings = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8{QUICK}"}
     settings |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     line += [json.dumps(mesh) for mesh in meshes]
     done = subprocess.run(line, env=os.environ | settings, capture_output=True, text=True)
@@ -104,7 +104,9 @@ def test_a_masked_loss_on_every_mesh():
 @pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float32", 10, 1e-5), ("float64", 50, 1e-9)])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_on_every_mesh(name, dtype, steps, tolerance):
-    found = on(name, dtype, steps, ONE, *MESHES[dtype])
+    # Adam makes whole steps of gradients that are nothing but rounding, and a code that falls the other way is a jump
+    changes = {"optim__eps": 1e-4} if name == "fsq" else {}
+    found = on(name, dtype, steps, ONE, *MESHES[dtype], **changes)
     assert found[0]["dtype"] == [dtype]
     check(found, tolerance, 1e-7 if dtype == "float64" else 1e-2)
     if name == "prior":
