@@ -62,7 +62,7 @@ def kill(folder: Path, chance: random.Random, inside_a_save: bool) -> None:
         for line in process.stdout:
             if re.match(rf"train +\d+/{STEPS} ", line):
                 break
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0.3, 2.0))  # a save takes a part of a second
         limit = time.monotonic() + 20
         while inside_a_save and process.poll() is None and time.monotonic() < limit:
             if any((folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
