@@ -48,7 +48,7 @@ def final(folder: Path, step: int = STEPS) -> str:
 
 def _training(folder: Path, step: int) -> dict:
     """Digests of the rest of a state: optimiser, step and health."""
-    files = manifest.read(folder / "checkpoints" / str(step), step)["files"]
+    files = manifest.read(folder / "checkpoints" / str(step), step)
     assert any(name.startswith("training/") for name in files)
     with Checkpointer(folder / "checkpoints", read_only=True) as saved:
         tree = saved._metadata(step, "training")
