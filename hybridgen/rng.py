@@ -65,4 +65,4 @@ def randint(keys, shape, minval, maxval):
 
 def categorical(keys, logits):
     """One draw from each softmax over the last axis. keys: b; logits: b ... v -> b ... int32."""
-    return jax.vmap(jax.random.categorical)(keys, logits)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -30,9 +30,10 @@ def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> t
     b, t, h, width = k.shape
     new = dict(cache)
     out = []
+    start = [jnp.asarray(place, jnp.int32) for place in (layer, 0, cache["index"], 0)]  # all of one type
     for name, chunk in (("k", k), ("v", v)):
         chunk = chunk.reshape(1, b, t, h * width).astype(cache[name].dtype)
-        grown = jax.lax.dynamic_update_slice(cache[name], chunk, (layer, 0, cache["index"], 0))
+        grown = jax.lax.dynamic_update_slice(cache[name], chunk, start)
         new[name] = shard(grown, None, "batch", None, "heads")
         rows = jax.lax.dynamic_index_in_dim(new[name], layer, 0, keepdims=False)  # b s hk
         out.append(rows.reshape(b, rows.shape[1], h, width))
@@ -41,7 +42,7 @@ def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> t
 
 def admit(cache: Cache, valid: jax.Array) -> Cache:
     """Marks the next `valid.shape[1]` positions as visible where `valid [b, t]`; once per chunk, before the layers."""
-    return cache | {"valid": jax.lax.dynamic_update_slice(cache["valid"], valid, (0, cache["index"]))}
+    return cache | {"valid": jax.lax.dynamic_update_slice_in_dim(cache["valid"], valid, cache["index"], axis=1)}
 
 
 def advance(cache: Cache, t: int) -> Cache:
