@@ -172,12 +172,15 @@ def _part(name: str, path: str, data: Any, text: Any, specs: dict, stages: Mappi
     return jax.eval_shape(fresh), jax.jit(fresh)
 
 
-def compile_timed(function: Any, arguments: tuple) -> tuple[Any, dict[str, Any]]:
-    """(compiled, {"lower_s", "compile_s", "memory": bytes a device}) of a jitted function on abstract arguments."""
+def compile_timed(function: Any, arguments: tuple, options: dict | None = None) -> tuple[Any, dict[str, Any]]:
+    """(compiled, {"lower_s", "compile_s", "memory": bytes a device}) of a jitted function on abstract arguments.
+
+    options: XLA's, for this compilation.
+    """
     start = time.perf_counter()
     lowered = function.lower(*arguments)
     middle = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=options)
     plan = compiled.memory_analysis()
     memory = {
         "arguments": plan.argument_size_in_bytes,
