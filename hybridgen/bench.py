@@ -84,7 +84,7 @@ class Matmul:
         self.size, self.chain, self.dtype = (2048, 1, "float32") if cpu else (8192, 8, "bfloat16")
         key = jax.random.key(0)
         self.x = jax.device_put(jax.random.normal(key, (self.size, self.size), self.dtype), device)
-        self.product = jax.jit(self._product)
+        self.product = jax.jit(self._product).lower(self.x, self.x).compile()  # now: a mesh in force would object later
         jax.block_until_ready(self.product(self.x, self.x))
 
     def _product(self, x: jax.Array, w: jax.Array) -> jax.Array:

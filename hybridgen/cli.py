@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a run: judge, PSNR, report and contact sheet",
     "preflight": "compile a config for a TPU topology: does it fit",
     "bench": "step time, tokens a second and fraction of this machine's rate",
+    "launch": "print or run the commands that train on a machine or a cluster",
 }
 
 

@@ -50,8 +50,9 @@ LEAST = {
     "count": 1,
     "profile.start": 0,
     "profile.steps": 0,
-}
+} | {f"mesh.{axis}": -1 for axis in ("dcn", "data", "fsdp", "tensor")}
 MOST = 2**32 - 1
+MAX_FILE, MAX_LEVELS = 2**24, 16  # bytes and nesting of a config that is read back
 # and of an option of a model, or of a member of it; of a tuple, each
 LEAST_OF_MODEL = {name: 1 for name in ("heads", "kv_heads", "depth", "patch", "width", "blocks", "codes", "channels")}
 LEAST_OF_MODEL |= {"levels": 2}
@@ -129,8 +130,13 @@ def _check_value(where: str, key: str, value: Any) -> None:
         if value == ():
             raise UserError(f"{where} is empty, it takes at least one number")
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not least <= number <= MOST:
-                raise UserError(f"{where} {number} is not within {least} and {MOST}")
+            if number is None or number == AUTO:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= MOST:
+                raise UserError(f"{where} {number!r} is not within {least} and {MOST}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int) and abs(number) > MOST:
+            raise UserError(f"{where} {number} is not within {-MOST} and {MOST}")
     if (key == "frozen_dtype" or (key.startswith("model.") and name == "dtype")) and value not in DTYPES:
         raise UserError(f"{where} {value!r} is not one of {', '.join(DTYPES)}{hint(str(value), DTYPES)}")
     if key.startswith("sample.options.") and value is None:
@@ -300,21 +306,30 @@ def plain(config: Any) -> Any:
     return config
 
 
-def from_plain(data: Any) -> Any:
-    """Inverse of `plain`: dicts become ConfigDicts and lists tuples."""
+def from_plain(data: Any, levels: int = MAX_LEVELS) -> Any:
+    """Inverse of `plain`: dicts become ConfigDicts and lists tuples. ValueError beyond so many levels of them."""
+    if not levels:
+        raise ValueError(f"nested in more than {MAX_LEVELS} levels")
     if isinstance(data, dict):
         config = ConfigDict(convert_dict=False)
         for name, value in data.items():
-            config[name] = from_plain(value)
+            config[name] = from_plain(value, levels - 1)
         return config
-    return tuple(from_plain(value) for value in data) if isinstance(data, list) else data
+    return tuple(from_plain(value, levels - 1) for value in data) if isinstance(data, list) else data
 
 
 def read(path: Path) -> ConfigDict:
-    """The config that a run wrote. Raises UserError if the file is missing or damaged."""
+    """The config that a run wrote. Raises UserError if the file is missing or damaged, or has values of no config."""
     try:
-        return from_plain(json.loads(path.read_text(encoding="utf-8"))).lock()
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE + 1)
+        if len(raw) > MAX_FILE:
+            raise ValueError(f"more than {MAX_FILE} bytes")
+        config = from_plain(json.loads(raw)).lock()
+        check(config)
+        return config
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not the config of a run: {error}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        text = str(error)[:300]
+        raise UserError(f"{path} is not the config of a run: {text if text.isprintable() else ascii(text)}") from None

@@ -101,6 +101,7 @@ class Run(NamedTuple):
 def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     """The newest good checkpoint of a run (or the one at `step`), averaged parameters where there are some."""
     config = config_lib.read(folder / "config.json")
+    model = _model(config, folder)
     saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
     found = saved.newest_good(report) if step is None else step
     if found is None:
@@ -109,12 +110,24 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     part_digests = saved.meta(found).get("parts", {})
     saved.close()
     params = inference_params(state.get("params", {}), state.get("ema", {}))
-    family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, {}))
     part = Part(params, state.get("extra", {}), config.family, model)
     text_file = folder / "text.json"
     text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
     return Run(config, part, text, checkpoint.digest({"params": params, "extra": part.extra}), part_digests, found)
+
+
+def _model(config: Any, folder: Path) -> Any:
+    """The model of a run that is read back. Raises UserError for a config that does not make one."""
+    for name in ("model", "data", "mesh", "parts", "sample"):
+        if not hasattr(config.get(name), "items"):
+            raise UserError(f"{folder / 'config.json'} is not the config of a run: it has no group {name!r}")
+    try:
+        return find(config.family).build(config_lib.resolve(config.model, {}))
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # the file may be anybody's
+        text = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
 
 
 def find_run(path: str, folder: Path | None) -> Path:

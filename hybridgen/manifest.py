@@ -8,6 +8,7 @@ process p > 0 as `manifest.<p>.json`, and the folder is whole when all are there
 import hashlib
 import json
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def read(folder: Path, step: int) -> dict[str, list]:
             if digest != _digest(body) or body["step"] != step:
                 raise Damaged(f"{name}: damaged, its digest or step differs")
             processes = body["processes"]
-            files |= body["files"]
+            files |= _listed(body["files"])
         except FileNotFoundError:
             raise Damaged(f"{name}: missing, so the save was cut short") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{name}: unreadable, {type(error).__name__}") from None
         process += 1
     return files
@@ -70,6 +71,14 @@ def faults(folder: Path, step: int, prefixes: tuple[str, ...] = ("",)) -> list[s
     return [f"{name}: {fault}" for name, fault in zip(names, found, strict=True) if fault]
 
 
+def _listed(files: dict) -> dict[str, list]:
+    """The files of a manifest. ValueError for a name that leads out of its folder: the list may be somebody else's."""
+    for name, (size, digest) in files.items():
+        if {"", "..", "."} & {*name.split("/")} or not isinstance(size, int) or not isinstance(digest, str):
+            raise ValueError(f"a file {name!r} of {size} bytes")
+    return files
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read piece by piece."""
     with path.open("rb") as file:
@@ -79,9 +88,11 @@ def sha256(path: Path) -> str:
 def _fault(path: Path, size: int, digest: str) -> str:
     """What is wrong with a file, or ""."""
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"{found} bytes instead of {size}"
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block for ever, a device never end
+            return "not a regular file"
+        if found.st_size != size:
+            return f"{found.st_size} bytes instead of {size}"
         return "" if sha256(path) == digest else "its digest differs"
     except FileNotFoundError:
         return "missing"

@@ -27,6 +27,7 @@ import jax
 
 from hybridgen.errors import UserError
 
+MAX_JSON = 2**26  # bytes of one JSON file of a run
 URL = re.compile(r"[a-zA-Z][\w+.-]+:/")  # a Path writes gs://bucket as gs:/bucket
 
 
@@ -66,12 +67,18 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError if it is missing or damaged."""
+    """The content of a JSON file. Raises UserError if it is missing, damaged or too large."""
     try:
-        return json.loads(Path(path).read_text())
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_JSON + 1)
+        if len(raw) > MAX_JSON:
+            raise UserError(f"{path} has more than {MAX_JSON} bytes")
+        return json.loads(raw)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 

@@ -20,6 +20,7 @@ import inspect
 import io
 import json
 import os
+import reprlib
 import stat
 import struct
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_LINE = 2**20  # bytes of one line of metadata
 MAX_TEXT = 4096  # characters of one caption; the rest is cut
 MAX_NAME = 1024
+MAX_SEGMENTS = 65_536  # steps through the head of a JPEG, a byte of padding being one
 LINE = "metadata.jsonl line"  # what a record is called whose name cannot be read
 
 
@@ -107,7 +109,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     at = 2
-    while True:
+    for _ in range(MAX_SEGMENTS):
         if data[at] != 0xFF:
             raise BrokenRecord("a JPEG without a frame header")
         marker = data[at + 1]
@@ -118,6 +120,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             return width, height
         else:
             at += 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
+    raise BrokenRecord(f"a JPEG without a frame header in its first {MAX_SEGMENTS} segments")
 
 
 class Folder:
@@ -173,6 +176,8 @@ class Folder:
             records = [("train", name, ("",), None, None) for name in _pictures(self.path)]
         elif not os.path.isfile(metadata):
             raise UserError(f"{metadata} is not a file")
+        elif os.path.commonpath([os.path.realpath(metadata), self.path]) != self.path:
+            raise UserError(f"{metadata} is a link out of the folder")
         else:
             records = [self._record(number, line, split_key) for number, line in _lines(metadata)]
         return records if split_key else _divide(records, validation)
@@ -184,14 +189,15 @@ class Folder:
             record = _object(line)
             name = _safe_name(record.get("file_name"))
             if split_key:
-                if record.get(split_key) not in SPLITS:
-                    raise BrokenRecord(f"its {split_key!r} is {str(record.get(split_key))[:40]!r}, not one of {SPLITS}")
-                split = record[split_key]
+                split = record.get(split_key)
+                if split not in SPLITS:
+                    found, split = reprlib.repr(split), "train"
+                    raise BrokenRecord(f"its {split_key!r} is {found}, not one of {SPLITS}")
             texts = tuple(text for key in self.text_keys for text in self._texts(record, key)) or ("",)
             if self.label_key:
                 label = record.get(self.label_key)
                 if isinstance(label, bool) or not isinstance(label, (str, int)):
-                    raise BrokenRecord(f"its {self.label_key!r} is {str(label)[:40]!r}, not a text or a whole number")
+                    raise BrokenRecord(f"its {self.label_key!r} is {reprlib.repr(label)}, not a text or a whole number")
         except BrokenRecord as error:
             return split, name, ("",), None, str(error)
         return split, name, texts, label, None
@@ -202,7 +208,8 @@ class Folder:
             value = list(value.values()) if self.language is None else value.get(self.language)
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise BrokenRecord(f"its {key!r} is {str(value)[:40]!r}, not a text, a list of texts or texts by language")
+            found = reprlib.repr(value)
+            raise BrokenRecord(f"its {key!r} is {found}, not a text, a list of texts or texts by language")
         return [text[:MAX_TEXT] for text in texts]
 
     def __len__(self) -> int:
@@ -326,7 +333,7 @@ def _object(line: bytes | None) -> dict:
 def _safe_name(name) -> str:
     """A relative file name that stays in its folder; BrokenRecord otherwise."""
     if not isinstance(name, str) or not name or len(name) > MAX_NAME:
-        raise BrokenRecord(f"its 'file_name' is {str(name)[:40]!r}, not the name of a file")
+        raise BrokenRecord(f"its 'file_name' is {reprlib.repr(name)}, not the name of a file")
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or ":" in parts[0]:
         raise BrokenRecord(f"its 'file_name' {name[:80]!r} leads out of the folder")

@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import re
+import reprlib
 import unicodedata
 from collections.abc import Iterable
 
@@ -145,7 +146,7 @@ def from_json(data: dict) -> Words | Bytes:
         return Bytes(data.get("length"))
     words = data.get("words") if kind == "words" else None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"not a description of a text tokenizer: {str(data)[:80]}")
+        raise UserError(f"not a description of a text tokenizer: {reprlib.repr(data)}")
     return Words(words, data.get("length"))
 
 
