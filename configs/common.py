@@ -17,6 +17,14 @@ ADAMW = {
     "groups": {},  # name: {"match": path pattern, and what differs}
 }
 
+HEALTH = {
+    "spike": 10.0,  # a gradient norm this many times the usual one is a bad step; 0: none is
+    "streak": 3,  # bad steps in a row: back to a checkpoint, and on behind them
+    "rollbacks": 5,  # how often before the run gives up
+    "skip": (),  # intervals (first, end) of batches to skip from the start
+    "hang": 1800,  # seconds without progress after which the process ends with its stacks; 0: never
+}
+
 # an untrained part for `bench`: 16 x 16 tokens of pictures at 32, next to nothing to compute
 UNTRAINED_256 = "configs/tokenizers/vq.py:tiny,model.patch=2,model.channels=(32,)"
 
@@ -38,7 +46,7 @@ def stage(family: str, model: dict, data: dict, **changes) -> ConfigDict:
     config.optim = ConfigDict(ADAMW, convert_dict=True)
     config.ema = ConfigDict({"decay": 0.0, "skip": "^disc/"})
     config.mesh = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1})
-    config.health = ConfigDict({"spike": 100.0, "give_up": 10})
+    config.health = ConfigDict(HEALTH)
     config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0})  # 0: none stays for good
     config.log = ConfigDict({"every": 50})
     config.eval = ConfigDict({"every": 0, "batches": 4})

@@ -12,7 +12,7 @@ by manifests only. Whoever saves holds the run folder's lock (rundir.py).
 
 import contextlib
 import hashlib
-import json
+import itertools
 import re
 import shutil
 import threading
@@ -27,8 +27,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from hybridgen import manifest, rundir
-from hybridgen.errors import UserError
+from hybridgen import distributed, identity, manifest, rundir
+from hybridgen.errors import PeerError, UserError
 
 MODEL = ("params", "ema", "extra")  # the branches of a state that lie in `model/`
 
@@ -66,6 +66,7 @@ class Checkpointer:
         self._scope = ("model/", "about/") if read_only else ("",)  # prefixes of the files that must be good
         self._verified: set[int] = set()
         self._rejected: set[int] = set()
+        self._turns = itertools.count()  # the same in every process: names for what they exchange
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         if not read_only:
             rundir.make(self.directory)
@@ -93,13 +94,16 @@ class Checkpointer:
             return False
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
         items["about"] = ocp.args.JsonSave({"fingerprint": self.fingerprint, "meta": dict(meta or {})})
+        turn, failure = next(self._turns), None
         try:
             # force: what is there under this name did not verify
             self._orbax.save(self._folder(step), args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # whatever it is, the caller decides whether the run goes on
-            raise self._failed(step, error) from error
+            failure = error
+        if problem := _anyone(f"save/{turn}/start", failure):
+            raise self._failed(step, problem) from failure
         self._saved.add(step)
-        self._thread = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=self._finish, args=(step, turn), name=f"checkpoint-{step}")
         self._thread.start()
         return True
 
@@ -123,20 +127,32 @@ class Checkpointer:
         finally:
             self._orbax.close()
 
-    def _finish(self, step: int) -> None:
-        """In the background: when Orbax is done, the manifest; then, never before, older steps may go."""
+    def _finish(self, step: int, turn: int) -> None:
+        """In the background: when Orbax is done, the manifests; then, never before, older steps may go."""
+        failure = None
         try:
             self._orbax.wait_until_finished()
-            manifest.write(self._folder(step), step)
-            self._rejected.discard(step)
         except BaseException as error:  # handed to the caller's next save or wait
-            self._failure = self._failed(step, error)
-            self._failure.__cause__ = error
+            failure = error
+        try:
+            problem = _anyone(f"save/{turn}/written", failure)  # also: the files of all processes are final
+            if not problem:
+                try:
+                    manifest.write(self._folder(step), step)
+                except Exception as error:
+                    failure = error
+                problem = _anyone(f"save/{turn}/digested", failure)
+        except PeerError as error:
+            failure = problem = error
+        if problem:
+            self._failure = self._failed(step, problem)
+            self._failure.__cause__ = failure
             return
+        self._rejected.discard(step)
         if jax.process_index() == 0:
             self._retain(step)
 
-    def _failed(self, step: int, error: BaseException) -> SaveError:
+    def _failed(self, step: int, error: BaseException | str) -> SaveError:
         """Clears what a failed save left behind. A fresh Orbax, since the old one would raise this error again."""
         with contextlib.suppress(Exception):
             self._orbax.close()
@@ -148,9 +164,9 @@ class Checkpointer:
             time.sleep(0.5)
             if not self._leftovers():
                 break
-        text = str(error).split(" [tensorstore_spec")[0].replace("\n", " ")
+        text = (error if isinstance(error, str) else said(error)).split(" [tensorstore_spec")[0].replace("\n", " ")
         text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
-        return SaveError(f"checkpoint {step} was not saved: {type(error).__name__}: {text}")
+        return SaveError(f"checkpoint {step} was not saved: {text}")
 
     def _retain(self, saved: int) -> None:
         """Deletes what is older than the newest `keep` steps, by number (clocks may go back), but never `saved`."""
@@ -204,6 +220,16 @@ class Checkpointer:
             self._saved.discard(step)
         return None
 
+    def drop_after(self, most: int) -> int | None:
+        """Deletes the steps beyond `most`; the newest good one that is left, or None."""
+        self.wait()
+        for step in [step for step in self._folders() if step > most]:
+            self._remove(step)
+            self._saved.discard(step)
+            self._verified.discard(step)
+        distributed.exchange(f"dropped/{next(self._turns)}", "done")
+        return self.newest_good()
+
     def _folders(self) -> list[int]:
         if not self.directory.is_dir():
             return []
@@ -234,7 +260,7 @@ class Checkpointer:
         has = {name: {} for name, branch in abstract.items() if not jax.tree.leaves(branch)}
         for item in ("model", "training"):
             has |= self._metadata(step, item)
-        _compare(f"checkpoint {self._folder(step)}", has, abstract)
+        identity.compare(f"checkpoint {self._folder(step)}", has, abstract)
         state = {name: {} for name in abstract}
         for item, wanted in _items(abstract).items():
             state |= self._read(step, item, wanted)
@@ -281,7 +307,7 @@ class Checkpointer:
 
     def check_fingerprint(self, step: int, allow: Collection[str] = ()) -> None:
         """Raises UserError naming every key, but for `allow`, in which a step's fingerprint is not this run's."""
-        check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)
+        identity.check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)
 
     def _about(self, step: int) -> dict:
         self._check(step)
@@ -316,58 +342,22 @@ class Checkpointer:
         return ocp.PyTreeCheckpointHandler().restore(epath.Path(self._folder(step) / item), args=args)
 
 
+def _anyone(name: str, failure: BaseException | None) -> str:
+    """What went wrong in this process or in another one, which all of them learn; "" if nothing did."""
+    told = distributed.exchange(name, said(failure) if failure else "")
+    return next((f"process {i}: {text}" if len(told) > 1 else text for i, text in enumerate(told) if text), "")
+
+
+def said(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {str(error).replace(chr(10), ' ')}"
+
+
 def _items(state: Mapping) -> dict[str, dict]:
     """A state as it is laid out on disk; an item without arrays is left out, Orbax takes none."""
     model = {name: branch for name, branch in state.items() if name in MODEL}
     training = {name: branch for name, branch in state.items() if name not in MODEL}
     return {item: tree for item, tree in (("model", model), ("training", training)) if jax.tree.leaves(tree)}
-
-
-def check_fingerprint(old: Mapping, new: Mapping, allow: Collection[str] = ()) -> None:
-    """Raises UserError naming every dotted key in which two nested dicts differ; `allow`: keys or branches."""
-    was, now = _dotted(old), _dotted(json.loads(json.dumps(new)))  # as JSON gives it back: tuples are lists
-    missing = object()
-    differ = []
-    for key in sorted(was.keys() | now.keys()):
-        a, b = was.get(key, missing), now.get(key, missing)
-        if a != b and not any(key == name or key.startswith(f"{name}.") for name in allow):
-            a, b = ("nothing" if value is missing else json.dumps(value)[:80] for value in (a, b))
-            differ.append((key, f"{key} was {a} and is {b}"))
-    if differ:
-        keys = ",".join(key for key, _ in differ)
-        raise UserError(f"another run than the checkpoint's: {'; '.join(line for _, line in differ)} (--allow {keys})")
-
-
-def _dotted(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _compare(what: str, saved: Mapping, abstract: Mapping) -> None:
-    """Raises UserError naming the paths in which a checkpoint's tree is not the one asked for."""
-
-    def shapes(tree: Mapping, prefix: str = "") -> dict[str, str]:
-        flat = {}
-        for name, leaf in tree.items():
-            if isinstance(leaf, Mapping) and leaf:
-                flat |= shapes(leaf, f"{prefix}{name}/")
-            else:
-                flat[f"{prefix}{name}"] = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" if leaf != {} else "nothing"
-        return flat
-
-    def some(lines: list[str]) -> str:
-        return ", ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
-
-    has, wants = shapes(saved), shapes(abstract)
-    faults = [
-        ("lacks", [key for key in wants if key not in has]),
-        ("has besides", [key for key in has if key not in wants]),
-        ("differs in", [f"{k} {has[k]} instead of {wants[k]}" for k in wants if k in has and has[k] != wants[k]]),
-    ]
-    if any(lines for _, lines in faults):
-        raise UserError(f"{what} is of another config: it " + "; it ".join(f"{w} {some(k)}" for w, k in faults if k))
 
 
 def digest(tree: Any) -> str:

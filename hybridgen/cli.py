@@ -4,10 +4,11 @@ import argparse
 import difflib
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from hybridgen.errors import UserError
+from hybridgen.errors import PeerError, UserError
 
 COMMANDS = {
     "train": "train one config",
@@ -35,12 +36,17 @@ def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; UserError is one line on stderr and code 2."""
     try:
         code = main()
-    except UserError as error:
+    except (UserError, PeerError) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if "hybridgen.distributed" in sys.modules:  # JAX would wait for the other processes
+        sys.modules["hybridgen.distributed"].leave(code)
     sys.exit(code)
 
 

@@ -16,6 +16,7 @@ import ast
 import difflib
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from hybridgen.errors import UserError
 
 AUTO = "auto"
 
-# the least value of an entry of a stage; the most is what fits a seed
+# the least value of an entry of a stage, whole numbers unless it is written 0.0; the most is what fits a seed
 LEAST = {
     "seed": 0,
     "batch": 1,
@@ -40,7 +41,9 @@ LEAST = {
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
-    "health.give_up": 1,
+    "health.streak": 1,
+    "health.rollbacks": 0,
+    "health.hang": 0.0,
     "optim.warmup": 0,
     "log.every": 1,
     "eval.every": 0,
@@ -132,7 +135,8 @@ def _check_value(where: str, key: str, value: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is None or number == AUTO:
                 continue
-            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= MOST:
+            kinds = int | float if isinstance(least, float) else int
+            if isinstance(number, bool) or not isinstance(number, kinds) or not least <= number <= MOST:
                 raise UserError(f"{where} {number!r} is not within {least} and {MOST}")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int) and abs(number) > MOST:
@@ -322,10 +326,10 @@ def read(path: Path) -> ConfigDict:
     """The config that a run wrote. Raises UserError if the file is missing or damaged, or has values of no config."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_FILE + 1)
-        if len(raw) > MAX_FILE:
-            raise ValueError(f"more than {MAX_FILE} bytes")
-        config = from_plain(json.loads(raw)).lock()
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE:
+                raise ValueError(f"{size} bytes, at most {MAX_FILE} are read")
+            config = from_plain(json.loads(file.read(size))).lock()
         check(config)
         return config
     except OSError as error:

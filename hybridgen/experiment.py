@@ -139,6 +139,24 @@ def find_run(path: str, folder: Path | None) -> Path:
     raise UserError(f"no run in {path!r} (looked for config.json in {', '.join(str(p) for p in places)})")
 
 
+def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
+    """Subtrees of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}, and the `extra` of a
+    run that is taken whole (a codebook, for instance), or None."""
+    found, extra = {}, None
+    for prefix, where in config.init_from.items():
+        path, _, inside = where.partition(":")
+        part = load(find_run(path, folder)).part
+        arrays = part.params
+        for name in filter(None, inside.split("/")):
+            if name not in arrays:
+                raise UserError(f"init_from: {path} has no subtree {inside!r}; it has {', '.join(arrays)}")
+            arrays = arrays[name]
+        whole = prefix == "all"
+        found["" if whole else prefix.replace(".", "/")] = arrays
+        extra = part.extra if whole and not inside else extra
+    return found, extra
+
+
 class Loaded(NamedTuple):
     """A run ready to draw: `draw(cond, keys)` is one jitted program, `put` places host arrays on the mesh."""
 

@@ -34,6 +34,7 @@ class Timer:
         self._started = self._since = time.perf_counter()
         self._open: list[str] = []
         self._seconds: dict[str, float] = {}
+        self._marks: dict[tuple[str, int], float] = {}
 
     @contextlib.contextmanager
     def time(self, bucket: str) -> Iterator[None]:
@@ -50,6 +51,18 @@ class Timer:
         bucket = self._open[-1] if self._open else "other"
         self._seconds[bucket] = self._seconds.get(bucket, 0.0) + now - self._since
         self._since = now
+
+    def mark(self, bucket: str, step: int) -> None:
+        """Remembers what `bucket` holds at `step`: what comes after may be lost."""
+        self._charge()
+        self._marks[bucket, step] = self._seconds.get(bucket, 0.0)
+
+    def lose(self, bucket: str, step: int) -> None:
+        """What `bucket` took since it was marked at `step` (or since the start) becomes "lost"."""
+        self._charge()
+        lost = self._seconds.get(bucket, 0.0) - self._marks.get((bucket, step), 0.0)
+        self._seconds[bucket] = self._seconds.get(bucket, 0.0) - lost
+        self._seconds["lost"] = self._seconds.get("lost", 0.0) + lost
 
     def report(self) -> dict[str, float]:
         """Seconds by bucket, "other" being what was in none, and "total", their sum."""
@@ -80,17 +93,30 @@ class Writer:
         self.timer = timer or Timer()
         self._lock = threading.Lock()  # notes come from the thread that reads the data
         self._active = jax.process_index() == 0
-        self._stepped = False
-        self._last: tuple[int, float] | None = None  # step and time of the line before
+        self._stepped, self._tensorboard = False, tensorboard
         self._file, self._board = None, None
+        self._open(start_step)
+
+    def _open(self, step: int) -> None:
+        """Starts behind `step`: what the logs say of later steps is not so any more."""
+        self._last: tuple[int, float] | None = None  # step and time of the line before
         if self._active:
             path = self.folder / "metrics.jsonl"
-            cut_back(path, start_step)
+            cut_back(path, step)
             self._file = path.open("a", buffering=1)  # a line is on its way to disk before the step is saved
-            if tensorboard:
+            if self._tensorboard:
                 from tensorboardX import SummaryWriter  # slow to import
 
-                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Goes back to `step`: drops what was logged beyond it, and counts the time of those steps as lost."""
+        self.timer.lose("step", step)
+        with self._lock:
+            for opened in (self._file, self._board):
+                if opened:
+                    opened.close()
+            self._open(step)
 
     def __enter__(self) -> "Writer":
         return self

@@ -70,10 +70,10 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError if it is missing, damaged or too large."""
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(MAX_JSON + 1)
-        if len(raw) > MAX_JSON:
-            raise UserError(f"{path} has more than {MAX_JSON} bytes")
-        return json.loads(raw)
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JSON:
+                raise UserError(f"{path} has {size} bytes, at most {MAX_JSON} are read")
+            return json.loads(file.read(size))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UserError:

@@ -4,27 +4,31 @@
 
 The loop's order is fixed: evaluate, save, next batch, step. A checkpoint named N has consumed exactly N batches; what
 the data gives at step N and every random number are functions of (seed, N), so a resumed run is the uninterrupted one.
+
+A bad step (a loss or gradient that is not finite, or a spike) changes nothing but its count. After several in a row
+the run goes back to its newest checkpoint before them and on behind them (skipping.py): it is a function of (seed,
+step, skipped intervals).
 """
 
+import collections
 import contextlib
 import functools
-import itertools
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from hybridgen import checkpoint, metrics, optim, rng, rundir, sharding, trees
+from hybridgen import checkpoint, distributed, metrics, optim, rng, rundir, sharding, skipping, stream, trees
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
 from hybridgen.cli import command, make_parser
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
-from hybridgen.experiment import Experiment, build, find_run, load
+from hybridgen.experiment import Experiment, build, earlier
 from hybridgen.pictures import sample_grid
 
 
@@ -79,7 +83,7 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
 
     old = {name: state[name] for name in ("params", "opt", "ema", "extra")}
     new = jax.lax.cond(good, apply, lambda old: old, old)
-    report |= {"skipped": health["skipped"].astype(jnp.float32)}
+    report |= {name: health[name].astype(jnp.float32) for name in ("skipped", "streak")}
     return new | {"step": state["step"] + 1, "health": health}, report
 
 
@@ -146,51 +150,93 @@ class Job(NamedTuple):
     """The dynamic half: what the loop works with."""
 
     experiment: Experiment
-    rule: Rule
-    step: Any  # compiled train step
-    evaluate: Any  # state -> {metric: number}
-    batches: Any  # start -> prefetched iterator
+    step: Callable  # compiled train step
+    jump: Callable  # (state, step) -> state
+    evaluate: Callable  # state -> {metric: number}
+    batches: Callable  # start -> prefetched iterator
+    state_at: Callable  # step of a checkpoint, or None for the start -> state
     saved: checkpoint.Checkpointer
     writer: metrics.Writer
-    grid: Any  # state -> picture or None
+    grid: Callable | None  # (params, extra) -> picture
+    skipped: list  # intervals [first, end) of batches that are not trained on
+    watchdog: distributed.Watchdog
+    signals: rundir.Signals
+
+    @contextlib.contextmanager
+    def doing(self, step: int, what: str) -> Iterator[None]:
+        """Charges the time within to `what`, and says that the run lives."""
+        self.watchdog.beat(step, what)
+        with self.writer.time(what):
+            yield
 
 
-def train_loop(job: Job, state: dict, start: int, signals: rundir.Signals) -> tuple[dict, bool]:
-    """Runs from `start` to the config's steps; (state, whether it was stopped by a signal)."""
+LAG = 2  # steps that are in flight: so late the loop learns what became of a step
+
+
+def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
+    """Runs from `start` to the config's steps, past what is skipped; (state, whether it was stopped by a signal)."""
+    step = start
+    while True:
+        state, step = skipping.past(job, state, step)
+        state, step, ended = segment(job, state, step)
+        if ended == "bad":
+            del state
+            state, step = skipping.roll_back(job, step)
+        elif ended != "interval":
+            return state, ended == "stopped"
+
+
+def segment(job: Job, state: dict, start: int) -> tuple[dict, int, str]:
+    """Steps up to the next skipped interval at most: (state, step, what ended them).
+
+    "done", "interval", "stopped" (by a signal), or "bad": then the step is the one behind `config.health.streak` bad
+    ones, and the state is of no use.
+    """
     config, writer = job.experiment.config, job.writer
-    step, failing = start, config.health.give_up
+    until = min([config.steps, *(first for first, _ in job.skipped if first > start)])
+    window = metrics.ProfileWindow(writer.folder / "profile", start + config.profile.start, config.profile.steps)
+    agreement = distributed.Agreement(job.experiment.mesh)
+    step, unread, stop = start, collections.deque(), False
 
     def due(every: int) -> bool:
-        return bool(every) and step % every == 0 and step > start
+        return bool(every) and step > start and (step % every == 0 or step == config.steps)
 
-    window = metrics.ProfileWindow(writer.folder / "profile", start + config.profile.start, config.profile.steps)
     with job.batches(start) as batches, window:
         while True:
-            last = step >= config.steps
-            if due(config.eval.every) or (last and config.eval.every and step > start):
-                with writer.time("eval"):
-                    writer.scalars(step, {f"eval/{name}": value for name, value in job.evaluate(state).items()})
-            if job.grid and (due(config.sample.every) or (last and config.sample.every and step > start)):
-                with writer.time("sample"):
-                    params = state_lib.inference_params(state["params"], state["ema"])
-                    writer.image(step, "samples", job.grid(params, state["extra"]))
-            if due(config.checkpoint.every) or last or signals.requested:
-                with writer.time("save"):
+            last = step == until
+            while len(unread) > (0 if last else LAG):
+                behind, streak, asked = unread.popleft()
+                with job.doing(step, "step"):  # waits for that step, so that no more than LAG are in flight
+                    streak, stop = int(streak), stop or bool(asked)
+                if streak >= config.health.streak:
+                    return state, behind, "bad"
+            stop = stop or (agreement.alone and job.signals.requested)
+            look(job, state, step, due)
+            if due(config.checkpoint.every) or step == config.steps or stop:
+                with job.doing(step, "save"):
                     save(job, step, state)
-            if last or signals.requested:
-                return state, not last
+            if last or stop:
+                return state, step, "done" if step == config.steps else "stopped" if stop else "interval"
             window.at(step, state["step"])
-            with writer.time("data"):
+            with job.doing(step, "data"):
                 batch = next(batches)
-            with writer.time("step"):
+            with job.doing(step, "step"):
                 state, report = job.step(state, batch, job.experiment.parts)
-            step += 1
-            writer.step(step, report)
-            if step % config.log.every == 0 and int(state["health"]["streak"]) >= failing:
-                raise UserError(
-                    f"{int(state['health']['streak'])} bad steps in a row up to step {step}: "
-                    f"loss {float(report['loss']):.4g}, gradient norm {float(report['gradient_norm']):.4g}"
-                )
+                step += 1
+                unread.append((step, report["streak"], agreement.most_of(int(job.signals.requested))))
+                writer.step(step, report)
+
+
+def look(job: Job, state: dict, step: int, due: Callable[[int], bool]) -> None:
+    """Evaluates and draws, if it is time."""
+    config, writer = job.experiment.config, job.writer
+    if due(config.eval.every):
+        with job.doing(step, "eval"):
+            writer.scalars(step, {f"eval/{name}": value for name, value in job.evaluate(state).items()})
+    if job.grid and due(config.sample.every):
+        with job.doing(step, "sample"):
+            params = state_lib.inference_params(state["params"], state["ema"])
+            writer.image(step, "samples", job.grid(params, state["extra"]))
 
 
 def save(job: Job, step: int, state: dict) -> None:
@@ -198,47 +244,44 @@ def save(job: Job, step: int, state: dict) -> None:
     for _ in range(2):  # the first attempt may report what became of the save before
         try:
             job.saved.save(step, state, meta={"parts": job.experiment.digests})
+            job.writer.timer.mark("step", step)
             return
         except checkpoint.SaveError as error:
             job.writer.note(step, "save failed", str(error))
 
 
 def prepare(
-    config: Any, folder: Path, allow: tuple[str, ...], timer: metrics.Timer, label: str
+    config: Any,
+    folder: Path,
+    allow: tuple[str, ...],
+    timer: metrics.Timer,
+    label: str,
+    watchdog: distributed.Watchdog,
+    signals: rundir.Signals,
 ) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
     source = sources.build(config.data, "train")
     with timer.time("build"):
         experiment = build(config, folder, source)
     sharding.check_batch(experiment.mesh, config.batch, config.accumulate)
-    resolved = config_lib.plain(config)
-    model = experiment.model
-    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}  # no "auto" left
-    identity = {
-        "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
-        "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
-        "parts": experiment.digests,
-    }
+    resolved, fingerprint = described(config, experiment, source)
     with contextlib.ExitStack() as undo:  # closes what was opened if something does not fit
         keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
-        saved = checkpoint.Checkpointer(folder / "checkpoints", fingerprint=identity, **keep)
+        saved = checkpoint.Checkpointer(folder / "checkpoints", fingerprint=fingerprint, **keep)
         undo.enter_context(saved)
         start = saved.newest_good(report=print)
         if start is not None:
             saved.check_fingerprint(start, allow=allow)
-        stream, put = reader(experiment)
-        rule, step, abstract, make = program(experiment, specs_of(next(stream(source, 0)), config.batch))
+        read, put = stream.reader(experiment)
+        rule, step, abstract, make = program(experiment, specs_of(next(read(source, 0)), config.batch))
+        places = jax.tree.map(lambda s: s.sharding, abstract)
+
+        state_at = functools.partial(beginning, experiment, folder, saved, rule.which, abstract, make, timer)
         if jax.process_index() == 0:  # not before everything fits together
             rundir.write_json(folder / "config.json", resolved)
             if experiment.text is not None:
                 rundir.write_json(folder / "text.json", experiment.text.to_json())
-        with timer.time("restore" if start is not None else "init"), jax.set_mesh(experiment.mesh):
-            state = make() if start is None else saved.restore(start, abstract)
-            if start is None and config.init_from:
-                params, extra = earlier(config, folder)
-                state = state_lib.start_from(state, params, state_lib.trainable_of(config), extra)
-        evaluate = functools.partial(evaluate_all, jax.jit(functools.partial(eval_step, rule)), experiment, stream, put)
-        grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
+        state = state_at(start)
         writer = metrics.Writer(
             folder,
             start_step=start or 0,
@@ -249,42 +292,58 @@ def prepare(
             timer=timer,
         )
         undo.pop_all()
+    job = Job(
+        experiment,
+        step,
+        jax.jit(skipping.jump, donate_argnums=0, out_shardings=places),
+        stream.evaluation(jax.jit(functools.partial(eval_step, rule)), experiment, read, put),
+        stream.training(read, put, source, writer),
+        state_at,
+        saved,
+        writer,
+        sample_grid(experiment, config.sample.count) if config.sample.every else None,
+        skipping.intervals(config, folder),
+        watchdog,
+        signals,
+    )
+    return job, state, start or 0
 
-    def batches(start: int) -> Any:
-        known: set[str] = set()
-        host = (noted(batch, source, writer, start + i + 1, known) for i, batch in enumerate(stream(source, start)))
-        return pipeline.prefetch(host, put, depth=2)
 
-    return Job(experiment, rule, step, evaluate, batches, saved, writer, grid), state, start or 0
+def beginning(
+    experiment: Experiment,
+    folder: Path,
+    saved: checkpoint.Checkpointer,
+    which: state_lib.Trainable,
+    abstract: dict,
+    make: Callable,
+    timer: metrics.Timer,
+    step: int | None,
+) -> dict:
+    """The state of a checkpoint, or (step None) of a new run, with what `init_from` names."""
+    config = experiment.config
+    with timer.time("restore" if step is not None else "init"), jax.set_mesh(experiment.mesh):
+        if step is not None:
+            return saved.restore(step, abstract)
+        state = make()
+        if config.init_from:
+            params, extra = earlier(config, folder)
+            state = state_lib.start_from(state, params, which, extra)
+        return state
 
 
-def reader(experiment: Experiment) -> tuple[Any, Any]:
-    """(`stream(source, start)`: iterator of this host's rows of each batch, `put`: rows -> arrays on the mesh)."""
-    config, mesh = experiment.config, experiment.mesh
-    rows = sharding.local_rows(mesh, config.batch)
-
-    def stream(source: Any, start: int, shuffle: bool = True) -> Any:
-        options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
-        options |= {"flip": config.data.get("flip", False) and shuffle}
-        return pipeline.batches(
-            source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
-        )
-
-    return stream, functools.partial(sharding.to_global, mesh=mesh)
+def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:
+    """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
+    resolved, model = config_lib.plain(config), experiment.model
+    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
+    return resolved, {
+        "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
+        "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
+        "parts": experiment.digests,
+    }
 
 
 # what may differ when a run is resumed: it changes neither the samples nor the arithmetic of a step
-NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data")
-
-
-def noted(batch: dict, source: Any, writer: metrics.Writer, step: int, known: set[str]) -> dict:
-    """The batch without its `broken` entry; each record that had to be replaced is named once, with a number."""
-    for index in pipeline.take_broken(batch):
-        name = source.name(index)
-        if name not in known:
-            known.add(name)
-            writer.note(step, "broken_record", f"{name} (number {len(known)})")
-    return batch
+NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data", "health")
 
 
 def specs_of(batch: dict, rows: int) -> dict:
@@ -292,53 +351,25 @@ def specs_of(batch: dict, rows: int) -> dict:
     return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items() if name != "broken"}
 
 
-def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
-    """Subtrees of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}, and the `extra` of a
-    run that is taken whole (a codebook, for instance), or None."""
-    found, extra = {}, None
-    for prefix, where in config.init_from.items():
-        path, _, inside = where.partition(":")
-        part = load(find_run(path, folder)).part
-        arrays = part.params
-        for name in filter(None, inside.split("/")):
-            if name not in arrays:
-                raise UserError(f"init_from: {path} has no subtree {inside!r}; it has {', '.join(arrays)}")
-            arrays = arrays[name]
-        whole = prefix == "all"
-        found["" if whole else prefix.replace(".", "/")] = arrays
-        extra = part.extra if whole and not inside else extra
-    return found, extra
-
-
-def evaluate_all(compiled: Any, experiment: Experiment, stream: Any, put: Any, state: dict) -> dict[str, float]:
-    """Weighted means of the metrics over `config.eval.batches` batches of the validation split."""
-    source = sources.build(experiment.config.data, "validation")
-    totals: dict[str, float] = {}
-    for batch in itertools.islice(stream(source, 0, shuffle=False), experiment.config.eval.batches):
-        pipeline.take_broken(batch)
-        for name, value in compiled(state, put(batch), experiment.parts).items():
-            totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
-    weight = max(totals.pop("weight", 0.0), 1e-9)
-    return {name: value / weight for name, value in totals.items()}
-
-
 def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = "train") -> bool:
     """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
     timer = metrics.Timer()
     rundir.make(folder)
-    with rundir.lock(folder), rundir.Signals() as signals:
-        job, state, start = prepare(config, folder, allow, timer, label)
+    watchdog = distributed.Watchdog(config.health.hang)
+    with rundir.lock(folder), rundir.Signals() as signals, watchdog:
+        job, state, start = prepare(config, folder, allow, timer, label, watchdog, signals)
         job.writer.line(
             f"{label}: {config.family}, {trees.count(state['params']):,} parameters, "
             f"mesh {dict(job.experiment.mesh.shape)}, steps {start} to {config.steps}, folder {folder}"
         )
         try:
             with jax.set_mesh(job.experiment.mesh):
-                state, stopped = train_loop(job, state, start, signals)
-            with job.writer.time("save"):
+                state, stopped = train_loop(job, state, start)
+            step = int(state["step"])
+            with job.doing(step, "save"):
                 job.saved.wait()
-            if not job.saved.holds(int(state["step"])):
-                raise UserError(f"the last step, {int(state['step'])}, is not saved: see the lines above")
+            if not job.saved.holds(step):
+                raise UserError(f"the last step, {step}, is not saved: see the lines above")
         except checkpoint.SaveError as error:
             raise UserError(f"the run is at its end and its last state is not saved: {error}") from error
         finally:
@@ -346,7 +377,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
             with contextlib.suppress(checkpoint.SaveError):  # reported above
                 job.saved.close()
     if stopped:
-        print(f"stopped at step {int(state['step'])}; the same command goes on from there", file=sys.stderr)
+        print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
     return not stopped
 
 
@@ -355,10 +386,12 @@ def main(argv: list[str] | None = None) -> int:
     config_lib.add_argument(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="run folder: checkpoints, metrics, pictures")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
+    distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
     config = config_lib.load(args.config, overrides)
     if "family" not in config:
         raise UserError(f"{args.config} has no family to train; a recipe is run by hybridgen recipe")
+    distributed.start(args)
     done = run(config, args.workdir, allow=tuple(filter(None, args.allow.split(","))))
     return 0 if done else 130
 

@@ -24,8 +24,9 @@ from checkpoint_cases import (
     three_steps,
 )
 
-from hybridgen.checkpoint import Checkpointer, SaveError, check_fingerprint, digest
+from hybridgen.checkpoint import Checkpointer, SaveError, digest
 from hybridgen.errors import UserError
+from hybridgen.identity import check_fingerprint
 
 
 @pytest.fixture

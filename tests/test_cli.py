@@ -93,7 +93,7 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (VQ, "parts.a.b=1", "unknown config key 'parts.a.b'"),
         (VQ, "part.tokenizer=x", "unknown config key 'part.tokenizer'"),
         (PRIOR, "sample.options.prior.guidance=none", "config key 'sample.options.prior.guidance' takes float"),
-        (VQ, "health.give_up=0", "config key 'health.give_up' 0 is not within 1 and"),
+        (VQ, "health.streak=0", "config key 'health.streak' 0 is not within 1 and"),
         (VQ, "checkpoint.keep_every=-1", "config key 'checkpoint.keep_every' -1 is not within 0 and"),
         ("README.md", "steps=1", "README.md is not a config: that is a Python file such as"),
         ("pyproject.toml", "steps=1", "pyproject.toml is not a config"),

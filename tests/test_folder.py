@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen.checkpoint import check_fingerprint
 from hybridgen.data import pipeline, sources, text, transforms
 from hybridgen.errors import UserError
+from hybridgen.identity import check_fingerprint
 
 EMOJI = Path(__file__).parents[2] / "shared" / "data" / "emoji"
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -15,9 +15,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from hybridgen.checkpoint import check_fingerprint
 from hybridgen.data import pipeline, sources, text, transforms
 from hybridgen.errors import UserError
+from hybridgen.identity import check_fingerprint
 
 
 class Numbers:

@@ -269,7 +269,7 @@ class Folder:
         if info.st_size > self.max_bytes:
             raise BrokenRecord(f"{info.st_size} bytes, at most {self.max_bytes} are read")
         with open(path, "rb") as file:
-            return file.read(self.max_bytes)
+            return file.read(info.st_size)
 
 
 def _class_order(name: str | int) -> tuple:

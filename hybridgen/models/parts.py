@@ -36,9 +36,8 @@ def find(family: str) -> ModuleType:
         return importlib.import_module(f"hybridgen.models.{family}")
     except ModuleNotFoundError as error:
         if f"hybridgen.models.{family}".startswith(error.name or "?"):
-            raise UserError(
-                f"no family {family!r}: there is no hybridgen/models/{family.replace('.', '/')}.py"
-            ) from None
+            file = f"hybridgen/models/{family.replace('.', '/')}.py"
+            raise UserError(f"no family {family!r}: there is no {file if file.isprintable() else 'such'}") from None
         raise
 
 

@@ -1,0 +1,131 @@
+"""Weights of any format that checkpoints are published in, behind one front.
+
+    weights = open_weights("folder or file")
+    for name, tensor in weights.items():      # nothing of the tensors has been read yet
+        array = tensor.read()                 # this one, as numpy (bfloat16 through ml_dtypes)
+    weights.other["epoch"]                    # what a torch file holds besides tensors
+
+A file is `.safetensors` (safetensors.py) or one of torch's, `.pt .pth .bin .ckpt` (torchfiles.py); a folder holds one
+such file, or pieces and an `*.index.json` that says which tensor is in which, as Hugging Face writes them. A file with
+the name of a safetensors file is never taken for a pickle.
+"""
+
+import dataclasses
+from collections.abc import ItemsView, Iterator
+from pathlib import Path
+from typing import Any
+
+from hybridgen.convert import safetensors, torchfiles
+from hybridgen.convert.tensors import LazyTensor, Malformed, checked_name, regular, shown, strict_json
+from hybridgen.errors import UserError
+
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+SAFE = ".safetensors"
+INDEX = ".index.json"
+MAX_INDEX = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A mapping from name to LazyTensor; `other`: what is no tensor, by name; `metadata` of safetensors, texts."""
+
+    path: Path
+    tensors: dict[str, LazyTensor]
+    other: dict[str, Any]
+    metadata: dict[str, str]
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def keys(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def items(self) -> ItemsView[str, LazyTensor]:
+        return self.tensors.items()
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The weights in a file or folder; reads names, shapes, dtypes. Raises UserError naming the file and the fault."""
+    path = Path(path)
+    if path.is_dir():
+        path = _main_file(path)
+    if path.name.endswith(INDEX):
+        return _sharded(path)
+    if path.suffix == SAFE:
+        tensors, metadata = safetensors.read(path)
+        return Weights(path, tensors, {}, metadata)
+    if path.suffix in TORCH:
+        tensors, other = torchfiles.read(path)
+        return Weights(path, tensors, other, {})
+    regular(path)  # that there is no such file comes first
+    raise UserError(f"{path} is not a file of weights by its name: known are {', '.join((SAFE, *TORCH, INDEX))}")
+
+
+def _main_file(folder: Path) -> Path:
+    """The file of a folder to open: an index before single files, safetensors before torch."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from None
+    for suffixes in ((SAFE + INDEX,), (INDEX,), (SAFE,), TORCH):
+        found = [name for name in names if name.endswith(suffixes)]
+        if len(found) > 1:
+            raise UserError(f"{folder} holds {len(found)} weights, give one of them: {', '.join(found[:8])}")
+        if found:
+            return folder / found[0]
+    raise UserError(f"{folder} holds no weights: no file named *{INDEX}, *{SAFE} or *{', *'.join(TORCH)}")
+
+
+def _sharded(path: Path) -> Weights:
+    if regular(path) > MAX_INDEX:
+        raise UserError(f"{path} has more than {MAX_INDEX} bytes")
+    try:
+        index = strict_json(path.read_bytes())
+        where = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(where, dict) or not where:
+            raise Malformed("it has no 'weight_map'")
+        pieces = {name: _piece(path.parent, name) for name in _file_names(where)}
+    except Malformed as error:
+        raise UserError(f"{path} is not a good index of weights: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    tensors: dict[str, LazyTensor] = {}
+    other: dict[str, Any] = {}
+    for piece in map(open_weights, pieces.values()):
+        for name, tensor in piece.items():
+            if name in tensors:
+                raise UserError(f"the tensor {name!r} is in {tensors[name].path} and in {piece.path}")
+            tensors[name] = tensor
+        other |= piece.other
+    for name, file in where.items():
+        if name not in tensors or tensors[name].path != pieces[file]:
+            raise UserError(f"{path} says that the tensor {name!r} is in {file!r}, where it is not")
+    return Weights(path, tensors, other, {})
+
+
+def _file_names(where: dict[str, Any]) -> list[str]:
+    for name, file in where.items():
+        checked_name(name)
+        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file or "\\" in file:
+            raise Malformed(f"the file of the tensor {name!r} is {shown(file)}, not the name of a file beside it")
+        if Path(file).suffix not in (SAFE, *TORCH):
+            raise Malformed(f"the file of the tensor {name!r} is {shown(file)}, no file of weights by its name")
+    return sorted(set(where.values()))
+
+
+def _piece(folder: Path, name: str) -> Path:
+    """A file of a folder, not of another one: no link leads out, but to the blobs of the hub's own cache."""
+    target, home = (folder / name).resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"  # models--x/snapshots/<revision>/piece -> models--x/blobs/<digest>
+    if target.is_relative_to(home) or (home.parent.name == "snapshots" and target.parent == blobs):
+        return folder / name
+    raise Malformed(f"its file {shown(name)} is a link out of the folder")

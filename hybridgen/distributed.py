@@ -1,0 +1,362 @@
+"""Many processes as one program: how they find each other, agree, and notice that one of them hangs.
+
+    hybridgen train ... --coordinator 10.0.0.2:8476 --num-processes 2 --process-id 0   # and with 1 on the other host
+    hybridgen train ... --distributed                                                # where JAX knows: TPU pods, SLURM
+
+All hosts run the same command on the same files (a shared run folder). Before JAX connects, the processes meet at the
+coordinator's address, so that one which is missing is named with the command that starts it. Text between processes
+goes through JAX's coordination service, which any thread may use; numbers that decide what the next step is go through
+a collective that every process issues in the same place (`Agreement`).
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import select
+import shlex
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hybridgen.errors import PeerError, UserError
+
+HEARTBEAT = 30  # seconds without one, and JAX takes a process for dead
+HUNG = 42  # exit code of a process that made no progress
+PATIENCE = 5.0  # seconds between messages of who is missing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options with which several processes run one command."""
+    group = parser.add_argument_group("several processes", "the same command on every host, with its --process-id")
+    group.add_argument("--distributed", action="store_true", help="find the others as a TPU pod or SLURM does")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, which listens there")
+    group.add_argument("--num-processes", type=int, metavar="N", help="processes in all")
+    group.add_argument("--process-id", type=int, metavar="I", help="number of this one, 0 to N - 1")
+    group.add_argument("--init-timeout", type=int, default=300, metavar="SECONDS", help="wait for the others (300)")
+
+
+def start(args: argparse.Namespace) -> None:
+    """Connects this process with the others, if there are any. Before anything touches a device.
+
+    Raises UserError for options that do not go together, PeerError if the others do not come in time.
+    """
+    given = [name for name in ("coordinator", "num_processes", "process_id") if getattr(args, name) is not None]
+    if not given:
+        if args.distributed or _detected():
+            _connect_detected(args.init_timeout)
+        return
+    if len(given) < 3:
+        raise UserError("--coordinator, --num-processes and --process-id go together")
+    if args.num_processes < 1 or not 0 <= args.process_id < args.num_processes:
+        raise UserError(f"--process-id {args.process_id} is not one of {args.num_processes} processes, 0 and up")
+    if args.init_timeout < 1:
+        raise UserError(f"--init-timeout {args.init_timeout} is not a number of seconds above 0")
+    if args.num_processes == 1:
+        return
+    meet(args.coordinator, args.num_processes, args.process_id, args.init_timeout)
+    _initialize(
+        coordinator_address=args.coordinator,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+        # JAX would listen on every interface of this machine
+        coordinator_bind_address=args.coordinator,
+        initialization_timeout=args.init_timeout,
+    )
+
+
+def _detected() -> bool:
+    """Whether the environment says that this process is one of several."""
+    slurm = os.environ.get("SLURM_PROCID") and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return bool(slurm) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def _connect_detected(timeout: int) -> None:
+    started, done = time.monotonic(), threading.Event()
+    count = os.environ.get("SLURM_STEP_NUM_TASKS") or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+
+    def tell() -> None:
+        while not done.wait(PATIENCE):
+            waited = time.monotonic() - started
+            print(
+                f"waiting for the other processes for {waited:.0f} s; there should be {count}, each started by\n"
+                f"  {command_of(None, None)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        _initialize(initialization_timeout=timeout)
+    except ValueError as error:
+        raise UserError(
+            f"--distributed: nothing here says who the other processes are ({error}); "
+            "give --coordinator, --num-processes and --process-id"
+        ) from None
+    finally:
+        done.set()
+
+
+def _initialize(**options: Any) -> None:
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **options)
+    except RuntimeError as error:
+        raise PeerError(f"the processes did not connect: {str(error).splitlines()[0]}") from None
+    if jax.config.jax_platforms == "cpu" or jax.default_backend() == "cpu":
+        # two programs in flight would mix up their messages in gloo
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def command_of(process: int | None, count: int | None) -> str:
+    """This program's command line, as process number `process` would give it."""
+    words, skip = ["hybridgen", os.path.basename(sys.argv[0]).removesuffix(".py"), *sys.argv[1:]], False
+    if words[1] == "hybridgen":
+        del words[1]
+    out = []
+    for word in words:
+        if not skip and word.partition("=")[0] != "--process-id":
+            out.append(word)
+        skip = not skip and word == "--process-id"
+    return shlex.join(out + (["--process-id", str(process)] if process is not None else []))
+
+
+# ---- meeting
+
+
+def meet(address: str, count: int, process: int, timeout: float) -> None:
+    """Returns when all `count` processes have called it with the same address. PeerError after `timeout` seconds.
+
+    A line of JSON each way over TCP; process 0 answers when all have come. Every few seconds it says who is missing.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator {address!r} is not HOST:PORT")
+    deadline = time.monotonic() + timeout
+    if process == 0:
+        _receive((host.strip("[]"), int(port)), count, deadline)
+    else:
+        _report((host.strip("[]"), int(port)), count, process, deadline)
+
+
+def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
+    """Process 0: listens until all others have come, then lets them go on."""
+    try:
+        server = socket.create_server(place, family=socket.AF_INET6 if ":" in place[0] else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--coordinator {place[0]}:{place[1]}: cannot listen there: {error.strerror}") from None
+    come: dict[int, socket.socket] = {}
+    told = time.monotonic()
+    with server:
+        try:
+            while len(come) < count - 1:
+                now = time.monotonic()
+                missing = [i for i in range(1, count) if i not in come]
+                if now > deadline:
+                    raise PeerError(f"{_who(missing, count)} did not come")
+                if now - told >= PATIENCE:
+                    told = now
+                    print(
+                        f"waiting for {_who(missing, count)}; start it with\n  {command_of(missing[0], count)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                if not select.select([server], [], [], 0.2)[0]:
+                    continue
+                peer, _ = server.accept()
+                number, problem = _introduced(peer, count)
+                if number in come and _gone(come[number]):
+                    come.pop(number).close()
+                if problem or number in come:
+                    _send(peer, {"error": problem or f"there is a process {number} already"})
+                    peer.close()
+                else:
+                    come[number] = peer
+            for peer in come.values():
+                _send(peer, {"go": True})
+        finally:
+            for peer in come.values():
+                peer.close()
+
+
+def _introduced(peer: socket.socket, count: int) -> tuple[int, str]:
+    """(number of a process that has connected, what is wrong with it or "")."""
+    peer.settimeout(2.0)
+    try:
+        said = json.loads(peer.recv(4096))
+        number, of = int(said["process"]), int(said["of"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0, "this is a hybridgen coordinator"
+    if of != count or not 0 < number < count:
+        return 0, f"process {number} of {of} does not fit: there are {count} processes here, and 0 is this one"
+    return number, ""
+
+
+def _gone(peer: socket.socket) -> bool:
+    """Whether the other end has hung up: it was killed, and came again under its number."""
+    ready = select.select([peer], [], [], 0)[0]
+    try:
+        return bool(ready) and not peer.recv(1)
+    except OSError:
+        return True
+
+
+def _report(place: tuple[str, int], count: int, process: int, deadline: float) -> None:
+    """Another process: tells process 0 that it is there, and waits until all are."""
+    told = time.monotonic()
+    while True:
+        now = time.monotonic()
+        if now > deadline:
+            raise PeerError(f"process 0 at {place[0]}:{place[1]}, or another one, did not come")
+        try:
+            with socket.create_connection(place, timeout=2.0) as link:
+                _send(link, {"process": process, "of": count})
+                link.settimeout(max(deadline - time.monotonic() + 5, 1.0))
+                answer = json.loads(link.recv(4096) or b"null")
+        except (OSError, ValueError):
+            answer = None
+        if answer and "error" in answer:
+            raise UserError(f"process 0 at {place[0]}:{place[1]} says: {answer['error']}")
+        if answer:
+            return
+        if now - told >= PATIENCE:
+            told = now
+            where = f"waiting for process 0, which does not answer at {place[0]}:{place[1]}"
+            print(f"{where}; start it with\n  {command_of(0, count)}", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def _send(link: socket.socket, message: dict) -> None:
+    link.sendall(json.dumps(message).encode())
+
+
+def _who(missing: list[int], count: int) -> str:
+    plural = "es" if len(missing) > 1 else ""
+    return f"{len(missing)} of {count} processes (process{plural} {', '.join(map(str, missing[:20]))})"
+
+
+# ---- agreeing
+
+
+class Agreement:
+    """A small number that all processes read alike: the largest of what each of them says, in the same step."""
+
+    def __init__(self, mesh: Mesh):
+        self.place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self.most = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.mine = len(self.place.addressable_devices)
+        self.alone = jax.process_count() == 1
+
+    def most_of(self, value: int) -> Any:
+        """What all will read, as an array that is ready once all have said theirs."""
+        if self.alone:
+            return value
+        return self.most(jax.make_array_from_process_local_data(self.place, np.full(self.mine, value, np.int32)))
+
+
+def exchange(name: str, text: str, timeout: float = 600.0) -> list[str]:
+    """What every process says under this name, which is used once. Any thread may call it. PeerError in time-out."""
+    if jax.process_count() == 1:
+        return [text]
+    client = _client()
+    client.key_value_set(f"hybridgen/{name}/{jax.process_index()}", text or " ")
+    try:
+        keys = [f"hybridgen/{name}/{i}" for i in range(jax.process_count())]
+        return [client.blocking_key_value_get(key, int(1000 * timeout)).strip() for key in keys]
+    except jax.errors.JaxRuntimeError as error:
+        raise PeerError(f"{name}: another process says nothing: {str(error).splitlines()[0]}") from None
+
+
+def _client() -> Any:
+    from jax._src import distributed  # JAX has no public name for it; Orbax and others take it from here
+
+    return distributed.global_state.client
+
+
+def leave(code: int) -> None:
+    """Ends this process at once if others go on without it: JAX would wait for them at its end."""
+    if code and _client() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# ---- noticing a hang
+
+
+class Watchdog:
+    """Ends the process with code 42 and all its stacks when nothing was `beat` for `timeout` seconds (0: never).
+
+    With several processes it says who is behind: each tells the others where it is.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self._where, self._since = (0, "start"), time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._since = time.monotonic()
+        if self.timeout:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def beat(self, step: int, doing: str) -> None:
+        """Says that work goes on: `doing` begins, at `step`."""
+        self._where, self._since = (step, doing), time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.timeout / 4)):
+            still = time.monotonic() - self._since
+            self._tell(still)
+            if still > self.timeout:
+                self._end(still)
+
+    def _tell(self, still: float) -> None:
+        if jax.process_count() > 1:
+            step, doing = self._where
+            said = json.dumps([step, doing, round(still, 1), socket.gethostname(), os.getpid()])
+            _client().key_value_set(f"hybridgen/where/{jax.process_index()}", said, allow_overwrite=True)
+
+    def _end(self, still: float) -> None:
+        step, doing = self._where
+        print(f"no progress for {still:.0f} s: step {step}, {doing}; the stacks follow", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if jax.process_count() > 1:
+            for line in behind({int(k.rsplit("/", 1)[1]): json.loads(v) for k, v in self._others()}):
+                print(line, file=sys.stderr, flush=True)
+            time.sleep(2.0)  # the first to go takes the others along: let them print theirs
+        os._exit(HUNG)
+
+    def _others(self) -> list:
+        try:
+            return _client().key_value_dir_get("hybridgen/where/")
+        except jax.errors.JaxRuntimeError:
+            return []
+
+
+def behind(where: dict[int, list]) -> list[str]:
+    """Who holds the others up, a line each: of {process: [step, doing, seconds, host, pid]} those of the lowest step
+    and, among them, those that wait for nobody (a "step" is where processes wait for each other)."""
+    if not where:
+        return []
+    least = min(step for step, *_ in where.values())
+    late = {i: said for i, said in where.items() if said[0] == least}
+    late = {i: said for i, said in late.items() if said[1] != "step"} or late
+    if len(late) == len(where):
+        return [f"all {len(where)} processes are at step {least}: none is behind the others"]
+    return [
+        f"straggler: process {i} on host {host} (pid {pid}) is at step {step}, {doing}, for {seconds:.0f} s"
+        for i, (step, doing, seconds, host, pid) in sorted(late.items())
+    ]

@@ -1,0 +1,66 @@
+"""Batches that a run skips for good: where it went bad, it goes back to a checkpoint and on behind them.
+
+`skipped.json` of the run folder lists the intervals [first, end); `config.health.skip` may name some beforehand. With
+the same intervals from the start, a run ends in the same bits as one that found them by itself.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hybridgen import checkpoint, distributed, rundir
+from hybridgen.errors import UserError
+
+
+def jump(state: dict, step: jax.Array) -> dict:
+    """The state at a later step, whose batches it has not seen: they count as skipped."""
+    health = state["health"]
+    health = health | {"skipped": health["skipped"] + step - state["step"], "streak": jnp.zeros_like(health["streak"])}
+    return state | {"step": step, "health": health}
+
+
+def past(job: Any, state: dict, step: int) -> tuple[dict, int]:
+    """Behind the skipped intervals that `step` lies in."""
+    here = step
+    while ends := [end for first, end in job.skipped if first <= here < end]:
+        here = max(ends)
+    return (state, step) if here == step else (job.jump(state, jnp.int32(here)), here)
+
+
+def roll_back(job: Any, end: int) -> tuple[dict, int]:
+    """From bad steps up to `end` to the newest checkpoint before them; the batches from there to `end` are skipped.
+
+    Raises UserError where this happens too often: then what is wrong is not in a few batches.
+    """
+    health, writer = job.experiment.config.health, job.writer
+    if len(job.skipped) - len(health.skip) >= health.rollbacks:
+        raise UserError(
+            f"{health.streak} bad steps in a row up to step {end}, and {health.rollbacks} intervals were skipped "
+            "before: see config.health, the learning rate and the data"
+        )
+    with job.doing(end, "restore"):
+        with contextlib.suppress(checkpoint.SaveError):  # older steps are there
+            job.saved.wait()
+        start = job.saved.drop_after(end - health.streak)  # before the list says so: cut short, it happens again
+        first = start or 0
+        job.skipped.append((first, end))
+        if jax.process_index() == 0:
+            rundir.write_json(writer.folder / "skipped.json", [list(pair) for pair in job.skipped[len(health.skip) :]])
+        distributed.exchange(f"skipped/{len(job.skipped)}", "written")
+        state = job.state_at(start)
+    writer.rewind(first)
+    writer.note(end, "rolled back", f"{health.streak} bad steps in a row: batches {first} to {end - 1} are skipped")
+    return state, first
+
+
+def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
+    """What config and run folder say is skipped, config first. Raises UserError for what is no list of intervals."""
+    file = folder / "skipped.json"
+    named = [*config.health.skip, *(rundir.read_json(file) if file.is_file() else [])]
+    for pair in named:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(x, int) for x in pair) or not 0 <= pair[0] < pair[1]:
+            raise UserError(f"health.skip: {pair!r} is no interval (first, end) of steps")
+    return [(first, end) for first, end in named]

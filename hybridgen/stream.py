@@ -1,0 +1,70 @@
+"""From a config's data to batches on the mesh: each process reads the rows that its own devices hold."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from hybridgen import sharding
+from hybridgen.data import pipeline, sources
+from hybridgen.experiment import Experiment
+from hybridgen.metrics import Writer
+
+
+def reader(experiment: Experiment) -> tuple[Callable, Callable]:
+    """(`stream(source, start)`: iterator of this process's rows of each batch, `put`: rows -> arrays on the mesh)."""
+    config, mesh = experiment.config, experiment.mesh
+    rows = sharding.local_rows(mesh, config.batch)
+
+    def stream(source: Any, start: int, shuffle: bool = True) -> Any:
+        options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
+        options |= {"flip": config.data.get("flip", False) and shuffle}
+        return pipeline.batches(
+            source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
+        )
+
+    return stream, functools.partial(sharding.to_global, mesh=mesh)
+
+
+def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Callable[[int], pipeline.Prefetch]:
+    """`batches(start)`: the training batches from number `start` on, on the mesh, made ahead."""
+    known: set[str] = set()
+
+    def batches(start: int) -> pipeline.Prefetch:
+        host = (noted(batch, source, writer, start + i + 1, known) for i, batch in enumerate(stream(source, start)))
+        return pipeline.prefetch(host, put, depth=2)
+
+    return batches
+
+
+def noted(batch: dict, source: Any, writer: Writer, step: int, known: set[str]) -> dict:
+    """The batch without its `broken` entry; each record that had to be replaced is named once, with a number."""
+    for index in pipeline.take_broken(batch):
+        name = source.name(index)
+        if name not in known:
+            known.add(name)
+            writer.note(step, "broken_record", f"{name} (number {len(known)})")
+    return batch
+
+
+def evaluation(compiled: Callable, experiment: Experiment, stream: Callable, put: Callable) -> Callable:
+    """state -> weighted means of the metrics over `config.eval.batches` batches of the validation split."""
+
+    def evaluate(state: dict) -> dict[str, float]:
+        source = sources.build(experiment.config.data, "validation")
+        totals: dict[str, float] = {}
+        for batch in itertools.islice(_plain(stream(source, 0, shuffle=False)), experiment.config.eval.batches):
+            for name, value in compiled(state, put(batch), experiment.parts).items():
+                totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
+        weight = max(totals.pop("weight", 0.0), 1e-9)
+        return {name: value / weight for name, value in totals.items()}
+
+    return evaluate
+
+
+def _plain(batches: Iterator[dict]) -> Iterator[dict]:
+    for batch in batches:
+        pipeline.take_broken(batch)
+        yield batch
