@@ -111,6 +111,8 @@ def _initialize(**options: Any) -> None:
     if jax.config.jax_platforms == "cpu" or jax.default_backend() == "cpu":
         # two programs in flight would mix up their messages in gloo
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.process_index():  # process 0 speaks; what goes wrong here is on stderr
+        sys.stdout = open(os.devnull, "w")
 
 
 def command_of(process: int | None, count: int | None) -> str:
@@ -326,7 +328,7 @@ class Watchdog:
     def _tell(self, still: float) -> None:
         if jax.process_count() > 1:
             step, doing = self._where
-            said = json.dumps([step, doing, round(still, 1), socket.gethostname(), os.getpid()])
+            said = json.dumps([step, doing, round(still, 1), socket.gethostname(), os.getpid(), time.time()])
             _client().key_value_set(f"hybridgen/where/{jax.process_index()}", said, allow_overwrite=True)
 
     def _end(self, still: float) -> None:
@@ -334,7 +336,8 @@ class Watchdog:
         print(f"no progress for {still:.0f} s: step {step}, {doing}; the stacks follow", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if jax.process_count() > 1:
-            for line in behind({int(k.rsplit("/", 1)[1]): json.loads(v) for k, v in self._others()}):
+            where = {int(key.rsplit("/", 1)[1]): json.loads(said) for key, said in self._others()}
+            for line in behind(where, time.time() - max(self.timeout / 2, 2.0)):
                 print(line, file=sys.stderr, flush=True)
             time.sleep(2.0)  # the first to go takes the others along: let them print theirs
         os._exit(HUNG)
@@ -346,17 +349,20 @@ class Watchdog:
             return []
 
 
-def behind(where: dict[int, list]) -> list[str]:
-    """Who holds the others up, a line each: of {process: [step, doing, seconds, host, pid]} those of the lowest step
-    and, among them, those that wait for nobody (a "step" is where processes wait for each other)."""
-    if not where:
-        return []
-    least = min(step for step, *_ in where.values())
+def behind(where: dict[int, list], lately: float) -> list[str]:
+    """Who holds the others up, a line each, from {process: [step, doing, seconds, host, pid, when it said so]}.
+
+    Those that have said nothing since `lately`; or else those of the lowest step and, among them, those that wait for
+    nobody (a "step" is where processes wait for each other).
+    """
+    silent = {i: said for i, said in where.items() if said[5] < lately}
+    least = min((step for step, *_ in where.values()), default=0)
     late = {i: said for i, said in where.items() if said[0] == least}
-    late = {i: said for i, said in late.items() if said[1] != "step"} or late
+    late = silent or {i: said for i, said in late.items() if said[1] != "step"} or late
     if len(late) == len(where):
         return [f"all {len(where)} processes are at step {least}: none is behind the others"]
     return [
-        f"straggler: process {i} on host {host} (pid {pid}) is at step {step}, {doing}, for {seconds:.0f} s"
-        for i, (step, doing, seconds, host, pid) in sorted(late.items())
+        f"straggler: process {i} on host {host} (pid {pid}), "
+        + ("silent since " if i in silent else "") + f"step {step}, {doing}, for {seconds:.0f} s"
+        for i, (step, doing, seconds, host, pid, _) in sorted(late.items())
     ]

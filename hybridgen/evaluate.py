@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from hybridgen import config as config_lib
-from hybridgen import pictures, rundir, sharding
+from hybridgen import distributed, pictures, rundir, sharding
 from hybridgen.cli import command, make_parser
 from hybridgen.data import pipeline, sources
 from hybridgen.evals import alignment, recon
@@ -36,8 +36,9 @@ def evaluate(loaded: Loaded, splits: tuple[str, ...], count: int, batch: int, se
         codes = code_use(loaded, batch)
     if codes:
         report["codes"] = codes
-    rundir.write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    if jax.process_index() == 0:
+        rundir.write_json(folder / "report.json", report)
+        (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     return report
 
 
@@ -67,6 +68,8 @@ def measure(loaded: Loaded, items: list[dict], batch: int, seed: int, picture: P
     shown, cell = slice(0, 48), 64 * (1 + len(names))
     pairs = zip(drawn["image"][shown], scenes[shown], strict=True) if scenes else ()
     verdicts = [alignment.judge(*pair) for pair in pairs] or None
+    if jax.process_index():
+        return out
     title = f"{label}: true picture, {', '.join('render' if name == 'image' else name for name in names)}"
     sheet(strips[shown], captions[shown], verdicts, cell=cell, title=title).save(picture)
     return out
@@ -187,8 +190,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/evaluation)")
     pictures.add_arguments(parser)
+    distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     pictures.check_arguments(args)
+    distributed.start(args)
     folder = find_run(args.run, None)
     loaded = restore(folder, pictures.changes(args), args.checkpoint)
     out = args.out or folder / "evaluation"

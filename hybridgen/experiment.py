@@ -66,7 +66,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         text = text_lib.build(config.data, source)
     family = find(config.family)
     model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
-    parts = {name: jax.device_put(part, part_shardings(part, mesh)) for name, part in parts.items()}
+    parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
 
 
@@ -182,7 +182,7 @@ class Loaded(NamedTuple):
         out, batch = [], sharding.padded(self.mesh, batch)
         for start in range(0, len(images), batch):
             rows = np.minimum(np.arange(start, start + batch), len(images) - 1)
-            out.append(np.asarray(self.encode(self.put({"image": images[rows]})["image"]))[: len(images) - start])
+            out.append(sharding.whole(self.encode(self.put({"image": images[rows]})["image"]))[: len(images) - start])
         return np.concatenate(out)
 
 
@@ -200,7 +200,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
             config.mesh = type(config.mesh)({"data": -1})
         _change(config.sample.options, changes)
     experiment = build(config, folder, text=run.text)
-    own = jax.device_put(run.part, part_shardings(run.part, experiment.mesh))
+    own = sharding.put(run.part, part_shardings(run.part, experiment.mesh))
     program = pictures.sampler(experiment.family, experiment.model, config.sample.options)
     members = getattr(experiment.family, "members", lambda model: ())(run.part.model)
     networks = [run.part.model, *(part.model for part in experiment.parts.values()), *members]
@@ -211,7 +211,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         experiment.mesh,
         run.step,
         lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys),
-        functools.partial(sharding.to_global, mesh=experiment.mesh),
+        functools.partial(sharding.spread, mesh=experiment.mesh),
         part,
         functools.partial(jax.jit(lambda part, image: part.call("encode", image)), part) if part else None,
         hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),

@@ -3,8 +3,8 @@
 Every matrix product and convolution is counted at its shape, a multiply-add as 2; a loop counts as often as it turns,
 of branches the costliest. Attention counts the pairs of query and key that its mask lets see each other: half for a
 causal one. In training a product costs itself again for each side that a gradient flows to: 3x where both train, 2x
-behind raw inputs or through frozen weights, 1x in frozen parts. What remat recomputes is not counted, nor are norms,
-softmax, lookups and the optimiser: that is the convention of MFU (PaLM, Chowdhery et al. 2022, appendix B).
+behind raw inputs or through frozen weights, 1x in frozen parts. What remat recomputes is told apart; norms, softmax,
+lookups and the optimiser are not counted: that is the convention of MFU (PaLM, Chowdhery et al. 2022, appendix B).
 
 XLA's own `cost_analysis` cannot serve: it counts the body of a loop once, so it misses all layers and tokens but one.
 
@@ -22,7 +22,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 PRODUCTS = {"dot_general": "matmul", "conv_general_dilated": "convolution"}
-KERNELS = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper", "pallas_call")  # opaque: only in attention
+# opaque, and only in attention; the last is nn.flash's, by the name of the jitted function around it
+KERNELS = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper", "flash_attention")
+
+AGAIN = "again"  # while walking: what remat computes once more
 
 
 def forward(function: Callable, *args: Any) -> Counter:
@@ -31,11 +34,13 @@ def forward(function: Callable, *args: Any) -> Counter:
     return _walk(jaxpr, [False] * len(jaxpr.invars), "", 0)[0]
 
 
-def training(loss: Callable, trainable: Any, *args: Any) -> Counter:
-    """FLOPs of `loss(trainable, *args)` and of its gradient with respect to `trainable`."""
+def training(loss: Callable, trainable: Any, *args: Any) -> tuple[Counter, float]:
+    """FLOPs of `loss(trainable, *args)` and of its gradient with respect to `trainable`; and those of remat besides."""
     jaxpr = jax.make_jaxpr(loss)(trainable, *args).jaxpr
     count = len(jax.tree.leaves(trainable))
-    return _walk(jaxpr, [True] * count + [False] * (len(jaxpr.invars) - count), "", 0)[0]
+    total = _walk(jaxpr, [True] * count + [False] * (len(jaxpr.invars) - count), "", 0)[0]
+    again = total.pop(AGAIN, 0)
+    return total, again
 
 
 def _walk(jaxpr: Any, needs: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
@@ -59,7 +64,7 @@ def _real(var: Any) -> bool:
 
 
 def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
-    name, spread = eqn.primitive.name, [any(given)] * len(eqn.outvars)
+    name, spread = _name(eqn), [any(given)] * len(eqn.outvars)
     if name in PRODUCTS or name in KERNELS:
         return _product(eqn, given, scope, turns), spread
     if name == "stop_gradient":
@@ -77,9 +82,25 @@ def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Coun
     for value in eqn.params.values():  # jit, remat, custom_jvp, ...: one inner program over the same arguments
         body = getattr(value, "jaxpr", value)
         if isinstance(body, core.Jaxpr):
-            same = len(body.invars) == len(given)
-            return _walk(body, given if same else [any(given)] * len(body.invars), scope, turns)
+            needs = given if len(body.invars) == len(given) else [any(given)] * len(body.invars)
+            count, out = _walk(body, needs, scope, turns)
+            if name == "checkpoint" and any(given):
+                count[AGAIN] += _recomputed(eqn.params["policy"], body, scope, turns)
+            return count, out
     return Counter(), spread
+
+
+def _recomputed(policy: Callable | None, body: Any, scope: str, turns: int) -> float:
+    """FLOPs of the forward pass under remat: all, or, where products without a batch are kept, those with one."""
+    forward = _walk(body, [False] * len(body.invars), scope, turns)[0]
+    plain = {"dimension_numbers": (((1,), (0,)), ((), ()))}
+    kept = policy is not None and policy(jax.lax.dot_general_p, **plain)
+    return forward["attention"] if kept else forward.total()
+
+
+def _name(eqn: Any) -> str:
+    inner = eqn.params.get("name")
+    return inner if inner in KERNELS else eqn.primitive.name
 
 
 def _scan(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
@@ -98,7 +119,7 @@ def _product(eqn: Any, given: list[bool], scope: str, turns: int) -> Counter:
     """Forward and, for each side that needs a gradient, once more."""
     left, right, out = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
     attend = re.search(r"attend\.(\d+)x(\d+)\.(\d+|loop)", scope)
-    name = eqn.primitive.name
+    name = _name(eqn)
     if name == "dot_general":
         (inner, _), _ = eqn.params["dimension_numbers"]
         size = 2 * out.size * math.prod(left.shape[i] for i in inner)

@@ -159,7 +159,8 @@ class Writer:
     def note(self, step: int, name: str, text: str) -> None:
         """Logs something that happened to the batch that `step` consumed. Any thread may call this."""
         self._write({"step": step, "note": name, "text": text})
-        self.line(f"{self.label} {step}/{self.total}  {name}: {text}")
+        line = f"{self.label} {step}/{self.total}  {name}: {text}"
+        self.line(line) if self._active else print(f"process {jax.process_index()}: {line}", file=sys.stderr)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> Path | None:
         """Writes a picture (H W 3 uint8) as `images/<name>-<step>.png` and to TensorBoard; its path."""

@@ -85,15 +85,22 @@ def keys_for(seed: int, ids: np.ndarray) -> jax.Array:
 def draw_all(draw: Callable, cond: Mapping[str, np.ndarray], seed: int, batch: int, put: Callable) -> Iterator[dict]:
     """Draws a picture for every row of `cond`, `batch` at a time: yields dicts of numpy arrays, padding cut off.
 
-    `draw(cond, keys)` is a compiled program, `put` places host arrays on the mesh. Picture i of `seed` is row i.
+    `draw(cond, keys)` is a compiled program, `put` places host arrays on the mesh. Picture i of `seed` is row i. With
+    several processes all of them draw together, and each gets all pictures.
     """
     count = len(next(iter(cond.values())))
     for start in range(0, count, batch):
         ids = np.arange(start, start + batch)
         rows = np.minimum(ids, count - 1)
-        out = draw(put({name: value[rows] for name, value in cond.items()}), keys_for(seed, ids))
+        given = put({name: value[rows] for name, value in cond.items()} | {"key": key_data(seed, ids)})
+        out = sharding.whole(draw(given, jax.random.wrap_key_data(given.pop("key"))))
         kept = min(batch, count - start)
-        yield {name: np.asarray(value)[:kept] for name, value in out.items()}
+        yield {name: value[:kept] for name, value in out.items()}
+
+
+def key_data(seed: int, ids: np.ndarray) -> np.ndarray:
+    """`keys_for` as plain numbers, which can be placed as any row of a batch."""
+    return np.asarray(jax.random.key_data(keys_for(seed, ids)))
 
 
 def text_cond(text: Any, prompts: list[str]) -> dict[str, np.ndarray]:
@@ -112,7 +119,7 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     captions = [item["text"] for item in pipeline.examples(source, np.arange(count) % len(source))]
     cond = {name: value for name, value in batch.items() if name in ("text", "text_mask", "label", "image")}
     draw = sampler(experiment.family, experiment.model, config.sample.options)
-    put = functools.partial(sharding.to_global, mesh=experiment.mesh)
+    put = functools.partial(sharding.spread, mesh=experiment.mesh)
     seed = config.seed
 
     def grid(params: Any, extra: Any) -> np.ndarray:

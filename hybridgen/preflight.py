@@ -1,55 +1,51 @@
-"""Does a config fit: its train step and sample program, compiled for a TPU topology on a CPU; nothing is run.
+"""Does a config fit, and how fast can it be: train step and sample program, compiled for a TPU topology on a CPU.
 
     python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:16x16
+    python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:16x16 --slices 2
+    python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:8x8 --suggest
     python -m hybridgen.preflight --config configs/recipes/shapes.py:cpu --stage decoder --json FILE   # this machine
 
-Says for each program whether it fits a device's memory, and by how much; exit code 1 if one does not. A topology needs
-the extra `tpu` (libtpu), and no TPU. Parts that name a config are taken untrained: nothing has to be trained before.
+Says for each program whether it fits a device's memory, by how much, and what to change if not; what its collectives
+move, and the roofline (hybridgen.roofline). Nothing is run. Exit code 1 if a program does not fit. A topology needs the
+extra `tpu` (libtpu), and no TPU. Parts that name a config are taken untrained: nothing has to be trained before.
 
-For a topology XLA is told to spend less time on speed (`--exact`: as the run itself will): a 3B prior then compiles in
-half a minute and not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
+`--suggest` looks through shapes of the mesh, remat policies and batches, estimates all and compiles the promising ones
+(hybridgen.suggest). `--slices N`: so many such slices, data parallel between them (mesh axis `dcn`). For a topology XLA
+is told to spend less time on speed (`--exact`: as the run itself will): a 3B prior then compiles in half a minute and
+not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
 
-JSON: {"config", "family", "topology" (null: this machine), "device", "devices", "mesh", "batch", "count" (pictures
-drawn at a time), "parameters", "fits", "capacity": bytes a device that a program may use (null: not known),
-"train" and "sample": {
+JSON: {"config", "family", "topology" (null: this machine), "slices", "device", "devices", "mesh", "batch", "count"
+(pictures drawn at a time), "dtype", "parameters", "fits", "capacity": bytes a device that a program may use (null: not
+known), "train" and "sample": {
   "fits", "spare": bytes a device that are left (negative: over by; null: not known),
+  "changes": what to change if it does not fit, the first thing first,
   "memory": bytes a device {"arguments", "outputs", "aliased", "temporaries", "peak"} (null if it did not compile),
   "flops" of a step or call, all devices: {"matmul", "attention", "convolution", "total"},
+  "collectives": [{"kind", "axis" (of the mesh; "?": not known), "group": devices in one, "count": of a step or call,
+    "bytes": of the larger side, a device, over all of them}],
+  "roofline": null if it did not compile, or {"seconds" of a step or call at least, "limit": "compute", "memory" or
+    "network", "times": seconds by these, "recomputed_flops": by remat, all devices, "memory_bytes": read and written by
+    a device, "images_per_s" and "tokens_per_s" a device, "mfu": share of the chip's peak at most},
   "lower_s" (trace and lower), "compile_s", "error": null, or what the compiler said}}
+With --suggest: {"config", "topology", "slices", "device", "devices", "capacity", "tried", "compiled", "fits": any does,
+"suggestions": [{"options": of the command line, "mesh", "remat", "batch", "estimate": {"bytes", "images_per_s"},
+"fits", "spare", "images_per_s" a device, "limit", "mfu"}], the best first}
 """
 
 import importlib.util
 import os
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
+from hybridgen import chips, hlo, programs, roofline, rundir, suggest, trees
 from hybridgen import config as config_lib
-from hybridgen import programs, rundir, trees
 from hybridgen.cli import command, make_parser
 from hybridgen.errors import UserError
 
 GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """A TPU: the sides of its topologies, and memory that a program may use (GiB a device, as libtpu 0.0.42 says)."""
-
-    sides: int
-    memory: float
-
-
-CHIPS = {
-    "v2": Chip(2, 7.48),
-    "v3": Chip(2, 15.48),
-    "v4": Chip(3, 15.25),
-    "v5e": Chip(2, 15.75),
-    "v5p": Chip(3, 95.74),
-    "v6e": Chip(2, 31.25),
-    "tpu7x": Chip(3, 94.75),
-}
 KNOWN = "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1"
 # libtpu is not to look for a TPU, for a metadata server or for another process that has one
 OFFLINE = {
@@ -59,15 +55,17 @@ OFFLINE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 QUICK = {"exec_time_optimization_effort": -0.5}
+LISTED = 6  # kinds of collectives that are printed
 
 
-def topology(name: str) -> tuple[list, float]:
-    """(devices to compile for, bytes that a program may use on each) of a topology such as "v5e:16x16"."""
+def topology(name: str, slices: int = 1) -> tuple[list, float]:
+    """(devices to compile for, bytes that a program may use on each) of `slices` topologies such as "v5e:16x16"."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
-    chip = CHIPS.get(found[1]) if found else None
+    known = {kind: chip for kind, chip in chips.CHIPS.items() if chip.sides}
+    chip = known.get(found[1]) if found else None
     sides = [int(side) for side in found[2].split("x")] if found else []
     if chip is None:
-        near = config_lib.hint(name.partition(":")[0], CHIPS)
+        near = config_lib.hint(name.partition(":")[0], known)
         raise UserError(f"no topology {name!r}{near}; known are {KNOWN}")
     if len(sides) != chip.sides:
         raise UserError(f"topology {name!r} has {len(sides)} sides and {found[1]} has {chip.sides}; known are {KNOWN}")
@@ -77,12 +75,13 @@ def topology(name: str) -> tuple[list, float]:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
-    options = {"chips_per_host_bounds": (1,) * 3} if set(sides) == {1} else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": (1,) * 3} if set(sides) == {1} else {}
+    options |= {"num_slices": slices} if slices > 1 else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"no topology {name!r}: {str(error).splitlines()[0]}; known are {KNOWN}") from None
-    return list(devices), chip.memory * GIB
+    return list(devices), chip.memory
 
 
 def capacity() -> float | None:
@@ -108,37 +107,52 @@ def preflight(
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "batch": config.batch,
         "count": built.keys.shape[0],
+        "dtype": built.dtype,
         "parameters": trees.count(built.state["params"]),
         "capacity": room,
     }
     print(headline(report), HEAD, sep="\n", flush=True)
+    chip = chips.of(mesh.devices.flat[0])
     for name in what:
-        with jax.set_mesh(mesh):
-            entry = attempt(built, name, room, options)
+        entry = attempt(built, name, chip, room, options)
         report[name] = entry
-        print(line(name, entry), flush=True)
+        print(line(name, entry), *details(entry), sep="\n", flush=True)
     report["fits"] = all(report[name]["fits"] for name in what)
     return report
 
 
-def attempt(built: programs.Programs, name: str, room: float | None, options: dict | None) -> dict[str, Any]:
+def attempt(
+    built: programs.Programs, name: str, chip: chips.Chip, room: float | None, options: dict | None
+) -> dict[str, Any]:
     """The report of one program. Running out of memory while compiling is a result; other errors are raised."""
     if name == "train":
-        function, arguments, flops = built.step, built.train_arguments(), built.train_flops()
+        function, arguments, (flops, again) = built.step, built.train_arguments(), built.train_flops()
     else:
-        function, arguments, flops = built.draw, built.sample_arguments(), built.sample_flops()
-    entry = {"flops": flops | {"total": sum(flops.values())}, "error": None}
+        function, arguments, (flops, again) = built.draw, built.sample_arguments(), (built.sample_flops(), 0.0)
+    total, mesh = sum(flops.values()), built.experiment.mesh
+    entry = {"flops": flops | {"total": total}, "collectives": [], "roofline": None, "changes": [], "error": None}
     start = time.perf_counter()
     try:
-        _, measured = programs.compile_timed(function, arguments, options)
+        with jax.set_mesh(mesh):
+            compiled, measured = programs.compile_timed(function, arguments, options)
     except jax.errors.JaxRuntimeError as error:
         over = exceeded(str(error))
         if over is None:
             raise
-        seconds = {"lower_s": 0.0, "compile_s": time.perf_counter() - start}
-        return entry | seconds | {"memory": None, "fits": False, "spare": -over, "error": str(error)[:2000]}
-    spare = None if room is None else room - measured["memory"]["peak"]
-    return entry | measured | {"spare": spare, "fits": spare is None or spare >= 0}
+        entry |= {"lower_s": 0.0, "compile_s": time.perf_counter() - start}
+        entry |= {"memory": None, "fits": False, "spare": -over, "error": str(error)[:2000]}
+    else:
+        spare = None if room is None else room - measured["memory"]["peak"]
+        collectives, moved = hlo.read(compiled.as_text(), mesh)
+        images = built.experiment.config.batch if name == "train" else built.keys.shape[0]
+        rates = roofline.roofline(
+            chip, built.dtype, mesh, total, again, moved, collectives, images, built.tokens()
+        )
+        entry |= measured | {"spare": spare, "fits": spare is None or spare >= 0}
+        entry |= {"collectives": collectives, "roofline": rates}
+    if not entry["fits"]:
+        entry["changes"] = roofline.changes(built, name, entry, room or chip.memory or 0.0)
+    return entry
 
 
 def exceeded(message: str) -> float | None:
@@ -192,22 +206,47 @@ def verdict(entry: dict) -> str:
     return f"over by {-entry['spare'] / GIB:.2f} GiB"
 
 
+def details(entry: dict) -> list[str]:
+    """Lines under a row of the table: what to change, what limits it, and what its collectives move."""
+    human, out = programs.human, [f"{'':12}{'or' if i else 'try'} {text}" for i, text in enumerate(entry["changes"])]
+    if entry["roofline"]:
+        top = entry["roofline"]
+        times = ", ".join(f"{name} {human(seconds, 's')}" for name, seconds in top["times"].items())
+        out.append(
+            f"{'':12}at least {human(top['seconds'], 's')}, limited by {top['limit']} ({times}): "
+            f"{human(top['images_per_s'])} images/s and {human(top['tokens_per_s'])} tokens/s a device, "
+            f"{top['mfu']:.0%} of its peak"
+        )
+    for it in entry["collectives"][:LISTED]:
+        many = f"{it['count']} over {it['axis']} (groups of {it['group']}), {human(it['bytes'], 'B')} a device"
+        out.append(f"{'':12}{it['kind']}: {many}")
+    return out
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("preflight", __doc__)
     programs.add_arguments(parser)
     parser.add_argument("--topology", metavar="CHIP:SIDES", help=f"{KNOWN}; default: this machine")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (mesh axis dcn)")
     parser.add_argument("--exact", action="store_true", help="compile for a topology with all of XLA's optimisations")
+    parser.add_argument("--suggest", action="store_true", help="search meshes, remat policies and batches for training")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
+    if args.slices < 1 or (args.slices > 1 and not args.topology):
+        raise UserError(f"--slices {args.slices} is for topologies, and at least 1")
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # what is compiled for is not what is here
-        devices, room = topology(args.topology)
+        devices, room = topology(args.topology, args.slices)
     else:
         devices, room = None, capacity()
-    built = programs.load(args, overrides, devices)
+    overrides = [*overrides, f"mesh.dcn={args.slices}"] if args.slices > 1 else overrides
     options = QUICK if args.topology and not args.exact else None
-    report = preflight(built, built.names(args.what), room, options)
-    report = {"config": args.config, "topology": args.topology} | report
+    if args.suggest:
+        report = suggest.search(args, overrides, devices, room, lambda built, chip: attempt(built, "train", chip, room, options))
+    else:
+        built = programs.load(args, overrides, devices)
+        report = preflight(built, built.names(args.what), room, options)
+    report = {"config": args.config, "topology": args.topology, "slices": args.slices} | report
     if json:
         rundir.write_json(json, report)
     return 0 if report["fits"] else 1

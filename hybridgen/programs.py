@@ -7,6 +7,7 @@ are abstract (shapes, dtypes and shardings); `make` gives real ones.
 
 import argparse
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,8 +51,8 @@ class Programs(NamedTuple):
         params = inference_params(self.state["params"], self.state["ema"])
         return params, self.state["extra"], self.experiment.parts, self.cond, self.keys
 
-    def train_flops(self) -> dict[str, float]:
-        """FLOPs of a training step over all devices, by kind."""
+    def objective(self) -> tuple[Callable, tuple]:
+        """The loss as a function of the trainable parameters and of its other arguments, and those, abstract."""
         rule, (state, batch, parts) = self.rule, self.train_arguments()
         trainable, frozen = rule.which.split(state["params"])
 
@@ -59,11 +60,22 @@ class Programs(NamedTuple):
             options = {"parts": parts, "extra": extra, "step": step, "train": True}
             return rule.family.loss(rule.model, trees.join(trainable, frozen), batch, jax.random.key(0), **options)[0]
 
-        return dict(flops.training(loss, trainable, frozen, batch, parts, state["extra"], state["step"]))
+        return loss, (trainable, frozen, batch, parts, state["extra"], state["step"])
+
+    def train_flops(self) -> tuple[dict[str, float], float]:
+        """FLOPs of a training step over all devices, by kind; and what remat computes once more."""
+        loss, arguments = self.objective()
+        count, again = flops.training(loss, *arguments)
+        return dict(count), again
 
     def sample_flops(self) -> dict[str, float]:
         """FLOPs of one call of `draw` over all devices, by kind."""
         return dict(flops.forward(self.draw, *self.sample_arguments()))
+
+    @property
+    def dtype(self) -> str:
+        """What most is computed in."""
+        return next(iter(options_named(self.experiment.config.model, "dtype").values()), "float32")
 
     @property
     def trains(self) -> bool:
@@ -94,6 +106,21 @@ def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
         given = f"it has no {stage!r}{config_lib.hint(stage, known)}" if stage else "choose a stage of it with --stage"
         raise UserError(f"this config is a recipe of {', '.join(known)}: {given}")
     return stages[stage], stages
+
+
+def options_named(model: Mapping, name: str, path: str = "model") -> dict[str, Any]:
+    """{dotted path: value} of an option of a model, or of the members of a cascade."""
+    found = {f"{path}.{name}": model[name]} if name in model else {}
+    for key, value in model.items():
+        if hasattr(value, "items"):
+            found |= options_named(value, name, f"{path}.{key}")
+    return found
+
+
+def bytes_each(tree: Any) -> int:
+    """Bytes of abstract arrays on a device that holds most of them, by their shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def build(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridgen import config as config_lib
-from hybridgen import evaluate, rundir, train
+from hybridgen import distributed, evaluate, rundir, train
 from hybridgen.cli import command, make_parser
 from hybridgen.errors import UserError
 from hybridgen.experiment import find_run, restore
@@ -61,8 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     config_lib.add_argument(parser)
     parser.add_argument("--workdir", required=True, type=Path, help="folder that holds a run folder for every stage")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
+    distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
     config = config_lib.load(args.config, overrides)
+    distributed.start(args)
     done = run(config, args.workdir, tuple(filter(None, args.allow.split(","))))
     return 0 if done else 130
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen import pictures, rundir, sharding
+from hybridgen import distributed, pictures, rundir, sharding
 from hybridgen.cli import command, make_parser
 from hybridgen.data import transforms
 from hybridgen.errors import UserError
@@ -31,17 +31,18 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     prompts = [text for text in words for _ in range(count)]
     batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
     rundir.make(out)
-    kept, number = [], 0
+    kept, number, writes = [], 0, jax.process_index() == 0
     with jax.set_mesh(loaded.mesh):
         pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="drawing"):
             shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
             kept.append(np.concatenate(shown, 2))
-            for image in piece["image"]:
+            for image in piece["image"] if writes else ():
                 Image.fromarray(transforms.to_uint8(image)).save(out / f"{number:05d}.png")
                 number += 1
     grid = out / "grid.png"
-    sheet(np.concatenate(kept), prompts, cell=128).save(grid)
+    if writes:
+        sheet(np.concatenate(kept), prompts, cell=128).save(grid)
     return grid
 
 
@@ -87,9 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for PNGs and grid.png")
     parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft beside each render")
     pictures.add_arguments(parser)
+    distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     pictures.check_arguments(args)
     asked = read_asked(args)
+    distributed.start(args)
     loaded = restore(find_run(args.run, None), pictures.changes(args), args.checkpoint)
     grid = sample(loaded, asked, args.count, args.seed, args.batch, args.out, args.draft)
     print(f"{len(asked) * args.count} pictures in {args.out}, grid {grid}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hybridgen.errors import UserError
@@ -63,9 +64,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
         raise UserError(f"mesh {dict(sizes)} takes {fixed} devices and there are {devices.size}")
     if free:
         shape[free[0]] = devices.size // fixed
-    return jax.make_mesh(
-        tuple(shape.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices.tolist()
-    )
+    types, (dcn, *inner) = (AxisType.Auto,) * len(MESH_AXES), shape.values()
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices.tolist())
+    if len(slices) != dcn:
+        raise UserError(f"mesh.dcn {dcn} is not the number of slices, {len(slices)}: between slices is data parallel")
+    grid = mesh_utils.create_hybrid_device_mesh((1, *inner), (dcn, 1, 1, 1), devices.tolist())
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
@@ -168,3 +174,31 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), place)
     return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
+
+
+def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays, rows over the data axes, from all rows of each entry, which every process has."""
+    return put(dict(batch), batch_sharding(mesh))
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Arrays that every process has whole, laid out by `places`: a sharding, or a tree of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def one(x: Any, place: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=place)(x)
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+    if isinstance(places, NamedSharding):
+        places = jax.tree.map(lambda _: places, tree)
+    return jax.tree.map(one, tree, places)
+
+
+def whole(tree: Any) -> Any:
+    """Global arrays as numpy, in every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -61,6 +61,7 @@ def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
     file = folder / "skipped.json"
     named = [*config.health.skip, *(rundir.read_json(file) if file.is_file() else [])]
     for pair in named:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(x, int) for x in pair) or not 0 <= pair[0] < pair[1]:
+        numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, int) for x in pair)
+        if not numbers or not 0 <= pair[0] < pair[1]:
             raise UserError(f"health.skip: {pair!r} is no interval (first, end) of steps")
     return [(first, end) for first, end in named]

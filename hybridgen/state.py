@@ -131,7 +131,7 @@ def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
         target = flat[path]
         if leaf.shape != target.shape:
             raise UserError(f"init_from: {path!r} has shape {leaf.shape} and is to have {target.shape}")
-        flat[path] = jax.device_put(jnp.asarray(leaf, target.dtype), target.sharding)
+        flat[path] = sharding.put(jnp.asarray(leaf, target.dtype), target.sharding)
     return trees.unflatten(flat)
 
 

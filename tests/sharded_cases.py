@@ -1,16 +1,20 @@
 """Run in a process of its own, with eight host devices: the same steps on several meshes, one line of JSON each.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharded_cases.py prior float32 10 '{"data": 2}' ...
+
+HOSTS="127.0.0.1:PORT 2 0" makes it process 0 of 2.
 """
 
+import argparse
 import json
+import os
 import sys
 
 import jax
 import numpy as np
 import tiny
 
-from hybridgen import sharding, trees
+from hybridgen import distributed, sharding, trees
 
 ROWS = 16
 WIDE = {"width": 32, "heads": 4}  # heads, width and words divide by every mesh axis here
@@ -61,7 +65,7 @@ def measure(name: str, dtype: str, steps: int, mesh: dict, **changes) -> dict:
         "shards": {path: [leaf.shape, leaf.addressable_shards[0].data.shape] for path, leaf in flat.items()},
         "copies": all(copies_agree(leaf) for leaf in flat.values()),
         "final": {
-            path: np.asarray(leaf).tolist()
+            path: sharding.whole(leaf).tolist()
             for path, leaf in flat.items()
             if path.startswith(("extra/", "params/")) and (leaf.size < 600 or path.startswith("extra/"))
         },
@@ -98,6 +102,10 @@ def main() -> None:
     name, dtype, steps, *rest = sys.argv[1:]
     changes = dict(text.removeprefix("--").split("=") for text in rest if text.startswith("--"))
     changes = {key: json.loads(value) for key, value in changes.items()}
+    if "HOSTS" in os.environ:  # "coordinator count process"
+        coordinator, count, process = os.environ["HOSTS"].split()
+        options = {"coordinator": coordinator, "num_processes": int(count), "process_id": int(process)}
+        distributed.start(argparse.Namespace(**options, init_timeout=60, distributed=False))
     for mesh in (json.loads(text) for text in rest if not text.startswith("--")):
         with jax.enable_x64(dtype == "float64"):
             if name in ("memory", "places"):

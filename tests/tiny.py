@@ -102,7 +102,7 @@ def experiment(family, model: dict, parts: dict | None = None, mesh: dict | None
     place = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     config = common.stage(str(family), {}, {}, **{"log__every": 1, "steps": 1000, "optim__warmup": 0} | changes)
     module = find(family) if isinstance(family, str) else family
-    ready = {name: jax.device_put(part, sharding.replicated(place)) for name, part in (parts or {}).items()}
+    ready = {name: sharding.put(part, sharding.replicated(place)) for name, part in (parts or {}).items()}
     return Experiment(config, module, module.build(model), ready, {}, None, place)
 
 
@@ -121,11 +121,11 @@ class Run:
         )
         start = state.initial(arrays, zeros, self.rule.which, experiment.config.frozen_dtype)
         places = jax.tree.map(lambda s: s.sharding, self.abstract)
-        self.state = jax.device_put(wide(start, dtype), places)
+        self.state = sharding.put(wide(start, dtype), places)
 
     def step(self, batch: dict) -> dict[str, float]:
         with jax.set_mesh(self.experiment.mesh):
-            put = sharding.to_global(wide(batch, self.dtype), self.experiment.mesh)
+            put = sharding.spread(wide(batch, self.dtype), self.experiment.mesh)
             self.state, report = self.compiled(self.state, put, self.parts)
         return {name: float(value) for name, value in report.items()}
 

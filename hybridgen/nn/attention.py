@@ -16,6 +16,7 @@ import numpy as np
 
 from hybridgen.errors import UserError
 from hybridgen.nn import cache as kv
+from hybridgen.nn.flash import flash_attention
 from hybridgen.nn.linear import Linear, affine, cast, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary, rotate
@@ -62,17 +63,44 @@ class Mask(NamedTuple):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "auto") -> jax.Array:
     """Scaled dot-product attention: `q [b, t, h, g, k]`, `k, v [b, s, h, k]` -> `[b, t, h, g, k]`.
 
-    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision, no prefix mask), "auto" picks. Softmax in at least
-    float32. A row that sees no key is zero ("xla").
+    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision, no prefix mask), "splash" on a TPU (the offset known;
+    "splash interpreted" anywhere, slowly), "auto" picks. Softmax in at least float32. A row that sees no key is zero
+    ("xla" and "splash").
     """
     if kernel == "auto":
-        fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[1] > 1 and mask.kind != "prefix"
-        kernel = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+        kernel = pick(q, k, mask)
     if kernel == "cudnn":
         return _cudnn(q, k, v, mask)
+    if kernel in ("splash", "splash interpreted"):
+        return _splash(q, k, v, mask, interpret=kernel != "splash")
     if kernel != "xla":
-        raise UserError(f"attention kernel {kernel!r} is not one of 'auto', 'xla', 'cudnn'")
+        raise UserError(f"attention kernel {kernel!r} is not one of 'auto', 'xla', 'cudnn', 'splash'")
     return _xla(q, k, v, mask)
+
+
+def pick(q: jax.Array, k: jax.Array, mask: Mask) -> str:
+    """The kernel for these shapes where the program will run: that of the mesh in force, else of this machine."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device  # what is compiled for may not be what is here
+    platform = device.platform if device else jax.default_backend()
+    if platform in ("gpu", "cuda"):
+        fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[1] > 1 and mask.kind != "prefix"
+        return "cudnn" if fits else "xla"
+    # below this the weights fit on the chip, and one product over all heads fills the matrix unit better
+    large = q.shape[1] >= 128 and q.shape[1] * k.shape[1] >= 256 * 256
+    fits = large and q.dtype in (jnp.bfloat16, jnp.float32) and isinstance(mask.offset, int)
+    return "splash" if fits and platform == "tpu" else "xla"
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, interpret: bool) -> jax.Array:
+    if not isinstance(mask.offset, int):
+        raise UserError("the splash kernel needs to know where its first query stands; over a cache take 'xla'")
+    b, t, s = q.shape[0], q.shape[1], k.shape[1]
+    seen = None
+    if mask.valid is not None:
+        seen = jnp.broadcast_to(mask.dense(t, s), (b, 1, 1, t, s)).any(-1)[:, 0, 0]  # b t
+    static = {"kind": mask.kind, "prefix": mask.prefix, "offset": mask.offset}
+    return flash_attention(q, k, v, mask.valid, seen, interpret=interpret, **static)
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
