@@ -1,38 +1,53 @@
-"""Step time, tokens and images a second, and fraction of this machine's rate, of training and sampling with a config.
+"""Step time, tokens and images a second, and fractions of what this machine can do, of training and sampling.
 
     python -m hybridgen.bench --config configs/ar/raster.py:bench
     python -m hybridgen.bench --config configs/recipes/shapes.py:cpu --stage decoder --what train --json decoder.json
+    python -m hybridgen.bench --config configs/ar/raster.py:3b --json prior.json     # where there is an accelerator
 
-Times the programs that `train` and `sample` run, on one batch of the config's data, on this machine. Runs of a program
+Times the programs that `train` and `sample` run, on one batch of the config's data, on this machine; where a prior
+draws tokens over a cache, that alone too (decode); and training from the loader, for what it waits. Runs of a program
 take turns with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see the same
-machine: the fraction of its matmul rate is the median over turns. FLOPs are counted from the trace (hybridgen.flops).
-Parts that name a config are used untrained. Nothing is written but FILE.
+machine: the fraction of its matmul rate is the median over turns; decode takes turns with a large copy. FLOPs are
+counted from the trace (hybridgen.flops), without what remat adds. Parts that name a config are used untrained. Nothing
+is written but FILE, and compiled programs in a temporary folder, to time how soon they are back.
 
 JSON: {"config", "family", "platform", "device", "devices", "batch", "dtype", "parameters", "load" (of the machine in
-the minute before, in busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "train" and "sample": {
+the minute before, in busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "copy": {"bytes_per_s":
+median of one device, read and written together}, "chip": {"flops_per_s" in this dtype, "bytes_per_s"} by
+hybridgen.chips, or null, "train" and "sample": {
   "seconds" of a step or call: {"median", "q1", "q3", "min", "runs"}, "images" of a step or call, "images_per_s",
   "tokens_per_s" (image tokens, or patches), "flops" of a step or call: {"matmul", "attention", "convolution", "total"},
-  "flops_per_s", "matmul_fraction", "lower_s" (trace and lower), "compile_s",
+  "flops_per_s", "matmul_fraction", "mfu": share of the chip's peak (null: chip not known),
+  "memory_bytes": read and written by a device as compiled (hybridgen.hlo), "copy_fraction": that of the copy's rate,
+  "lower_s" (trace and lower), "compile_s" from nothing, "warm_compile_s" from the compile cache,
   "memory" a device as compiled: {"arguments", "outputs", "aliased", "temporaries", "peak"} in bytes,
-  "measured_peak": bytes in use at most so far, a device's or, on a CPU, this process's}}
+  "measured_peak": bytes in use at most so far, a device's or, on a CPU, this process's,
+  in "train" "input": {"steps", "wait_s": median wait for a batch, "stall": waiting, of all time} (null with --cached),
+  in "sample" "decode": null, or {"seconds": as above, "steps" of the prior, "tokens_per_s", "bytes": that a device must
+    read in a step (parameters in their dtype of use and the filled cache), "copy_fraction": these of the copy's rate,
+    "bandwidth_fraction": of the chip's (null: not known), "compile_s", ...}}}
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
+from hybridgen import chips, hlo, programs, roofline, rundir, trees
 from hybridgen import config as config_lib
-from hybridgen import programs, rundir, trees
 from hybridgen.cli import command, make_parser
 from hybridgen.state import inference_params
 
+FED = 8  # steps on what the loader gives, at most
 PATIENCE = 90.0  # seconds of turns after which a program is not run again, if it ran three times
 
 
@@ -40,64 +55,146 @@ def bench(built: programs.Programs, what: tuple[str, ...], runs: int) -> dict[st
     """Times the programs named in `what`, `runs` times each, and prints a line for each; returns the report."""
     config, mesh = built.experiment.config, built.experiment.mesh
     device = mesh.devices.flat[0]
+    chip = chips.find(device.device_kind)
     report = {
         "family": config.family,
         "platform": device.platform,
         "device": device.device_kind,
         "devices": mesh.devices.size,
         "batch": config.batch,
-        "dtype": config.model.get("dtype", "float32"),
+        "dtype": built.dtype,
         "parameters": trees.count(built.state["params"]),
         "load": os.getloadavg()[0],
+        "chip": chip and {"flops_per_s": roofline.peak_of(chip, built.dtype), "bytes_per_s": chip.bandwidth},
     }
     print(headline(report), HEAD, sep="\n", flush=True)
-    matmul = Matmul(device)
+    # before a mesh is in force: a program compiled under one would object to arrays outside it
+    ceilings = Ceilings(chips.Matmul(device), chips.Copy(device), [], [])
     state, batch, parts, cond, keys = built.make()
-    rates: list[float] = []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder, cached(folder):
         for name in what:
             if name == "train":
-                compiled, entry = programs.compile_timed(built.step, built.train_arguments())
-                turns = steps(compiled, state, batch, parts)
-                images, flops = config.batch, built.train_flops()
+                entry, state = train(built, (state, batch, parts), ceilings, runs, report)
             else:
-                compiled, entry = programs.compile_timed(built.draw, built.sample_arguments())
                 given = inference_params(state["params"], state["ema"]), state["extra"], parts, cond, keys
-                turns = (compiled(*given) for _ in itertools.count())
-                images, flops = len(keys), built.sample_flops()
-            seconds, beside, last = alternate(turns, matmul, runs)
-            state = last[0] if name == "train" else state
-            rates += beside
-            entry |= summary(seconds, beside, images, images * built.tokens(), flops, report)
+                entry = sample(built, given, ceilings, runs, report)
             report[name] = entry | {"measured_peak": measured_peak(device)}
-            print(line(name, report[name]), flush=True)
-    report["matmul"] = {"dtype": matmul.dtype, "flops_per_s": statistics.median(rates)}
-    print(f"\nmatmul rate {programs.human(statistics.median(rates), 'FLOP/s')} a device, {matmul.dtype}")
+            print(line(name, report[name]), *details(report[name]), sep="\n", flush=True)
+    rate, moved = statistics.median(ceilings.products), statistics.median(ceilings.copies)
+    report["matmul"] = {"dtype": ceilings.matmul.dtype, "flops_per_s": rate}
+    report["copy"] = {"bytes_per_s": moved}
+    rates = f"matmul rate {programs.human(rate, 'FLOP/s')} a device, {ceilings.matmul.dtype}"
+    print(f"\n{rates}; copy rate {programs.human(moved, 'B/s')}")
     return report
 
 
-class Matmul:
-    """A product that fills the machine: the rate that everything is compared with."""
+class Ceilings(NamedTuple):
+    """What this machine can do: two programs that show it, and what they showed, in FLOP/s and bytes/s."""
 
-    def __init__(self, device: Any):
-        cpu = device.platform == "cpu"
-        self.size, self.chain, self.dtype = (2048, 1, "float32") if cpu else (8192, 8, "bfloat16")
-        key = jax.random.key(0)
-        self.x = jax.device_put(jax.random.normal(key, (self.size, self.size), self.dtype), device)
-        self.product = jax.jit(self._product).lower(self.x, self.x).compile()  # now: a mesh in force would object later
-        jax.block_until_ready(self.product(self.x, self.x))
+    matmul: chips.Matmul
+    copy: chips.Copy
+    products: list[float]
+    copies: list[float]
 
-    def _product(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, self.chain, lambda _, y: (y @ w) * self.size**-0.5, x)
 
-    def rate(self) -> float:
-        """FLOP/s of one device, now: the best of three in a row, since the first finds caches full of other things."""
-        seconds = []
-        for _ in range(3):
+@contextlib.contextmanager
+def cached(folder: str) -> Iterator[None]:
+    """JAX's compile cache in an empty folder, for everything, however quick."""
+    new = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    old = {name: getattr(jax.config, name) for name in new}
+    for values in (new, old):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it looks at its settings once
+        if values is new:
+            try:
+                yield
+            except BaseException:
+                jax.config.update("jax_compilation_cache_dir", old["jax_compilation_cache_dir"])
+                compilation_cache.reset_cache()
+                raise
+
+
+def compile_twice(function: Any, arguments: tuple) -> tuple[Any, dict[str, Any]]:
+    """As programs.compile_timed, and "warm_compile_s": how long it takes when the compile cache has it."""
+    compiled, entry = programs.compile_timed(function, arguments)
+    start = time.perf_counter()
+    function.lower(*arguments).compile()
+    return compiled, entry | {"warm_compile_s": time.perf_counter() - start}
+
+
+def train(
+    built: programs.Programs, given: tuple, ceilings: Ceilings, runs: int, report: dict
+) -> tuple[dict[str, Any], dict]:
+    """(the entry "train" of the report, the state after it)."""
+    state, batch, parts = given
+    compiled, entry = compile_twice(built.step, built.train_arguments())
+    turns = steps(compiled, state, batch, parts)
+    seconds, beside, last = alternate(turns, ceilings.matmul, runs)
+    ceilings.products.extend(beside)
+    state, waits = last[0], None
+    if built.stream:
+        state, waits = loaded(compiled, state, parts, built.stream, min(runs, FED))
+    entry |= summary(seconds, beside, built.experiment.config.batch, built.tokens(), built.train_flops()[0], report)
+    return entry | moved(compiled, built, seconds, ceilings) | {"input": waits}, state
+
+
+def loaded(compiled: Any, state: dict, parts: Any, stream: Any, count: int) -> tuple[dict, dict[str, Any]]:
+    """(the state, {"steps", "wait_s", "stall"}) of `count` steps on what the loader gives, as in training."""
+    waits, whole = [], 0.0
+    with stream() as batches:
+        state, _ = jax.block_until_ready(compiled(state, next(batches), parts))  # the first batch is always waited for
+        for _ in range(count):
             start = time.perf_counter()
-            jax.block_until_ready(self.product(self.x, self.x))
-            seconds.append(time.perf_counter() - start)
-        return 2 * self.chain * self.size**3 / min(seconds)
+            batch = next(batches)
+            waits.append(time.perf_counter() - start)
+            state, _ = jax.block_until_ready(compiled(state, batch, parts))
+            whole += time.perf_counter() - start
+    return state, {"steps": count, "wait_s": statistics.median(waits), "stall": sum(waits) / whole}
+
+
+def sample(
+    built: programs.Programs, given: tuple, ceilings: Ceilings, runs: int, report: dict
+) -> dict[str, Any]:
+    """The entry "sample" of the report, with "decode" where a prior draws tokens."""
+    compiled, entry = compile_twice(built.draw, built.sample_arguments())
+    seconds, beside, _ = alternate((compiled(*given) for _ in itertools.count()), ceilings.matmul, runs)
+    ceilings.products.extend(beside)
+    count = built.keys.shape[0]
+    entry |= summary(seconds, beside, count, built.tokens(), built.sample_flops(), report)
+    entry |= moved(compiled, built, seconds, ceilings) | {"decode": None}
+    decoding = built.decoding()
+    if decoding:
+        compiled, decode = compile_twice(decoding.plan, built.sample_arguments())
+        seconds, beside, _ = alternate((compiled(*given) for _ in itertools.count()), ceilings.copy, runs)
+        ceilings.copies.extend(beside)
+        rate, share = decoding.bytes * decoding.steps, shared(report)
+        fractions = [rate / second / copy * share for second, copy in zip(seconds, beside, strict=True)]
+        median = statistics.median(seconds)
+        chip = report["chip"]
+        entry["decode"] = decode | {
+            "seconds": spread(seconds),
+            "steps": decoding.steps,
+            "tokens_per_s": count * (decoding.steps + 1) / median,
+            "bytes": decoding.bytes,
+            "copy_fraction": statistics.median(fractions),
+            "bandwidth_fraction": chip and rate / median / chip["bytes_per_s"],
+        }
+    return entry
+
+
+def moved(compiled: Any, built: programs.Programs, seconds: list, ceilings: Ceilings) -> dict[str, Any]:
+    """What a program reads and writes, and the fraction of the copy's rate that this is."""
+    mesh = built.experiment.mesh
+    size, rate = hlo.read(compiled.as_text(), mesh)[1], ceilings.copy.rate()
+    ceilings.copies.append(rate)
+    share = mesh.devices.size if mesh.devices.flat[0].platform == "cpu" else 1
+    return {"memory_bytes": size, "copy_fraction": size * share / statistics.median(seconds) / rate}
+
+
+def shared(report: dict) -> int:
+    """Devices that are one machine: on a CPU all of them, and one product or copy fills it."""
+    return report["devices"] if report["platform"] == "cpu" else 1
 
 
 def steps(compiled: Any, state: dict, batch: dict, parts: Any) -> Iterator[tuple[dict, dict]]:
@@ -107,37 +204,42 @@ def steps(compiled: Any, state: dict, batch: dict, parts: Any) -> Iterator[tuple
         yield state, metrics
 
 
-def alternate(turns: Iterator, matmul: Matmul, runs: int) -> tuple[list[float], list[float], Any]:
+def alternate(turns: Iterator, ceiling: Any, runs: int) -> tuple[list[float], list[float], Any]:
     """(seconds of each turn, matmul rate around each, the last turn's result) of `runs` turns, after two unmeasured."""
     seconds, rates = [], []
     for _ in range(2):
         jax.block_until_ready(next(turns))
-    before, started = matmul.rate(), time.perf_counter()
+    before, started = ceiling.rate(), time.perf_counter()
     while len(seconds) < runs and (len(seconds) < 3 or time.perf_counter() - started < PATIENCE):
         start = time.perf_counter()
         last = jax.block_until_ready(next(turns))
         seconds.append(time.perf_counter() - start)
-        after = matmul.rate()
+        after = ceiling.rate()
         rates.append((before + after) / 2)
         before = after
     return seconds, rates, last
 
 
-def summary(seconds: list, rates: list, images: int, tokens: int, flops: dict, report: dict) -> dict[str, Any]:
-    """What a program did in the median of its runs."""
-    median, total = statistics.median(seconds), sum(flops.values())
+def spread(seconds: list) -> dict[str, float]:
+    """Median, quartiles and least of some times, and how many there are."""
     q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    # on a CPU all devices are one machine, and one product fills it
-    devices = 1 if report["platform"] == "cpu" else report["devices"]
+    return {"median": statistics.median(seconds), "q1": q1, "q3": q3, "min": min(seconds), "runs": len(seconds)}
+
+
+def summary(seconds: list, rates: list, images: int, tokens: int, flops: dict, report: dict) -> dict[str, Any]:
+    """What a program did in the median of its runs; `tokens` of an image."""
+    median, total = statistics.median(seconds), sum(flops.values())
+    devices = report["devices"] // shared(report)
     fractions = [total / second / rate / devices for second, rate in zip(seconds, rates, strict=True)]
     return {
-        "seconds": {"median": median, "q1": q1, "q3": q3, "min": min(seconds), "runs": len(seconds)},
+        "seconds": spread(seconds),
         "images": images,
         "images_per_s": images / median,
-        "tokens_per_s": tokens / median,
+        "tokens_per_s": images * tokens / median,
         "flops": dict(flops) | {"total": total},
         "flops_per_s": total / median,
         "matmul_fraction": statistics.median(fractions),
+        "mfu": report["chip"] and total / median / devices / report["chip"]["flops_per_s"],
     }
 
 
@@ -170,6 +272,25 @@ def line(name: str, entry: dict) -> str:
         f"{human(entry['images_per_s']):>10}{human(entry['flops']['total']):>10}{entry['matmul_fraction']:>11.1%}"
         f"{entry['lower_s'] + entry['compile_s']:>7.1f} s{entry['memory']['peak'] / 2**30:>6.2f} GiB"
     )
+
+
+def details(entry: dict) -> list[str]:
+    """Lines under a row of the table: bandwidth, what the loader keeps waiting, decoding."""
+    human, mfu = programs.human, f"{entry['mfu']:.1%} of the chip's peak, " if entry["mfu"] else ""
+    out = [
+        f"{'':8}{mfu}{human(entry['memory_bytes'], 'B')} read and written, {entry['copy_fraction']:.1%} of the copy rate; "
+        f"compiled again from the cache in {entry['warm_compile_s']:.1f} s"
+    ]
+    waits, decode = entry.get("input"), entry.get("decode")
+    if waits:
+        out.append(f"{'':8}fed by the loader: waits {human(waits['wait_s'], 's')} a step, {waits['stall']:.1%} of the time")
+    if decode:
+        out.append(
+            f"{'':8}decode: {human(decode['seconds']['median'], 's')}, {decode['steps']} steps that must read "
+            f"{human(decode['bytes'], 'B')} a device, {human(decode['tokens_per_s'])} tokens/s, "
+            f"{decode['copy_fraction']:.1%} of the copy rate"
+        )
+    return out
 
 
 def positive(text: str) -> int:

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, FieldReference
 from hybridgen.errors import UserError
 
 AUTO = "auto"
+FILLED = ("resolution", "classes", "text_vocab", "text_length", "vocab", "grid", "plan_width")  # what "auto" knows
 
 # the least value of an entry of a stage, whole numbers unless it is written 0.0; the most is what fits a seed
 LEAST = {
@@ -254,6 +255,9 @@ def _convert(key: str, text: str, old: Any, source_option: bool = False) -> Any:
 def _typed(key: str, value: Any, old: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
+    *groups, name = key.split(".")
+    if value == AUTO and name in FILLED and "model" in groups:
+        return value
     if old is None or old == AUTO:
         return value
     if isinstance(old, tuple):

@@ -25,6 +25,7 @@ PRODUCTS = {"dot_general": "matmul", "conv_general_dilated": "convolution"}
 # opaque, and only in attention; the last is nn.flash's, by the name of the jitted function around it
 KERNELS = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper", "flash_attention")
 
+REMAT = ("remat2", "checkpoint")
 AGAIN = "again"  # while walking: what remat computes once more
 
 
@@ -84,7 +85,7 @@ def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Coun
         if isinstance(body, core.Jaxpr):
             needs = given if len(body.invars) == len(given) else [any(given)] * len(body.invars)
             count, out = _walk(body, needs, scope, turns)
-            if name == "checkpoint" and any(given):
+            if name in REMAT and any(given):
                 count[AGAIN] += _recomputed(eqn.params["policy"], body, scope, turns)
             return count, out
     return Counter(), spread
@@ -130,7 +131,8 @@ def _product(eqn: Any, given: list[bool], scope: str, turns: int) -> Counter:
         size = 4 * left.size * int(attend[2])  # q k, and weights v
     else:
         raise NotImplementedError(f"the FLOPs of {name} are not known outside attention ({scope})")
-    sides = 2 * any(given) if name in KERNELS else sum(given[:2])
+    # a kernel's two products: queries with keys, and what comes of that with values
+    sides = (sum(given[:3]) + any(given[:2])) / 2 if name in KERNELS else sum(given[:2])
     if not attend:
         return Counter({PRODUCTS[name]: size * (1 + sides)})
     t, s = int(attend[1]), int(attend[2])

@@ -239,12 +239,15 @@ def main(argv: list[str] | None = None) -> int:
         devices, room = topology(args.topology, args.slices)
     else:
         devices, room = None, capacity()
-    overrides = [*overrides, f"mesh.dcn={args.slices}"] if args.slices > 1 else overrides
     options = QUICK if args.topology and not args.exact else None
     if args.suggest:
-        report = suggest.search(args, overrides, devices, room, lambda built, chip: attempt(built, "train", chip, room, options))
+
+        def trial(built: programs.Programs, chip: chips.Chip) -> dict[str, Any]:
+            return attempt(built, "train", chip, room, options)
+
+        report = suggest.search(args, overrides, devices, room, trial)
     else:
-        built = programs.load(args, overrides, devices)
+        built = programs.load(args, overrides, devices, {"mesh.dcn": args.slices} if args.slices > 1 else None)
         report = preflight(built, built.names(args.what), room, options)
     report = {"config": args.config, "topology": args.topology, "slices": args.slices} | report
     if json:

@@ -24,6 +24,7 @@ from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, context, find_run, part_shardings
 from hybridgen.experiment import load as load_run
 from hybridgen.models.parts import Part, find
+from hybridgen.sampling import guidance
 from hybridgen.state import inference_params
 from hybridgen.train import Rule, program, specs_of
 
@@ -43,6 +44,30 @@ class Programs(NamedTuple):
     cond: dict
     keys: Any
     make: Callable  # () -> (state, batch, parts, cond, keys) as arrays
+    stream: Callable | None  # () -> iterator over placed batches as training reads them; None: entries are cached
+
+    def decoding(self) -> "Decoding | None":
+        """The drawing of a plan alone, if there is a prior that draws one over a cache."""
+        family, config = self.experiment.family, self.experiment.config
+        if not hasattr(family, "prefill") and not hasattr(family, "member"):
+            return None
+        options = pictures.checked(config.sample.options).get("prior", {})
+
+        def prior(params: Any, extra: Any, parts: Any) -> Part:
+            if hasattr(family, "member"):
+                return family.member(self.experiment.model, "prior", params, parts)
+            return Part(params, extra, config.family, self.experiment.model)
+
+        def plan(params: Any, extra: Any, parts: Any, cond: dict, keys: Any) -> Any:
+            part = prior(params, extra, parts)
+            return part.call("plan", find(part.family).condition(part.model, cond), keys, options)[0]
+
+        params, extra, parts, cond, _ = self.sample_arguments()
+        part = jax.eval_shape(prior, params, extra, parts)
+        asked = find(part.family).condition(part.model, cond)
+        cache = jax.eval_shape(lambda part, asked: part.call("prefill", asked)[1], part, asked)
+        guided = 2 if guidance.is_on(options.get("guidance", 1.0)) else 1
+        return Decoding(jax.jit(plan), part.model.length - 1, _bytes_of_step(part, cache, guided, self.experiment.mesh))
 
     def train_arguments(self) -> tuple:
         return self.state, self.batch, self.experiment.parts
@@ -92,6 +117,25 @@ class Programs(NamedTuple):
         model, parts = self.experiment.model, self.experiment.parts
         length = getattr(model, "length", 0)
         return length or (parts["tokenizer"].model.length if "tokenizer" in parts else 0)
+
+
+class Decoding(NamedTuple):
+    """`plan(params, extra, parts, cond, keys)`, which runs the prior `steps` times, and bytes that each must read."""
+
+    plan: Any
+    steps: int
+    bytes: float  # a device: parameters in the dtype they are used in, and the filled part of the cache on average
+
+
+def _bytes_of_step(part: Part, cache: dict, guided: int, mesh: jax.sharding.Mesh) -> float:
+    """Bytes a device; tables are looked up, and a text tower runs before."""
+    flat = trees.flatten(part.params)
+    used = [leaf.size for path, leaf in flat.items() if not path.endswith("table") and not path.startswith("text")]
+    width = 2 if getattr(part.model, "dtype", "float32") == "bfloat16" else 4
+    layers, rows, length, heads = cache["k"].shape
+    filled = length - (part.model.length - 1) / 2  # positions of them, on average
+    held = 2 * layers * guided * rows * filled * heads * cache["k"].dtype.itemsize
+    return sum(used) * width / mesh.shape["tensor"] + held / mesh.devices.size
 
 
 def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
@@ -163,9 +207,20 @@ def build(
         with jax.set_mesh(mesh):
             return make_state(real), batch, real, told, drawn
 
+    def stream() -> pipeline.Prefetch:
+        rows = sharding.local_rows(mesh, config.batch)
+        options = {"batch": config.batch, "seed": config.seed, "rows": rows, "flip": config.data.get("flip", False)}
+        host = pipeline.batches(source, text, workers=config.data.workers, **options)
+        return pipeline.prefetch(map(_unbroken, host), functools.partial(sharding.to_global, mesh=mesh))
+
     draw = pictures.sampler(family, model, config.sample.options)
     inputs = (_placed(x, jax.tree.map(lambda _: by_row, x)) for x in (batch, cond, keys))
-    return Programs(experiment, rule, step, draw, state, *inputs, make)
+    return Programs(experiment, rule, step, draw, state, *inputs, make, None if encoders else stream)
+
+
+def _unbroken(batch: dict) -> dict:
+    pipeline.take_broken(batch)
+    return batch
 
 
 def _encode(part: Part, image: Any) -> Any:
@@ -236,11 +291,18 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in WHAT if name in given)
 
 
-def load(args: argparse.Namespace, overrides: Any, devices: Any = None) -> Programs:
-    """The programs that a command line names."""
-    config, stages = choose(config_lib.load(args.config, overrides), args.stage)
+def chosen(args: argparse.Namespace, overrides: Any) -> tuple[Any, Mapping]:
+    """(the stage that a command line names, all stages)."""
+    return choose(config_lib.load(args.config, overrides), args.stage)
+
+
+def load(args: argparse.Namespace, overrides: Any, devices: Any = None, changes: Mapping | None = None) -> Programs:
+    """The programs that a command line names, with `changes` to the stage ("mesh.fsdp": 16)."""
+    config, stages = chosen(args, overrides)
     if args.count is not None and args.count < 1:
         raise UserError(f"--count {args.count} is not at least 1")
+    with config.unlocked():
+        config.update_from_flattened_dict(dict(changes or {}))
     return build(config, stages, devices=devices, count=args.count, cached=args.cached)
 
 

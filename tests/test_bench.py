@@ -42,7 +42,7 @@ def test_cached_tokens_replace_the_encoder():
     part = "parts.tokenizer=configs/tokenizers/vq.py:tiny"
     plain, cached = (build("configs/ar/raster.py:tiny", part, cached=cached) for cached in (False, True))
     assert cached.batch["tokens"].shape == (8, 16)
-    assert plain.train_flops()["convolution"] > 0 and "convolution" not in cached.train_flops()
+    assert plain.train_flops()[0]["convolution"] > 0 and "convolution" not in cached.train_flops()[0]
     _, batch, _, _, _ = cached.make()
     assert batch["tokens"].shape == (8, 16) and 0 < batch["tokens"].max() < 1000
 

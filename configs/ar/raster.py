@@ -5,7 +5,8 @@
 
 `tiny`: a smoke test. `bench`: width 512, 12 layers, 256 tokens, what CPU speed is judged by. `3b`: 2.9B parameters
 over 256 tokens of a 16,384 codebook, for a v5e:16x16 or more (LlamaGen's 3B is 3200 wide with heads of 100; here they
-are 128, which a TPU does not pad).
+are 128, which a TPU does not pad). `20b`: 20B parameters, the size of Parti's largest (Yu et al. 2022), over its 1024
+tokens, here of pictures at 512, for a v5p:8x8x4 or more.
 """
 
 from configs import common
@@ -27,8 +28,8 @@ def get_config(variant: str = ""):
         config.batch = 4
         config.model.update(width=512, depth=12, heads=8)
         config.parts.tokenizer = common.UNTRAINED_256
-    elif variant == "3b":
-        config.data.update(resolution=256)
+    elif variant in ("3b", "20b"):
+        config.data.update(resolution=256 if variant == "3b" else 512)
         config.data.text.length = 64
         config.steps, config.batch = 300_000, 1024
         config.optim.update(lr=2e-4, warmup=5000, decay=0.05)
@@ -36,6 +37,10 @@ def get_config(variant: str = ""):
         config.model.update(remat="full", unroll=1, dtype="bfloat16")
         config.mesh.update(data=-1, fsdp=16)
         config.parts.tokenizer = "configs/tokenizers/vq.py:f16"
+        if variant == "20b":
+            config.optim.lr = 1e-4
+            config.model.update(width=6144, depth=44, heads=48, hidden=16384)
+            config.mesh.update(fsdp=64)
     elif variant:
-        raise common.unknown(variant, "tiny", "bench", "3b")
+        raise common.unknown(variant, "tiny", "bench", "3b", "20b")
     return config

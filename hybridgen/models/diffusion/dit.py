@@ -6,7 +6,8 @@ reads them. With `draft` it also sees the tokenizer's own reconstruction of the 
 correction of it: at initialisation the decoder is the tokenizer's, and training only has to improve it. In training,
 tokens are corrupted and dropped at random, so that it forgives a prior's mistakes.
 
-cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask", "label", and "drop_plan", "drop_text" b bool.
+cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask" (with "features" b l d, if they are known already),
+"label", and "drop_plan", "drop_text" b bool.
 
 Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, d width.
 """
@@ -63,6 +64,12 @@ class DiT(nn.Module):
     unroll: int = 1
     dtype: str = "float32"
 
+    def setup(self) -> None:
+        if self.text_vocab:
+            heads = max(self.width // 64, 1)
+            size = self.text_vocab, self.text_length, self.width, self.text_depth
+            self.text = TextTower(*size, heads, dtype=self.dtype)
+
     @property
     def side(self) -> int:
         """Patches along a side."""
@@ -89,8 +96,8 @@ class DiT(nn.Module):
             y, vector = y + on_grid, vector + pooled
             context = (plan, None) if self.cross else None
         if self.text_vocab:
-            features, mask = self._text(cond)
-            context = self._join(context, features, mask)
+            features = cond["features"] if "features" in cond else self.read(cond)  # b l d
+            context = self._join(context, features, cond["text_mask"] & ~self._dropped(cond, "text", b)[:, None])
         if self.classes:
             dropped = cond.get("drop_label", jnp.zeros((b,), bool))
             label = jnp.where(dropped, self.classes, cond["label"])
@@ -138,13 +145,9 @@ class DiT(nn.Module):
             plan = jax.image.resize(plan, (b, self.side, self.side, d), method)
         return plan, pooled, placed.reshape(b, h * w, d)
 
-    def _text(self, cond: dict) -> tuple[jax.Array, jax.Array]:
-        mask = cond["text_mask"] & ~self._dropped(cond, "text", cond["text"].shape[0])[:, None]
-        heads = max(self.width // 64, 1)
-        tower = TextTower(
-            self.text_vocab, self.text_length, self.width, self.text_depth, heads, dtype=self.dtype, name="text"
-        )
-        return tower(cond["text"], mask), mask
+    def read(self, cond: dict) -> jax.Array:
+        """The text as features `[b, l, d]`: the same at every step of a solver, so that `draw` makes them once."""
+        return self.text(cond["text"], cond["text_mask"])
 
     def _join(self, context: Any, features: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         if context is None:
@@ -261,6 +264,8 @@ def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> ja
 def draw(model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict) -> jax.Array:
     """Renders `[b, H, W, 3]` in [-1, 1] from cond."""
     shape = (model.resolution, model.resolution, model.channels)
+    if model.text_vocab:
+        cond = cond | {"features": model.apply({"params": params}, cond, method="read")}
     x = process.render(model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options)
     if "autoencoder" in parts:
         x = parts["autoencoder"].call("decode", x)
