@@ -2,8 +2,9 @@
 
     python -m hybridgen.recipe --config configs/recipes/imagefolder.py:cpu --config.path=FOLDER --workdir runs/mine
 
-`tiny`: a smoke test. `cpu`, `cpu_long`, `base`: as of `shapes`, at 32 px (`base`: 64). `config.path`,
-`config.text_key`, `config.length` (prompt tokens) and `config.resolution` reach every stage.
+`tiny`: a smoke test. `cpu`, `cpu_long`, `base`: as of `shapes`, at 32 px (`base`: 64), with four times their tokens, so
+that it takes longer. `config.path`, `config.text_key`, `config.length` (prompt tokens) and `config.resolution`
+reach every stage.
 """
 
 from ml_collections import ConfigDict
@@ -30,5 +31,8 @@ def get_config(variant: str = "cpu"):
                 "text": {"kind": "words", "length": config.get_ref("length")},
             }
         )
+    if variant not in ("tiny", "base"):
+        # four times the tokens of shapes: pictures of anything say more than where one of 48 objects is
+        config.stages.tokenizer.model.patch = 2
     config.stages.evaluation.splits = ("validation",)
     return config
