@@ -102,17 +102,17 @@ def cached(folder: str) -> Iterator[None]:
     """JAX's compile cache in an empty folder, for everything, however quick."""
     new = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
     old = {name: getattr(jax.config, name) for name in new}
-    for values in (new, old):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it looks at its settings once
-        if values is new:
-            try:
-                yield
-            except BaseException:
-                jax.config.update("jax_compilation_cache_dir", old["jax_compilation_cache_dir"])
-                compilation_cache.reset_cache()
-                raise
+    try:
+        _configure(new)
+        yield
+    finally:
+        _configure(old)
+
+
+def _configure(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks at its settings once
 
 
 def compile_twice(function: Any, arguments: tuple) -> tuple[Any, dict[str, Any]]:
@@ -278,12 +278,13 @@ def details(entry: dict) -> list[str]:
     """Lines under a row of the table: bandwidth, what the loader keeps waiting, decoding."""
     human, mfu = programs.human, f"{entry['mfu']:.1%} of the chip's peak, " if entry["mfu"] else ""
     out = [
-        f"{'':8}{mfu}{human(entry['memory_bytes'], 'B')} read and written, {entry['copy_fraction']:.1%} of the copy rate; "
-        f"compiled again from the cache in {entry['warm_compile_s']:.1f} s"
+        f"{'':8}{mfu}{human(entry['memory_bytes'], 'B')} read and written, {entry['copy_fraction']:.1%} of the copy "
+        f"rate; compiled again from the cache in {entry['warm_compile_s']:.1f} s"
     ]
     waits, decode = entry.get("input"), entry.get("decode")
     if waits:
-        out.append(f"{'':8}fed by the loader: waits {human(waits['wait_s'], 's')} a step, {waits['stall']:.1%} of the time")
+        wait = human(waits["wait_s"], "s")
+        out.append(f"{'':8}fed by the loader: waits {wait} a step, {waits['stall']:.1%} of the time")
     if decode:
         out.append(
             f"{'':8}decode: {human(decode['seconds']['median'], 's')}, {decode['steps']} steps that must read "

@@ -81,9 +81,10 @@ class Checkpointer:
 
     # ---- saving
 
-    def save(self, step: int, state: Mapping, meta: Mapping | None = None) -> bool:
+    def save(self, step: int, state: Mapping, meta: Mapping | None = None, sound: bool = True) -> bool:
         """Starts saving `state` (nested dict of arrays) as `step`; False if that step is there already.
 
+        sound: a run may go back to it and on another way; the newest such step stays, whatever came after it.
         Returns when the arrays may be donated; waits for the save before it. Raises SaveError, once, if this save
         cannot start or an earlier one failed in the background; calling again then tries this step.
         """
@@ -93,7 +94,7 @@ class Checkpointer:
         if step in self._saved:
             return False
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
-        items["about"] = ocp.args.JsonSave({"fingerprint": self.fingerprint, "meta": dict(meta or {})})
+        items["about"] = ocp.args.JsonSave({"fingerprint": self.fingerprint, "meta": dict(meta or {}), "sound": sound})
         turn, failure = next(self._turns), None
         try:
             # force: what is there under this name did not verify
@@ -169,13 +170,22 @@ class Checkpointer:
         return SaveError(f"checkpoint {step} was not saved: {text}")
 
     def _retain(self, saved: int) -> None:
-        """Deletes what is older than the newest `keep` steps, by number (clocks may go back), but never `saved`."""
+        """Deletes what is older than the newest `keep` steps, by number (clocks may go back), but never `saved`.
+
+        Nor the newest sound step: of a run that goes bad, more may be saved before that is seen.
+        """
         good = [step for step in self._folders() if step not in self._rejected and self._marked(step)]
-        kept = {saved, *good[-self.keep :]}
+        kept = {saved, next(filter(self._sound, reversed(good)), saved), *good[-self.keep :]}
         kept |= {step for step in good if self.keep_every and step % self.keep_every == 0}
         for step in self._folders():
             if good and step < good[-1] and step not in kept:
                 self._remove(step)
+
+    def _sound(self, step: int) -> bool:
+        try:
+            return rundir.read_json(self._folder(step) / "about" / "metadata").get("sound", True)
+        except (UserError, AttributeError):  # damaged meanwhile
+            return False
 
     def _remove(self, step: int) -> None:
         if jax.process_index() != 0:
@@ -225,8 +235,10 @@ class Checkpointer:
         self.wait()
         for step in [step for step in self._folders() if step > most]:
             self._remove(step)
-            self._saved.discard(step)
-            self._verified.discard(step)
+        # by number, in every process alike: another one may find the folders gone already
+        self._saved = {step for step in self._saved if step <= most}
+        self._verified = {step for step in self._verified if step <= most}
+        self._rejected = {step for step in self._rejected if step <= most}
         distributed.exchange(f"dropped/{next(self._turns)}", "done")
         return self.newest_good()
 

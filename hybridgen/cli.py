@@ -35,7 +35,7 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
 def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; UserError is one line on stderr and code 2."""
     try:
-        code = main()
+        sys.exit(main())  # where there are several processes, all of them end so
     except (UserError, PeerError) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
@@ -45,7 +45,7 @@ def command(main: Callable[[], int]) -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    if "hybridgen.distributed" in sys.modules:  # JAX would wait for the other processes
+    if "hybridgen.distributed" in sys.modules:
         sys.modules["hybridgen.distributed"].leave(code)
     sys.exit(code)
 

@@ -10,6 +10,8 @@ a collective that every process issues in the same place (`Agreement`).
 """
 
 import argparse
+import collections
+import contextlib
 import faulthandler
 import json
 import os
@@ -261,14 +263,18 @@ class Agreement:
         return self.most(jax.make_array_from_process_local_data(self.place, np.full(self.mine, value, np.int32)))
 
 
+_turns: collections.Counter = collections.Counter()  # how often a name was used: several runs may follow each other
+
+
 def exchange(name: str, text: str, timeout: float = 600.0) -> list[str]:
-    """What every process says under this name, which is used once. Any thread may call it. PeerError in time-out."""
+    """What every process says under this name, this time. Any thread may call it. Raises PeerError in time-out."""
     if jax.process_count() == 1:
         return [text]
     client = _client()
-    client.key_value_set(f"hybridgen/{name}/{jax.process_index()}", text or " ")
+    _turns[name] += 1
+    keys = [f"hybridgen/{name}/{_turns[name]}/{i}" for i in range(jax.process_count())]
     try:
-        keys = [f"hybridgen/{name}/{i}" for i in range(jax.process_count())]
+        client.key_value_set(keys[jax.process_index()], text or " ")
         return [client.blocking_key_value_get(key, int(1000 * timeout)).strip() for key in keys]
     except jax.errors.JaxRuntimeError as error:
         raise PeerError(f"{name}: another process says nothing: {str(error).splitlines()[0]}") from None
@@ -281,8 +287,8 @@ def _client() -> Any:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once if others go on without it: JAX would wait for them at its end."""
-    if code and _client() is not None:
+    """Ends this process at once if it is one of several, which go on without it: JAX would wait for them at its end."""
+    if _client() is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -300,19 +306,23 @@ class Watchdog:
     def __init__(self, timeout: float):
         self.timeout = timeout
         self._where, self._since = (0, "start"), time.monotonic()
+        self._first: list | None = None  # what process 0 has said of itself
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # telling is a thread of its own: where process 0 has stopped, it waits
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._tell)]
 
     def __enter__(self) -> "Watchdog":
         self._since = time.monotonic()
         if self.timeout:
-            self._thread.start()
+            for thread in self._threads[: min(2, jax.process_count())]:
+                thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._thread.ident:
-            self._thread.join()
+        for thread in self._threads:
+            if thread.ident:
+                thread.join(timeout=5)
 
     def beat(self, step: int, doing: str) -> None:
         """Says that work goes on: `doing` begins, at `step`."""
@@ -321,32 +331,44 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.timeout / 4)):
             still = time.monotonic() - self._since
-            self._tell(still)
             if still > self.timeout:
                 self._end(still)
 
-    def _tell(self, still: float) -> None:
-        if jax.process_count() > 1:
+    def _tell(self) -> None:
+        while not self._ended.wait(min(1.0, self.timeout / 4)):
             step, doing = self._where
-            said = json.dumps([step, doing, round(still, 1), socket.gethostname(), os.getpid(), time.time()])
-            _client().key_value_set(f"hybridgen/where/{jax.process_index()}", said, allow_overwrite=True)
+            still = round(time.monotonic() - self._since, 1)
+            said = json.dumps([step, doing, still, socket.gethostname(), os.getpid(), time.time()])
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _client().key_value_set(f"hybridgen/where/{jax.process_index()}", said, allow_overwrite=True)
+                self._first = self._first or json.loads(_client().blocking_key_value_get("hybridgen/where/0", 5000))
 
     def _end(self, still: float) -> None:
         step, doing = self._where
         print(f"no progress for {still:.0f} s: step {step}, {doing}; the stacks follow", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if jax.process_count() > 1:
-            where = {int(key.rsplit("/", 1)[1]): json.loads(said) for key, said in self._others()}
-            for line in behind(where, time.time() - max(self.timeout / 2, 2.0)):
+            for line in self._stragglers():
                 print(line, file=sys.stderr, flush=True)
             time.sleep(2.0)  # the first to go takes the others along: let them print theirs
         os._exit(HUNG)
 
-    def _others(self) -> list:
-        try:
-            return _client().key_value_dir_get("hybridgen/where/")
-        except jax.errors.JaxRuntimeError:
-            return []
+    def _stragglers(self) -> list[str]:
+        """Lines that say who is behind; the others' words lie with process 0, which may be the one that has stopped."""
+        where: dict[int, list] = {}
+
+        def ask() -> None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                for key, said in _client().key_value_dir_get("hybridgen/where/"):
+                    where[int(key.rsplit("/", 1)[1])] = json.loads(said)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(timeout=1.5)
+        if where:
+            return behind(where, time.time() - max(self.timeout / 2, 2.0))
+        host, pid = self._first[3:5] if self._first else ("unknown", "unknown")
+        return [f"straggler: process 0 on host {host} (pid {pid}), where the others meet, does not answer"]
 
 
 def behind(where: dict[int, list], lately: float) -> list[str]:

@@ -81,7 +81,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             if head:
                 current = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # those end an attribute of several lines
             current = None
         else:
             found = _instruction(line)
@@ -286,9 +286,10 @@ def first_group(rest: str) -> np.ndarray | None:
     folded = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
     if folded:
         return _folded(folded[3]).reshape(int(folded[1]), int(folded[2]))[0]
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
-    if pairs:
-        return np.array([int(pairs[1]), int(pairs[2])])
+    pairs = re.search(r"source_target_pairs=\{(\{[\d{},]*\})\}", rest)
+    if pairs:  # some stay where they are
+        moves = [pair for pair in re.findall(r"(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1]]
+        return np.array([int(i) for i in moves[0]]) if moves else None
     listed = re.search(r"replica_groups=\{(?:\{([\d,]*)\})?", rest)
     return None if listed is None else np.array([int(i) for i in re.findall(r"\d+", listed[1] or "")], int)
 

@@ -7,11 +7,14 @@
 
 A line of `metrics.jsonl` is {"step": N, name: number, ...}: what was measured at, or consumed by, step N. A writer that
 starts at step N drops what is beyond N, so that a resumed run logs nothing twice. Only process 0 writes.
+
+`time.json` is the account of a run's time, over its starts: [{"from": step, "to": step, "seconds": {bucket: s}}, ...].
 """
 
 import contextlib
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -91,10 +94,13 @@ class Writer:
         self.folder = Path(folder)
         self.total, self.every, self.batch, self.label = total_steps, max(1, every), batch, label
         self.timer = timer or Timer()
-        self._lock = threading.Lock()  # notes come from the thread that reads the data
+        self._lock = threading.Lock()  # notes may come from any thread
         self._active = jax.process_index() == 0
         self._stepped, self._tensorboard = False, tensorboard
         self._file, self._board = None, None
+        self._troubled = False
+        self._from = self._to = start_step
+        self._accounts, self._accounted = accounts(self.folder / "time.json", start_step), 0.0
         self._open(start_step)
 
     def _open(self, step: int) -> None:
@@ -105,18 +111,33 @@ class Writer:
             cut_back(path, step)
             self._file = path.open("a", buffering=1)  # a line is on its way to disk before the step is saved
             if self._tensorboard:
-                from tensorboardX import SummaryWriter  # slow to import
-
-                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+                self._board = Board(self.folder / "tensorboard", step + 1)
 
     def rewind(self, step: int) -> None:
         """Goes back to `step`: drops what was logged beyond it, and counts the time of those steps as lost."""
         self.timer.lose("step", step)
+        self._to = step
         with self._lock:
-            for opened in (self._file, self._board):
+            self._close()
+            self._open(step)
+
+    def _close(self) -> None:
+        for opened in (self._file, self._board):
+            with self._trouble():
                 if opened:
                     opened.close()
-            self._open(step)
+        self._file, self._board = None, None
+
+    @contextlib.contextmanager
+    def _trouble(self) -> Iterator[None]:
+        """A log that cannot be written (the disk is full) is told of once, and does not end the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._troubled:
+                self._troubled = True
+                text = f"the logs in {self.folder} are not written: {error.strerror}; the run goes on"
+                print(f"{self.label}: {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Writer":
         return self
@@ -134,6 +155,7 @@ class Writer:
 
     def step(self, step: int, report: Mapping[str, Any]) -> None:
         """Logs a training step if one is due. `report` holds scalars; reading them waits for that step to finish."""
+        self._to = step
         if step % self.every and step != self.total:
             if self._last is None:
                 self._last = (step, time.perf_counter())  # after the first step: compilation is no step time
@@ -149,6 +171,8 @@ class Writer:
                 speed["samples_per_second"] = self.batch / speed["step_seconds"]
         self._log(step, values | speed)
         self.line(_train_line(self.label, step, self.total, values, speed))
+        if now - self._accounted >= 10:
+            self._account()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Logs numbers measured at `step`, such as an evaluation's, with a line of their own."""
@@ -162,6 +186,15 @@ class Writer:
         line = f"{self.label} {step}/{self.total}  {name}: {text}"
         self.line(line) if self._active else print(f"process {jax.process_index()}: {line}", file=sys.stderr)
 
+    def notes(self, name: str) -> list[str]:
+        """The texts of what was noted under this name, and is in the log, in their order."""
+        path = self.folder / "metrics.jsonl"
+        if not self._active or not path.exists():
+            return []
+        with path.open(errors="replace") as lines:
+            entries = [json.loads(line) for line in lines if '"note"' in line and _step_of(line) < math.inf]
+        return [str(entry.get("text")) for entry in entries if entry.get("note") == name]
+
     def image(self, step: int, name: str, picture: np.ndarray) -> Path | None:
         """Writes a picture (H W 3 uint8) as `images/<name>-<step>.png` and to TensorBoard; its path."""
         picture = np.asarray(picture)
@@ -172,10 +205,11 @@ class Writer:
         from PIL import Image
 
         path = self.folder / "images" / f"{name}-{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
-        if self._board:
-            self._board.add_image(name, picture, step, dataformats="HWC")
+        with self._trouble():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+            if self._board:
+                self._board.image(step, name, picture)
         return path
 
     def line(self, text: str) -> None:
@@ -187,57 +221,72 @@ class Writer:
         """Reports where the time went, and ends the files."""
         if self._file is None:
             return
+        with self._lock:
+            self._close()
+        self._account()
         times = self.timer.report()
         total = times.pop("total")
         parts = sorted(times.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{name} {_duration(s)} ({s / max(total, 1e-9):.0%})" for name, s in parts)
         self.line(f"{self.label}: {_duration(total)} in all: {shares}")
-        self._file.close()
-        if self._board:
-            self._board.close()
-        self._file, self._board = None, None
+
+    def _account(self) -> None:
+        """Writes where the time of this start went, behind those before it."""
+        if not self._active:
+            return
+        seconds = {name: round(s, 4) for name, s in self.timer.report().items() if name != "total"}
+        entry = {"from": min(self._from, self._to), "to": self._to, "seconds": seconds}
+        with self._trouble():
+            _replace(self.folder / "time.json", json.dumps([*self._accounts, entry], indent=1) + "\n")
+        self._accounted = time.perf_counter()
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
         # JSON knows no nan and no inf: they are written as strings, which float() reads
         plain = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         self._write({"step": step} | plain)
         if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name if "/" in name else f"{self.label}/{name}", value, step)
+            with self._trouble():
+                self._board.scalars(step, {n if "/" in n else f"{self.label}/{n}": x for n, x in numbers.items()})
 
     def _write(self, entry: dict) -> None:
         if self._active:
-            with self._lock:
+            with self._lock, self._trouble():
                 if self._file:  # a reader thread may be late
                     self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-class ProfileWindow:
-    """A trace of `steps` steps from step `first` on, in `folder`; `at` goes before each step. Leaving it ends it."""
+class Board:
+    """An event file for TensorBoard, written in the caller's thread.
 
-    def __init__(self, folder: Path, first: int, steps: int):
-        self.folder, self.first, self.last = folder, first, first + steps
-        self._open = False
+    tensorboardX's own writer does it in a thread that ends on a full disk, and then the run waits for it for ever.
+    """
 
-    def __enter__(self) -> "ProfileWindow":
-        return self
+    def __init__(self, folder: Path, purge: int):
+        from tensorboardX import event_file_writer, proto, summary  # slow to import
 
-    def __exit__(self, *_: object) -> None:
-        self._stop()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._summary = proto.event_pb2.Event, summary
+        name = f".{os.getpid()}.{time.monotonic_ns()}"  # two within a second
+        self._file = event_file_writer.EventsWriter(str(folder / "events"), name)
+        self._flushed = time.monotonic()
+        # what an earlier file has from step `purge` on is no more
+        self._add(purge, session_log=proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START))
 
-    def at(self, step: int, before: Any) -> None:
-        """Starts or ends the trace, if it is time; `before`: arrays of the step before, which belongs into it."""
-        if self.first <= step < self.last and not self._open:
-            jax.profiler.start_trace(str(self.folder))
-            self._open = True
-        elif step >= self.last and self._open:
-            jax.block_until_ready(before)
-            self._stop()
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(step, summary=self._summary.scalar(name, value))
 
-    def _stop(self) -> None:
-        if self._open:
-            self._open = False
-            jax.profiler.stop_trace()
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        self._add(step, summary=self._summary.image(name, picture, dataformats="HWC"))
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **what))
+        if time.monotonic() - self._flushed > 60:
+            self._flushed = time.monotonic()
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -247,9 +296,28 @@ def cut_back(path: Path, step: int) -> None:
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     if kept != lines:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        _replace(path, "".join(kept))
+
+
+def accounts(path: Path, step: int) -> list[dict]:
+    """The entries of a `time.json`, for a run that goes on from `step`: what steps beyond it took is lost."""
+    try:
+        entries = json.loads(path.read_text())
+        for entry in entries:
+            first, last, seconds = entry["from"], entry["to"], entry["seconds"]
+            if last > step:
+                entry["to"] = max(first, step)
+                lost = seconds.get("step", 0.0) * (last - entry["to"]) / (last - first)
+                seconds |= {"step": seconds.get("step", 0.0) - lost, "lost": seconds.get("lost", 0.0) + lost}
+        return list(entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return []  # there is none, or it is damaged: it is only a report
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _step_of(line: str) -> float:

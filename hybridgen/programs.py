@@ -174,7 +174,10 @@ def build(
 
     cached: image tokens and latents come with the batch, as from a cache, and encoders do not run.
     """
-    mesh = sharding.make_mesh(config.mesh, devices)
+    try:
+        mesh = sharding.make_mesh(config.mesh, devices)
+    except NotImplementedError as error:  # of JAX: an axis that no sides of the torus make up
+        raise UserError(f"mesh {dict(config.mesh)} cannot be laid on these devices: {error}") from None
     sharding.check_batch(mesh, config.batch, config.accumulate)
     source = sources.build(config.data, "train")
     text = text_lib.build(config.data, source) if config.data.get("text") else None

@@ -24,8 +24,8 @@ def jump(state: dict, step: jax.Array) -> dict:
 
 def past(job: Any, state: dict, step: int) -> tuple[dict, int]:
     """Behind the skipped intervals that `step` lies in."""
-    here = step
-    while ends := [end for first, end in job.skipped if first <= here < end]:
+    here, steps = step, job.experiment.config.steps
+    while ends := [min(end, steps) for first, end in job.skipped if first <= here < min(end, steps)]:
         here = max(ends)
     return (state, step) if here == step else (job.jump(state, jnp.int32(here)), here)
 
@@ -59,6 +59,8 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
 def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
     """What config and run folder say is skipped, config first. Raises UserError for what is no list of intervals."""
     file = folder / "skipped.json"
+    if config.health.streak < 1 or config.health.rollbacks < 0:
+        raise UserError(f"health.streak {config.health.streak} is to be at least 1, and health.rollbacks at least 0")
     named = [*config.health.skip, *(rundir.read_json(file) if file.is_file() else [])]
     for pair in named:
         numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, int) for x in pair)

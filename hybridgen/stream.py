@@ -1,5 +1,6 @@
 """From a config's data to batches on the mesh: each process reads the rows that its own devices hold."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -28,25 +29,32 @@ def reader(experiment: Experiment) -> tuple[Callable, Callable]:
     return stream, functools.partial(sharding.to_global, mesh=mesh)
 
 
-def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Callable[[int], pipeline.Prefetch]:
-    """`batches(start)`: the training batches from number `start` on, on the mesh, made ahead."""
-    known: set[str] = set()
+def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Callable:
+    """`batches(start)`: context of an iterator over the training batches from number `start` on, on the mesh.
 
-    def batches(start: int) -> pipeline.Prefetch:
-        host = (noted(batch, source, writer, start + i + 1, known) for i, batch in enumerate(stream(source, start)))
-        return pipeline.prefetch(host, put, depth=2)
+    They are made ahead; each record that had to be replaced is named once, when its first batch is taken.
+    """
+
+    def ready(pair: tuple[dict, list[int]]) -> tuple[dict, list[int]]:
+        return put(pair[0]), pair[1]
+
+    def taken(pairs: Iterator, start: int) -> Iterator[dict]:
+        # what the log has of before is known, also where it was written by an earlier start
+        known = {text.rpartition(" (number ")[0] for text in writer.notes("broken_record")}
+        for step, (batch, broken) in enumerate(pairs, start + 1):
+            for name in dict.fromkeys(source.name(index) for index in broken):
+                if name not in known:
+                    known.add(name)
+                    writer.note(step, "broken_record", f"{name} (number {len(known)})")
+            yield batch
+
+    @contextlib.contextmanager
+    def batches(start: int) -> Iterator[Iterator[dict]]:
+        host = ((batch, pipeline.take_broken(batch)) for batch in stream(source, start))
+        with pipeline.prefetch(host, ready, depth=2) as pairs:
+            yield taken(pairs, start)
 
     return batches
-
-
-def noted(batch: dict, source: Any, writer: Writer, step: int, known: set[str]) -> dict:
-    """The batch without its `broken` entry; each record that had to be replaced is named once, with a number."""
-    for index in pipeline.take_broken(batch):
-        name = source.name(index)
-        if name not in known:
-            known.add(name)
-            writer.note(step, "broken_record", f"{name} (number {len(known)})")
-    return batch
 
 
 def evaluation(compiled: Callable, experiment: Experiment, stream: Callable, put: Callable) -> Callable:

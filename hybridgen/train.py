@@ -22,13 +22,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybridgen import checkpoint, distributed, metrics, optim, rng, rundir, sharding, skipping, stream, trees
+from hybridgen import (
+    checkpoint,
+    distributed,
+    metrics,
+    optim,
+    profiling,
+    resume,
+    rng,
+    rundir,
+    sharding,
+    skipping,
+    stream,
+    trees,
+)
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
 from hybridgen.cli import command, make_parser
-from hybridgen.data import pipeline, sources
+from hybridgen.data import sources
 from hybridgen.errors import UserError
-from hybridgen.experiment import Experiment, build, earlier
+from hybridgen.experiment import Experiment, build
 from hybridgen.pictures import sample_grid
 
 
@@ -194,7 +207,7 @@ def segment(job: Job, state: dict, start: int) -> tuple[dict, int, str]:
     """
     config, writer = job.experiment.config, job.writer
     until = min([config.steps, *(first for first, _ in job.skipped if first > start)])
-    window = metrics.ProfileWindow(writer.folder / "profile", start + config.profile.start, config.profile.steps)
+    window = profiling.ProfileWindow(writer.folder / "profile", start + config.profile.start, config.profile.steps)
     agreement = distributed.Agreement(job.experiment.mesh)
     step, unread, stop = start, collections.deque(), False
 
@@ -203,20 +216,22 @@ def segment(job: Job, state: dict, start: int) -> tuple[dict, int, str]:
 
     with job.batches(start) as batches, window:
         while True:
-            last = step == until
-            while len(unread) > (0 if last else LAG):
+            last, stop = step >= until, stop or (agreement.alone and job.signals.requested)
+            saves = due(config.checkpoint.every) or step >= config.steps
+            looks = due(config.eval.every) or due(config.sample.every)
+            # what is looked at or saved waits for its step anyway: so nothing is that has to be taken back
+            while len(unread) > (0 if last or stop or saves or looks else LAG):
                 behind, streak, asked = unread.popleft()
                 with job.doing(step, "step"):  # waits for that step, so that no more than LAG are in flight
                     streak, stop = int(streak), stop or bool(asked)
                 if streak >= config.health.streak:
                     return state, behind, "bad"
-            stop = stop or (agreement.alone and job.signals.requested)
             look(job, state, step, due)
-            if due(config.checkpoint.every) or step == config.steps or stop:
+            if saves or stop:
                 with job.doing(step, "save"):
                     save(job, step, state)
             if last or stop:
-                return state, step, "done" if step == config.steps else "stopped" if stop else "interval"
+                return state, step, "done" if step >= config.steps else "stopped" if stop else "interval"
             window.at(step, state["step"])
             with job.doing(step, "data"):
                 batch = next(batches)
@@ -243,7 +258,8 @@ def save(job: Job, step: int, state: dict) -> None:
     """Starts saving. A failed save is reported and the run goes on: the next one may find the disk less full."""
     for _ in range(2):  # the first attempt may report what became of the save before
         try:
-            job.saved.save(step, state, meta={"parts": job.experiment.digests})
+            sound = int(state["health"]["streak"]) == 0  # amid bad steps it is none to go back to
+            job.saved.save(step, state, meta={"parts": job.experiment.digests}, sound=sound)
             job.writer.timer.mark("step", step)
             return
         except checkpoint.SaveError as error:
@@ -264,7 +280,7 @@ def prepare(
     with timer.time("build"):
         experiment = build(config, folder, source)
     sharding.check_batch(experiment.mesh, config.batch, config.accumulate)
-    resolved, fingerprint = described(config, experiment, source)
+    resolved, fingerprint = resume.described(config, experiment, source)
     with contextlib.ExitStack() as undo:  # closes what was opened if something does not fit
         keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
         saved = checkpoint.Checkpointer(folder / "checkpoints", fingerprint=fingerprint, **keep)
@@ -276,7 +292,7 @@ def prepare(
         rule, step, abstract, make = program(experiment, specs_of(next(read(source, 0)), config.batch))
         places = jax.tree.map(lambda s: s.sharding, abstract)
 
-        state_at = functools.partial(beginning, experiment, folder, saved, rule.which, abstract, make, timer)
+        state_at = functools.partial(resume.beginning, experiment, folder, saved, rule.which, abstract, make, timer)
         if jax.process_index() == 0:  # not before everything fits together
             rundir.write_json(folder / "config.json", resolved)
             if experiment.text is not None:
@@ -309,43 +325,6 @@ def prepare(
     return job, state, start or 0
 
 
-def beginning(
-    experiment: Experiment,
-    folder: Path,
-    saved: checkpoint.Checkpointer,
-    which: state_lib.Trainable,
-    abstract: dict,
-    make: Callable,
-    timer: metrics.Timer,
-    step: int | None,
-) -> dict:
-    """The state of a checkpoint, or (step None) of a new run, with what `init_from` names."""
-    config = experiment.config
-    with timer.time("restore" if step is not None else "init"), jax.set_mesh(experiment.mesh):
-        if step is not None:
-            return saved.restore(step, abstract)
-        state = make()
-        if config.init_from:
-            params, extra = earlier(config, folder)
-            state = state_lib.start_from(state, params, which, extra)
-        return state
-
-
-def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:
-    """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
-    resolved, model = config_lib.plain(config), experiment.model
-    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
-    return resolved, {
-        "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
-        "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
-        "parts": experiment.digests,
-    }
-
-
-# what may differ when a run is resumed: it changes neither the samples nor the arithmetic of a step
-NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data", "health")
-
-
 def specs_of(batch: dict, rows: int) -> dict:
     """ShapeDtypeStructs of the global batch, from one host's rows of it."""
     return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items() if name != "broken"}
@@ -373,9 +352,9 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
         except checkpoint.SaveError as error:
             raise UserError(f"the run is at its end and its last state is not saved: {error}") from error
         finally:
-            job.writer.close()
-            with contextlib.suppress(checkpoint.SaveError):  # reported above
+            with timer.time("save"), contextlib.suppress(checkpoint.SaveError):  # reported above
                 job.saved.close()
+            job.writer.close()
     if stopped:
         print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
     return not stopped

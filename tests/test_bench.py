@@ -29,13 +29,36 @@ def test_the_report_of_training_and_sampling(tmp_path, capsys):
         assert 0 < entry["matmul_fraction"] < 1
         memory = entry["memory"]
         assert memory["peak"] == sum(memory[key] for key in ("arguments", "outputs", "temporaries")) - memory["aliased"]
+        assert entry["mfu"] is None and report["chip"] is None  # a CPU is in no table
+        assert 0 < entry["memory_bytes"] and 0 < entry["copy_fraction"]
+        assert 0 < entry["warm_compile_s"] < entry["lower_s"] + entry["compile_s"]
         assert f"\n{name} " in shown
+    waits = report["train"]["input"]
+    assert waits["steps"] == 3 and 0 <= waits["stall"] < 1 and "fed by the loader" in shown
+    decode = report["sample"]["decode"]
+    assert decode["steps"] == 15 and 0 < decode["copy_fraction"] and decode["bandwidth_fraction"] is None
+    assert decode["tokens_per_s"] == pytest.approx(16 * 3 / decode["seconds"]["median"])
+    # one layer of 4 d d + 3 d f, two norms and one of each head's queries and keys; the last norm; the head
+    d, f, vocab, positions = 64, 192, 1000, 16 + 16
+    assert decode["bytes"] == 4 * (4 * d * d + 3 * d * f + 2 * d + 2 * d + d + d * vocab) + 4 * (
+        2 * (2 * 3) * (positions - 7.5) * d  # keys and values of both halves of three guided pictures
+    )
     # a training state is updated in place
     assert report["train"]["memory"]["aliased"] > 3 * 4 * report["parameters"]
 
 
 def build(path, *overrides, stage=None, **options):
     return programs.build(*programs.choose(config_lib.load(path, overrides), stage), **options)
+
+
+def test_the_bytes_of_a_step_count_what_is_filled_and_shard():
+    part = "parts.tokenizer=configs/tokenizers/vq.py:tiny"
+    plain, half = (build("configs/ar/raster.py:tiny", part, f"model.dtype={kind}") for kind in ("float32", "bfloat16"))
+    assert half.decoding().bytes == plain.decoding().bytes / 2
+    cascade = build("configs/recipes/shapes.py:tiny", stage="cascade")
+    prior = build("configs/recipes/shapes.py:tiny", stage="prior")
+    assert cascade.decoding().steps == prior.decoding().steps
+    assert build("configs/diffusion/dit.py:tiny", part).decoding() is None
 
 
 def test_cached_tokens_replace_the_encoder():

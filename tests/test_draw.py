@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import config, evaluate, metrics, pictures, sample, train
+from hybridgen import config, evaluate, pictures, profiling, sample, train
 from hybridgen.errors import UserError
 from hybridgen.sampling import guidance
 
@@ -131,7 +131,7 @@ def test_a_profile_window_is_closed_by_whoever_leaves_it(tmp_path, monkeypatch):
         (20, 3, 10, []),
     ):
         seen = []
-        with metrics.ProfileWindow(tmp_path, first, steps) as window:
+        with profiling.ProfileWindow(tmp_path, first, steps) as window:
             for step in range(upto):
                 window.at(step, None)
                 seen += [(step, call) for call in calls]

@@ -27,6 +27,7 @@ ALLOWED = {
     "trees": ALONE,
     "rng": ALONE,
     "metrics": ALONE,
+    "profiling": ALONE,
     "flops": ALONE,
     "config": ALONE,
     "optim": ("errors", "trees"),

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from hybridgen import cli, preflight
+from hybridgen import chips, cli, hlo, preflight, programs, roofline, suggest
+from hybridgen import config as config_lib
 from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -37,16 +40,114 @@ def test_this_machine(tmp_path, capsys):
     for name in ("train", "sample"):
         entry = report[name]
         assert entry["fits"] and entry["spare"] == report["capacity"] - entry["memory"]["peak"]
+        top = entry["roofline"]
+        assert top["seconds"] == top["times"][top["limit"]] == max(top["times"].values())
+        assert top["mfu"] <= 1 and entry["collectives"] == [] and entry["changes"] == []
     # parameters, two moments and what is counted, and nothing that is donated is there twice
     state = 3 * 4 * report["parameters"]
     assert state < report["train"]["memory"]["arguments"] < 1.5 * state
-    assert "GiB to spare" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "GiB to spare" in shown and "limited by" in shown
 
 
 def test_a_program_over_the_capacity_is_exit_code_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "capacity", lambda: 2**20)
     assert preflight.main(PRIOR) == 1
-    assert "over by 0.0" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "over by 0.0" in shown and "try more devices" in shown
+
+
+SCANNED = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from hybridgen import hlo, sharding
+
+mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+def place(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+def layer(x, w):  # whose weights are gathered
+    return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, PartitionSpec())), None
+
+def step(x, w):
+    return jax.lax.scan(layer, x, w)[0].sum()
+
+with jax.set_mesh(mesh):
+    compiled = jax.jit(step).lower(place((64, 64), ("data", "fsdp")), place((5, 64, 64), None, "fsdp")).compile()
+print(json.dumps(hlo.read(compiled.as_text(), mesh)))
+"""
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_turns():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env |= {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SCANNED], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    collectives, memory = json.loads(done.stdout.splitlines()[-1])
+    whole = 64 * 64 * 4
+    gathers = [it for it in collectives if it["kind"] == "all-gather" and it["axis"] == "fsdp"]
+    assert sum(it["bytes"] for it in gathers) == 5 * whole and all(it["group"] == 4 for it in gathers)
+    sums = [it for it in collectives if it["kind"] == "all-reduce"]
+    assert {it["axis"] for it in sums} == {"data+fsdp"} and sum(it["bytes"] for it in sums) == 4
+    # each turn reads a slice of the weights and writes it gathered, and reads that
+    assert 5 * 2 * whole < memory < 5 * 8 * whole
+
+
+@pytest.mark.parametrize(
+    "text, group",
+    [
+        ("replica_groups={{0,1},{2,3}}, dimensions={0}", [0, 1]),
+        ("replica_groups={}, to_apply=%add", []),
+        ("replica_groups=[2,2]<=[4], dimensions={0}", [0, 1]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [0, 2]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, dimensions={0}", [0, 2]),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}, channel_id=1", [0, 1]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", None),
+        ("source_target_pairs={{0,0},{1,2},{2,1},{3,3}}, channel_id=1", [1, 2]),
+    ],
+)
+def test_the_ways_a_group_is_written(text, group):
+    found = hlo.first_group(text)
+    assert (found is None) if group is None else found.tolist() == group
+
+
+def test_times_of_a_program_on_a_chip():
+    chip = chips.find("TPU v5 lite")
+    assert chip is chips.CHIPS["v5e"] and chips.find("TPU v5p") is chips.CHIPS["v5p"]
+    assert chips.find("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"] and chips.find("cpu") is None
+    devices = [SimpleNamespace(platform="tpu", coords=[i % 4, i // 4, 0]) for i in range(16)]
+    mesh = SimpleNamespace(devices=np.array(devices).reshape(1, 4, 4, 1), axis_names=("dcn", "data", "fsdp", "tensor"))
+    gathered = {"kind": "all-gather", "axis": "fsdp", "group": 4, "bytes": 90e9}
+    summed = {"kind": "all-reduce", "axis": "data+fsdp", "group": 16, "bytes": 90e9}  # over two sides of the torus
+    assert roofline.seconds(chip, mesh, gathered) == pytest.approx(0.75)
+    assert roofline.seconds(chip, mesh, summed) == pytest.approx(15 / 16)
+    top = roofline.roofline(chip, "bfloat16", mesh, 16 * 197e12, 8 * 197e12, 819e9, [gathered], 32, 10)
+    assert top["times"] == pytest.approx({"compute": 1.5, "memory": 1.0, "network": 0.75})
+    assert top["limit"] == "compute" and top["mfu"] == pytest.approx(2 / 3)
+    assert top["images_per_s"] == pytest.approx(2 / 1.5) and top["tokens_per_s"] == pytest.approx(20 / 1.5)
+
+
+def test_what_to_change(monkeypatch):
+    options = ["parts.tokenizer=configs/tokenizers/vq.py:tiny", "batch=64"]
+    built = programs.build(*programs.choose(config_lib.load("configs/ar/raster.py:tiny", options), None))
+    held = programs.bytes_each(built.state)
+    entry = {"spare": -1.0, "memory": {"peak": 20 * held, "temporaries": 18 * held}}
+    told = roofline.changes(built, "train", entry, 8.0 * held)
+    assert told[0].startswith("--config.model.remat=full") and told[1].startswith("--config.accumulate=4 ")
+    assert roofline.changes(built, "train", entry, 1.0 * held)[0].startswith("more devices, 4 or so")
+    assert roofline.changes(built, "sample", entry, 8.0 * held) == ["--count 8 (draws 16 at a time)"]
+
+
+def test_suggestions_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(suggest, "COMPILED", 2)
+    file = tmp_path / "report.json"
+    assert preflight.main([*PRIOR, "--suggest", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["tried"] == 15 and report["compiled"] == 2  # three policies, five batches
+    best, second = report["suggestions"]
+    assert best["fits"] and best["images_per_s"] >= second["images_per_s"]
+    assert f"--config.batch={best['batch']}" in best["options"] and best["remat"] in best["options"]
 
 
 @pytest.mark.parametrize(
@@ -100,22 +201,50 @@ def test_a_tpu_topology_on_a_cpu(tmp_path):
     # the state lies on two devices in halves, the batch in quarters
     assert report["train"]["memory"]["arguments"] < 0.8 * 3 * 4 * report["parameters"]
     assert shown.count("GiB to spare") == 2
+    train = report["train"]
+    kinds = {(it["kind"], it["axis"]): it["bytes"] for it in train["collectives"]}
+    # what is sharded over fsdp is gathered, in either pass or once for both
+    assert 0.8 < kinds["all-gather", "fsdp"] / (4 * report["parameters"]) < 3
+    assert train["roofline"]["times"]["network"] > 0 and train["roofline"]["memory_bytes"] > 4 * report["parameters"]
+
+
+@needs_libtpu
+def test_two_slices(tmp_path):
+    code, report, shown = run(tmp_path, *PRIOR, "--topology", "v5e:2x2", "--slices", "2", "--cached", "--what", "train")
+    assert code == 0, report
+    assert report["devices"] == 8 and report["slices"] == 2 and report["mesh"] == {"dcn": 2, "data": 4}
+    across = [it for it in report["train"]["collectives"] if it["axis"] == "dcn"]
+    # gradients are summed over the slices, once: whole, or what each of four devices has after a sum within its slice
+    assert 0.2 < sum(it["bytes"] for it in across) / (4 * report["parameters"]) < 1.2
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("config, billions", [("configs/ar/raster.py:3b", 2.9), ("configs/diffusion/dit.py:xl", 0.68)])
-def test_large_models_fit_a_pod_slice(tmp_path, config, billions):
+@pytest.mark.parametrize(
+    "config, topology, billions, positions",  # of the prior with its text, of the decoder
+    [
+        ("configs/ar/raster.py:3b", "v5e:16x16", 2.9, 321),
+        ("configs/diffusion/dit.py:xl", "v5e:16x16", 0.68, 256),
+        ("configs/ar/raster.py:20b", "v5p:8x8x4", 20.2, 1088),
+        ("configs/hybrid/cascade.py:large", "v6e:16x16", 3.5, 321),
+    ],
+)
+def test_large_models_fit_a_pod_slice(tmp_path, config, topology, billions, positions):
     start = time.monotonic()
-    code, report, _ = run(tmp_path, "--config", config, "--topology", "v5e:16x16")
+    code, report, _ = run(tmp_path, "--config", config, "--topology", topology)
     assert code == 0, report
     assert time.monotonic() - start < 180
     assert report["devices"] == 256 and report["parameters"] == pytest.approx(billions * 1e9, rel=0.1)
     for name in ("train", "sample"):
         assert report[name]["spare"] > 0
-    # 6 FLOPs a parameter and position, roughly: 321 positions of the prior, 256 of the decoder
-    positions = report["batch"] * (321 if "raster" in config else 256)
-    assert report["train"]["flops"]["total"] == pytest.approx(6 * report["parameters"] * positions, rel=0.3)
+        # everything is sharded over fsdp, and gathered
+        assert any(it["kind"] == "all-gather" and "fsdp" in it["axis"] for it in report[name]["collectives"])
+    # 6 FLOPs a parameter and position, roughly
+    about = 6 * report["parameters"] * report["batch"] * positions
+    assert report["train"]["flops"]["total"] == pytest.approx(about, rel=0.3)
+    # layers are counted as often as they are there: weights are gathered at least once for each pass, in bfloat16
+    gathered = sum(it["bytes"] for it in report["train"]["collectives"] if it["kind"] == "all-gather")
+    assert 2 * 2 * report["parameters"] < gathered < 4 * 4 * report["parameters"]
 
 
 @needs_libtpu
@@ -127,3 +256,4 @@ def test_an_oversized_config_says_by_how_much(tmp_path):
     # 12 bytes a parameter on every device, and more
     assert report["train"]["spare"] < 15.75 * GIB - 12 * report["parameters"]
     assert f"over by {-report['train']['spare'] / GIB:.2f} GiB" in shown
+    assert "try --config.mesh.fsdp=8 " in shown

@@ -1,11 +1,14 @@
-"""Convolutions, residual blocks and the convolutional encoder and decoder of every tokenizer.
+"""Convolutions, residual blocks, and the light convolutional encoder and decoder of our own tokenizers.
 
-The encoder starts with `patch` x `patch` space-to-depth, then runs residual blocks at each level and halves the picture
-between levels; the decoder mirrors it. Reduction is `patch * 2 ** (levels - 1)`. Shapes as in VQGAN (Esser et al.
-2021), with the first reductions as space-to-depth, which costs a fraction and loses nothing at small sizes.
+The one that official tokenizers share is in autoencoder.py. Here the encoder starts with `patch` x `patch`
+space-to-depth, then runs residual blocks at each level and halves the picture between levels; the decoder mirrors it.
+Reduction is `patch * 2 ** (levels - 1)`. Shapes as in VQGAN (Esser et al. 2021), with the first reductions as
+space-to-depth, which costs a fraction and loses nothing at small sizes.
 
 Letters: b batch, H W picture, h w grid, c channels.
 """
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -19,12 +22,16 @@ from hybridgen.sharding import shard
 
 
 class Conv(nn.Module):
-    """`size` x `size` convolution, same padding: `[b, h, w, c] -> [b, h, w, features]`; kernel `[size, size, c, f]`."""
+    """`size` x `size` convolution, same padding: `[b, h, w, c] -> [b, h, w, features]`; kernel `[size, size, c, f]`.
+
+    `halves`: every second place, and zeros on the right and below only, as official tokenizers pad.
+    """
 
     features: int
     size: int = 3
     dtype: str = "float32"
     init: Init = fan_in(axes=3)
+    halves: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -33,7 +40,8 @@ class Conv(nn.Module):
         x, kernel = cast(x, self.dtype), cast(kernel, self.dtype)
         wide = jnp.promote_types(x.dtype, kernel.dtype)  # unlike a matrix product, this one does not promote
         x, kernel = x.astype(wide), kernel.astype(wide)
-        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        stride, padding = ((2, 2), [(0, 1), (0, 1)]) if self.halves else ((1, 1), "SAME")
+        y = jax.lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return shard(y + cast(bias, self.dtype), "batch", None, None, None)
 
 
@@ -53,21 +61,28 @@ def unpatchify(x: jax.Array, p: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * p, w * p, c // (p * p))
 
 
+ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False), "relu": nn.relu}
+ACTIVATIONS |= {"swish": nn.silu, "mish": lambda x: x * jnp.tanh(nn.softplus(x))}
+
+
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, and a skip (a 1x1 map where the channels change)."""
+    """GroupNorm, activation, convolution, twice, and a skip (a 1x1 map where the channels change)."""
 
     features: int
     groups: int = 16
     dtype: str = "float32"
+    activation: str = "silu"
+    skip_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.silu(GroupNorm(self.groups, name="norm_1")(x))
+        activate = ACTIVATIONS[self.activation]
+        y = activate(GroupNorm(self.groups, name="norm_1")(x))
         y = Conv(self.features, dtype=self.dtype, name="conv_1")(y)
-        y = nn.silu(GroupNorm(self.groups, name="norm_2")(y))
+        y = activate(GroupNorm(self.groups, name="norm_2")(y))
         y = Conv(self.features, dtype=self.dtype, init=fan_in(0.1, axes=3), name="conv_2")(y)
         if x.shape[-1] != self.features:
-            x = Linear(self.features, dtype=self.dtype, name="skip")(x)
+            x = Linear(self.features, bias=self.skip_bias, dtype=self.dtype, name="skip")(x)
         return x + y
 
 

@@ -3,7 +3,8 @@ gradients.
 
 FSQ (Mentzer et al. 2023) rounds each channel to one of a few levels: no codebook to learn. VQ (van den Oord et al.
 2017) takes the nearest code, plain or on the unit sphere (Yu et al. 2021); its codebook learns by gradient or by moving
-averages (Razavi et al. 2019), and codes that fall out of use are revived.
+averages (Razavi et al. 2019), and codes that fall out of use are revived. Gumbel (Jang et al. 2016) draws a code from
+logits.
 
 Letters: b batch, n tokens, d code width, v codes, s slots of the pool of candidates.
 """
@@ -80,6 +81,39 @@ def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """Ids `[...]` of the nearest rows of `codebook [v, d]` to `z [..., d]` by squared distance."""
     score = jnp.einsum("...d,vd->...v", z, codebook) - 0.5 * jnp.square(codebook).sum(-1)
     return jnp.argmax(score, -1).astype(jnp.int32)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Rows of `x [..., d]` on the unit sphere, where official code puts them: over the length, 1e-12 at the least."""
+    square = jnp.square(x).sum(-1, keepdims=True)
+    return x / jnp.maximum(jnp.sqrt(jnp.maximum(square, 1e-30)), 1e-12)  # the inner floor: no gradient is NaN
+
+
+def distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Squared distances of `z [..., d]` and `codebook [v, d]`, rounded as official code rounds them: `[..., v]`."""
+    product = jnp.einsum("...d,vd->...v", z, codebook)
+    return jnp.square(z).sum(-1, keepdims=True) + jnp.square(codebook).sum(-1) - 2 * product
+
+
+def distance_entropy(distance: jax.Array, temperature: float = 0.01) -> jax.Array:
+    """Mean entropy of a token's soft codes less the entropy of their mean (LlamaGen's): `[..., v]` -> scalar."""
+    logits = (-distance / temperature).reshape(-1, distance.shape[-1])  # n v
+    p = jax.nn.softmax(logits, -1)
+    mean = p.mean(0)
+    return (-(p * jax.nn.log_softmax(logits, -1)).sum(-1)).mean() + (mean * jnp.log(mean + 1e-5)).sum()
+
+
+def gumbel(logits: jax.Array, noise: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A code by `logits + noise [..., v]` -> (one-hot `[..., v]` with the gradient of the soft one, ids `[...]`)."""
+    soft = jax.nn.softmax((logits + noise) / temperature, -1)
+    ids = jnp.argmax(soft, -1).astype(jnp.int32)
+    return soft + jax.lax.stop_gradient(jax.nn.one_hot(ids, logits.shape[-1], dtype=soft.dtype) - soft), ids
+
+
+def prior_divergence(logits: jax.Array, size: int) -> jax.Array:
+    """KL in nats of the codes' distribution from the even one over `size` codes: `logits [..., v]` -> `[...]`."""
+    p = jax.nn.softmax(logits, -1)
+    return (p * jnp.log(p * size + 1e-10)).sum(-1)
 
 
 def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:

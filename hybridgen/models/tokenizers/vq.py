@@ -2,27 +2,34 @@
 
 VQ-VAE (van den Oord et al. 2017) with options that a config sets: finite scalar quantisation ("fsq", Mentzer et al.
 2023), vector quantisation ("vq") with plain or l2-normalised codes, a codebook learned by gradient or by moving
-averages, and revival of dead codes; "none" is a plain autoencoder with a continuous latent.
+averages, and revival of dead codes; codes drawn from logits ("gumbel", Jang et al. 2016); "none" is a plain autoencoder
+with a continuous latent. The convolutions are our light ones, or with `residual` those of official tokenizers: VQGAN
+(Esser et al. 2021) and LlamaGen's (Sun et al. 2024) are this family with the options that their tables in convert/ set.
 
 `extra`: `use [v]`, the moving average of tokens a step per code, from zero on: what usage and perplexity are read from.
 With a moving codebook also `codebook [v, d]` and what it is the quotient of, `total [v, d]` and `count [v]`, where a
-reborn code starts with a fair share. With a continuous latent `mean [d]` and `square [d]`, the moving averages of its
+reborn code starts with a fair share. With `used`, the rows `used [v]` of the codebook that tokens number. With a
+continuous latent `mean [d]` and `square [d]`, the moving averages of its
 moments: `encode` gives it with mean 0 and variance 1, as the noise schedules of a diffusion over it take it to be.
 
 Letters: b batch, H W picture, h w grid, n = h*w tokens, d code width, v codes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.nn import quantize
+from hybridgen.nn.autoencoder import Autoencoder
 from hybridgen.nn.conv import Decoder, Encoder
+from hybridgen.nn.linear import Linear
 
 POOL = 1024  # least slots for encoder outputs that dead codes may be reborn at
 
@@ -36,12 +43,19 @@ class VQ(nn.Module):
     blocks: int = 1
     attention: bool = True
     local: bool = False  # tokens tell of their neighbourhood only: plans compose, and a prior learns them faster
-    quantizer: str = "fsq"  # fsq | vq | none
+    residual: Mapping = FrozenDict()  # options of nn/autoencoder.py, which then stands in for our light one
+    quantizer: str = "fsq"  # fsq | vq | gumbel | none
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq
-    codes: int = 1024  # vq
-    width: int = 8  # vq and none: code width
+    codes: int = 1024  # vq, gumbel
+    width: int = 8  # all but fsq: code width
     l2: bool = True  # vq: codes on the unit sphere
     moving: bool = True  # vq: codebook by moving averages, otherwise by gradient
+    exact: bool = False  # vq: looked up with the roundings of official code
+    legacy: bool = False  # vq: VQGAN's loss, whose two weights are swapped
+    used: int = 0  # vq by gradient, gumbel: tokens number so many rows of the codebook (VQGAN's remap); 0: all
+    divergence: float = 5e-4  # gumbel: weight of the distance of a token's distribution from an even one
+    temperature: tuple[float, float] = (1.0, 0.0625)  # gumbel: from, to ...
+    cooling: int = 0  # ... over so many steps; 0: it stays
     decay: float = 0.99
     revive_below: float = 0.03  # vq: a code with less than this share of its fair use is dead
     commitment: float = 0.25
@@ -52,21 +66,25 @@ class VQ(nn.Module):
     dtype: str = "float32"
 
     def setup(self) -> None:
-        if self.quantizer not in ("fsq", "vq", "none"):
-            raise UserError(f"quantizer {self.quantizer!r} is not one of 'fsq', 'vq', 'none'")
+        if self.quantizer not in ("fsq", "vq", "gumbel", "none"):
+            raise UserError(f"quantizer {self.quantizer!r} is not one of 'fsq', 'vq', 'gumbel', 'none'")
         if self.quantizer == "fsq" and min(self.levels) < 2:
             raise UserError(f"levels {self.levels}: every channel needs at least 2")
-        options = {
-            "channels": tuple(self.channels),
-            "patch": self.patch,
-            "blocks": self.blocks,
-            "attention_grid": self.grid if self.attention else None,
-            "dtype": self.dtype,
-        }
-        self.encoder = Encoder(self.code_width, local=self.grid if self.local else None, **options)
-        self.decoder = Decoder(3, **options)
-        if self.quantizer == "vq" and not self.moving:
+        options = {"channels": tuple(self.channels), "blocks": self.blocks, "dtype": self.dtype}
+        if self.residual:
+            if self.patch != 1 or self.local:
+                raise UserError(f"a residual autoencoder has neither patch {self.patch} nor local {self.local}: 1, False")
+            self.net = Autoencoder(code=self.code_width, middle=self.attention, **options, **self.residual)
+        else:
+            options |= {"patch": self.patch, "attention_grid": self.grid if self.attention else None}
+            self.encoder = Encoder(self.code_width, local=self.grid if self.local else None, **options)
+            self.decoder = Decoder(3, **options)
+        if self.learned:
             self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.width))
+        elif self.used:
+            raise UserError(f"used {self.used} rows: only a codebook that learns by gradient has rows that are not")
+        if self.quantizer == "gumbel":
+            self.score = Linear(self.codes, bias=True, wide=True)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -86,17 +104,42 @@ class VQ(nn.Module):
     @property
     def vocab(self) -> int:
         """Number of codes; 0 for a continuous latent."""
-        return {"fsq": quantize.fsq_size(self.levels), "vq": self.codes, "none": 0}[self.quantizer]
+        if self.quantizer == "fsq":
+            return quantize.fsq_size(self.levels)
+        return 0 if self.quantizer == "none" else self.used or self.codes
+
+    @property
+    def learned(self) -> bool:
+        """Whether the codebook is a parameter."""
+        return self.quantizer == "gumbel" or (self.quantizer == "vq" and not self.moving)
+
+    def on_sphere(self, x: jax.Array) -> jax.Array:
+        """Codes or outputs as they are compared: vq with `l2` on the unit sphere."""
+        if self.quantizer != "vq" or not self.l2:
+            return x
+        return quantize.unit(x) if self.exact else quantize.normalise(x)
+
+    def raw(self, image: jax.Array) -> jax.Array:
+        z = self.net.encode(image) if self.residual else self.encoder(image)
+        return z.astype(jnp.promote_types(image.dtype, jnp.float32))  # b h w d
 
     def features(self, image: jax.Array) -> jax.Array:
-        z = self.encoder(image).astype(jnp.promote_types(image.dtype, jnp.float32))  # b h w d
-        return quantize.normalise(z) if self.quantizer == "vq" and self.l2 else z
+        return self.on_sphere(self.raw(image))
+
+    def logits(self, z: jax.Array) -> jax.Array:
+        return self.score(z)  # b h w codes
 
     def picture(self, codes: jax.Array) -> jax.Array:
-        return self.decoder(codes).astype(codes.dtype)  # b H W 3
+        return (self.net.decode if self.residual else self.decoder)(codes).astype(codes.dtype)  # b H W 3
+
+    def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
+        return self.net.encoded(image, hidden)
 
     def __call__(self, image: jax.Array) -> jax.Array:
-        return self.picture(self.features(image))
+        z = self.features(image)
+        if self.quantizer == "gumbel":
+            self.logits(z)
+        return self.picture(z)
 
 
 def build(config: Any) -> VQ:
@@ -111,7 +154,7 @@ def init(model: VQ, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     params = model.init(key, image)["params"]
     if not model.vocab:
         return {"params": params, "extra": {"mean": jnp.zeros((model.width,)), "square": jnp.ones((model.width,))}}
-    extra = {"use": jnp.zeros((model.vocab,))}
+    extra = {"use": jnp.zeros((model.vocab,))} | ({"used": jnp.arange(model.used)} if model.used else {})
     if model.quantizer == "vq" and model.moving:
         codebook = jax.random.normal(code_key, (model.vocab, model.width))
         codebook = quantize.normalise(codebook) if model.l2 else codebook
@@ -127,24 +170,38 @@ def quantise(model: VQ, params: Any, extra: Any, z: jax.Array) -> tuple[jax.Arra
     if model.quantizer == "none":
         return z, None
     codebook = _codebook(model, params, extra)
-    ids = quantize.nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(codebook))
+    if model.quantizer == "gumbel":
+        ids = jnp.argmax(logits(model, params, extra, z), -1).astype(jnp.int32)
+        return quantize.codes_of(ids, codebook), ids
+    points = jax.lax.stop_gradient((z, codebook))
+    if model.exact:
+        ids = jnp.argmin(quantize.distances(*points), -1).astype(jnp.int32)
+    else:
+        ids = quantize.nearest(*points)
     return quantize.straight_through(z, quantize.codes_of(ids, codebook)), ids
 
 
+def logits(model: VQ, params: Any, extra: Any, z: jax.Array) -> jax.Array:
+    """Gumbel: scores of the codes that tokens number, of raw codes `z [b, h, w, d]` -> `[b, h, w, v]`."""
+    scores = model.apply({"params": params}, z, method="logits")
+    return scores[..., extra["used"]] if model.used else scores
+
+
 def _codebook(model: VQ, params: Any, extra: Any) -> jax.Array:
-    codebook = extra["codebook"] if model.moving else params["codebook"]  # v d
-    return quantize.normalise(codebook) if model.l2 else codebook
+    codebook = params["codebook"] if model.learned else extra["codebook"]  # v d
+    return model.on_sphere(quantize.codes_of(extra["used"], codebook) if model.used else codebook)
 
 
 def loss(
     model: VQ, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
     """Squared (and absolute) error of the reconstruction, commitment, and use of the codebook."""
-    del parts, step
+    del parts
     still = jax.lax.stop_gradient
     image = batch["image"]  # b H W 3
     z = model.apply({"params": params}, image, method="features")  # b h w d
-    codes, ids = quantise(model, params, extra, z)
+    drawn = model.quantizer == "gumbel" and train
+    codes, ids = (_drawn(model, params, extra, z, key, batch, step) if drawn else quantise(model, params, extra, z))
     out = model.apply({"params": params}, codes, method="picture")
     error = per_sample(jnp.square(out - image))
     total = error + model.l1 * per_sample(jnp.abs(out - image))  # b
@@ -156,9 +213,12 @@ def loss(
             # by sample: the candidates are the same on every mesh and with any accumulation
             u = rng.uniform(rng.sample_keys(key, batch["id"]), (model.length,))  # b n
             sums |= quantize.vq_pool(still(flat), u.reshape(-1), max(model.vocab, POOL))
-    elif model.quantizer == "fsq":
+    elif model.vocab:
         sums = {"count": jnp.zeros((model.vocab,), z.dtype).at[ids.reshape(-1)].add(1.0)}
-        if model.entropy:
+        if model.quantizer == "gumbel":
+            scores = logits(model, params, extra, z)
+            total = total + model.divergence * per_sample(quantize.prior_divergence(scores, model.codes))
+        elif model.entropy:
             use = quantize.fsq_entropy(flat, model.levels)
             metrics["entropy"] = use
             total = total + model.entropy * jnp.maximum(jnp.log(model.fill * model.vocab) - use, 0.0)
@@ -174,6 +234,20 @@ def loss(
     return scalar, {"metrics": metrics, "weight": weight, "extra": sums if train else {}}
 
 
+def _drawn(
+    model: VQ, params: Any, extra: Any, z: jax.Array, key: jax.Array, batch: dict, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gumbel in training: as `quantise`, codes drawn at the temperature of this step; the gradient is the soft one."""
+    scores = logits(model, params, extra, z)  # b h w v
+    u = rng.uniform(rng.sample_keys(key, batch["id"]), scores.shape[1:])
+    noise = -jnp.log(-jnp.log(jnp.clip(u, 1e-20, 1 - 1e-7)))
+    warm, cold = model.temperature
+    done = jnp.clip(step / model.cooling, 0.0, 1.0) if model.cooling else 0.0
+    temperature = cold + (warm - cold) * (1 + jnp.cos(jnp.pi * done)) / 2
+    one_hot, ids = quantize.gumbel(scores, noise.astype(scores.dtype), temperature)
+    return jnp.einsum("...v,vd->...d", one_hot, _codebook(model, params, extra)), ids
+
+
 def _vq_terms(
     model: VQ, params: Any, extra: Any, z: jax.Array, ids: jax.Array, total: jax.Array
 ) -> tuple[jax.Array, dict]:
@@ -181,11 +255,12 @@ def _vq_terms(
     codebook = _codebook(model, params, extra)
     chosen = quantize.codes_of(ids, codebook)  # b h w d
     still = jax.lax.stop_gradient
-    total = total + model.commitment * per_sample(jnp.square(z - still(chosen)))
+    of_encoder, of_codes = (1.0, model.commitment) if model.legacy else (model.commitment, 1.0)
+    total = total + of_encoder * per_sample(jnp.square(z - still(chosen)))
     flat = still(z).reshape(-1, model.width)  # (b n) d
     if model.moving:
         return total, quantize.vq_sums(flat, ids.reshape(-1), model.vocab)
-    total = total + per_sample(jnp.square(still(z) - chosen))
+    total = total + of_codes * per_sample(jnp.square(still(z) - chosen))
     # a dead code gets no gradient from any token: pull it to an encoder output of this batch
     candidates = min(model.vocab, flat.shape[0])
     target = flat[jnp.arange(model.vocab) % candidates * (flat.shape[0] // candidates)]  # v d, spread over the batch
@@ -201,7 +276,7 @@ def merge(model: VQ, extra: Any, sums: Any, key: jax.Array, step: jax.Array) -> 
         return {name: quantize.vq_usage(extra[name], sums[name] / sums["places"], model.decay) for name in extra}
     use = quantize.vq_usage(extra["use"], sums["count"], model.decay)
     if "codebook" not in extra:
-        return {"use": use}
+        return extra | {"use": use}
     count = quantize.vq_usage(extra["count"], sums["count"], model.decay)
     total = quantize.vq_usage(extra["total"], sums["total"], model.decay)
     codebook = quantize.vq_moving(extra["codebook"], count, total)
@@ -233,11 +308,14 @@ def _moments(extra: Any) -> tuple[jax.Array, jax.Array]:
 
 def embed(model: VQ, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
     """`tokens [b, n]` -> codes `[b, h, w, d]`."""
+    return codes_at(model, params, extra, tokens).reshape(tokens.shape[0], *model.grid, -1)
+
+
+def codes_at(model: VQ, params: Any, extra: Any, tokens: jax.Array) -> jax.Array:
+    """`tokens [...]` -> their codes `[..., d]`."""
     if model.quantizer == "fsq":
-        codes = quantize.fsq_codes(tokens, model.levels)
-    else:
-        codes = quantize.codes_of(tokens, _codebook(model, params, extra))
-    return codes.reshape(tokens.shape[0], *model.grid, -1)
+        return quantize.fsq_codes(tokens, model.levels)
+    return quantize.codes_of(tokens, _codebook(model, params, extra))
 
 
 def decode(model: VQ, params: Any, extra: Any, codes: jax.Array) -> jax.Array:

@@ -1,0 +1,50 @@
+"""How a run begins or goes on: the state it starts from, and what must be as it was when that state was saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hybridgen import checkpoint, metrics
+from hybridgen import config as config_lib
+from hybridgen import state as state_lib
+from hybridgen.data import pipeline
+from hybridgen.experiment import Experiment, earlier
+
+
+def beginning(
+    experiment: Experiment,
+    folder: Path,
+    saved: checkpoint.Checkpointer,
+    which: state_lib.Trainable,
+    abstract: dict,
+    make: Callable,
+    timer: metrics.Timer,
+    step: int | None,
+) -> dict:
+    """The state of a checkpoint, or (step None) of a new run, with what `init_from` names."""
+    config = experiment.config
+    with timer.time("restore" if step is not None else "init"), jax.set_mesh(experiment.mesh):
+        if step is not None:
+            return saved.restore(step, abstract)
+        state = make()
+        if config.init_from:
+            params, extra = earlier(config, folder)
+            state = state_lib.start_from(state, params, which, extra)
+        return state
+
+
+def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:
+    """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
+    resolved, model = config_lib.plain(config), experiment.model
+    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
+    return resolved, {
+        "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
+        "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
+        "parts": experiment.digests,
+    }
+
+
+# what may differ when a run is resumed: it changes neither the samples nor the arithmetic of a step
+NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data", "health")

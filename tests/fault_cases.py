@@ -1,0 +1,185 @@
+"""Training runs that something happens to: what the tests of faults share; as a program, one such run.
+
+    python tests/fault_cases.py '{"nan": [7, 8]}' --config ... --workdir ...
+
+The happenings are by number of the global batch: "nan" and "times" change its pictures (to NaN, by a factor), "hang"
+lets it never come, "full" (first, end, bytes) lets no file grow beyond so many bytes; "process" names the only process
+that this happens to. And "fail": an exception in the loop at this step; "folder": pictures in place of the shapes;
+"compiled": tells how many programs were found in the cache, and how many were not.
+"""
+
+import atexit
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from checkpoint_cases import files_of, flip
+from ml_collections import ConfigDict
+
+from hybridgen import checkpoint, cli, config, train
+from hybridgen.checkpoint import Checkpointer
+from hybridgen.data import pipeline
+
+ROOT = Path(__file__).parents[1]
+# all that a state may hold: moments, an average, and a codebook that learns without gradients; some ms a step
+SMALL = (
+    f"{ROOT}/configs/tokenizers/vq.py:vq,batch=4,data.resolution=16,model.channels=(16,),model.attention=False,"
+    "model.codes=32,ema.decay=0.9,log.every=1,checkpoint.keep=3"
+)
+
+
+def words(steps: int, every: int, *more: str) -> str:
+    """The small config for a command line: so many steps, a checkpoint each `every` of them."""
+    return ",".join([SMALL, f"steps={steps}", f"checkpoint.every={every}", *more])
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The metrics log without its times and notes."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if "second" not in name} for line in lines if "note" not in line]
+
+
+def notes_of(folder: Path) -> list[tuple[int, str, str]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["note"], line["text"]) for line in lines if "note" in line]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [line["step"] for line in log_of(folder) if "loss" in line]
+
+
+def state_of(folder: Path, step: int) -> dict[str, Any]:
+    """The whole state of a checkpoint, which must verify, as numpy."""
+    with Checkpointer(folder / "checkpoints", read_only=True) as saved:
+        model = saved.restore_params(step)
+        return model | saved._read(step, "training", saved._metadata(step, "training"), numpy=True)
+
+
+def final(folder: Path, step: int) -> str:
+    """Digest of the whole state of a checkpoint."""
+    state = state_of(folder, step)
+    assert {"params", "ema", "extra", "opt", "step", "health"} == set(state)
+    return checkpoint.digest(state)
+
+
+def flip_200(checkpoints: Path, step: int) -> None:
+    """200 random bits of a step of training, in turn over its files: each is found and its file named."""
+    chance, folder = random.Random(step), checkpoints / str(step)
+    files = [path for path in files_of(folder) if path.stat().st_size]
+    with Checkpointer(checkpoints, keep=9) as saved:
+        for trial in range(200):
+            path = files[trial % len(files)]
+            bit = chance.randrange(8 * path.stat().st_size)
+            flip(path, bit)
+            problems = saved.verify(step)
+            assert problems and problems[0].startswith(str(path.relative_to(folder))), (path, bit, problems)
+            if trial == 199:
+                began, lines = time.perf_counter(), []
+                assert saved.newest_good(report=lines.append) not in (None, step)
+                assert time.perf_counter() - began < 5 and str(path.relative_to(folder)) in lines[0]
+            flip(path, bit)
+        assert saved.verify(step) == []
+
+
+def newest(folder: Path) -> int | None:
+    with Checkpointer(folder / "checkpoints", read_only=True) as saved:
+        return saved.newest_good(report=print)
+
+
+def happening(make: Callable, nan=(), times=(), hang=None, full=None, process=None) -> Callable:
+    """`pipeline.batches` to which this happens."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def batches(*args, start=0, shuffle=True, **options):
+        here = shuffle and process in (None, jax.process_index())
+        for number, batch in enumerate(make(*args, start=start, shuffle=shuffle, **options), start):
+            if here and number == hang:
+                time.sleep(1000)
+            if full and number in full[:2]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (full[2] if number == full[0] else hard, hard))
+            factor = np.nan if number in nan else dict(times).get(number, 1)
+            yield batch | {"image": batch["image"] * np.float32(factor)} if here else batch
+
+    return batches
+
+
+def failing(look: Callable, number: int) -> Callable:
+    """`train.look` that raises at this step."""
+
+    def raises(job, state, step, due):
+        if step == number:
+            raise RuntimeError(f"step {step} fails")
+        look(job, state, step, due)
+
+    return raises
+
+
+def on_folder(config: ConfigDict, path: str) -> ConfigDict:
+    with config.unlocked():
+        config.data.source, config.data.options = "folder", ConfigDict({"path": str(path)})
+    return config
+
+
+def start(folder: Path, config: str, what: dict | None = None, *more: str, **environment: str) -> subprocess.Popen:
+    """The training command in a process of its own."""
+    line = [sys.executable, str(ROOT / "tests" / "fault_cases.py"), json.dumps(what or {})]
+    line += ["--config", config, "--workdir", str(folder), *more]
+    settings = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=ROOT, env=os.environ | settings, **pipes)
+
+
+def ends(process: subprocess.Popen, code: int = 0, seconds: float = 200) -> tuple[str, str]:
+    """(stdout, stderr) of a process that must end so."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"goes on after {seconds} s: {out[-1000:]} {err[-3000:]}") from None
+    assert process.returncode == code, f"{process.returncode}: {out[-1000:]} {err[-3000:]}"
+    return out, err
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, what
+        time.sleep(0.02)
+
+
+def logged(folder: Path) -> int:
+    """The newest step in the log of a run that is under way."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def main() -> None:
+    what = json.loads(sys.argv.pop(1))
+    if "fail" in what:
+        train.look = failing(train.look, what.pop("fail"))
+    if "folder" in what:
+        load, path = config.load, what.pop("folder")
+        config.load = lambda *line: on_folder(load(*line), path)
+    if what.pop("compiled", False):
+        counts: dict[str, int] = {}
+        jax.monitoring.register_event_listener(lambda name, **_: counts.update({name: counts.get(name, 0) + 1}))
+        names = [f"/jax/compilation_cache/cache_{name}" for name in ("hits", "misses")]
+        atexit.register(lambda: print("found, not found:", *(counts.get(name, 0) for name in names)))
+    pipeline.batches = happening(pipeline.batches, **what)
+    cli.command(train.main)
+
+
+if __name__ == "__main__":
+    main()

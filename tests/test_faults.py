@@ -1,0 +1,374 @@
+"""What goes wrong in a run of one process: bad batches, hangs, full disks, changed configs. Several: test_hosts.py."""
+
+import contextlib
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import fault_cases
+import jax
+import numpy as np
+import pytest
+from checkpoint_cases import files_of, flip
+from fault_cases import ends, final, log_of, newest, notes_of, state_of, wait_for, words
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from hybridgen import config, train, trees
+from hybridgen.checkpoint import Checkpointer
+from hybridgen.data import pipeline
+from hybridgen.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs here differ in what happens to them, not in their programs."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))  # of processes that are started
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(name, happenings, steps, every, more...) -> the folder of a run that came to its end, or failed as told."""
+    make, look = pipeline.batches, train.look
+
+    def go(name: str, what: dict, steps: int, every: int, *more: str, **options) -> Path:
+        other = {key: x for key, x in what.items() if key not in ("fail", "folder")}
+        monkeypatch.setattr(pipeline, "batches", fault_cases.happening(make, **other))
+        monkeypatch.setattr(train, "look", fault_cases.failing(look, what.get("fail", -1)))
+        resolved = configured(steps, every, *more)
+        if "folder" in what:
+            fault_cases.on_folder(resolved, what["folder"])
+        with pytest.raises(RuntimeError, match="fails") if "fail" in what else contextlib.nullcontext():
+            assert train.run(resolved, tmp_path / name, **options)
+        return tmp_path / name
+
+    return go
+
+
+def configured(steps: int, every: int, *more: str):
+    # intervals hold commas
+    plain, rest = [x for x in more if "((" not in x], [x for x in more if "((" in x]
+    return config.load(words(steps, every, *plain), rest)
+
+
+def skipped_in(folder: Path) -> list:
+    file = folder / "skipped.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+# ---- bad batches
+
+
+def test_one_bad_batch_is_counted_and_nothing_else(run):
+    """The run is the one that skips this batch: parameters, average, codebook, optimiser, counts, and the log."""
+    bad = run("bad", {"nan": [6]}, 12, 5)
+    skip = run("skip", {}, 12, 5, "health.skip=((6,7),)")
+    assert final(bad, 12) == final(skip, 12)
+    assert int(state_of(bad, 12)["health"]["skipped"]) == 1 and skipped_in(bad) == [] == notes_of(bad)
+    assert [line for line in log_of(bad) if line["step"] != 7] == log_of(skip)
+    (line,) = (line for line in log_of(bad) if line["step"] == 7)
+    assert line["loss"] == "nan" and (line["skipped"], line["streak"]) == (1, 1)
+
+
+SLOW = pytest.mark.slow
+CASES = {
+    # name: (what, config words, [first, end) that must be skipped)
+    "middle": ({"nan": [11, 12, 13]}, (24, 5), [10, 14]),
+    "first": ({"nan": [0, 1, 2]}, (12, 5), [0, 3]),
+    "last": ({"nan": [21, 22, 23]}, (24, 5), [20, 24]),
+    "saved amid": ({"nan": [13, 14, 15]}, (24, 5, "checkpoint.keep=1"), [10, 16]),
+    "saved at its end": ({"nan": [12, 13, 14]}, (24, 5, "checkpoint.keep=1", "eval.every=5"), [10, 15]),
+    "saved each step": ({"nan": [11, 12, 13]}, (24, 1, "checkpoint.keep=1"), [11, 14]),
+    "spike": ({"times": [[n, 30] for n in (24, 25, 26)]}, (32, 5), [20, 27]),
+}
+
+
+@pytest.mark.parametrize("case", [case if case == "middle" else pytest.param(case, marks=SLOW) for case in CASES])
+def test_bad_batches_in_a_row_are_rolled_back_over(run, case):
+    """The run after it is that of the same intervals, known from the start and without a fault, bit for bit."""
+    what, options, (first, end) = CASES[case]
+    bad, steps = run("bad", what, *options), options[0]
+    assert skipped_in(bad) == [[first, end]]
+    known = run("known", {}, *options, f"health.skip=(({first},{end}),)")
+    assert final(bad, steps) == final(known, steps)
+    assert log_of(bad) == log_of(known)
+    (note,) = notes_of(bad)
+    assert note[:2] == (end, "rolled back") and f"batches {first} to {end - 1} are skipped" in note[2]
+    assert int(state_of(bad, steps)["health"]["skipped"]) == end - first
+
+
+@SLOW
+def test_killed_while_it_rolls_back_and_after_it(run, tmp_path):
+    what, options = {"nan": [61, 62, 63]}, (160, 20)
+    folder = tmp_path / "killed"
+    for ready in (lambda: skipped_in(folder), lambda: fault_cases.logged(folder) >= 75):
+        process = fault_cases.start(folder, words(*options), what)
+        wait_for(ready, "it does not come so far")
+        process.kill()
+        process.communicate()
+    reached = newest(folder)
+    assert 60 <= reached < 160, "killed after its end: nothing was tested"
+    ends(fault_cases.start(folder, words(*options), what))
+    known = run("known", {}, *options, "health.skip=((60,64),)")
+    assert skipped_in(folder) == [[60, 64]]
+    assert final(folder, 160) == final(known, 160) and log_of(folder) == log_of(known)
+
+
+@SLOW
+def test_too_many_bad_intervals_end_the_run(tmp_path):
+    line = words(60, 10, "health.rollbacks=2")
+    _, err = ends(fault_cases.start(tmp_path, line, {"nan": list(range(12, 60))}), 2)
+    assert "error: 3 bad steps in a row up to step 21, and 2 intervals were skipped before" in err.splitlines()[-1]
+    assert skipped_in(tmp_path) == [[10, 15], [10, 18]] and newest(tmp_path) == 10
+
+
+def test_intervals_at_the_end_and_beyond_it(run):
+    """What is skipped may begin or end behind the last step; a rule that can never hold is refused."""
+    folder = run("run", {}, 6, 5, "health.skip=((4,9),(30,40))")
+    assert fault_cases.steps_of(folder) == [1, 2, 3, 4] and newest(folder) == 6
+    with pytest.raises(UserError, match=r"\(4, 4\) is no interval"):
+        run("wrong", {}, 6, 5, "health.skip=((4,4),)")
+    with pytest.raises(UserError, match="streak 0 .* at least 1"):
+        run("wrong", {}, 6, 5, "health.streak=0")
+
+
+# ---- ends
+
+
+@SLOW
+def test_sigterm_saves_the_last_finished_step(run, tmp_path):
+    options = (300, 40)
+    whole = run("whole", {}, *options)
+    process = fault_cases.start(tmp_path / "run", words(*options))
+    wait_for(lambda: fault_cases.logged(tmp_path / "run") >= 10, "no steps")
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    ends(process, 130, 20)
+    took, stopped = time.monotonic() - asked, newest(tmp_path / "run")
+    print(f"stopped at {stopped} after {took:.1f} s")
+    assert took < 10 and 10 <= stopped < 300
+    assert fault_cases.steps_of(tmp_path / "run") == list(range(1, stopped + 1))
+    out, _ = ends(fault_cases.start(tmp_path / "run", words(*options)))
+    assert f"steps {stopped} to 300" in out and not re.search(rf"^train +{stopped}/", out, re.M)
+    assert log_of(tmp_path / "run") == log_of(whole) and final(tmp_path / "run", 300) == final(whole, 300)
+
+
+@SLOW
+def test_a_loader_that_hangs(tmp_path):
+    process = fault_cases.start(tmp_path, words(60, 20, "health.hang=8"), {"hang": 12})
+    wait_for(lambda: fault_cases.logged(tmp_path) >= 11, "no steps")
+    began = time.monotonic()
+    _, err = ends(process, 42, 60)
+    took = time.monotonic() - began
+    print(f"ended after {took:.1f} s")
+    assert 6 < took < 8 + 5
+    assert "step 12, data; the stacks follow" in err and "Thread 0x" in err
+    assert "in batches" in err and "in segment" in err  # where the loader sleeps, and where the loop waits
+
+
+@SLOW
+def test_an_exception_leaves_nothing_behind(tmp_path):
+    process = fault_cases.start(tmp_path, words(400, 20, "data.workers=2"), {"fail": 100})
+    wait_for(lambda: fault_cases.logged(tmp_path) >= 60, "no steps")
+    workers = children(process.pid)
+    wait_for(lambda: fault_cases.logged(tmp_path) >= 100, "no steps")
+    began = time.monotonic()
+    _, err = ends(process, 1, 20)
+    took = time.monotonic() - began
+    print(f"ended after {took:.1f} s")
+    assert took < 5 and "RuntimeError: step 100 fails" in err
+    assert len(workers) >= 2 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert newest(tmp_path) == 80  # what was under way is whole; the step that failed is not saved
+
+
+def children(pid: int) -> list[int]:
+    """All processes below this one."""
+    found = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    return found + [other for child in found for other in children(child)]
+
+
+# ---- disks
+
+
+@SLOW
+def test_a_full_disk_is_told_of_and_survived(run, tmp_path):
+    """No file may grow beyond 3,000 bytes for a while: a save fails, and the logs too."""
+    options = (60, 10, "checkpoint.keep=9")
+    whole = run("whole", {}, *options)
+    out, err = ends(fault_cases.start(tmp_path / "run", words(*options), {"full": [18, 37, 3000]}))
+    assert re.search(r"^train 30/60  save failed: checkpoint 20 was not saved: .*File too large", out, re.M), out
+    assert len(re.findall("are not written: File too large; the run goes on", err)) == 1
+    with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as saved:
+        assert saved.good_steps() == [10, 40, 50, 60]
+    assert final(tmp_path / "run", 60) == final(whole, 60)
+
+    _, err = ends(fault_cases.start(tmp_path / "full", words(*options), {"full": [18, 99, 3000]}), 2)
+    assert "error: " in err and "not saved" in err.splitlines()[-1]
+    assert newest(tmp_path / "full") == 10
+    out, _ = ends(fault_cases.start(tmp_path / "full", words(*options)))
+    assert "steps 10 to 60" in out and final(tmp_path / "full", 60) == final(whole, 60)
+
+
+def test_any_flipped_bit_of_a_training_checkpoint_is_found(run):
+    folder = run("run", {}, 4, 2)
+    fault_cases.flip_200(folder / "checkpoints", 4)
+
+
+def test_a_rotten_step_is_fallen_back_from(run, capsys):
+    options = (12, 5)
+    folder, whole = run("run", {}, *options), run("whole", {}, *options)
+    path = max(files_of(folder / "checkpoints" / "12" / "model"), key=lambda path: path.stat().st_size)
+    flip(path, 8 * (path.stat().st_size // 2) + 3)
+    capsys.readouterr()
+    run("run", {}, *options)
+    out = capsys.readouterr().out
+    assert re.search(rf"checkpoint 12 in \S+ is not used: model/\S*{path.name}: its digest differs", out)
+    assert "steps 10 to 12" in out and final(folder, 12) == final(whole, 12) and log_of(folder) == log_of(whole)
+
+
+# ---- going on
+
+
+def test_another_run_is_refused_by_its_keys(run):
+    run("run", {}, 3, 5)
+    changes = {
+        "seed=1": ["config.seed was 0 and is 1", "data.seed"],
+        "batch=8": ["config.batch was 4 and is 8", "data.batch"],
+        "data.options.size=500": ["data.source.length was 100000 and is 500"],
+        "data.text.kind=bytes": ['data.text.kind was "words" and is "bytes"', "data.text.digest"],
+        "model.codes=64": ["config.model.codes was 32 and is 64"],
+        "optim.lr=1e-4": ["config.optim.lr was 0.003 and is 0.0001"],
+    }
+    for change, says in changes.items():
+        with pytest.raises(UserError) as refused:
+            run("run", {}, 3, 5, change)
+        for words_of_it in says:
+            assert words_of_it in str(refused.value)
+        assert f"--allow {says[0].split()[0]}" in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=r"extra/codebook float32\[32, 8\] instead of float32\[64, 8\]"):
+        run("run", {}, 3, 5, "model.codes=64", allow=("config.model.codes",))
+    run("run", {}, 6, 5, "seed=1", "batch=8", allow=("config.seed", "config.batch", "config.steps", "data"))
+    run("run", {}, 4, 5, allow=("config", "data"))  # fewer steps than there are already
+
+
+def test_a_checkpoint_has_consumed_its_number_of_batches(run, monkeypatch):
+    """Steps, good steps, updates, the data's position and the log agree, also after a failure; nothing is done twice."""
+    began, make = [], pipeline.batches
+
+    def noticed(*args, start=0, shuffle=True, **options):
+        began.extend([start] if shuffle else [])
+        return make(*args, start=start, shuffle=shuffle, **options)
+
+    monkeypatch.setattr(pipeline, "batches", noticed)
+    options = (12, 5, "eval.every=4", "eval.batches=1", "sample.every=0")
+    what = {"nan": [3]}
+    whole = run("whole", what, *options)
+    monkeypatch.setattr(pipeline, "batches", noticed)
+    folder = run("run", what | {"fail": 9}, *options)
+    assert newest(folder) == 5
+    counts(state_of(folder, 5), 5, 1)
+    monkeypatch.setattr(pipeline, "batches", noticed)
+    began.clear()
+    run("run", what, *options)
+    assert began[-1] == 5
+    counts(state_of(folder, 12), 12, 1)
+    assert fault_cases.steps_of(folder) == list(range(1, 13))
+    assert [line["step"] for line in log_of(folder) if "eval/loss" in line] == [4, 8, 12]
+    assert log_of(folder) == log_of(whole) and final(folder, 12) == final(whole, 12)
+
+
+def counts(state: dict, step: int, skipped: int) -> None:
+    """The numbers in a state, which say how far it is; each update moves the schedule on by one."""
+    assert (int(state["step"]), int(state["health"]["skipped"])) == (step, skipped)
+    assert int(state["health"]["count"]) == step - skipped
+    found = {path: int(leaf) for path, leaf in trees.flatten(state["opt"]).items() if path.endswith("count")}
+    assert len(found) >= 2 and set(found.values()) == {step - skipped}, found
+
+
+def test_broken_records_are_named_once_also_after_a_failure(run, tmp_path):
+    draw = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for number in range(200):
+        path = tmp_path / "pictures" / f"{number:03}.png"
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        if number % 100 == 50:
+            path.write_bytes(path.read_bytes()[:60])
+    options = (140, 60, "log.every=70", "data.text.kind=bytes")  # almost three times through
+    what = {"folder": str(tmp_path / "pictures")}
+    whole = run("whole", what, *options)
+    notes = notes_of(whole)
+    assert sorted(text.split()[0] for _, _, text in notes) == ["050.png", "150.png"]
+    assert [text.split("(number ")[1] for _, _, text in notes] == ["1)", "2)"]
+    folder = run("run", what | {"fail": 100}, *options)
+    assert newest(folder) == 60
+    run("run", what, *options)
+    assert notes_of(folder) == notes and final(folder, 140) == final(whole, 140)
+
+
+# ---- what it takes
+
+
+def test_the_account_of_time_is_complete(run, monkeypatch):
+    """Of each start, over restarts; steps that are done again are lost."""
+    walls, whole = [], train.run
+
+    def timed(*args):
+        began = time.perf_counter()
+        try:
+            return whole(*args)
+        finally:
+            walls.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(train, "run", timed)
+    folder = run("run", {"fail": 33}, 60, 25, "eval.every=20")
+    run("run", {}, 60, 25, "eval.every=20")
+    entries = json.loads((folder / "time.json").read_text())
+    assert [(entry["from"], entry["to"]) for entry in entries] == [(0, 25), (25, 60)]
+    for entry, wall in zip(entries, walls, strict=True):
+        print(entry, wall)
+        assert sum(entry["seconds"].values()) == pytest.approx(wall, rel=0.01)
+        assert min(entry["seconds"].values()) >= 0
+    first, second = (set(entry["seconds"]) for entry in entries)
+    assert {"init", "lost"} <= first and "restore" in second and "lost" not in second
+    assert {"build", "compile", "data", "step", "save", "eval", "other"} <= first & second
+
+
+@SLOW
+def test_a_second_start_compiles_no_step(tmp_path):
+    told = []
+    for folder in ("first", "second"):
+        settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+        out, _ = ends(fault_cases.start(tmp_path / folder, words(3, 5), {"compiled": True}, **settings))
+        told.append([int(number) for number in out.splitlines()[-1].split()[-2:]])
+    print(told)
+    assert told[0][1] > 0 and told[1][1] == 0 and told[1][0] >= told[0][1]
+
+
+@SLOW
+def test_5000_steps_take_no_more_than_500(tmp_path):
+    more = ("log.every=50", "eval.every=500", "eval.batches=1", "checkpoint.every=500", "sample.every=2500")
+    process = fault_cases.start(tmp_path, words(5000, 500, *more), None, "--config.sample.count=2")
+    seen = {}
+    for line in process.stdout:
+        if found := re.match(r"train +(\d+)/5000 .*s/step", line):
+            status = dict(x.split(":", 1) for x in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+            files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+            seen[int(found[1])] = int(status["VmRSS"].split()[0]), int(status["Threads"]), files
+    assert process.wait(30) == 0
+    print({step: seen[step] for step in (50, 500, 900, 1400, 2900, 4900)})
+    early, late = seen[900], seen[4900]
+    assert seen[4900][0] < 1.05 * seen[500][0]
+    assert early[1:] == late[1:], "threads or files"
