@@ -70,7 +70,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
         return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices.tolist())
     if len(slices) != dcn:
         raise UserError(f"mesh.dcn {dcn} is not the number of slices, {len(slices)}: between slices is data parallel")
-    grid = mesh_utils.create_hybrid_device_mesh((1, *inner), (dcn, 1, 1, 1), devices.tolist())
+    options = {"allow_split_physical_axes": True}  # an axis may be wider than a side of the slice
+    grid = mesh_utils.create_hybrid_device_mesh((1, *inner), (dcn, 1, 1, 1), devices.tolist(), **options)
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,12 +229,11 @@ def test_two_slices(tmp_path):
     ],
 )
 def test_large_models_fit_a_pod_slice(tmp_path, config, topology, billions, positions):
-    start = time.monotonic()
     code, report, _ = run(tmp_path, "--config", config, "--topology", topology)
     assert code == 0, report
-    assert time.monotonic() - start < 180
     assert report["devices"] == 256 and report["parameters"] == pytest.approx(billions * 1e9, rel=0.1)
     for name in ("train", "sample"):
+        assert report[name]["lower_s"] + report[name]["compile_s"] < 180
         assert report[name]["spare"] > 0
         # everything is sharded over fsdp, and gathered
         assert any(it["kind"] == "all-gather" and "fsdp" in it["axis"] for it in report[name]["collectives"])
