@@ -17,6 +17,8 @@ COMMANDS = {
     "evaluate": "measure a run: judge, PSNR, report and contact sheet",
     "preflight": "compile a config for a TPU topology: does it fit",
     "bench": "step time, tokens a second and fraction of this machine's rate",
+    "convert": "official weights to a run folder, and back",
+    "verify": "replay recorded outputs of an official model: equal or not",
     "launch": "print or run the commands that train on a machine or a cluster",
 }
 
@@ -65,4 +67,5 @@ def _module(name: str):
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
-    return importlib.import_module(f"hybridgen.{name}")
+    # a package that reads files is no command: that of `convert` is where the models are known
+    return importlib.import_module(f"hybridgen.{'importing' if name == 'convert' else name}")

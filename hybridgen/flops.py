@@ -106,7 +106,10 @@ def _name(eqn: Any) -> str:
 
 def _scan(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
     body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
-    first, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    # how many are constant and carried: what is scanned over, or stacked, has a dimension more outside of the loop;
+    # the names of the parameters that say so differ between versions of JAX
+    carries = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.outvars, strict=True))
+    first = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, body.invars, strict=True)) - carries
     needs = list(given)
     while True:  # what a turn carries on may need a gradient only from the second turn on
         count, out = _walk(body, needs, scope, turns or length)

@@ -59,8 +59,6 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
 def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
     """What config and run folder say is skipped, config first. Raises UserError for what is no list of intervals."""
     file = folder / "skipped.json"
-    if config.health.streak < 1 or config.health.rollbacks < 0:
-        raise UserError(f"health.streak {config.health.streak} is to be at least 1, and health.rollbacks at least 0")
     named = [*config.health.skip, *(rundir.read_json(file) if file.is_file() else [])]
     for pair in named:
         numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, int) for x in pair)

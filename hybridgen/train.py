@@ -354,7 +354,8 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
         finally:
             with timer.time("save"), contextlib.suppress(checkpoint.SaveError):  # reported above
                 job.saved.close()
-            job.writer.close()
+            writer, job, state = job.writer, None, None  # freeing programs takes time as well
+            writer.close()
     if stopped:
         print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
     return not stopped

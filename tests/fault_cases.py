@@ -3,9 +3,9 @@
     python tests/fault_cases.py '{"nan": [7, 8]}' --config ... --workdir ...
 
 The happenings are by number of the global batch: "nan" and "times" change its pictures (to NaN, by a factor), "hang"
-lets it never come, "full" (first, end, bytes) lets no file grow beyond so many bytes; "process" names the only process
-that this happens to. And "fail": an exception in the loop at this step; "folder": pictures in place of the shapes;
-"compiled": tells how many programs were found in the cache, and how many were not.
+lets it never come; "process" names the only process that this happens to. By step of the loop: "fail" raises, "full"
+(first, end, bytes) lets no file grow beyond so many bytes. And "data": a source and its options; "compiled": tells how
+many programs were found in the cache, and how many were not.
 """
 
 import atexit
@@ -96,37 +96,40 @@ def newest(folder: Path) -> int | None:
         return saved.newest_good(report=print)
 
 
-def happening(make: Callable, nan=(), times=(), hang=None, full=None, process=None) -> Callable:
+def happening(make: Callable, nan=(), times=(), hang=None, process=None) -> Callable:
     """`pipeline.batches` to which this happens."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def batches(*args, start=0, shuffle=True, **options):
         here = shuffle and process in (None, jax.process_index())
         for number, batch in enumerate(make(*args, start=start, shuffle=shuffle, **options), start):
             if here and number == hang:
                 time.sleep(1000)
-            if full and number in full[:2]:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (full[2] if number == full[0] else hard, hard))
             factor = np.nan if number in nan else dict(times).get(number, 1)
             yield batch | {"image": batch["image"] * np.float32(factor)} if here else batch
 
     return batches
 
 
-def failing(look: Callable, number: int) -> Callable:
-    """`train.look` that raises at this step."""
+def looking(look: Callable, fail: int = -1, full: tuple = (-1, -1, 0)) -> Callable:
+    """`train.look`, at which this happens."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
-    def raises(job, state, step, due):
-        if step == number:
+    def seen(job, state, step, due):
+        if step == fail:
             raise RuntimeError(f"step {step} fails")
+        if step == full[0]:
+            job.saved.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full[2], hard))
+        if step == full[1]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         look(job, state, step, due)
 
-    return raises
+    return seen
 
 
-def on_folder(config: ConfigDict, path: str) -> ConfigDict:
+def on_data(config: ConfigDict, source: str, options: dict) -> ConfigDict:
     with config.unlocked():
-        config.data.source, config.data.options = "folder", ConfigDict({"path": str(path)})
+        config.data.source, config.data.options = source, ConfigDict(options)
     return config
 
 
@@ -167,11 +170,10 @@ def logged(folder: Path) -> int:
 
 def main() -> None:
     what = json.loads(sys.argv.pop(1))
-    if "fail" in what:
-        train.look = failing(train.look, what.pop("fail"))
-    if "folder" in what:
-        load, path = config.load, what.pop("folder")
-        config.load = lambda *line: on_folder(load(*line), path)
+    train.look = looking(train.look, **{name: what.pop(name) for name in ("fail", "full") if name in what})
+    if "data" in what:
+        load, data = config.load, what.pop("data")
+        config.load = lambda *line: on_data(load(*line), *data)
     if what.pop("compiled", False):
         counts: dict[str, int] = {}
         jax.monitoring.register_event_listener(lambda name, **_: counts.update({name: counts.get(name, 0) + 1}))

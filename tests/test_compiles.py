@@ -34,8 +34,11 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(counter.heard)
 
 
-def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, compilations, monkeypatch):
-    """Every third step evaluates, draws and saves; so the fourth step has seen every program."""
+@pytest.mark.parametrize(("steps", "every"), [(12, 3), pytest.param(200, 20, marks=pytest.mark.slow)])
+def test_training_compiles_nothing_after_its_first_round(
+    tiny_run, tmp_path, compilations, monkeypatch, steps, every
+):
+    """Now and then it evaluates, draws and saves; the step after the first time has seen every program."""
     seen: dict[int, int] = {}
     step = metrics.Writer.step
 
@@ -47,13 +50,14 @@ def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, com
     tokenizer = tiny_run("configs/tokenizers/vq.py").folder
     seen.clear()
     compilations.count = 0
-    words = [f"parts.tokenizer={tokenizer}", "steps=12", "log.every=1", "model.width=32", "model.depth=1"]
-    words += ["eval.every=3", "eval.batches=2", "sample.every=3", "sample.count=4", "checkpoint.every=3"]
+    words = [f"parts.tokenizer={tokenizer}", f"steps={steps}", "log.every=1", "model.width=32", "model.depth=1"]
+    words += [f"{what}.every={every}" for what in ("eval", "sample", "checkpoint")]
+    words += ["eval.batches=2", "sample.count=3"]  # a grid that is not full
     assert train.run(config.load(f"{ROOT}/configs/ar/raster.py:tiny", words), tmp_path / "run")
     assert list((tmp_path / "run" / "images").glob("samples-*.png")), "no samples were drawn"
-    assert seen[1] > 0 and sorted(seen) == list(range(1, 13))
-    assert seen[4] > seen[2]  # evaluation and drawing
-    assert {seen[number] for number in range(4, 13)} == {seen[4]}
+    assert seen[1] > 0 and sorted(seen) == list(range(1, steps + 1))
+    assert seen[every + 1] > seen[2]  # evaluation and drawing
+    assert {seen[number] for number in range(every + 1, steps + 1)} == {seen[every + 1]}
 
 
 def test_drawing_compiles_once_whatever_the_number(tiny_run, tmp_path, compilations):

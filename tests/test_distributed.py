@@ -156,6 +156,23 @@ def test_alone_it_agrees_with_itself():
     assert distributed.exchange("name", "text") == ["text"]
 
 
+def test_a_name_may_be_used_again(monkeypatch):
+    """As by the stages of a recipe, each with saves of its own; the service takes a key once."""
+    said: dict[str, str] = {f"hybridgen/stage/{turn}/1": f"other {turn}" for turn in (1, 2)}
+
+    class Service:
+        def key_value_set(self, key: str, text: str) -> None:
+            assert said.setdefault(key, text) is text, f"{key} is there already"
+
+        def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+            return said[key]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_client", Service)
+    assert distributed.exchange("stage", "mine 1") == ["mine 1", "other 1"]
+    assert distributed.exchange("stage", "mine 2") == ["mine 2", "other 2"]
+
+
 def said(step: int, doing: str, when: float = 100.0) -> list:
     return [step, doing, 31.0, "tpu-7", 4242, when]
 

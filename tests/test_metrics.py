@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hybridgen.errors import UserError
-from hybridgen.metrics import Timer, Writer, cut_back, progress
+from hybridgen.metrics import Timer, Writer, accounts, cut_back, progress
 
 
 def entries(folder):
@@ -150,6 +150,46 @@ def test_buckets_sum_to_the_whole_and_nest():
     for bucket, at_least in (("data", 0.03), ("save", 0.02), ("step", 0.04), ("other", 0.01)):
         assert times[bucket] >= at_least
     assert times["save"] < 0.04  # without the step in it
+
+
+def test_steps_that_are_done_again_are_lost(tmp_path):
+    """Also where a start was killed: its account says how far it was when it was last written."""
+    path = tmp_path / "time.json"
+    starts = [{"from": 0, "to": 100, "seconds": {"step": 10.0, "data": 1.0}}]
+    starts += [{"from": 100, "to": 200, "seconds": {"step": 20.0, "lost": 2.0}}]
+    path.write_text(json.dumps(starts))
+    assert accounts(path, 200) == accounts(path, 300) == starts
+    first, second = accounts(path, 150)
+    assert first == starts[0] and second == {"from": 100, "to": 150, "seconds": {"step": 10.0, "lost": 12.0}}
+    first, second = accounts(path, 50)  # two steps back
+    assert first == {"from": 0, "to": 50, "seconds": {"step": 5.0, "data": 1.0, "lost": 5.0}}
+    assert second == {"from": 100, "to": 100, "seconds": {"step": 0.0, "lost": 22.0}}
+    path.write_text(json.dumps(starts)[:-9])
+    assert accounts(path, 50) == [] == accounts(tmp_path / "none.json", 50)
+
+    with Writer(tmp_path, start_step=0, total_steps=9, tensorboard=False) as writer:
+        for step in (1, 2, 3):
+            with writer.time("step"):
+                time.sleep(0.01)
+            writer.step(step, {})
+            assert json.loads(path.read_text())[0]["to"] == 1  # the first at once, and then every ten seconds
+    ((entry),) = json.loads(path.read_text())
+    assert (entry["from"], entry["to"]) == (0, 3) and entry["seconds"]["step"] >= 0.02
+
+
+def test_a_full_disk_is_told_of_once_and_ends_nothing(tmp_path, capsys):
+    with Writer(tmp_path, start_step=0, total_steps=9) as writer:
+        writer._file.close()
+        with open("/dev/full", "a", buffering=1) as full, open("/dev/full", "wb", buffering=0) as board:
+            writer._file, writer._board._file._py_recordio_writer._writer = full, board
+            for step in range(1, 9):
+                writer.step(step, {"loss": 1.0})
+            writer.note(8, "name", "text")
+            writer.rewind(2)
+        writer.step(3, {"loss": 2.0})
+    assert [entry["step"] for entry in entries(tmp_path)] == [3]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("are not written: No space left on device; the run goes on")
 
 
 def test_the_first_step_is_compilation(tmp_path):

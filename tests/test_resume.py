@@ -1,71 +1,40 @@
 """A run that was killed, or goes on from another, is the run that it is to be: bit for bit, or refused in words."""
 
-import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fault_cases
 import pytest
 import tiny
+from fault_cases import ends, final, log_of, newest, notes_of
 
-from hybridgen import checkpoint, config, manifest, train
+from hybridgen import config, manifest, train
 from hybridgen.checkpoint import Checkpointer
 from hybridgen.errors import UserError
 from hybridgen.experiment import load
 
 ROOT = Path(__file__).parents[1]
-STEPS = 150
-# all that a state may hold: moments, an average, and a codebook that learns without gradients
-SMALL = (
-    f"{ROOT}/configs/tokenizers/vq.py:vq,steps={STEPS},batch=8,model.channels=(16,),model.attention=False,model.codes=64,"
-    "ema.decay=0.9,log.every=1,checkpoint.every=5,checkpoint.keep=3"
-)
+STEPS, EVERY, KILLS = 800, 20, 20
 
 
-def start(folder: Path) -> subprocess.Popen:
-    line = [sys.executable, "-m", "hybridgen.train", "--config", SMALL, "--workdir", str(folder)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, **quiet)
-
-
-def log_of(folder: Path) -> list[dict]:
-    """The metrics log without its times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if "second" not in name} for line in lines]
-
-
-def final(folder: Path, step: int = STEPS) -> str:
-    with Checkpointer(folder / "checkpoints", read_only=True) as saved:
-        return checkpoint.digest(saved.restore_params(step)) + json.dumps(_training(folder, step))
-
-
-def _training(folder: Path, step: int) -> dict:
-    """Digests of the rest of a state: optimiser, step and health."""
-    files = manifest.read(folder / "checkpoints" / str(step), step)
-    assert any(name.startswith("training/") for name in files)
-    with Checkpointer(folder / "checkpoints", read_only=True) as saved:
-        tree = saved._metadata(step, "training")
-        return {"training": checkpoint.digest(saved._read(step, "training", tree, numpy=True))}
-
-
-def kill(folder: Path, chance: random.Random, inside_a_save: bool) -> None:
-    """Starts the run, or goes on with it, and kills it at a moment of chance."""
-    process = start(folder)
+def kill(folder: Path, config: str, chance: random.Random, inside_a_save: bool, settings: dict) -> None:
+    """Starts the run, or goes on with it, and kills it at a moment of chance, some steps further."""
+    process = fault_cases.start(folder, config, None, **settings)
     try:
+        steps = chance.randint(1, 3 * EVERY)
         for line in process.stdout:
-            if re.match(rf"train +\d+/{STEPS} ", line):
+            steps -= bool(re.match(rf"train +\d+/{STEPS} ", line))
+            if not steps:
                 break
-        time.sleep(chance.uniform(0.3, 2.0))  # a save takes a part of a second
+        time.sleep(chance.uniform(0, 0.2))
         limit = time.monotonic() + 20
         while inside_a_save and process.poll() is None and time.monotonic() < limit:
             if any((folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
+                time.sleep(chance.uniform(0, 0.05))
                 break
         process.send_signal(signal.SIGKILL)
     finally:
@@ -74,18 +43,22 @@ def kill(folder: Path, chance: random.Random, inside_a_save: bool) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_is_the_uninterrupted_run(tmp_path):
-    assert start(tmp_path / "whole").wait(timeout=300) == 0
+def test_killed_at_20_random_moments_it_is_the_uninterrupted_run(tmp_path):
+    config, settings = fault_cases.words(STEPS, EVERY), {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    settings |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    ends(fault_cases.start(tmp_path / "whole", config, None, **settings))
     chance, folder = random.Random(3), tmp_path / "killed"
-    reached = []
-    for number in range(5):
-        kill(folder, chance, inside_a_save=number % 2 == 1)
-        with Checkpointer(folder / "checkpoints", read_only=True) as saved:
-            reached.append(saved.newest_good(report=print) or 0)
+    reached, half = [], 0
+    for number in range(KILLS):
+        kill(folder, config, chance, number % 2 == 1, settings)
+        half += any((folder / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        reached.append(newest(folder) or 0)
+    print(reached, half)
     assert reached == sorted(reached) and 0 < reached[-1] < STEPS, "killed after its end: nothing was tested"
-    assert start(folder).wait(timeout=300) == 0
+    assert half >= 3, "no kill was inside a save"
+    ends(fault_cases.start(folder, config, None, **settings))
     assert log_of(folder) == log_of(tmp_path / "whole")
-    assert final(folder) == final(tmp_path / "whole")
+    assert final(folder, STEPS) == final(tmp_path / "whole", STEPS)
 
 
 def config_of(path: str, *overrides: str):
@@ -149,8 +122,8 @@ def test_a_failed_save_is_noted_and_the_run_goes_on(tmp_path, monkeypatch):
     words = ["steps=6", "batch=4", "model.channels=(16,)", "model.attention=False", "log.every=1"]
     words += ["checkpoint.every=2", "checkpoint.keep=5"]
     assert train.run(config_of("configs/tokenizers/vq.py:vq", *words), tmp_path / "run")
-    (note,) = [line for line in log_of(tmp_path / "run") if "note" in line]
-    assert note["note"] == "save failed" and "checkpoint 2 was not saved" in note["text"] and note["step"] == 4
+    ((step, note, text),) = notes_of(tmp_path / "run")
+    assert note == "save failed" and "checkpoint 2 was not saved" in text and step == 4
     with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as saved:
         assert saved.good_steps() == [4, 6]
 

@@ -1,8 +1,8 @@
 """The residual convolutional autoencoder that official tokenizers share: VQGAN, LlamaGen, Stable Diffusion, MAR.
 
 Esser et al. 2021 (VQGAN), after the UNet of Ho et al. 2020 without its skips: a stem, residual blocks at every level,
-half the size between levels, two blocks around one attention in the middle; the decoder mirrors it with one block more a
-level. Published checkpoints differ in the options below and in nothing else, so all are this module.
+half the size between levels, two blocks around one attention in the middle; the decoder mirrors it with one block more
+a level. Published checkpoints differ in the options below and in nothing else, so all are this module.
 
 Letters: b batch, H W picture, h w grid, c channels. Level l has `channels[l]`, 0 being the full size, in the encoder
 and in the decoder alike.

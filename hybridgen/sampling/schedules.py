@@ -206,3 +206,17 @@ def uniform(u, low=0.0, high=1.0):
 def logit_normal(normal, mean=0.0, std=1.0):
     """Training times sigmoid(mean + std * normal) (SD3, section 3.1). normal: B standard normal -> t B in (0, 1)."""
     return jax.nn.sigmoid(mean + std * normal)
+
+
+def mode(u, scale=1.29):
+    """Training times that gather in the middle (SD3, eq. 20), from uniform u in [0, 1): u B -> t B."""
+    return 1 - u - scale * (_numpy_of(u).cos(np.pi * u / 2) ** 2 - 1 + u)
+
+
+def loss_weight(name, sigma):
+    """Weight of a flow's loss at noise level sigma B, as SD3 compares them: "cosmap" or "sigma_sqrt" (1 / sigma^2)."""
+    if name == "cosmap":
+        return 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))
+    if name == "sigma_sqrt":
+        return sigma**-2.0
+    raise UserError(f"loss weight {name!r} is none of cosmap, sigma_sqrt")

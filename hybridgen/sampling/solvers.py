@@ -9,16 +9,19 @@ One signature: `solve(predict, x, levels, keys=None, *, previews=False, **option
   and not one, because solvers use one or the other, and official samplers that clip x keep eps (or do not).
 - `levels`: schedules.Level of n+1 numpy values, noisiest first: grids are known when the program is traced. Euler and
   Heun need t to be what dalpha and dsigma are derivatives in; the others only pass it on to `predict`.
-- `keys`: B typed keys, for the stochastic ones: step i draws picture b's noise from `fold_in(keys[b], i)`.
+- `keys`: B typed keys, for the stochastic ones: step i draws picture b's noise from `fold_in(keys[b], i)`. Or a
+  function (i, x) -> standard normal noise like x.
 - where sigma ends at 0, the result is the last prediction of x exactly.
 - `previews=True` also returns the n predictions of x: n B ...
 
-All but Heun are one linear step: `x' = a x_t + b x + c eps + d x_before + e noise`, so a solver is a table of n rows of
+All but Heun are one linear step: `x' = a x_t + b x + c eps + d before + e noise`, before being the prediction of one
+step ago, and of two; so a solver is a table of n rows of
 coefficients, worked out in float64 on the host. Euler and Heun step in t; DDIM is Euler in sigma / alpha.
 
 Shape letters: B pictures, n steps (intervals).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +38,8 @@ class Rows(NamedTuple):
     x_t: Any = 0.0
     x: Any = 0.0  # predicted clean
     eps: Any = 0.0  # predicted noise
-    before: Any = 0.0  # the previous step's x
+    before: Any = 0.0  # the previous step's x, or eps
+    earlier: Any = 0.0  # the one before it
     noise: Any = 0.0
 
 
@@ -49,27 +53,30 @@ def _cast(rows, count, dtype):
     return type(rows)(*(jnp.asarray(np.broadcast_to(a, (count,)), dtype) for a in rows))
 
 
-def _run(rows, predict, x, levels, keys, previews):
-    """The scan of every linear solver. rows: Rows; the rest as in the file's head."""
+def _run(rows, predict, x, levels, keys, previews, keep_eps=False):
+    """The scan of every linear solver. rows: Rows; `keep_eps`: what came before is eps; the rest as in the head."""
     now, _ = _ends(levels)
     count = len(now.t)
-    multistep, noisy = np.any(rows.before), np.any(rows.noise)  # static: what is not used is not computed
+    # static: what is not used is not computed
+    past, noisy = 2 if np.any(rows.earlier) else int(np.any(rows.before)), np.any(rows.noise)
     if noisy and keys is None:
         raise UserError("a stochastic solver needs keys, one a picture: got None")
+    draw = keys if callable(keys) else functools.partial(_noise, keys)
 
     def body(carry, inputs):
         x_t, before = carry
         i, level, row = inputs
         clean, eps = predict(x_t, level)
         x_next = row.x_t * x_t + row.x * clean + row.eps * eps
-        if multistep:
-            x_next += row.before * before
+        for weight, one in zip((row.before, row.earlier), before, strict=False):
+            x_next += weight * one
         if noisy:
-            x_next += row.noise * _noise(keys, i, x_t)
-        return (x_next.astype(x_t.dtype), clean.astype(x_t.dtype) if multistep else before), clean if previews else None
+            x_next += row.noise * draw(i, x_t)
+        before = ((eps if keep_eps else clean).astype(x_t.dtype), *before)[:past]
+        return (x_next.astype(x_t.dtype), before), clean if previews else None
 
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    start = (x, jnp.zeros_like(x) if multistep else None)
+    start = (x, (jnp.zeros_like(x),) * past)
     inputs = (jnp.arange(count), _cast(now, count, x.dtype), _cast(rows, count, x.dtype))
     (x, _), trail = jax.lax.scan(body, start, inputs)
     return (x, trail) if previews else x
@@ -95,19 +102,26 @@ def euler(predict, x, levels, keys=None, *, previews=False):
     return _run(_landing(rows, after), predict, x, levels, keys, previews)
 
 
-def ddim(predict, x, levels, keys=None, *, eta=0.0, previews=False):
-    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12, 16). eta 0: deterministic, first order; 1: as noisy as DDPM."""
+def ddim(predict, x, levels, keys=None, *, eta=0.0, deviation=None, previews=False):
+    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12, 16). eta 0: deterministic, first order; 1: as noisy as DDPM.
+
+    deviation: n, of the noise of each step, in place of what eta says.
+    """
     now, after = _ends(levels)
-    noise = eta * np.sqrt(_posterior(now, after)[2])
+    noise = eta * np.sqrt(_posterior(now, after)[2]) if deviation is None else np.asarray(deviation)
     rows = Rows(x=after.alpha, eps=np.sqrt(np.maximum(after.sigma**2 - noise**2, 0)), noise=noise)
     return _run(rows, predict, x, levels, keys, previews)
 
 
-def ddpm(predict, x, levels, keys=None, *, previews=False):
-    """Ancestral sampling from q(x_s | x_t, x) (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7), any schedule and grid."""
+def ddpm(predict, x, levels, keys=None, *, deviation=None, previews=False):
+    """Ancestral sampling from q(x_s | x_t, x) (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7), any schedule and grid.
+
+    deviation: n, of the noise of each step, where it is not that of q.
+    """
     now, after = _ends(levels)
     of_x_t, of_x, variance = _posterior(now, after)
-    return _run(Rows(x_t=of_x_t, x=of_x, noise=np.sqrt(variance)), predict, x, levels, keys, previews)
+    noise = np.sqrt(variance) if deviation is None else np.asarray(deviation)
+    return _run(Rows(x_t=of_x_t, x=of_x, noise=noise), predict, x, levels, keys, previews)
 
 
 def _posterior(now, after):
@@ -131,6 +145,50 @@ def dpmpp_2m(predict, x, levels, keys=None, *, previews=False):
     weight = after.alpha - after.sigma * now.alpha / now.sigma  # = -alpha' expm1(-h), also where h is infinite
     rows = Rows(x_t=after.sigma / now.sigma, x=weight * (1 + over), before=-weight * over)
     return _run(rows, predict, x, levels, keys, previews)
+
+
+def dpm(predict, x, levels, keys=None, *, order=2, of="x", heun=False, noisy=False, official=False, previews=False):
+    """Multistep DPM-Solver of first to third order on x ("++", arXiv 2211.01095) or on eps (arXiv 2206.00927).
+
+    order: one, or n of them; lower where there is too little past, and 1 where sigma ends at 0. heun: the other of the
+    papers' two forms of second order. noisy: their SDE. official: its third order on x with the sign that diffusers
+    gives to a half, though the expansion has the other.
+    """
+    if of not in ("x", "eps"):
+        raise UserError(f"dpm of {of!r} is none of 'x', 'eps'")
+    now, after = _ends(levels)
+    if (of == "eps" and not after.sigma.all()) or (of == "eps" and noisy and np.max(order) > 2):
+        raise UserError("dpm of 'eps' cannot end at sigma 0, and with noise is of second order at most")
+    count, data = len(now.t), of == "x"
+    with np.errstate(all="ignore"):
+        h = np.log(after.alpha / after.sigma) - np.log(now.alpha / now.sigma)  # n: steps in half the log-SNR
+        # the exponential integrator's weights of a prediction and of its first and second difference
+        reach, u = (-after.alpha, -h * (1 + noisy)) if data else (-after.sigma * (1 + noisy), h)
+        first, slope = reach * np.expm1(u), reach * (np.expm1(u) / u - 1)
+        bend = reach * ((np.expm1(u) - u) / u**2 + (0.5 if official and noisy else -0.5))
+        r0, r1 = (np.concatenate([np.full(min(k, count), np.nan), h[: max(count - k, 0)]]) / h for k in (1, 2))
+        both = (slope * r0 + bend) / (r0 + r1)
+        none = np.zeros(count)
+        table = np.stack(  # order, weights of the last three predictions, n
+            [
+                [first, none, none],
+                _differences(first, slope if heun else first / 2, none, r0, none + 1),
+                _differences(first, slope + both, both, r0, r1),
+            ]
+        )
+        shrink = after.sigma / now.sigma * (np.exp(-h) if noisy else 1) if data else after.alpha / now.alpha
+        noise = after.sigma * np.sqrt(-np.expm1(-2 * h) if data else np.expm1(2 * h))
+    orders = np.minimum(np.broadcast_to(order, count), np.arange(count) + 1)
+    orders = np.where(after.sigma == 0, 1, orders)
+    weights = table[orders - 1, :, np.arange(count)].T  # 3 n
+    rows = Rows(x_t=shrink, before=weights[1], earlier=weights[2], noise=noise if noisy else 0.0)
+    rows = rows._replace(**{of: weights[0]})
+    return _run(rows, predict, x, levels, keys, previews, keep_eps=not data)
+
+
+def _differences(first, near, far, r0, r1):
+    """`first m0 + near (m0 - m1) / r0 - far (m1 - m2) / r1` as weights of m0, m1, m2."""
+    return [first + near / r0, -near / r0 - far / r1, far / r1]
 
 
 class Stage(NamedTuple):

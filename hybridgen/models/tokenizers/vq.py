@@ -73,7 +73,7 @@ class VQ(nn.Module):
         options = {"channels": tuple(self.channels), "blocks": self.blocks, "dtype": self.dtype}
         if self.residual:
             if self.patch != 1 or self.local:
-                raise UserError(f"a residual autoencoder has neither patch {self.patch} nor local {self.local}: 1, False")
+                raise UserError(f"patch {self.patch}, local {self.local}: the residual autoencoder has 1 and False")
             self.net = Autoencoder(code=self.code_width, middle=self.attention, **options, **self.residual)
         else:
             options |= {"patch": self.patch, "attention_grid": self.grid if self.attention else None}

@@ -1,0 +1,270 @@
+"""The rule engine: official tensors to our arrays and back, by an ordered table.
+
+    rules = (Rule("down.{l}.block.{i}.conv{n}.weight", "params/encoder/block_{l}_{i}/conv_{n}/kernel", conv),
+             Rule("layers.{i}.attn.wo.weight", "params/blocks/attention/out/kernel", heads, stack="i"))
+    arrays = load(weights, rules, shapes)     # {path: array}
+    tensors = export(arrays, rules)           # {official name: Lazy}, for safetensors.write
+
+A field such as `{l}` is a number, `{n:1|2}` what a regular expression takes; the same field has the same value on both
+sides, counted from the other end if `flip` gives its count. With `stack`, our array has an axis in front over that
+field. Several official names are the parts of one array of ours.
+
+`views(array)` gives, of an array of ours, one view a part, in the official order. Importing assigns to these views and
+exporting reads them: one definition serves both ways, nothing is held twice, and the round trip is bit-equal.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybridgen.errors import UserError
+
+FIELD = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
+
+# ---------------------------------------------------------------- views: our layout -> the official one
+
+
+def same(x: np.ndarray) -> tuple[np.ndarray]:
+    """As it is: biases, scales, tables."""
+    return (x,)
+
+
+def matrix(x: np.ndarray) -> tuple[np.ndarray]:
+    """Kernel `[d, f]` of a linear map -> weight `[f, d]`."""
+    return (x.T,)
+
+
+def pointwise(x: np.ndarray) -> tuple[np.ndarray]:
+    """Kernel `[d, f]` of a linear map -> weight `[f, d, 1, 1]` of a 1x1 convolution."""
+    return (x.T[:, :, None, None],)
+
+
+def conv(x: np.ndarray) -> tuple[np.ndarray]:
+    """Kernel `[h, w, c, f]` -> weight `[f, c, h, w]`."""
+    return (x.transpose(3, 2, 0, 1),)
+
+
+def heads(x: np.ndarray) -> tuple["Part"]:
+    """Kernel `[h, g, k, d]` behind attention -> weight `[d, hgk]`."""
+    return (Part(np.moveaxis(x, -1, 0), (x.shape[-1], math.prod(x.shape[:-1]))),)
+
+
+def qkv(x: np.ndarray) -> tuple["Part", ...]:
+    """Kernel `[d, h, g+2, k]` of attention -> weights `[hgk, d]`, `[hk, d]`, `[hk, d]`; bias `[h, g+2, k]` likewise."""
+    parts, weight = (x[..., :-2, :], x[..., -2, :], x[..., -1, :]), x.ndim == 4
+    out = []
+    for part in parts:
+        width = part.size // x.shape[0] if weight else part.size
+        out.append(Part(np.moveaxis(part, 0, -1), (width, x.shape[0])) if weight else Part(part, (width,)))
+    return tuple(out)
+
+
+def as_convs(views: "Views") -> "Views":
+    """`views` whose weights `[f, d]` are 1x1 convolutions, `[f, d, 1, 1]`."""
+    return lambda x: tuple(Part(part.view, (*part.shape, 1, 1)) for part in parts_of(views, x))
+
+
+class Part(NamedTuple):
+    """A view of an array of ours, and the shape of the official tensor that has its numbers in that order."""
+
+    view: np.ndarray
+    shape: tuple[int, ...]
+
+
+Views = Callable[[np.ndarray], Iterable[np.ndarray | Part]]
+
+
+def parts_of(views: Views, x: np.ndarray) -> list[Part]:
+    """The official tensors that an array is made of."""
+    return [view if isinstance(view, Part) else Part(view, view.shape) for view in views(x)]
+
+
+# ---------------------------------------------------------------- rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a table; see the file's head. `dtype`: official, where it is not ours."""
+
+    official: str | tuple[str, ...]
+    ours: str
+    views: Views = same
+    stack: str = ""
+    flip: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    dtype: str = ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.official,) if isinstance(self.official, str) else self.official
+
+    def read(self, name: str) -> tuple[int, dict[str, str]] | None:
+        """(part, fields as we count them) of an official name, or None."""
+        for part, pattern in enumerate(self.parts):
+            if match := _pattern(pattern).fullmatch(name):
+                return part, self._flipped(match.groupdict())
+        return None
+
+    def path(self, fields: Mapping[str, str]) -> str:
+        return _filled(self.ours, fields)
+
+    def fields(self, path: str) -> dict[str, str] | None:
+        """The fields of a path of ours (without the stacked one), or None."""
+        match = _pattern(self.ours).fullmatch(path)
+        return match.groupdict() if match else None
+
+    def name(self, part: int, fields: Mapping[str, str]) -> str:
+        return _filled(self.parts[part], self._flipped(fields))
+
+    def _flipped(self, fields: Mapping[str, str]) -> dict[str, str]:
+        turned = {key: str(self.flip[key] - 1 - int(fields[key])) for key in self.flip if key in fields}
+        return {**fields, **turned}
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern:
+    text, at = "", 0
+    seen: set[str] = set()
+    for field in FIELD.finditer(template):
+        name, regex = field[1], field[2] or "0|[1-9][0-9]*"
+        text += re.escape(template[at : field.start()])
+        text += f"(?P={name})" if name in seen else f"(?P<{name}>{regex})"
+        seen.add(name)
+        at = field.end()
+    return re.compile(text + re.escape(template[at:]))
+
+
+def _filled(template: str, fields: Mapping[str, str]) -> str:
+    return FIELD.sub(lambda field: fields[field[1]], template)
+
+
+def _shown(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+# ---------------------------------------------------------------- in
+
+
+def load(tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str, Any], dropped: Iterable[str] = ()):
+    """Official tensors (lazy ones: shape, dtype, read on np.asarray) -> {path: numpy array} as `shapes` says.
+
+    shapes: {path: what has a shape and a dtype}, every array of the model. dropped: patterns of names that the model
+    has no use for. One tensor is in memory beside the arrays. Raises UserError naming the tensor that no rule or two
+    rules match, or that is missing, of another shape or of another kind of number, before any tensor is read.
+    """
+    places = _places(tensors, tuple(rules), tuple(dropped), shapes)
+    for path, spec in shapes.items():
+        _check(path, spec, places[path], tensors)
+    arrays = {}
+    for path, spec in shapes.items():
+        rule, names = places[path]
+        arrays[path] = np.empty(spec.shape, spec.dtype)
+        for index, name in names.items():
+            view = _part(rule, arrays[path], index).view
+            view[...] = np.asarray(tensors[name]).reshape(view.shape)
+    return arrays
+
+
+Index = tuple[int, int]  # (place on the stacked axis, part)
+Places = dict[str, tuple[Rule, dict[Index, str]]]
+
+
+def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[str, ...], shapes: Mapping) -> Places:
+    """Which tensors make which of our arrays: all of those in `shapes`."""
+    places: Places = {}
+    for name in tensors:
+        found = [(rule, read) for rule in rules if (read := rule.read(name))]
+        if not found and any(re.fullmatch(pattern, name) for pattern in dropped):
+            continue
+        if len(found) != 1:
+            raise UserError(f"the tensor {name!r} is matched by {len(found) or 'no'} rule{'s' * (len(found) > 1)}")
+        rule, (part, fields) = found[0]
+        path = rule.path(fields)
+        if path not in shapes:
+            raise UserError(f"the tensor {name!r} would be {path!r}, which a model of this config does not have")
+        index = (int(fields[rule.stack]) if rule.stack else 0, part)
+        known, names = places.setdefault(path, (rule, {}))
+        if known is not rule or index in names:
+            raise UserError(f"the tensors {name!r} and {next(iter(names.values()))!r} would both be {path!r}")
+        names[index] = name
+    for path in shapes:
+        if path not in places:
+            rule, fields = _rule_of(path, rules)
+            raise UserError(f"the tensor {rule.name(0, {**fields, rule.stack: '0'})!r} is missing")
+    return places
+
+
+def _rule_of(path: str, rules: Iterable[Rule]) -> tuple[Rule, dict[str, str]]:
+    """The one rule that makes an array of ours. ValueError if the table is at fault."""
+    found = [(rule, fields) for rule in rules if (fields := rule.fields(path)) is not None]
+    if len(found) != 1:
+        raise ValueError(f"the table has {len(found)} rules for {path!r}, not one")
+    return found[0]
+
+
+def _check(path: str, spec: Any, place: tuple[Rule, dict[Index, str]], tensors: Mapping[str, Any]) -> None:
+    rule, names = place
+    outline = np.broadcast_to(np.empty((), spec.dtype), spec.shape)  # the shape without its memory
+    layers = spec.shape[0] if rule.stack else 1
+    wanted = {(layer, part) for layer in range(layers) for part in range(len(rule.parts))}
+    fields = rule.fields(path)
+    for layer, part in sorted(wanted - set(names)):
+        raise UserError(f"the tensor {rule.name(part, {**fields, rule.stack: str(layer)})!r} is missing")
+    for index, name in sorted(names.items()):
+        if index not in wanted:
+            raise UserError(f"the tensor {name!r} is beyond the {layers} layers of {path!r}")
+        tensor, shape = tensors[name], _part(rule, outline, index).shape
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"the tensor {name!r} has the shape {_shown(tensor.shape)}, {_shown(shape)} is expected")
+        if _kind(tensor.dtype) != _kind(spec.dtype):
+            raise UserError(f"the tensor {name!r} has the dtype {tensor.dtype}, {spec.dtype} is expected")
+
+
+def _kind(dtype: Any) -> str:
+    """A number's kind: b, i or f; the small floats of ml_dtypes are of numpy's kind V."""
+    kind = np.dtype(dtype).kind
+    return {"V": "f", "u": "i"}.get(kind, kind)
+
+
+def _part(rule: Rule, array: np.ndarray, index: Index) -> Part:
+    layer, part = index
+    return parts_of(rule.views, array[layer] if rule.stack else array)[part]
+
+
+# ---------------------------------------------------------------- out
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A tensor in the official layout that is copied only when it is written."""
+
+    view: np.ndarray
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.ascontiguousarray(self.view, dtype or self.dtype).reshape(self.shape)
+
+
+def export(arrays: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[str, Lazy]:
+    """Our arrays {path: array} -> {official name: Lazy}. Raises UserError for an array that no rule makes."""
+    rules, out = tuple(rules), {}
+    for path, array in arrays.items():
+        try:
+            rule, fields = _rule_of(path, rules)
+        except ValueError:
+            raise UserError(f"the array {path!r} of shape {_shown(array.shape)} has no official name") from None
+        for layer, slab in enumerate(np.asarray(array) if rule.stack else [np.asarray(array)]):
+            parts = parts_of(rule.views, slab)
+            if sum(math.prod(part.shape) for part in parts) != slab.size or len(parts) != len(rule.parts):
+                raise ValueError(f"the parts of {path!r} are not all of it")
+            for number, part in enumerate(parts):
+                name = rule.name(number, {**fields, rule.stack: str(layer)})
+                if name in out:
+                    raise ValueError(f"the table gives {name!r} twice")
+                out[name] = Lazy(part.view, part.shape, np.dtype(rule.dtype or slab.dtype))
+    return out

@@ -1,0 +1,52 @@
+"""LlamaGen's image tokenizer (Sun et al. 2024): class `VQModel` of tokenizer/tokenizer_image/vq_model.py.
+
+The config has the fields of its `ModelArgs`, and `ch` and `num_res_blocks`, which official code leaves at 128 and 2.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hybridgen.convert.options import Options
+from hybridgen.convert.rules import Rule
+from hybridgen.convert.tables import About, Plan, _residual
+from hybridgen.errors import UserError
+
+VQ16 = {"codebook_size": 16384, "codebook_embed_dim": 8, "z_channels": 256}
+VQ16 |= {"encoder_ch_mult": (1, 1, 2, 2, 4), "decoder_ch_mult": (1, 1, 2, 2, 4)}
+
+ABOUT = About(
+    "image tokenizer of LlamaGen",
+    "MIT",
+    "VQ-16 and VQ-8: 16384 codes of 8, 72 M and 70 M parameters",
+    {"VQ-16": VQ16, "VQ-8": VQ16 | {"encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)}},
+    ("ema", "model", "state_dict", "module"),
+)
+NAMES = _residual.Names(
+    "encoder.conv_blocks.{l}",
+    "decoder.conv_blocks.{l}",  # counted from the lowest resolution
+    ("mid.0", "mid.1", "mid.2"),
+    block="res",
+)
+
+
+def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """See tables/__init__.py."""
+    with Options(config) as options:
+        down, up = (options.counts(f"{side}_ch_mult", (1, 1, 2, 2, 4)) for side in ("encoder", "decoder"))
+        if len(down) != len(up):
+            raise UserError(f"config: encoder_ch_mult and decoder_ch_mult have {len(down)} and {len(up)} levels")
+        ch, last = options.count("ch", 128), len(down) - 1
+        l2 = options.flag("codebook_l2_norm", True)
+        residual = {"stem": ch, "z": options.count("z_channels", 256), "attend": (last,)}
+        residual |= {"decoder_channels": tuple(ch * m for m in up)}
+        resolution = 256  # of the published ones; a picture may have another size
+        model = {"resolution": resolution, "patch": 1, "attention": True, "channels": tuple(ch * m for m in down)}
+        model |= {"blocks": options.count("num_res_blocks", 2), "residual": residual, "quantizer": "vq", "l2": l2}
+        model |= {"codes": options.count("codebook_size", 16384), "width": options.count("codebook_embed_dim", 8)}
+        model |= {"commitment": options.number("commit_loss_beta", 0.25), "moving": False, "exact": True}
+        model |= {"revive_below": 0.0}
+        options.number("entropy_loss_ratio", 0.0)
+        options.skip("codebook_show_usage", "dropout_p")
+    rules = (*_residual.rules(NAMES, {"l": last + 1}), Rule("quantize.embedding.weight", "params/codebook"))
+    # what the official code counts over its last 65536 tokens
+    return Plan("tokenizers.vq", model, rules, {"image": (resolution, resolution, 3)}, (r"quantize\.codebook_used",))

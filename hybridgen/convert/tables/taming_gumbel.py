@@ -1,0 +1,41 @@
+"""VQGAN with Gumbel codes of taming-transformers: class `GumbelVQ` of taming/models/vqgan.py."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hybridgen.convert.options import Options
+from hybridgen.convert.rules import Rule, pointwise
+from hybridgen.convert.tables import About, Plan, _residual
+from hybridgen.convert.tables.taming_vqgan import DROPPED, F16, REMAP, network, remap
+from hybridgen.errors import UserError
+
+F8 = F16 | {"ch_mult": (1, 1, 2, 4), "attn_resolutions": (32,)}
+
+ABOUT = About(
+    "VQGAN of taming-transformers with Gumbel codes",
+    "MIT",
+    "f8: 8192 codes of 256, 69 M parameters in the autoencoder",
+    {"f8-8192": {"ddconfig": F8, "n_embed": 8192, "embed_dim": 256, "kl_weight": 1e-8}},
+    ("state_dict",),
+)
+SCORES = (
+    Rule("quantize.proj.weight", "params/score/kernel", pointwise),
+    Rule("quantize.proj.bias", "params/score/bias"),
+    Rule("quantize.embed.weight", "params/codebook"),
+)
+
+
+def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """See tables/__init__.py."""
+    with Options(config) as options:
+        net, image = network(options)
+        used = remap(options, shapes)
+        options.skip("temperature_scheduler_config")
+        width, z = options.count("embed_dim"), net["residual"]["z"]
+        if width != z:  # the official scores take z_channels and are given embed_dim
+            raise UserError(f"config: embed_dim {width} is not z_channels {z}, as Gumbel codes need it")
+        model = {"resolution": image[0], "patch": 1, "attention": True} | net
+        model |= {"quantizer": "gumbel", "codes": options.count("n_embed"), "width": width, "used": used}
+        model |= {"divergence": options.number("kl_weight", 1e-8), "moving": False}
+    rules = (*_residual.rules(_residual.TAMING, {}), *SCORES, *REMAP)
+    return Plan("tokenizers.vq", model, rules, {"image": image}, DROPPED)

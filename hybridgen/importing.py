@@ -1,0 +1,226 @@
+"""Official weights to a run folder and back: where the tables of convert/ meet the models.
+
+    python -m hybridgen.convert taming_vqgan vqgan.ckpt runs/vqgan --config config.json
+    python -m hybridgen.convert taming_vqgan runs/vqgan vqgan.safetensors --export
+    python -m hybridgen.convert --list
+
+A run folder made so is like one that training wrote, at step 0: it can be a part of another config, the start of one
+(`init_from`), sampled and evaluated. `official.json` in it keeps source and official config for the way back. The
+official config is that of --config (a JSON file or the name of a preset), otherwise `config.json` beside the weights.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hybridgen import checkpoint, manifest, rundir, trees
+from hybridgen.cli import make_parser
+from hybridgen.convert import rules, safetensors, tables
+from hybridgen.convert.files import open_weights
+from hybridgen.errors import UserError
+from hybridgen.models.parts import Part, find
+from hybridgen.state import inference_params
+
+
+class Target(NamedTuple):
+    """A plan with its model built: `shapes` {path: ShapeDtypeStruct} of all arrays, params and extra."""
+
+    plan: tables.Plan
+    family: ModuleType
+    model: Any
+    shapes: dict[str, Any]
+
+    @property
+    def official(self) -> dict[str, Any]:
+        """The shapes of what official tensors make; the rest, such as counts of use, starts at zero."""
+        made = [path for path in self.shapes if any(rule.fields(path) is not None for rule in self.plan.rules)]
+        return {path: spec for path, spec in self.shapes.items() if path in made or path.startswith("params/")}
+
+
+def target(plan: tables.Plan) -> Target:
+    """The model of a plan, without arrays. Raises UserError for a config that makes none."""
+    family = find(plan.family)
+    specs = {name: jax.ShapeDtypeStruct((1, *shape), np.float32) for name, shape in plan.inputs.items()}
+    model = family.build(plan.model)
+    try:
+        shapes = jax.eval_shape(lambda key: family.init(model, key, specs, {}), jax.random.key(0))
+    except UserError:
+        raise
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"the config does not describe a model: {type(error).__name__}: {str(error)[:200]}") from None
+    return Target(plan, family, model, trees.flatten(shapes))
+
+
+def load(source: tables.Source, config: Mapping[str, Any], weights: Mapping[str, Any]) -> tuple[Target, dict]:
+    """(the model, its arrays {"params", "extra"}) of official tensors; see `rules.load` for what is refused."""
+    tensors = tables.rooted(weights, source.about.roots)
+    goal = target(source.plan(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+    arrays = rules.load(tensors, goal.plan.rules, goal.official, goal.plan.dropped)
+    rest = {path: np.zeros(spec.shape, spec.dtype) for path, spec in goal.shapes.items() if path not in arrays}
+    return goal, {"params": {}, "extra": {}} | trees.unflatten(arrays | rest)
+
+
+def part(goal: Target, arrays: Mapping[str, Any]) -> Part:
+    """The component that imported arrays make."""
+    return Part(arrays["params"], arrays["extra"], goal.plan.family, goal.model)
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def read_config(about: tables.About, given: str | None, where: Path) -> dict[str, Any]:
+    """The official config: a preset's, a file's, or of the file beside the weights. Raises UserError."""
+    if given in about.presets:
+        return dict(about.presets[given])
+    if given is None:
+        given = str((where if where.is_dir() else where.parent) / "config.json")
+        if not Path(given).is_file():
+            presets = f" or one of the presets {', '.join(about.presets)}" if about.presets else ""
+            raise UserError(f"no {given}: give --config FILE{presets}")
+    elif not Path(given).is_file():
+        raise UserError(f"no config {given!r}: neither a file nor a preset ({', '.join(about.presets) or 'none'})")
+    config = rundir.read_json(Path(given))
+    if not isinstance(config, dict):
+        raise UserError(f"{given} is not a config: it holds no mapping")
+    return config
+
+
+def run_config(plan: tables.Plan) -> dict[str, Any]:
+    """The config of a run folder: what reading it back asks for."""
+    data = {"source": "shapes", "options": {}, "flip": False, "workers": 0, "threads": 1}
+    data["resolution"] = plan.inputs["image"][0]
+    sample = {"every": 0, "count": 16, "options": {}}
+    empty = {"parts": {}, "init_from": {}, "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1}}
+    return {"family": plan.family, "model": plan.model, "data": data, "seed": 0, "batch": 1, "sample": sample} | empty
+
+
+def write_run(folder: Path, source: tables.Source, config: Mapping[str, Any], weights: Mapping[str, Any]) -> int:
+    """Imports into a new run folder; the number of parameters. Nothing is left of a run that could not be made."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: give a new folder")
+    goal, arrays = load(source, config, weights)
+    there = folder.exists()
+    rundir.make(folder)
+    try:
+        count = _save(folder / "checkpoints" / "0", arrays)
+        shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+        rundir.write_json(folder / "official.json", {"source": source.name, "config": dict(config), "shapes": shapes})
+        rundir.write_json(folder / "config.json", run_config(goal.plan))
+    except BaseException:
+        for name in ("checkpoints", "official.json", "config.json"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return count
+
+
+def _save(folder: Path, arrays: dict) -> int:
+    """Step 0 as checkpoint.py lays it out, emptying `arrays`; the number of parameters.
+
+    That one copies everything before it writes, so that training may go on meanwhile. This one writes a part at a time:
+    the file is in memory once.
+    """
+    flat = {"params": trees.flatten(arrays.pop("params")), "extra": trees.flatten(arrays.pop("extra"))}
+    count = sum(leaf.size for leaf in flat["params"].values())
+    cpu = jax.devices("cpu")[0]
+    for branch in flat.values():
+        for path in branch:
+            branch[path] = jax.device_put(branch[path], cpu)  # Orbax bounds what it copies of jax's arrays only
+    tree = {name: trees.unflatten(branch) for name, branch in flat.items()}
+    about = ocp.args.JsonSave({"fingerprint": {}, "meta": {"parts": {}}, "sound": True})
+    handler = ocp.CompositeCheckpointHandler(model=ocp.PyTreeCheckpointHandler(save_concurrent_gb=1))
+    with ocp.Checkpointer(handler) as saver:
+        saver.save(folder.absolute(), args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree), about=about))
+    manifest.write(folder, 0)
+    return count
+
+
+def write_official(source: tables.Source, folder: Path, given: str | None, out: Path) -> int:
+    """Exports a run's parameters (averaged ones, if it has some) as safetensors; the number of tensors."""
+    if out.suffix != ".safetensors" or out.exists():
+        raise UserError(f"{out} is {'there already' if out.exists() else 'not the name of a safetensors file'}")
+    goal = target(source.plan(*_official(source, folder, given)))
+    run = read_run(folder)
+    for path, spec in goal.official.items():
+        if path not in run or run[path].shape != spec.shape:
+            shape = f"of shape {list(run[path].shape)}" if path in run else "missing"
+            raise UserError(f"{folder} is no model of that config: {path!r} is {shape}, {list(spec.shape)} is expected")
+    if odd := sorted(path for path in run if path.startswith("params/") and path not in goal.official):
+        raise UserError(f"{folder} is no model of that config: {odd[0]!r} has no place in it")
+    tensors = rules.export({path: run[path] for path in goal.official}, goal.plan.rules)
+    safetensors.write(out, tensors, {"format": "pt"})
+    return len(tensors)
+
+
+def read_run(folder: Path) -> dict[str, np.ndarray]:
+    """The newest good arrays of a run, {"params/..": array, "extra/..": array}. Raises UserError if there are none."""
+    saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
+    step = saved.newest_good()
+    if step is None:
+        raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}")
+    state = saved.restore_params(step)
+    saved.close()
+    params = inference_params(state.get("params", {}), state.get("ema", {}))
+    return trees.flatten({"params": params, "extra": state.get("extra", {})})
+
+
+def _official(source: tables.Source, folder: Path, given: str | None) -> tuple[Mapping, Mapping]:
+    """(official config, shapes of the official tensors) of a run; of one that was not imported the shapes are {}."""
+    kept = rundir.read_json(folder / "official.json") if (folder / "official.json").is_file() else {}
+    shapes = kept.get("shapes", {}) if isinstance(kept, dict) else {}
+    if given is not None:
+        return read_config(source.about, given, folder), shapes
+    if not kept:
+        raise UserError(f"{folder} was not imported: give the official config with --config")
+    if kept.get("source") != source.name:
+        raise UserError(f"{folder} was imported from {kept.get('source')}, not from {source.name}")
+    return kept["config"], shapes
+
+
+# ---------------------------------------------------------------- the command
+
+
+def listing() -> str:
+    """What `--list` prints."""
+    lines = []
+    for name in tables.names():
+        about = tables.find(name).about
+        lines.append(f"{name:14s} {about.what}; {about.licence}; {about.sizes}")
+        if about.presets:
+            lines.append(f"{'':14s} presets: {', '.join(about.presets)}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser("convert", __doc__)
+    parser.add_argument("source", nargs="?", help="where the weights are from; see --list")
+    parser.add_argument("input", nargs="?", type=Path, help="file or folder of weights; with --export a run folder")
+    parser.add_argument("out", nargs="?", type=Path, help="new run folder; with --export a .safetensors file")
+    parser.add_argument("--config", help="official config: a JSON file or a preset (default: config.json there)")
+    parser.add_argument("--export", action="store_true", help="from a run folder to official weights")
+    parser.add_argument("--list", action="store_true", help="show sources, licences and sizes")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(listing())
+        return 0
+    if args.out is None:
+        parser.error("three things are asked for: SOURCE IN OUT")
+    source = tables.find(args.source)
+    if args.export:
+        count = write_official(source, args.input, args.config, args.out)
+        print(f"{count} tensors in {args.out}")
+        return 0
+    weights = open_weights(args.input)
+    count = write_run(args.out, source, read_config(source.about, args.config, args.input), weights)
+    print(f"{count:,} parameters in {args.out}")
+    return 0

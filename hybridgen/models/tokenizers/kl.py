@@ -1,0 +1,149 @@
+"""KL autoencoder: pictures to a grid of continuous latents and back (Rombach et al. 2022, latent diffusion).
+
+The encoder gives mean and log-variance of a Gaussian over each latent, the loss draws from it and pulls it weakly to a
+standard normal. What a diffusion model sees is `(latent - shift) * scale`: `encode` gives the mean so, and `decode`
+takes it so. Stable Diffusion's autoencoders (also those of SD3 and Flux) and MAR's are this family with the options
+that their tables in convert/ set; the convolutions are those of nn/autoencoder.py.
+
+Letters: b batch, H W picture, h w grid, d channels of the latent.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from hybridgen import rng
+from hybridgen.models.losses import per_sample, rows, weighted
+from hybridgen.nn.autoencoder import Autoencoder
+
+
+class KL(nn.Module):
+    """`moments`: image -> mean and log-variance; `picture`: latent as drawn from them -> image."""
+
+    resolution: int = 32
+    channels: tuple[int, ...] = (128, 256)
+    blocks: int = 2
+    attention: bool = True  # in the middle
+    width: int = 4
+    residual: Mapping = FrozenDict()  # further options of nn/autoencoder.py: stem, z, groups, ...
+    scale: float = 1.0
+    shift: float = 0.0
+    variational: bool = True  # otherwise the encoder gives means only, and every log-variance is 1 (an option of MAR's)
+    divergence: float = 1e-6  # weight of a picture's summed divergence beside its summed error
+    l2: float = 0.0  # weight of the squared error beside the absolute one
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        options = {"double": True, "z": self.width, "stem": self.channels[0], "middle": self.attention}
+        options |= dict(self.residual)
+        if not self.variational:
+            options["quant"] = self.width
+        self.net = Autoencoder(tuple(self.channels), code=self.width, blocks=self.blocks, dtype=self.dtype, **options)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the latent."""
+        side = self.resolution // 2 ** (len(self.channels) - 1)
+        return side, side
+
+    @property
+    def length(self) -> int:
+        """Places of the grid."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def code_width(self) -> int:
+        return self.width
+
+    @property
+    def vocab(self) -> int:
+        """No codes."""
+        return 0
+
+    def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
+        return self.net.encoded(image, hidden)
+
+    def raw(self, image: jax.Array) -> jax.Array:
+        z = self.net.encode(image).astype(jnp.promote_types(image.dtype, jnp.float32))  # b h w 2d
+        return z if self.variational else jnp.concatenate([z, jnp.ones_like(z)], -1)
+
+    def moments(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, spread = jnp.split(self.raw(image), 2, -1)
+        return mean, jnp.clip(spread, -30.0, 20.0)
+
+    def picture(self, latent: jax.Array) -> jax.Array:
+        return self.net.decode(latent).astype(latent.dtype)  # b H W 3
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        return self.picture(self.moments(image)[0])
+
+
+def build(config: Any) -> KL:
+    return KL(**config)
+
+
+def init(model: KL, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
+    del parts
+    image = jnp.zeros((1, *specs["image"].shape[1:]), specs["image"].dtype)
+    return {"params": model.init(key, image)["params"], "extra": {}}
+
+
+def divergence(mean: jax.Array, spread: jax.Array) -> jax.Array:
+    """KL in nats from a standard normal, summed over a latent: mean and log-variance `[b, h, w, d]` -> `[b]`."""
+    each = jnp.square(mean) + jnp.exp(spread) - 1.0 - spread
+    return 0.5 * each.reshape(each.shape[0], -1).sum(-1)
+
+
+def drawn(mean: jax.Array, spread: jax.Array, noise: jax.Array) -> jax.Array:
+    """A latent of its Gaussian, of standard normal noise; all `[b, h, w, d]`."""
+    return mean + jnp.exp(0.5 * spread) * noise
+
+
+def scaled(model: KL, latent: jax.Array) -> jax.Array:
+    """A latent as a diffusion model sees it."""
+    return (latent - model.shift) * model.scale
+
+
+def loss(
+    model: KL, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
+) -> tuple[jax.Array, dict]:
+    """Absolute (and squared) error of the reconstruction, and the divergence, both a value of the picture."""
+    del parts, extra, step
+    image = batch["image"]  # b H W 3
+    mean, spread = model.apply({"params": params}, image, method="moments")  # b h w d
+    noise = rng.normal(rng.sample_keys(key, batch["id"]), mean.shape[1:], mean.dtype) if train else 0.0
+    out = model.apply({"params": params}, drawn(mean, spread, noise), method="picture")
+    squared, far = per_sample(jnp.square(out - image)), divergence(mean, spread)  # b
+    values = image[0].size
+    total = per_sample(jnp.abs(out - image)) + model.l2 * squared + model.divergence * far / values
+    scalar, weight = weighted(total, rows(batch, total))
+    mse, _ = weighted(squared, rows(batch, squared))
+    nats, _ = weighted(far, rows(batch, far))
+    metrics = {"mse": mse, "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12)), "divergence": nats}
+    metrics |= {"latent_std": scaled(model, mean).std()}
+    return scalar, {"metrics": metrics, "weight": weight, "extra": {}}
+
+
+def encode(model: KL, params: Any, extra: Any, image: jax.Array) -> jax.Array:
+    """`image [b, H, W, 3]` -> the mean latent `[b, h, w, d]`, shifted and scaled."""
+    del extra
+    return scaled(model, model.apply({"params": params}, image, method="moments")[0])
+
+
+def decode(model: KL, params: Any, extra: Any, latent: jax.Array) -> jax.Array:
+    """A latent as `encode` gives it, `[b, h, w, d]` -> image `[b, H, W, 3]`."""
+    del extra
+    return model.apply({"params": params}, latent / model.scale + model.shift, method="picture")
+
+
+def sample(
+    model: KL, params: Any, cond: dict, keys: jax.Array, *, parts: Any, extra: Any, options: dict
+) -> dict[str, jax.Array]:
+    """Reconstructions of `cond["image"]`: a tokenizer has nothing else to draw."""
+    del keys, parts, options
+    latent = encode(model, params, extra, cond["image"])
+    return {"image": jnp.clip(decode(model, params, extra, latent), -1, 1)}

@@ -1,0 +1,164 @@
+"""Replays of the official DDPM, DDIM and flow-matching schedulers, and of the densities of training times.
+
+Letters: n steps, T training timesteps, B pictures.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import ndtri
+
+from hybridgen.errors import UserError
+from hybridgen.replays import Case
+from hybridgen.replays.trajectories import (
+    Run,
+    bar_of,
+    bounding,
+    compare,
+    forward_run,
+    kind_of,
+    noise_of,
+    predictor,
+    regrid,
+    runs,
+    trajectory,
+)
+from hybridgen.sampling import official, schedules, solvers
+
+
+def sched_ddpm(case: Case) -> None:
+    """DDPMScheduler: ancestral steps along the list of timesteps."""
+    bars: dict[str, np.ndarray] = {}
+
+    def each(case: Case, run: Run) -> None:
+        bar, options = bar_of(run.scheduler), run.scheduler
+        bars[run.name] = bar
+        steps = _timesteps(run, len(bar))
+        at = np.append(bar[steps.astype(int)], 1.0)
+        levels = official.variance_preserving(np.append(steps, -1), at)
+        predict = predictor(kind_of(options), bounding(options, clips=True))
+        large = options.only("variance_type", "fixed_small", "fixed_small_log", "fixed_large") == "fixed_large"
+        ratio = at[:-1].astype(np.float64) / at[1:]
+        deviation = np.sqrt(1 - ratio) * (steps > 0) if large else None
+        noise = noise_of(case, run, True)
+        walk = {"keys": noise, "deviation": deviation}
+        x = jnp.asarray(case.takes("in_x_T"))
+        compare(case, run, steps, (), lambda: trajectory(solvers.ddpm, predict, x, levels, steps, **walk))
+        case.gives(f"out_{run.name}_alphas_cumprod", lambda: bar)
+
+    runs(case, "DDPMScheduler", each)
+    if case.has("in_q_x0"):
+        _forward(case, forward_run(case, bars))
+
+
+def _forward(case: Case, bar: np.ndarray) -> None:
+    clean, noise, steps = (jnp.asarray(case.takes(f"in_q_{name}")) for name in ("x0", "noise", "t"))
+    level = official.variance_preserving(steps, bar[np.asarray(steps)])
+    case.gives("out_q_noisy", lambda: schedules.noised(level, clean, noise))
+    case.gives("out_q_velocity", lambda: schedules.target(level, "v", clean, noise))
+
+
+def _timesteps(run: Run, count: int) -> np.ndarray:
+    """The timesteps of a run, whole numbers: given ones, or n spaced ones."""
+    spacing, offset = run.scheduler.take("timestep_spacing", "leading"), run.scheduler.count("steps_offset", 0, 0)
+    given = run.grid.take("timesteps", None)
+    steps = official.spaced(spacing, run.n, count, offset).round() if given is None else np.asarray(given, np.float64)
+    if not ((steps >= 0) & (steps < count)).all():
+        raise UserError(f"{run.name}: timesteps {steps.min():g} to {steps.max():g} of {count}")
+    return steps
+
+
+def sched_ddim(case: Case) -> None:
+    """DDIMScheduler: each step goes T // n back, which may be where no next step begins."""
+
+    def each(case: Case, run: Run) -> None:
+        bar, options = bar_of(run.scheduler), run.scheduler
+        steps = _timesteps(run, len(bar))
+        last = 1.0 if options.flag("set_alpha_to_one", True) else bar[0]
+        back = (steps - len(bar) // run.n).astype(int)
+        after = np.where(back >= 0, bar[back], last)
+        eta, rederive = run.step.number("eta", 0.0), run.step.flag("use_clipped_model_output", False)
+        predict = predictor(kind_of(options), bounding(options, clips=True), rederive)
+        noise = noise_of(case, run, eta > 0)
+
+        def walk() -> np.ndarray:
+            trail = [jnp.asarray(case.takes("in_x_T"))]
+            for i, step in enumerate(steps):
+                ends = official.variance_preserving([step, back[i]], [bar[int(step)], after[i]])
+                keys = None if noise is None else lambda _, x, i=i: noise(i, x)
+                options = {"keys": keys, "eta": eta}
+                trail.append(trajectory(solvers.ddim, predict, trail[-1], ends, [step], **options)[-1])
+            return np.stack(trail)
+
+        compare(case, run, steps, (), walk)
+
+    runs(case, "DDIMScheduler", each)
+
+
+def sched_flowmatch(case: Case) -> None:
+    """FlowMatchEulerDiscreteScheduler, the forward process, and SD3's densities of training times."""
+    trained: dict[str, tuple[np.ndarray, int]] = {}
+
+    def each(case: Case, run: Run) -> None:
+        options, count = run.scheduler, run.scheduler.count("num_train_timesteps", 1000)
+        dynamic, shift = options.flag("use_dynamic_shifting", False), options.number("shift", 1.0)
+        train = official.flow_sigmas(count, 1.0 if dynamic else shift)
+        trained[run.name] = train, count
+        sigmas = _flow_grid(run, train, count)
+        inverted = options.flag("invert_sigmas", False)
+        sigmas = np.append(1 - sigmas if inverted else sigmas, np.float32(inverted))
+        steps, noisy = sigmas[:-1] * np.float32(count), options.flag("stochastic_sampling", False)
+        options.skip("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # they make mu
+        levels = schedules.flow(sigmas.astype(np.float64))
+        predict = predictor("velocity", lambda x: x)
+        noise, x = noise_of(case, run, noisy), jnp.asarray(case.takes("in_x_T"))
+        walk = {"keys": noise, "deviation": levels.sigma[1:]} if noisy else {}
+        solver = solvers.ddim if noisy else solvers.euler
+        compare(case, run, steps, sigmas, lambda: trajectory(solver, predict, x, levels, steps, **walk))
+
+    runs(case, "FlowMatchEulerDiscreteScheduler", each)
+    if case.has("in_q_x0"):
+        sigmas, count = forward_run(case, trained)
+        clean, noise, index = (case.takes(f"in_q_{name}") for name in ("x0", "noise", "index"))
+        level = schedules.flow(sigmas[index])
+        case.gives("out_train_sigmas", lambda: sigmas)
+        case.gives("out_q_timestep", lambda: sigmas[index] * np.float32(count))
+        case.gives("out_q_noisy", lambda: schedules.noised(level, jnp.asarray(clean), jnp.asarray(noise)))
+    _densities(case)
+
+
+def _flow_grid(run: Run, train: np.ndarray, count: int) -> np.ndarray:
+    """Sigmas of the n steps, float32. A shift that is not dynamic is in the ends of the range and comes again."""
+    options, given, steps = run.scheduler, run.grid.take("sigmas", None), run.grid.take("timesteps", None)
+    mu, kind = run.grid.take("mu", None), options.only("time_shift_type", "exponential", "linear")
+    if given is not None:
+        sigmas = np.asarray(given, np.float32)
+    elif steps is not None:
+        sigmas = np.asarray(steps, np.float32) / count
+    else:
+        sigmas = np.linspace(float(train[0]) * count, float(train[-1]) * count, run.n) / count
+    if options.flag("use_dynamic_shifting", False):
+        if mu is None:
+            raise UserError(f"{run.name}: use_dynamic_shifting without mu")
+        sigmas = official.shifted_by(sigmas, run.grid.number("mu"), kind)
+    else:
+        sigmas = official.shifted(sigmas, options.number("shift", 1.0))
+    if options.take("shift_terminal", None):
+        sigmas = official.stretched(sigmas, options.number("shift_terminal"))
+    if anew := regrid(options):
+        sigmas = official.REGRIDDED[anew](float(sigmas[0]), float(sigmas[-1]), run.n)
+    return sigmas.astype(np.float32)
+
+
+def _densities(case: Case) -> None:
+    """Maps and weights at given numbers, and moments of the densities: rows as the README lists them."""
+
+    def moments() -> np.ndarray:
+        u = (np.arange(400_000) + 0.5) / 400_000  # even quantiles: ours need no draw
+        drawn = [schedules.logit_normal(ndtri(u)), schedules.logit_normal(ndtri(u), 0.5, 0.6)]
+        drawn = np.stack([*drawn, schedules.mode(u, 1.29), schedules.uniform(u)])
+        return np.stack([drawn.mean(1), drawn.std(1), *((drawn < at).mean(1) for at in (0.25, 0.5, 0.75))], 1)
+
+    case.gives("out_mode_map", lambda: schedules.mode(case.takes("in_density_u"), 1.29))
+    case.gives("out_weight_cosmap", lambda: schedules.loss_weight("cosmap", case.takes("in_density_u")))
+    case.gives("out_weight_sigma_sqrt", lambda: schedules.loss_weight("sigma_sqrt", case.takes("in_density_u")))
+    case.gives("out_density_moments", moments, within=0.004)  # theirs are of 400,000 draws

@@ -1,0 +1,141 @@
+"""What replays of the official schedulers share: runs, models, and the way that a solver takes.
+
+A fixture has several runs, each with its scheduler's options, and no network: the model is `0.3 x + sin(t)`, t being
+the timestep that the network would be told. Letters: n steps, T training timesteps, B pictures.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridgen.convert.options import Options
+from hybridgen.errors import UserError
+from hybridgen.replays import Case
+from hybridgen.sampling import official, schedules
+from hybridgen.sampling.schedules import Level
+
+KINDS = {"epsilon": "eps", "sample": "x", "original_sample": "x", "v_prediction": "v", "flow_prediction": "velocity"}
+
+
+class Run(NamedTuple):
+    """One run: its name, options of the scheduler, of its grid and of its steps, and the number of steps."""
+
+    name: str
+    scheduler: Options
+    grid: Options
+    step: Options
+    n: int
+
+
+def runs(case: Case, kind: str, each: Callable[[Case, Run], None]) -> None:
+    """Replays every run of a fixture of the scheduler `kind`."""
+    with Options(case.config) as options:
+        options.only("class_name", kind)
+        options.skip("package")
+        table = options.take("runs")
+    for name, entry in Options(table, "runs").config.items():
+        with Options(entry, name) as parts, Options(parts.take("scheduler"), f"{name}.scheduler") as scheduler:
+            with Options(parts.take("set_timesteps", {}), f"{name}.set_timesteps") as grid:
+                with Options(parts.take("step", {}), f"{name}.step") as step:
+                    given = grid.take("timesteps", None) or grid.take("sigmas", None) or ()
+                    told = parts.take("num_inference_steps", None) is not None
+                    n = parts.count("num_inference_steps") if told else len(given)
+                    each(case, Run(name, scheduler, grid, step, n))
+
+
+def bar_of(options: Options, floor: bool = False) -> np.ndarray:
+    """alpha-bar of the T training timesteps."""
+    steps, given = options.count("num_train_timesteps", 1000), options.take("trained_betas", None)
+    start, end = options.number("beta_start", 1e-4), options.number("beta_end", 0.02)
+    name = options.take("beta_schedule", "linear")
+    betas = official.betas(name, steps, start, end) if given is None else np.asarray(given, np.float32)
+    return official.alphas_bar(betas, options.flag("rescale_betas_zero_snr", False), floor)
+
+
+def kind_of(options: Options) -> str:
+    """The parameterisation, in our words."""
+    return KINDS[options.only("prediction_type", *KINDS)]
+
+
+def bounding(options: Options, clips: bool) -> Callable[[jax.Array], jax.Array]:
+    """What is done to a predicted clean picture."""
+    ratio, most = options.number("dynamic_thresholding_ratio", 0.995), options.number("sample_max_value", 1.0)
+    clip = options.flag("clip_sample", True) if clips else False
+    far = options.number("clip_sample_range", 1.0) if clips else 1.0
+
+    def threshold(x: jax.Array) -> jax.Array:
+        size = jnp.quantile(jnp.abs(x).reshape(x.shape[0], -1), ratio, 1)
+        size = jnp.clip(size, 1, most).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.clip(x, -size, size) / size
+
+    if options.flag("thresholding", False):
+        return threshold
+    return (lambda x: jnp.clip(x, -far, far)) if clip else (lambda x: x)
+
+
+def stand_in(x: jax.Array, t: Any) -> jax.Array:
+    """The network of every recorded run."""
+    return np.float32(0.3) * x + np.sin(np.float32(t))
+
+
+def trajectory(solver: Callable, predict: Callable, x: jax.Array, levels: Level, timesteps: Any, **options: Any) -> Any:
+    """Start and what every step leads to, n+1 B ...: what the solver hands to `predict(i, x, t, level)` on its way."""
+    trail: list[Any] = []
+
+    def recorded(x_t: jax.Array, level: Level) -> tuple[jax.Array, jax.Array]:
+        trail.append(x_t)
+        i = len(trail) - 1
+        return predict(x_t, timesteps[i], level)
+
+    with jax.disable_jit():  # step by step, so that the way can be read off
+        end = solver(recorded, x, levels, **options)
+    return np.stack([*trail, end])
+
+
+def predictor(kind: str, bound: Callable, rederive: bool = False) -> Callable:
+    """predict(x, t, level) of the stand-in. rederive: eps again from the x that was bounded."""
+
+    def predict(x_t: jax.Array, t: Any, level: Level) -> tuple[jax.Array, jax.Array]:
+        clean, eps = schedules.to_x_eps(level, kind, x_t, stand_in(x_t, t))
+        clean = bound(clean)
+        return clean, (x_t - level.alpha * clean) / level.sigma if rederive else eps
+
+    return predict
+
+
+def noise_of(case: Case, run: Run, noisy: bool) -> Callable | None:
+    """The recorded noise of each step, where the run draws any."""
+    name = f"in_{run.name}_noise"
+    if not noisy and not case.has(name):
+        return None
+    noise = case.takes(name)
+    return lambda i, x: jnp.asarray(noise[int(i)])
+
+
+def compare(case: Case, run: Run, timesteps: Any, sigmas: Any, trail: Callable[[], Any]) -> None:
+    """The recorded arrays of a run that all schedulers may have."""
+    case.gives(f"out_{run.name}_timesteps", lambda: np.asarray(timesteps))
+    case.gives(f"out_{run.name}_sigmas", lambda: np.asarray(sigmas))
+    case.gives(f"out_{run.name}_traj", trail)
+
+
+def forward_run(case: Case, known: Mapping[str, Any]) -> Any:
+    """What belongs to the run that the forward process was recorded with: the README names it, if there are several."""
+    readme = case.folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    named = [name for name in re.findall(r"run '(\w+)'", text) if name in known]
+    if not named and len(known) != 1:
+        raise UserError(f"{readme} does not say with which run of {', '.join(known)} noise was added (\"run 'NAME'\")")
+    return known[named[0] if named else next(iter(known))]
+
+
+def regrid(options: Options) -> str:
+    """The name of the grid that replaces that of the timesteps, or ""."""
+    asked = [name for name in official.REGRIDDED if options.flag(f"use_{name}_sigmas", False)]
+    if len(asked) > 1:
+        raise UserError(f"{options.where}: {' and '.join(asked)} sigmas at once")
+    return asked[0] if asked else ""

@@ -1,0 +1,69 @@
+"""Replays recorded outputs of an official model through the converter and our model: equal or not.
+
+    python -m hybridgen.verify taming_vqgan golden/taming_vqgan
+
+The folder has `config.json`, `weights.safetensors` and `io.npz`: the official config, its state dict, and inputs with
+what the official code computed from them. SOURCE is the system's name, or of a variant of it ("sd_kl_vae_flux"). Every
+array is an input that is used or an output that is compared, one line each: in float32 the largest difference must be
+at most 2e-5 of the largest recorded magnitude (of 1 if that is less); whole numbers and masks must be the same. Exit
+code 0 if all hold, 1 if not, 2 if the folder cannot be replayed.
+"""
+
+import contextlib
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from hybridgen import rundir
+from hybridgen.cli import command, make_parser
+from hybridgen.convert.tensors import shown
+from hybridgen.errors import UserError
+from hybridgen.replays import Case, find
+
+MAX_BYTES = 2**33  # of all recorded arrays, unpacked
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file. Raises UserError for anything else, also for one that would run a pickle."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            size = sum(entry.file_size for entry in packed.infolist())
+        if size > MAX_BYTES:
+            raise UserError(f"{path} has {size} bytes unpacked, at most {MAX_BYTES} are read")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path} is not a good file of arrays: {shown(str(error)[:120])}") from None
+
+
+def verify(source: str, folder: Path, report=print) -> bool:
+    """Whether every recorded output is reproduced; `report` gets one line an output. Raises UserError, see above."""
+    system, replay = find(source)
+    config = rundir.read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} holds no mapping")
+    case = Case(system, folder, config, read_arrays(folder / "io.npz"), report)
+    # on the CPU and without a mesh, wherever this runs: the bound is that of float32
+    with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
+        replay(case)
+    return case.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser("verify", __doc__)
+    parser.add_argument("source", help="system: the name of its fixture, with any suffix")
+    parser.add_argument("folder", type=Path, help="folder with config.json, weights.safetensors and io.npz")
+    args = parser.parse_args(argv)
+    with contextlib.suppress(BrokenPipeError):
+        return 0 if verify(args.source, args.folder) else 1
+    return 1
+
+
+if __name__ == "__main__":
+    command(main)
