@@ -138,8 +138,8 @@ def _save(folder: Path, arrays: dict) -> int:
             branch[path] = jax.device_put(branch[path], cpu)  # Orbax bounds what it copies of jax's arrays only
     tree = {name: trees.unflatten(branch) for name, branch in flat.items()}
     about = ocp.args.JsonSave({"fingerprint": {}, "meta": {"parts": {}}, "sound": True})
-    handler = ocp.CompositeCheckpointHandler(model=ocp.PyTreeCheckpointHandler(save_concurrent_gb=1))
-    with ocp.Checkpointer(handler) as saver:
+    handlers = {"model": ocp.PyTreeCheckpointHandler(save_concurrent_gb=1), "about": ocp.JsonCheckpointHandler()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as saver:
         saver.save(folder.absolute(), args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree), about=about))
     manifest.write(folder, 0)
     return count

@@ -43,7 +43,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/kernel$", ("embed", "vocab")),
     (r"head/bias$", ("vocab",)),
     (r"conv\w*/kernel$", (None, None, None, "embed")),
-    (r"(position|null\w*|codebook)$", (None, None)),
+    (r"codebook$", (None, "embed")),
+    (r"(position|null\w*)$", (None, None)),
     (r"kernel$", ("embed", None)),
     (r"(scale|bias)$", (None,)),
 )

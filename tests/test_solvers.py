@@ -256,3 +256,118 @@ def test_a_picture_is_solved_alike_in_any_batch():
 def test_noise_needs_keys():
     with pytest.raises(UserError, match="needs keys"):
         solvers.ddpm(gaussian, jnp.ones((2, 3)), schedules.flow(schedules.times(3)))
+
+
+# ---------------------------------------------------------------- the multistep family
+
+
+@pytest.mark.parametrize("of", ["x", "eps"])
+@pytest.mark.parametrize(("order", "heun"), [(1, False), (2, False), (2, True)])
+def test_dpm_converges_at_its_order(order, heun, of):
+    def error(steps):
+        levels = SCHEDULES["cosine"](0.1 + 0.8 * schedules.times(steps))
+        with jax.enable_x64(True):
+            x = jnp.linspace(-2.0, 2.0, 9)[:, None]
+            return np.abs(solvers.dpm(gaussian, x, levels, order=order, heun=heun, of=of) - flow_map(x, levels)).max()
+
+    coarse, fine = error(128), error(256)
+    assert abs(np.log2(coarse / fine) - order) < 0.25, (coarse, fine)
+    assert fine < {1: 5e-3, 2: 6e-5}[order]
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("of", ["x", "eps"])
+@pytest.mark.parametrize(("order", "heun"), [(1, False), (2, False), (2, True), (3, False)])
+def test_dpm_is_the_published_update(order, heun, of, noisy):
+    """Step by step as the papers and diffusers write it, difference by difference."""
+    if noisy and of == "eps" and order == 3:
+        return  # nobody has a formula
+    levels = SCHEDULES["cosine"](np.array([0.95, 0.8, 0.7, 0.45, 0.3, 0.1]))
+    draws = np.random.RandomState(0).randn(6, 4)
+    with jax.enable_x64(True):
+        options = {"order": order, "heun": heun, "of": of, "noisy": noisy, "official": True}
+        ours = solvers.dpm(gaussian, jnp.asarray(draws[5]), levels, lambda i, x: jnp.asarray(draws)[i], **options)
+    x, past, half = draws[5], [], np.log(levels.alpha / levels.sigma)
+    for i in range(5):
+        past.insert(0, gaussian(x, schedules.Level(*(leaf[i] for leaf in levels)))[of == "eps"])
+        h = half[i + 1] - half[i]
+        d = [past[0], 0.0, 0.0]
+        now = min(order, i + 1)
+        if now > 1:
+            near = (past[0] - past[1]) / (r0 := (half[i] - half[i - 1]) / h)
+            d[1] = near
+        if now > 2:
+            far = (past[1] - past[2]) / (r1 := (half[i - 1] - half[i - 2]) / h)
+            d[1:] = near + r0 / (r0 + r1) * (near - far), (near - far) / (r0 + r1)
+        alpha, sigma = levels.alpha[i + 1], levels.sigma[i + 1]
+        e = np.exp
+        if of == "x" and noisy:
+            x = sigma / levels.sigma[i] * e(-h) * x + sigma * np.sqrt(1 - e(-2 * h)) * draws[i]
+            weights = [1 - e(-2 * h), (1 - e(-2 * h)) / (-2 * h) + 1, (1 - e(-2 * h) - 2 * h) / (2 * h) ** 2 - 0.5]
+        elif of == "x":
+            x = sigma / levels.sigma[i] * x
+            weights = [1 - e(-h), (e(-h) - 1) / h + 1, -((e(-h) - 1 + h) / h**2 - 0.5)]
+        else:
+            x = alpha / levels.alpha[i] * x + noisy * sigma * np.sqrt(e(2 * h) - 1) * draws[i]
+            weights = [1 - e(h), 1 - (e(h) - 1) / h, 0.5 - (e(h) - 1 - h) / h**2]
+            weights = [(1 + noisy) * weight for weight in weights]
+        if now == 2 and not heun:
+            weights[1] = weights[0] / 2
+        x = x + (alpha if of == "x" else sigma) * sum(w * one for w, one in zip(weights, d, strict=True))
+    np.testing.assert_allclose(ours, x, atol=1e-12)
+
+
+def test_dpm_of_second_order_on_x_is_dpmpp_2m():
+    levels = schedules.cosine(schedules.times(9)[1:])  # from a level where the log-SNR is finite
+    x = jax.random.normal(jax.random.key(0), (3, 5))
+    ours, same = (solve(gaussian, x, levels) for solve in (solvers.dpm, solvers.dpmpp_2m))
+    np.testing.assert_allclose(ours, same, atol=2e-6)
+    first = solvers.dpm(gaussian, x, levels, order=1)
+    np.testing.assert_allclose(first, solvers.ddim(gaussian, x, levels), atol=2e-6)  # on x or eps, it is DDIM
+    mixed = solvers.dpm(gaussian, x, levels, order=np.asarray([2] * 4 + [1] * 4))
+    assert np.abs(mixed - first).max() > 1e-4 and np.abs(mixed - same).max() > 1e-4
+
+
+@pytest.mark.parametrize(("of", "order"), [("x", 1), ("x", 2), ("x", 3), ("eps", 1), ("eps", 2)])
+def test_noisy_dpm_draws_the_data(of, order):
+    levels = schedules.cosine(1e-3 + 0.989 * schedules.times(300))
+    x = jax.random.normal(jax.random.key(1), (100, 40))
+    y = np.asarray(solvers.dpm(gaussian, x, levels, keys_of(range(100)), of=of, order=order, noisy=True))
+    assert abs(y.mean() - MU) < 4 * S / 63 + 0.01
+    assert abs(y.std() / S - 1) < 4 / 89 + 0.02
+
+
+def test_dpm_refuses_what_has_no_formula():
+    levels, x = schedules.cosine(schedules.times(4)), jnp.ones((1, 1))
+    with pytest.raises(UserError, match="cannot end at sigma 0"):
+        solvers.dpm(gaussian, x, levels, of="eps")
+    with pytest.raises(UserError, match="'v' is none of 'x', 'eps'"):
+        solvers.dpm(gaussian, x, levels, of="v")
+
+
+def test_noise_may_be_given():
+    """Recorded noise in place of keys, and other deviations than those of the posterior."""
+    levels = schedules.cosine(np.array([0.9, 0.5, 0.2]))
+    x, noise = jnp.ones((2, 3)), np.random.RandomState(0).randn(2, 2, 3).astype(np.float32)
+    drawn = solvers.ddpm(gaussian, x, levels, lambda i, like: jnp.asarray(noise)[i])
+    still = solvers.ddpm(gaussian, x, levels, lambda i, like: jnp.zeros_like(like))
+    none = solvers.ddpm(gaussian, x, levels, deviation=np.zeros(2))
+    np.testing.assert_allclose(still, none, atol=1e-6)
+    assert np.abs(drawn - still).max() > 0.1
+    again = solvers.ddim(lambda x_t, level: (MU + 0 * x_t, x_t), x, levels, lambda i, like: jnp.asarray(noise)[i],
+                         deviation=levels.sigma[1:])
+    np.testing.assert_allclose(again, levels.alpha[2] * MU + levels.sigma[2] * noise[1], atol=1e-6)  # all noise is new
+
+
+def test_densities_of_training_times():
+    u = (np.arange(10_000) + 0.5) / 10_000
+    t = schedules.mode(u, 1.29)
+    assert (t > 0).all() and (t < 1).all() and abs(t.mean() - 0.5) < 1e-6
+    assert (np.abs(t - 0.5) < 0.25).mean() > 0.5 + 0.05  # more in the middle than even
+    np.testing.assert_allclose(schedules.mode(jnp.asarray(u[:5])), t[:5], rtol=1e-5)
+    np.testing.assert_allclose(schedules.mode(u, 0.0), 1 - u)
+    weight = schedules.loss_weight("cosmap", u)
+    assert abs(weight.mean() - 1) < 1e-3 and weight.argmax() in (4999, 5000)  # it is a density
+    np.testing.assert_allclose(schedules.loss_weight("sigma_sqrt", u), 1 / u**2)
+    with pytest.raises(UserError, match="'even' is none of cosmap"):
+        schedules.loss_weight("even", u)

@@ -3,8 +3,8 @@
     python -m hybridgen.train --config configs/tokenizers/vqgan.py:f16 --workdir runs/vqgan
 
 `f16`: VQGAN, 256 tokens of a picture at 256, 1024 codes. `f8_gumbel`: 1024 tokens, 8192 codes drawn from logits.
-`llamagen_f16`, `llamagen_f8`: LlamaGen's, 16384 codes of 8 channels on the unit sphere. Imported weights of each fit the
-model options here. `tiny`: a smoke test on CPU.
+`llamagen_f16`, `llamagen_f8`: LlamaGen's, 16384 codes of 8 channels on the unit sphere. Imported weights of each fit
+the model options here. `tiny`: a smoke test on CPU.
 
 Optimiser, rate and batch are the published ones. Trained for reconstruction and codes alone: published checkpoints have
 seen a perceptual and an adversarial loss too.

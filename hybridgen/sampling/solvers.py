@@ -150,9 +150,10 @@ def dpmpp_2m(predict, x, levels, keys=None, *, previews=False):
 def dpm(predict, x, levels, keys=None, *, order=2, of="x", heun=False, noisy=False, official=False, previews=False):
     """Multistep DPM-Solver of first to third order on x ("++", arXiv 2211.01095) or on eps (arXiv 2206.00927).
 
-    order: one, or n of them; lower where there is too little past, and 1 where sigma ends at 0. heun: the other of the
-    papers' two forms of second order. noisy: their SDE. official: its third order on x with the sign that diffusers
-    gives to a half, though the expansion has the other.
+    order: one, or n of them; lower where there is too little past, and 1 where sigma ends at 0. The published third one
+    is kept as it is, though it halves the second derivative and so gains no order. heun: the other of the papers' two
+    forms of second order. noisy: their SDE. official: its third order on x with the sign that diffusers gives to a
+    half, where the expansion has the other.
     """
     if of not in ("x", "eps"):
         raise UserError(f"dpm of {of!r} is none of 'x', 'eps'")
