@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PROMPT = "a small red circle in the centre"
 
 
+@pytest.mark.slow
 def test_on_eight_devices_the_same_pictures(tiny_run, tmp_path):
     """Five prompts do not divide over eight devices: rows are padded, and a picture does not depend on them."""
     run = tiny_run("configs/ar/raster.py").folder

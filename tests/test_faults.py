@@ -298,6 +298,7 @@ def counts(state: dict, step: int, skipped: int) -> None:
     assert len(found) >= 2 and set(found.values()) == {step - skipped}, found
 
 
+@pytest.mark.slow
 def test_broken_records_are_named_once_also_after_a_failure(run, tmp_path):
     draw = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()

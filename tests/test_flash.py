@@ -90,6 +90,7 @@ def process(code, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_on_a_mesh_each_device_has_its_rows_and_heads():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     assert max(process(MESHED, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)) < 1e-5
@@ -125,6 +126,7 @@ ON_A_TPU = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
 def test_it_is_what_a_tpu_runs_where_it_fits():
     # forward, gradient of keys and values, gradient of queries; the last is short, and stays with the plain kernel

@@ -134,5 +134,6 @@ def test_schedulers_refuse_what_is_not_built():
     config = json.loads((GOLDEN / system / "config.json").read_text())
     config["runs"]["default"]["scheduler"]["variance_type"] = "learned"
     with pytest.raises(UserError, match="variance_type 'learned' is not built, only 'fixed_small'"):
-        find(system)[1](Case(system, GOLDEN / system, config, dict(np.load(GOLDEN / system / "io.npz")), lambda line: 0))
+        arrays = dict(np.load(GOLDEN / system / "io.npz"))
+        find(system)[1](Case(system, GOLDEN / system, config, arrays, lambda line: None))
     assert set(VARIANTS) == {name for name in SYSTEMS if name.startswith("sched_")}

@@ -62,7 +62,11 @@ class Supervised:
         clean |= {"PYTHON": str(trainer), "RECORD": str(self.record), "HOME": str(folder)} | environment
         command = [ROOT / "launch" / "local.sh", *options, "--", "--config", "a b", "--workdir", "y"]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, env=clean, stdout=pipe, stderr=pipe, text=True, process_group=0)
+        # a shell cannot trap what was ignored when it started, as under nohup
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+        self.process = subprocess.Popen(
+            command, env=clean, stdout=pipe, stderr=pipe, text=True, process_group=0, **heard
+        )
 
     def lines(self) -> list[list[str]]:
         return [line.split(" ", 3) for line in self.record.read_text().splitlines()] if self.record.exists() else []

@@ -138,6 +138,7 @@ def test_what_to_change(monkeypatch):
     assert roofline.changes(built, "sample", entry, 8.0 * held) == ["--count 8 (draws 16 at a time)"]
 
 
+@pytest.mark.slow
 def test_suggestions_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(suggest, "COMPILED", 2)
     file = tmp_path / "report.json"

@@ -146,6 +146,7 @@ def check_cuts(found: dict) -> None:
         assert set(copies.values()) == {share}, (found["mesh"], copies)
 
 
+@pytest.mark.slow
 def test_a_prior_on_eight_devices_is_the_prior_on_one_and_is_cut():
     """Parameters, moments and average, so that a device holds a part of them, and the same losses."""
     one, many = found = on("prior", "float32", 10, ONE, MIXED)
