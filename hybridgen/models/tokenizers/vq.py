@@ -9,8 +9,8 @@ with a continuous latent. The convolutions are our light ones, or with `residual
 `extra`: `use [v]`, the moving average of tokens a step per code, from zero on: what usage and perplexity are read from.
 With a moving codebook also `codebook [v, d]` and what it is the quotient of, `total [v, d]` and `count [v]`, where a
 reborn code starts with a fair share. With `used`, the rows `used [v]` of the codebook that tokens number. With a
-continuous latent `mean [d]` and `square [d]`, the moving averages of its
-moments: `encode` gives it with mean 0 and variance 1, as the noise schedules of a diffusion over it take it to be.
+continuous latent `mean [d]` and `square [d]`, the moving averages of its moments: `encode` gives it with mean 0 and
+variance 1, as the noise schedules of a diffusion over it take it to be.
 
 Letters: b batch, H W picture, h w grid, n = h*w tokens, d code width, v codes.
 """
