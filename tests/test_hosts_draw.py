@@ -31,7 +31,7 @@ def run(count: int, module: str, *words: str) -> None:
         for host in hosts
     ]
     for process in started:
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-4000:]
 
 
