@@ -88,7 +88,7 @@ def _connect_detected(timeout: int) -> None:
             waited = time.monotonic() - started
             print(
                 f"waiting for the other processes for {waited:.0f} s; there should be {count}, each started by\n"
-                f"  {command_of(None, None)}",
+                f"  {command_of()}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -117,8 +117,8 @@ def _initialize(**options: Any) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def command_of(process: int | None, count: int | None) -> str:
-    """This program's command line, as process number `process` would give it."""
+def command_of(process: int | None = None) -> str:
+    """This program's command line, as process number `process` would give it (None: as it is found by itself)."""
     words, skip = ["hybridgen", os.path.basename(sys.argv[0]).removesuffix(".py"), *sys.argv[1:]], False
     if words[1] == "hybridgen":
         del words[1]
@@ -166,7 +166,7 @@ def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
                 if now - told >= PATIENCE:
                     told = now
                     print(
-                        f"waiting for {_who(missing, count)}; start it with\n  {command_of(missing[0], count)}",
+                        f"waiting for {_who(missing, count)}; start it with\n  {command_of(missing[0])}",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -231,7 +231,7 @@ def _report(place: tuple[str, int], count: int, process: int, deadline: float) -
         if now - told >= PATIENCE:
             told = now
             where = f"waiting for process 0, which does not answer at {place[0]}:{place[1]}"
-            print(f"{where}; start it with\n  {command_of(0, count)}", file=sys.stderr, flush=True)
+            print(f"{where}; start it with\n  {command_of(0)}", file=sys.stderr, flush=True)
         time.sleep(0.2)
 
 

@@ -63,16 +63,11 @@ def evaluation(compiled: Callable, experiment: Experiment, stream: Callable, put
     def evaluate(state: dict) -> dict[str, float]:
         source = sources.build(experiment.config.data, "validation")
         totals: dict[str, float] = {}
-        for batch in itertools.islice(_plain(stream(source, 0, shuffle=False)), experiment.config.eval.batches):
+        for batch in itertools.islice(stream(source, 0, shuffle=False), experiment.config.eval.batches):
+            pipeline.take_broken(batch)
             for name, value in compiled(state, put(batch), experiment.parts).items():
                 totals[name] = totals.get(name, 0.0) + float(np.asarray(value))
         weight = max(totals.pop("weight", 0.0), 1e-9)
         return {name: value / weight for name, value in totals.items()}
 
     return evaluate
-
-
-def _plain(batches: Iterator[dict]) -> Iterator[dict]:
-    for batch in batches:
-        pipeline.take_broken(batch)
-        yield batch

@@ -1,10 +1,12 @@
 """A small state with every dtype, three saved steps of it, ways to damage them, and Python in another process."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -78,3 +80,22 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def flip_200(checkpoints: Path, step: int) -> None:
+    """200 random bits of a step of training, in turn over its files: each is found and its file named."""
+    chance, folder = random.Random(step), checkpoints / str(step)
+    files = [path for path in files_of(folder) if path.stat().st_size]
+    with Checkpointer(checkpoints, keep=9) as saved:
+        for trial in range(200):
+            path = files[trial % len(files)]
+            bit = chance.randrange(8 * path.stat().st_size)
+            flip(path, bit)
+            problems = saved.verify(step)
+            assert problems and problems[0].startswith(str(path.relative_to(folder))), (path, bit, problems)
+            if trial == 199:
+                began, lines = time.perf_counter(), []
+                assert saved.newest_good(report=lines.append) not in (None, step)
+                assert time.perf_counter() - began < 5 and str(path.relative_to(folder)) in lines[0]
+            flip(path, bit)
+        assert saved.verify(step) == []

@@ -11,7 +11,6 @@ many programs were found in the cache, and how many were not.
 import atexit
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -23,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from checkpoint_cases import files_of, flip
 from ml_collections import ConfigDict
 
 from hybridgen import checkpoint, cli, config, train
@@ -70,25 +68,6 @@ def final(folder: Path, step: int) -> str:
     state = state_of(folder, step)
     assert {"params", "ema", "extra", "opt", "step", "health"} == set(state)
     return checkpoint.digest(state)
-
-
-def flip_200(checkpoints: Path, step: int) -> None:
-    """200 random bits of a step of training, in turn over its files: each is found and its file named."""
-    chance, folder = random.Random(step), checkpoints / str(step)
-    files = [path for path in files_of(folder) if path.stat().st_size]
-    with Checkpointer(checkpoints, keep=9) as saved:
-        for trial in range(200):
-            path = files[trial % len(files)]
-            bit = chance.randrange(8 * path.stat().st_size)
-            flip(path, bit)
-            problems = saved.verify(step)
-            assert problems and problems[0].startswith(str(path.relative_to(folder))), (path, bit, problems)
-            if trial == 199:
-                began, lines = time.perf_counter(), []
-                assert saved.newest_good(report=lines.append) not in (None, step)
-                assert time.perf_counter() - began < 5 and str(path.relative_to(folder)) in lines[0]
-            flip(path, bit)
-        assert saved.verify(step) == []
 
 
 def newest(folder: Path) -> int | None:

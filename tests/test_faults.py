@@ -11,7 +11,7 @@ import fault_cases
 import jax
 import numpy as np
 import pytest
-from checkpoint_cases import files_of, flip
+from checkpoint_cases import files_of, flip, flip_200
 from fault_cases import ends, final, log_of, newest, notes_of, state_of, wait_for, words
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
@@ -225,7 +225,7 @@ def test_a_full_disk_is_told_of_and_survived(run, tmp_path):
 
 def test_any_flipped_bit_of_a_training_checkpoint_is_found(run):
     folder = run("run", {}, 4, 2)
-    fault_cases.flip_200(folder / "checkpoints", 4)
+    flip_200(folder / "checkpoints", 4)
 
 
 def test_a_rotten_step_is_fallen_back_from(run, capsys):

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import files_of
-from fault_cases import ends, final, flip_200, log_of, logged, newest, start, steps_of, wait_for, words
+from checkpoint_cases import files_of, flip_200
+from fault_cases import ends, final, log_of, logged, newest, start, steps_of, wait_for, words
 from test_sharding import QUICK, check
 
 ROOT = Path(__file__).parents[1]
