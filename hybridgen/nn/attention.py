@@ -60,22 +60,26 @@ class Mask(NamedTuple):
         return f"attend.{t}x{s}.{np.minimum(ends, s).sum()}"
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "auto") -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, kernel: str = "auto", relative: jax.Array | None = None
+) -> jax.Array:
     """Scaled dot-product attention: `q [b, t, h, g, k]`, `k, v [b, s, h, k]` -> `[b, t, h, g, k]`.
 
     `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision, no prefix mask), "splash" on a TPU (the offset known;
     "splash interpreted" anywhere, slowly), "auto" picks. Softmax in at least float32. A row that sees no key is zero
-    ("xla" and "splash").
+    ("xla" and "splash"). `relative [h, g, t, s]` is added to the scores ("xla" alone).
     """
     if kernel == "auto":
-        kernel = pick(q, k, mask)
+        kernel = pick(q, k, mask) if relative is None else "xla"
+    if relative is not None and kernel != "xla":
+        raise UserError(f"attention kernel {kernel!r} adds nothing to its scores; take 'xla'")
     if kernel == "cudnn":
         return _cudnn(q, k, v, mask)
     if kernel in ("splash", "splash interpreted"):
         return _splash(q, k, v, mask, interpret=kernel != "splash")
     if kernel != "xla":
         raise UserError(f"attention kernel {kernel!r} is not one of 'auto', 'xla', 'cudnn', 'splash'")
-    return _xla(q, k, v, mask)
+    return _xla(q, k, v, mask, relative)
 
 
 def pick(q: jax.Array, k: jax.Array, mask: Mask) -> str:
@@ -103,13 +107,14 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, interpret: boo
     return flash_attention(q, k, v, mask.valid, seen, interpret=interpret, **static)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, relative: jax.Array | None) -> jax.Array:
     b, t, h, g, width = q.shape
     # heads before positions, once: every product here and in the backward pass is then a plain batched matrix
     # product; otherwise the CPU backend copies the t x s arrays to transpose them
     q = (q * width**-0.5).transpose(0, 2, 3, 1, 4).reshape(b, h, g * t, width)  # b h gt k
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # b h s k
     scores = _product(q, k, 3).reshape(b, h, g, t, -1)  # b h g t s
+    scores = scores if relative is None else scores + relative.astype(scores.dtype)
     low = jnp.finfo(scores.dtype).min
     seen = mask.dense(t, k.shape[2])
     if seen is not None:
@@ -158,6 +163,7 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     qk_norm: bool = False
     bias: bool = False
+    scale: float = 0.0  # of the scores; 0: head_width ** -0.5
     dtype: str = "float32"
     out_scale: float = 1.0
 
@@ -168,6 +174,7 @@ class Attention(nn.Module):
         mask: Mask,
         *,
         rotary: Rotary | None = None,
+        relative: jax.Array | None = None,
         context: jax.Array | None = None,
         cache: kv.Cache | None = None,
         layer: jax.Array | int = 0,
@@ -187,6 +194,8 @@ class Attention(nn.Module):
             k, v = both[..., 0, :], both[..., 1, :]
         if self.qk_norm:
             q, k = Norm(name="q_norm")(q), Norm(name="k_norm")(k)
+        if self.scale:
+            q = q * (self.scale * width**0.5)  # kernels divide by the root of the width
         if rotary is not None:
             b, t = q.shape[:2]
             q = rotate(q.reshape(b, t, h * g, width), rotary).reshape(q.shape)
@@ -195,7 +204,7 @@ class Attention(nn.Module):
             cache, k, v = kv.write(cache, layer, k, v)
             mask = mask._replace(valid=cache["valid"], offset=cache["index"])
         with jax.named_scope(mask.scope(q.shape[1], k.shape[1])):
-            out = attend(q, cast(k, self.dtype), cast(v, self.dtype), mask)  # b t h g k
+            out = attend(q, cast(k, self.dtype), cast(v, self.dtype), mask, relative=relative)  # b t h g k
         return _Out(x.shape[-1], self.bias, self.dtype, self.out_scale, name="out")(out), cache
 
 

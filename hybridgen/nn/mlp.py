@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU (Shazeer 2020) and GELU. Gate and value are one product: `up [d, 1 or 2, f]`.
+"""Feed-forward layers, gated (Shazeer 2020) or plain. Gate and value are one product: `up [d, 1 or 2, f]`.
 
 Letters: b batch, n tokens, d width, f hidden.
 """
@@ -10,9 +10,18 @@ from hybridgen.errors import UserError
 from hybridgen.nn.linear import Linear, fan_in
 from hybridgen.sharding import shard
 
+ACTIVATIONS = {
+    "gelu": nn.gelu,  # tanh form
+    "gelu_exact": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_exact": "gelu_exact", "reglu": "relu"}
+
 
 class MLP(nn.Module):
-    """`x [b, n, d] -> [b, n, d]`. `kind`: "swiglu" or "gelu" (tanh form)."""
+    """`x [b, n, d] -> [b, n, d]`. `kind`: one of `GATED` or `ACTIVATIONS`."""
 
     hidden: int
     kind: str = "swiglu"
@@ -22,10 +31,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.kind not in ("swiglu", "gelu"):
-            raise UserError(f"mlp kind {self.kind!r} is not one of 'swiglu', 'gelu'")
-        branches = 2 if self.kind == "swiglu" else 1
+        if self.kind not in (*GATED, *ACTIVATIONS):
+            raise UserError(f"mlp kind {self.kind!r} is not one of {', '.join((*GATED, *ACTIVATIONS))}")
+        branches = 2 if self.kind in GATED else 1
+        activation = ACTIVATIONS[GATED.get(self.kind, self.kind)]
         parts = Linear((branches, self.hidden), parts=(1,) * branches, bias=self.bias, dtype=self.dtype, name="up")(x)
         parts = [shard(part[..., 0, :], "batch", None, "mlp") for part in parts]  # b n f
-        y = nn.silu(parts[0]) * parts[1] if branches == 2 else nn.gelu(parts[0])
+        y = activation(parts[0]) * parts[1] if branches == 2 else activation(parts[0])
         return Linear(x.shape[-1], bias=self.bias, dtype=self.dtype, init=fan_in(self.out_scale), name="down")(y)

@@ -4,8 +4,9 @@ One block serves language models and diffusion transformers: pre-norm attention 
 config sets. With `modulated`, a condition vector gives shift, scale and gate of both branches (adaLN-zero, Peebles &
 Xie 2022). Layers are stacked on a leading axis of every parameter; `unroll` layers run per iteration of the scan (all
 of them: a plain loop, faster to run and slower to compile), and `remat` recomputes activations in the backward pass.
+With `dropout` and one key a sample, both branches lose some of their outputs (Srivastava et al. 2014).
 
-Letters: b batch, t positions, s context positions, d width, l layers.
+Letters: b batch, t positions, s context positions, d width, l layers, h key heads, g queries per key head.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Attention, Mask
@@ -40,8 +42,11 @@ class Block(nn.Module):
     mlp: str = "swiglu"
     norm: str = "rms"
     norm_eps: float = 1e-6
+    mlp_norm_eps: float = 0.0  # of the norm before the feed-forward; 0: as norm_eps
     qk_norm: bool = False
     bias: bool = False
+    scale: float = 0.0  # of the attention scores; 0: head_width ** -0.5
+    dropout: float = 0.0
     modulated: bool = False
     dtype: str = "float32"
     out_scale: float = 1.0
@@ -53,13 +58,15 @@ class Block(nn.Module):
         mask: Mask,
         *,
         rotary: Rotary | None = None,
+        relative: jax.Array | None = None,
         condition: jax.Array | None = None,
         context: tuple[jax.Array, jax.Array | None] | None = None,
         cache: kv.Cache | None = None,
         layer: jax.Array | int = 0,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
-        def norm(name: str) -> Norm:
-            return Norm(self.norm, self.norm_eps, affine=not self.modulated, name=name)
+        def norm(name: str, eps: float = 0.0) -> Norm:
+            return Norm(self.norm, eps or self.norm_eps, affine=not self.modulated, name=name)
 
         attention = {
             "heads": self.heads,
@@ -67,6 +74,7 @@ class Block(nn.Module):
             "kv_heads": self.kv_heads,
             "qk_norm": self.qk_norm,
             "bias": self.bias,
+            "scale": self.scale,
             "dtype": self.dtype,
             "out_scale": self.out_scale,
         }
@@ -78,14 +86,17 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = gates
 
         y = modulate(norm("attention_norm")(x), shift_a, scale_a)
-        y, cache = Attention(name="attention", **attention)(y, mask, rotary=rotary, cache=cache, layer=layer)
+        attend = Attention(name="attention", **attention)
+        y, cache = attend(y, mask, rotary=rotary, relative=relative, cache=cache, layer=layer)
+        y = dropped(y, keys, "attention", layer, self.dropout)
         x = x + (y if gate_a is None else gate_a * y)
         if context is not None:
             features, valid = context
             y = Norm(self.norm, self.norm_eps, name="cross_norm")(x)
             x = x + Attention(name="cross_attention", **attention)(y, Mask(valid=valid), context=features)[0]
-        y = modulate(norm("mlp_norm")(x), shift_m, scale_m)
+        y = modulate(norm("mlp_norm", self.mlp_norm_eps)(x), shift_m, scale_m)
         y = MLP(self.hidden, self.mlp, self.bias, self.dtype, self.out_scale, name="mlp")(y)
+        y = dropped(y, keys, "mlp", layer, self.dropout)
         x = x + (y if gate_m is None else gate_m * y)
         return shard(x, "batch", None, None), cache
 
@@ -95,8 +106,21 @@ def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array | None) -> 
     return x if shift is None else x * (1 + scale) + shift
 
 
+def dropped(
+    x: jax.Array, keys: jax.Array | None, name: str, layer: jax.Array | int = 0, rate: float = 0.0
+) -> jax.Array:
+    """Dropout of `x [b, ...]` by one key a sample, `keys [b]`; `x` as it is without keys or rate."""
+    if keys is None or not rate:
+        return x
+    kept = rng.bernoulli(rng.fold_in(rng.named(keys, name), layer), 1 - rate, x.shape[1:])
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 class Stack(nn.Module):
-    """`depth` blocks; parameters carry a leading layer axis. `block` holds Block's options."""
+    """`depth` blocks; parameters carry a leading layer axis. `block` holds Block's options.
+
+    `every`: in place of the last block's output `[b, t, d]`, that of each, `[l, b, t, d]`.
+    """
 
     depth: int
     block: Any  # hashable: tuple of (option, value)
@@ -110,9 +134,12 @@ class Stack(nn.Module):
         mask: Mask,
         *,
         rotary: Rotary | None = None,
+        relative: jax.Array | None = None,
         condition: jax.Array | None = None,
         context: tuple[jax.Array, jax.Array | None] | None = None,
         cache: kv.Cache | None = None,
+        keys: jax.Array | None = None,
+        every: bool = False,
     ) -> tuple[jax.Array, kv.Cache | None]:
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
@@ -122,18 +149,20 @@ class Stack(nn.Module):
         kind = mask.kind, mask.prefix
         valid, offset = mask.valid, mask.offset
 
-        def body(block: Block, carry: tuple, layer: jax.Array) -> tuple[tuple, None]:
+        def body(block: Block, carry: tuple, layer: jax.Array) -> tuple[tuple, jax.Array | None]:
             x, cache = carry
             x, cache = block(
                 x,
                 Mask(*kind, valid, offset),
                 rotary=rotary,
+                relative=relative,
                 condition=condition,
                 context=context,
                 cache=cache,
                 layer=layer,
+                keys=keys,
             )
-            return (x, cache), None
+            return (x, cache), x if every else None
 
         if self.remat != "none":
             body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -144,5 +173,5 @@ class Stack(nn.Module):
             length=self.depth,
             unroll=self.depth if self.unroll < 0 else self.unroll,
         )
-        (x, cache), _ = scan(Block(**options, name="layers"), (x, cache), jnp.arange(self.depth))
-        return x, cache
+        (x, cache), each = scan(Block(**options, name="layers"), (x, cache), jnp.arange(self.depth))
+        return each if every else x, cache
