@@ -219,6 +219,7 @@ def test_two_slices(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config, topology, billions, positions",  # of the prior with its text, of the decoder
