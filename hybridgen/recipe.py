@@ -3,16 +3,17 @@
     python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
 
 A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. A stage with a
-`family` is trained in WORKDIR/name; one with `evaluate` measures the run that it names, each time, and writes report
-and contact sheets.
+`family` is trained in WORKDIR/name; one with `cache` writes there, once, what the run that it names makes of the data
+(see cache.py), and a stage behind it reads that as {"source": "records", "options": {"path": "../NAME"}}; one with
+`evaluate` measures the run that it names, each time, and writes report and contact sheets.
 """
 
 import time
 from pathlib import Path
 from typing import Any
 
+from hybridgen import cache, distributed, evaluate, rundir, train
 from hybridgen import config as config_lib
-from hybridgen import distributed, evaluate, rundir, train
 from hybridgen.cli import command, make_parser
 from hybridgen.errors import UserError
 from hybridgen.experiment import find_run, restore
@@ -24,10 +25,12 @@ def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
     rundir.make(folder)
     started = time.monotonic()
     for number, name in enumerate(config.order, 1):
-        stage, place = config.stages[name], folder / name
+        stage, place = placed(config.stages[name], folder / name), folder / name
         print(f"[{number}/{len(config.order)}] {name} ({time.monotonic() - started:.0f} s so far)", flush=True)
         if "evaluate" in stage:
             measure(stage, place)
+        elif "cache" in stage:
+            cache.stage(stage, place)
         elif not train.run(stage, place, allow=allow, label=name):
             return False
     print(f"done in {time.monotonic() - started:.0f} s")
@@ -44,6 +47,17 @@ def check(config: Any) -> None:
     for name in config.order:
         if name not in config.stages:
             raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")
+
+
+def placed(stage: Any, place: Path) -> Any:
+    """A stage whose records, if they are those of a neighbouring stage ("../NAME"), are where that wrote them."""
+    path = stage.get("data", {}).get("options", {}).get("path")
+    if stage.get("data", {}).get("source") != "records" or not str(path).startswith("../"):
+        return stage
+    stage = stage.copy_and_resolve_references()
+    with stage.unlocked():
+        stage.data.options.path = str((place / path).resolve())
+    return stage
 
 
 def measure(stage: Any, place: Path) -> None:

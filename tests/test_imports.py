@@ -44,6 +44,7 @@ ALLOWED = {
     "models.hybrid": (*SHARED, "models"),
     "models.unified": (*SHARED, "models"),
     "data": ALONE,
+    **dict.fromkeys(("data.write", "data.bpe", "data.buckets", "data.emoji"), ("errors", "cli", "config")),  # commands
     "evals": ("errors", "data.shapes"),
     "convert": ("errors", "trees"),
     "convert.tables": ("errors", "convert"),

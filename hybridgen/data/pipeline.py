@@ -14,7 +14,8 @@ indices, which takes 20 us an index for 3,000 records and 10 ms for six, and may
 A host batch is a dict of numpy arrays: `id` B uint32, `image` B H W 3 float32 in [-1, 1], `text` B L int32 and
 `text_mask` B L bool (not without a text tokenizer), `label` B int32 (0 where a source has no classes), `broken` B int32
 (-1, or the index of the record that could not be read and was replaced by the next good one; `take_broken` pops it),
-and `valid` B bool when not shuffling.
+and `valid` B bool when not shuffling. Cached entries (`tokens`, `latent`, ...) come as the records have them; of a
+record with several views, training takes one by the sample's own number, and an evaluation the first.
 
 Letters: B rows this host holds, H W picture, L prompt length.
 """
@@ -36,60 +37,33 @@ from absl import flags
 
 from hybridgen.data import sources, transforms
 from hybridgen.data import text as text_lib
+from hybridgen.data.shuffle import draw, order
 from hybridgen.errors import UserError
 
 TRIES = 100  # broken records in a row before a run is stopped: by then the source itself is wrong
 LINGER = 60  # seconds that a worker process goes on after a SIGTERM
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele et al. 2014): uint64 -> well-spread uint64, of any shape."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def arrange(source, positions: np.ndarray, batch: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
+    """N sample numbers -> (N indices of the source, N bool: not yet seen in a sequential pass)."""
+    if hasattr(source, "arrange"):
+        return source.arrange(positions, batch, seed, shuffle)
+    length = len(source)
+    return order(positions, length, seed) if shuffle else positions % length, positions < length
 
 
-def draw(seed: int, stream: int, positions: np.ndarray) -> np.ndarray:
-    """N uint64: one random number for each of N positions, the same whoever draws it."""
-    key = _mix(_mix(np.asarray([seed % 2**64], np.uint64)) + np.uint64(stream))
-    return _mix(key + np.asarray(positions).astype(np.uint64))
-
-
-def order(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """N sample numbers -> N indices below `length`: in each epoch a new permutation of them all.
-
-    A Feistel network over the fewest bits that hold an index, walked until it lands on one (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"): nothing is stored, and an epoch may be as long as it likes.
-    """
-    epoch, index = np.divmod(np.asarray(positions, np.int64), length)
-    bits = max(1, (length - 1).bit_length())
-    low = (bits + 1) // 2  # width of the lower half
-    low_mask, high_mask, low = np.uint64(2**low - 1), np.uint64(2 ** (bits - low) - 1), np.uint64(low)
-    keys = [draw(seed, stream, epoch) for stream in range(2, 10)]  # 8 rounds of N uint64
-    out, walk = index.astype(np.uint64), np.arange(index.size)
-    while walk.size:
-        high, rest = out[walk] >> low, out[walk] & low_mask
-        for i, key in enumerate(keys):
-            if i % 2:
-                rest = rest ^ (_mix(high + key[walk]) & low_mask)
-            else:
-                high = high ^ (_mix(rest + key[walk]) & high_mask)
-        out[walk] = high << low | rest
-        walk = walk[out[walk] >= length]
-    return out.astype(np.int64)
-
-
-def read(source, index: int) -> tuple[dict, int]:
+def read(source, index: int, own: int | None = None) -> tuple[dict, int]:
     """-> (item, -1), or the item of the next good index and `index` itself where record `index` is broken.
 
-    The rule is fixed (index + 1, + 2, ... modulo the length), so a broken record changes no other sample.
+    The rule is fixed (index + 1, + 2, ... modulo the length, or the source's own), so a broken record changes no other
+    sample. own: the sample's own number, which picks the view of a record that has several; None takes the first.
     UserError after `TRIES` broken records in a row.
     """
-    tried = min(len(source), TRIES)
+    tried, views = min(len(source), TRIES), own is not None and hasattr(source, "view")
     for step in range(tried):
+        place = source.after(index, step) if hasattr(source, "after") else (index + step) % len(source)
         try:
-            return source[(index + step) % len(source)], index if step else -1
+            return source.view(place, own) if views else source[place], index if step else -1
         except sources.BrokenRecord as error:
             last = str(error)  # the exception itself would hold this frame, and this frame the exception
     raise UserError(f"{tried} records in a row cannot be read, from {source.name(index)} on; the last one: {last}")
@@ -113,27 +87,29 @@ class _HostBatch:
 
     def __call__(self, k: int) -> dict[str, np.ndarray]:
         positions = k * self.batch + self.rows  # B int64
-        length = len(self.source)
-        indices = order(positions, length, self.seed) if self.shuffle else positions % length  # B int64
+        indices, valid = arrange(self.source, positions, self.batch, self.seed, self.shuffle)  # B int64, B bool
         own = draw(self.seed, 1, positions)  # B uint64; bit 0: flip, the others: which caption
         samples = [self._sample(*pair) for pair in zip(indices.tolist(), own.tolist(), strict=True)]
-        image, texts, label, broken = zip(*samples, strict=True)
+        arrays, texts, label, broken = zip(*samples, strict=True)
         out = {
             "id": (positions % 2**32).astype(np.uint32),
-            "image": np.stack(image),  # uint8 until it has left the worker: a quarter of the bytes to hand over
             "label": np.asarray(label, np.int32),
             "broken": np.asarray(broken, np.int32),
         }
+        # pictures stay uint8 until they have left the worker: a quarter of the bytes to hand over
+        out |= {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
         if self.tokenizer:
             ids, mask = zip(*(self.tokenizer.encode(text) for text in texts), strict=True)
             out |= {"text": np.stack(ids), "text_mask": np.stack(mask)}
-        return out if self.shuffle else out | {"valid": positions < length}
+        return out if self.shuffle else out | {"valid": valid}
 
     def _sample(self, index: int, own: int):
-        item, broken = read(self.source, index)
-        image = transforms.flip(item["image"], own) if self.flip else item["image"]
+        item, broken = read(self.source, index, own if self.shuffle else None)
+        arrays = {name: value for name, value in item.items() if isinstance(value, np.ndarray)}
+        if self.flip and "image" in arrays:
+            arrays["image"] = transforms.flip(arrays["image"], own)
         texts = item.get("texts") or (item["text"],)
-        return image, texts[(own >> 1) % len(texts)], item.get("label", 0), broken
+        return arrays, texts[(own >> 1) % len(texts)], item.get("label", 0), broken
 
 
 def _start_worker(_index: int, _count: int) -> None:
@@ -147,7 +123,7 @@ def _start_worker(_index: int, _count: int) -> None:
 
     def watch():
         while os.getppid() == parent and time.monotonic() < deadline[0]:
-            time.sleep(1)
+            time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -171,7 +147,8 @@ def batches(source, tokenizer, *, batch: int, seed: int, start: int = 0, rows: S
         raise UserError(f"start, workers, threads and ahead must not be negative: {(start, workers, threads, ahead)}")
     if not 1 <= len(source) < 2**31:
         raise UserError(f"a source must have 1 to 2**31 - 1 records, this one has {len(source)}")
-    stop = sys.maxsize // batch - 1 if shuffle else -(-len(source) // batch)
+    once = source.batches_once(batch) if hasattr(source, "batches_once") else -(-len(source) // batch)
+    stop = sys.maxsize // batch - 1 if shuffle else once
     data = grain.MapDataset.range(min(start, stop), stop)
     data = data.map(_HostBatch(source, tokenizer, batch, seed, rows, shuffle, flip))
     data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
@@ -190,7 +167,7 @@ def _closing(data: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
     iterator = iter(data)
     try:
         for item in iterator:
-            yield item | {"image": transforms.to_float(item["image"])}
+            yield item | ({"image": transforms.to_float(item["image"])} if "image" in item else {})
     finally:
         iterator.close()
 
@@ -200,12 +177,12 @@ def take_broken(batch: dict[str, np.ndarray]) -> list[int]:
     return [int(index) for index in batch.pop("broken") if index >= 0]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Config values -> JSON types, so that a fingerprint compares equal after a trip through a file."""
     if hasattr(value, "items"):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, range)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
@@ -214,7 +191,7 @@ def fingerprint(data_config, source, text, *, batch: int, seed: int) -> dict:
 
     Not in it: workers and threads, which change nothing, and the path of a folder, which may move (its records are).
     """
-    return _plain({
+    return plain({
         "source": sources.describe(data_config, source),
         "flip": bool(data_config.get("flip", False)),
         "text": text and {"kind": text.kind, "length": text.length, "digest": text_lib.digest(text)},

@@ -263,6 +263,10 @@ class Shapes:
     def __len__(self):
         return self.size
 
+    def name(self, index):
+        """What to call a picture: its split and number."""
+        return f"{self.split} {index}"
+
     def __getitem__(self, index):
         scene, draw = self._scene(index)
         language = _pick(draw, self.languages)

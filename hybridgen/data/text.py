@@ -5,7 +5,8 @@
     tokenizer.encode(prompt, strict=True)                         # for prompts: what does not fit is an error
     same = from_json(tokenizer.to_json())                         # plain JSON: it travels with a checkpoint
 
-`data.text` of a config: {"kind": "words" | "bytes", "length": L, "max_words": the most words kept (words only)}.
+`data.text` of a config: {"kind": "words" | "bytes" | "bpe" | "published", "length": L} with "max_words", the most words
+kept (words), or "path", the file of data.bpe (bpe) or a folder with a published tokenizer (published).
 
 `words`: text is NFKC-normalised and lower-cased, then cut into words of letters (any alphabet), single digits, single
 Chinese / Japanese / Korean characters and single punctuation marks. Ids: 0 padding, 1 unknown, then the vocabulary.
@@ -17,6 +18,7 @@ Letters: L the fixed length.
 import collections
 import difflib
 import hashlib
+import itertools
 import json
 import re
 import reprlib
@@ -25,11 +27,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from hybridgen.data.bpe import Bpe
 from hybridgen.data.captions import vocabulary
+from hybridgen.data.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit
+from hybridgen.data.published import Published
 from hybridgen.errors import UserError
 
-PAD, UNKNOWN = 0, 1
-MAX_PROMPT_BYTES = 16_384  # read before anything is done to a prompt; no vocabulary here has use for more
+__all__ = ["MAX_PROMPT_BYTES", "PAD", "UNKNOWN", "Bytes", "Words", "build", "count_words", "digest", "from_json",
+           "split", "words_of"]
+
+UNKNOWN = 1
 MAX_WORDS = 16_384
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[{_IDEOGRAPH}]|(?:(?![{_IDEOGRAPH}])[^\W\d_])+|\S")
@@ -52,32 +59,13 @@ def _join(tokens: list[str]) -> str:
     return out
 
 
-def _check_prompt(text: str) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"a prompt is text, not {type(text).__name__}")
-    size = len(text.encode("utf-8", "replace"))
-    if size > MAX_PROMPT_BYTES:
-        raise UserError(f"the prompt has {size} bytes, at most {MAX_PROMPT_BYTES} are read")
-    if not text.strip():
-        raise UserError("the prompt is empty")
-
-
-def _fit(ids: list[int], length: int, unit: str, strict: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Pads or, outside strict mode, cuts ids to `length` -> (L int32, L bool)."""
-    if strict and len(ids) > length:
-        raise UserError(f"the prompt has {len(ids)} {unit}, this model reads at most {length}")
-    padded = np.zeros(length, np.int32)
-    padded[: len(ids[:length])] = ids[:length]
-    return padded, np.arange(length) < len(ids)
-
-
 class Words:
     """Word-level tokenizer over a closed list of words (without the two special ids), most useful first."""
 
     kind = "words"
 
     def __init__(self, words: Iterable[str], length: int):
-        self.words, self.length = tuple(words), _length(length)
+        self.words, self.length = tuple(words), checked_length(length)
         self._ids = {word: i + 2 for i, word in enumerate(self.words)}
         if len(self._ids) != len(self.words):
             raise UserError(f"the vocabulary has {len(self.words)} words, only {len(self._ids)} of them different")
@@ -89,7 +77,7 @@ class Words:
         strict raises UserError for an empty or over-long prompt and for an unknown word, naming the nearest known one.
         """
         if strict:
-            _check_prompt(text)
+            check_prompt(text)
         tokens = split(text)
         if strict:
             unknown = [token for token in tokens if token not in self._ids]
@@ -97,7 +85,7 @@ class Words:
                 near = difflib.get_close_matches(unknown[0][:40], self.words, 1, 0.5)
                 hint = f"; the nearest known word is {near[0]!r}" if near else f" (it knows {len(self.words)} words)"
                 raise UserError(f"this model does not know the word {unknown[0][:40]!r}{hint}")
-        return _fit([self._ids.get(token, UNKNOWN) for token in tokens], self.length, "tokens", strict)
+        return fit([self._ids.get(token, UNKNOWN) for token in tokens], self.length, "tokens", strict)
 
     def decode(self, ids) -> str:
         """ids: any number of ints -> text; padding is left out, an unknown word reads `<unk>`."""
@@ -114,16 +102,16 @@ class Bytes:
     vocab_size = 257
 
     def __init__(self, length: int):
-        self.length = _length(length)
+        self.length = checked_length(length)
 
     def encode(self, text: str, *, strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """-> (ids L int32, mask L bool). Not strict: what is over L bytes is cut, never inside a character."""
         if strict:
-            _check_prompt(text)
+            check_prompt(text)
         data = text.encode("utf-8", "replace")  # a lone surrogate, legal in JSON, has no bytes of its own
         if len(data) > self.length and not strict:
             data = data[: self.length].decode("utf-8", "ignore").encode("utf-8")
-        return _fit([byte + 1 for byte in data], self.length, "bytes", strict)
+        return fit([byte + 1 for byte in data], self.length, "bytes", strict)
 
     def decode(self, ids) -> str:
         """ids: any number of ints -> text; padding is left out, broken UTF-8 reads as the replacement character."""
@@ -133,15 +121,15 @@ class Bytes:
         return {"kind": self.kind, "length": self.length}
 
 
-def _length(value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65_536:
-        raise UserError(f"text.length is {value!r}, it must be a whole number between 1 and 65536")
-    return value
+Tokenizer = Words | Bytes | Bpe | Published
+READ = {"bpe": Bpe, "published": Published}  # of files
 
 
-def from_json(data: dict) -> Words | Bytes:
+def from_json(data: dict) -> Tokenizer:
     """The tokenizer that `to_json` described; UserError for anything else."""
     kind = data.get("kind") if isinstance(data, dict) else None
+    if isinstance(kind, str) and kind in READ:
+        return READ[kind].from_json(data)
     if kind == "bytes":
         return Bytes(data.get("length"))
     words = data.get("words") if kind == "words" else None
@@ -150,7 +138,7 @@ def from_json(data: dict) -> Words | Bytes:
     return Words(words, data.get("length"))
 
 
-def digest(tokenizer: Words | Bytes) -> str:
+def digest(tokenizer: Tokenizer) -> str:
     """A short digest of everything that decides which ids a text gets."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -161,7 +149,21 @@ def count_words(captions: Iterable[str], max_words: int = MAX_WORDS) -> list[str
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]]
 
 
-def build(data_config, source) -> Words | Bytes:
+def words_of(source, max_words: int = MAX_WORDS) -> list[str]:
+    """The words of a source's captions: the closed vocabulary of `shapes`; those of records, which were counted when
+    they were written; of a mixture, those of its sources in turn; otherwise counted now.
+    """
+    if hasattr(source, "languages"):
+        return list(dict.fromkeys(token for unit in vocabulary(source.languages) for token in split(unit)))
+    if hasattr(source, "words"):
+        return list(source.words[:max_words])
+    if hasattr(source, "sources"):
+        turns = itertools.zip_longest(*(words_of(one, max_words) for one in source.sources))
+        return list(dict.fromkeys(word for turn in turns for word in turn if word is not None))[:max_words]
+    return count_words(source.captions(), max_words)
+
+
+def build(data_config, source) -> Tokenizer:
     """The tokenizer of `data_config["text"]` for a source.
 
     The captions of `shapes` have a closed vocabulary. Those of a folder are counted (`source.captions()`: the metadata
@@ -169,13 +171,15 @@ def build(data_config, source) -> Words | Bytes:
     """
     options = dict(data_config["text"])
     kind, length = options.pop("kind", "words"), options.pop("length", 24)
-    max_words = options.pop("max_words", MAX_WORDS)
+    max_words, path = options.pop("max_words", MAX_WORDS), options.pop("path", None)
     if options:
-        raise UserError(f"unknown key data.text.{next(iter(options))}; known: kind, length, max_words")
+        raise UserError(f"unknown key data.text.{next(iter(options))}; known: kind, length, max_words, path")
+    if isinstance(kind, str) and kind in READ:
+        if not path:
+            raise UserError(f"data.text.path is missing: where the {kind!r} tokenizer is")
+        return READ[kind].read(path, length)
     if kind == "bytes":
         return Bytes(length)
     if kind != "words":
-        raise UserError(f"data.text.kind is {kind!r}, it must be 'words' or 'bytes'")
-    if data_config["source"] == "shapes":
-        return Words(dict.fromkeys(token for unit in vocabulary(source.languages) for token in split(unit)), length)
-    return Words(count_words(source.captions(), max_words), length)
+        raise UserError(f"data.text.kind is {kind!r}, it must be 'words', 'bytes', 'bpe' or 'published'")
+    return Words(words_of(source, max_words), length)

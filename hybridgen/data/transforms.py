@@ -1,7 +1,8 @@
 """What happens to a picture between its file and the batch: small functions, uint8 until the last moment.
 
-`square` and `flatten` work on a PIL picture (one read from a file, before its pixels are unpacked), `flip` on one H W 3
-array, `to_float` and `to_uint8` on arrays of any leading shape: a batch is turned into floats at once.
+`cover`, `square` and `flatten` work on a PIL picture (one read from a file, before its pixels are unpacked), `flip` and
+`crops` on one H W 3 array, `to_float` and `to_uint8` on arrays of any leading shape: a batch is turned into floats at
+once.
 """
 
 import numpy as np
@@ -21,15 +22,27 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Ima
     return image.convert("RGB")
 
 
-def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """Shorter side to `resolution`, centre crop -> R R 3 uint8 (one resampling: the crop is its source box)."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if (width, height) != (resolution, resolution):
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS,
-                             box=(left, top, left + side, top + side))
+def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """Scaled so that it just covers, centre crop -> H W 3 uint8 (one resampling: the crop is its source box)."""
+    wide, high = image.size
+    least = min(wide * height, high * width)
+    side, up = max(least // height, 1), max(least // width, 1)  # box of the crop
+    left, top = (wide - side) // 2, (high - up) // 2
+    if (wide, high) != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + side, top + up))
     return np.asarray(image)
+
+
+def square(image: Image.Image, resolution: int) -> np.ndarray:
+    """Shorter side to `resolution`, centre crop -> R R 3 uint8."""
+    return cover(image, resolution, resolution)
+
+
+def crops(image: np.ndarray, resolution: int) -> np.ndarray:
+    """H W 3 -> 5 R R 3: the four corners and the centre."""
+    down, right = image.shape[0] - resolution, image.shape[1] - resolution
+    corners = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
+    return np.stack([image[top : top + resolution, left : left + resolution] for top, left in corners])
 
 
 def flip(image: np.ndarray, bit: int) -> np.ndarray:

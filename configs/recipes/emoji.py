@@ -1,0 +1,72 @@
+"""The cascade on emoji at 64 px: two drawing styles, captions in English and Chinese that name the style.
+
+    python -m hybridgen.data.emoji --packages FOLDER --out emoji
+    python -m hybridgen.recipe --config configs/recipes/emoji.py:cpu --config.path=emoji --workdir runs/emoji
+
+Captions are "red heart, noto" and "红心, twemoji": each picture's name in one of the two languages, chosen anew every
+epoch, and the style. Validation has concepts that are in training in neither style.
+
+`tiny`: a smoke test. `cpu`: 64 tokens a picture, some hours on two cores. `base`: 256 tokens, for an accelerator.
+`config.path` and `config.length` (prompt tokens) reach every stage.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.recipes import shapes
+
+VARIANTS = ("tiny", "cpu", "base")
+
+
+def get_config(variant: str = ""):
+    variant = variant or "cpu"
+    if variant not in VARIANTS:
+        raise common.unknown(variant, *VARIANTS)
+    config = shapes.get_config(variant)
+    config.path = "emoji"
+    config.length = 20
+    options = {"path": config.get_ref("path"), "text_key": ("text", "text_zh"), "style_key": "style"}
+    options |= {"split_key": "split"}
+    for name in ("tokenizer", "prior", "decoder", "cascade"):
+        stage = config.stages[name]
+        stage.data = ConfigDict(
+            {
+                "source": "folder",
+                "options": options,
+                "resolution": 64,
+                "flip": False,  # flags, arrows and letters have a left and a right
+                "workers": 0,
+                "threads": 1,
+                "text": {"kind": "words", "length": config.get_ref("length")},
+            }
+        )
+    {"tiny": _tiny, "cpu": _cpu, "base": _base}[variant](**{name: config.stages[name] for name in config.order[:3]})
+    config.stages.evaluation.splits = ("validation",)
+    return config
+
+
+def _tiny(tokenizer, prior, decoder):
+    decoder.model.patch = 8
+
+
+def _cpu(tokenizer, prior, decoder):
+    # as many tokens as patches: 8 x 8
+    tokenizer.model.update(patch=4, channels=(64, 128), l1=0.5)
+    decoder.model.patch = 8
+    tokenizer.steps, prior.steps, decoder.steps = 4000, 6000, 3000
+    prior.model.update(width=192, heads=3)
+    decoder.model.update(width=192, heads=3, depth=4)
+    for stage in (tokenizer, prior, decoder):
+        stage.ema.decay = 0.999
+        stage.eval.every, stage.sample.every = 500, 1000
+
+
+def _base(tokenizer, prior, decoder):
+    # 16 x 16 tokens; 3,450 pictures are soon known by heart: few steps, decay and dropped captions
+    tokenizer.model.update(patch=2, l1=0.5)
+    decoder.model.patch = 4
+    prior.model.update(width=384, depth=8, heads=6, drop=0.15)
+    prior.optim.decay, decoder.optim.decay = 0.1, 0.05
+    tokenizer.steps, prior.steps, decoder.steps = 15_000, 10_000, 20_000
+    for stage in (tokenizer, prior, decoder):
+        stage.eval.every, stage.sample.every = 500, 2500

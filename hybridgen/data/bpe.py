@@ -1,0 +1,205 @@
+"""Byte-pair encoding over UTF-8 bytes (Sennrich et al. 2016; on bytes, Radford et al. 2019), trained on captions.
+
+    python -m hybridgen.data.bpe --config configs/recipes/imagefolder.py:base --size 4096 --out bpe.json
+
+A config then has `data.text = {"kind": "bpe", "path": "bpe.json", "length": L}`. Id 0 is padding, 1 + b is byte b, and
+each id from 257 on joins two before it. Nothing is normalised: text of any script comes back as it was. Merges never
+reach over the end of a word (a run of letters, up to three digits or punctuation marks, with the space before it).
+"""
+
+import collections
+import heapq
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridgen import config as config_lib
+from hybridgen.cli import command, make_parser
+from hybridgen.data.files import read_json
+from hybridgen.data.prompts import PAD, check_prompt, checked_length, fit
+from hybridgen.errors import UserError
+
+FIRST = 257  # the first id that joins two
+MAX_MERGES, MAX_PIECE, MAX_BYTES = 2**20, 2**12, 2**27
+KEPT, KEPT_LENGTH = 2**16, 64  # words whose ids are remembered, of so many characters at most
+WORD = re.compile(r" ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+")
+
+
+def merge(symbols: list, ranks: Mapping[tuple, tuple[int, Any]]) -> list:
+    """Joins neighbours, the pair of the lowest rank first and of those the leftmost, until no pair has a rank.
+
+    ranks: {(left, right): (rank, joined)}. In n log n: a published tokenizer may see a whole prompt as one word.
+    """
+    symbols = list(symbols)
+    after, before = list(range(1, len(symbols) + 1)), list(range(-1, len(symbols) - 1))
+    heap: list[tuple[int, int, Any, Any]] = []
+
+    def offer(left: int) -> None:
+        right = after[left]
+        if right < len(symbols) and (found := ranks.get((symbols[left], symbols[right]))) is not None:
+            heapq.heappush(heap, (found[0], left, symbols[left], symbols[right]))
+
+    for place in range(len(symbols) - 1):
+        offer(place)
+    while heap:
+        _, left, one, two = heapq.heappop(heap)
+        right = after[left]
+        if symbols[left] != one or right >= len(symbols) or symbols[right] != two:
+            continue  # one of them has been joined with another since
+        symbols[left], symbols[right] = ranks[one, two][1], None
+        after[left] = after[right]
+        if after[right] < len(symbols):
+            before[after[right]] = left
+        offer(left)
+        if before[left] >= 0:
+            offer(before[left])
+    return [symbol for symbol in symbols if symbol is not None]
+
+
+def train(captions: Iterable[str], size: int) -> list[tuple[int, int]]:
+    """The merges of a vocabulary of `size` ids: the most frequent pair first, of equals that of the lowest ids.
+
+    Fewer where no pair is left that occurs twice. The order of the captions does not matter.
+    """
+    counts = collections.Counter(word for caption in captions for word in WORD.findall(caption))
+    words = [([byte + 1 for byte in word.encode("utf-8", "replace")], count) for word, count in sorted(counts.items())]
+    total: collections.Counter = collections.Counter()
+    where = collections.defaultdict(set)  # pair: words that have it, or had it
+    for number, (ids, count) in enumerate(words):
+        for pair in zip(ids, ids[1:], strict=False):
+            total[pair] += count
+            where[pair].add(number)
+    heap = [(-count, pair) for pair, count in total.items()]
+    heapq.heapify(heap)
+    merges: list[tuple[int, int]] = []
+    while heap and FIRST + len(merges) < size:
+        count, pair = heapq.heappop(heap)
+        if -count != total[pair]:
+            continue  # an older count
+        if -count < 2:
+            break
+        changed = set()
+        for number in where.pop(pair):
+            changed |= _join(words[number], pair, FIRST + len(merges), number, total, where)
+        merges.append(pair)
+        for other in changed - {pair}:
+            if total[other] > 0:
+                heapq.heappush(heap, (-total[other], other))
+    return merges
+
+
+def _join(word: tuple[list[int], int], pair: tuple[int, int], joined: int, number: int, total: Any, where: Any) -> set:
+    """Joins a pair in one word, and keeps the counts; the pairs whose count changed."""
+    ids, count = word
+    old, place = list(ids), 0
+    while place < len(ids) - 1:
+        if (ids[place], ids[place + 1]) == pair:
+            ids[place : place + 2] = [joined]
+        place += 1
+    for gone in zip(old, old[1:], strict=False):
+        total[gone] -= count
+    for new in zip(ids, ids[1:], strict=False):
+        total[new] += count
+        where[new].add(number)
+    return {*zip(old, old[1:], strict=False), *zip(ids, ids[1:], strict=False)}
+
+
+class Bpe:
+    """The tokenizer of some merges, in order."""
+
+    kind = "bpe"
+
+    def __init__(self, merges: Iterable[tuple[int, int]], length: int):
+        self.merges, self.length = [tuple(pair) for pair in merges], checked_length(length)
+        self.vocab_size = FIRST + len(self.merges)
+        self._ranks = {pair: (rank, FIRST + rank) for rank, pair in enumerate(self.merges)}
+        self._bytes = [b"", *(bytes([byte]) for byte in range(256))]  # of each id
+        for left, right in self.merges:
+            self._bytes.append(self._bytes[left] + self._bytes[right])
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, text: str, *, strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """-> (ids L int32, mask L bool). Not strict: what is over L is cut."""
+        if strict:
+            check_prompt(text)
+        ids = [i for word in WORD.findall(text) for i in self._word(word)]
+        return fit(ids, self.length, "tokens", strict)
+
+    def _word(self, word: str) -> list[int]:
+        ids = self._known.get(word)
+        if ids is None:
+            ids = merge([byte + 1 for byte in word.encode("utf-8", "replace")], self._ranks)
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            if len(word) <= KEPT_LENGTH:
+                self._known[word] = ids
+        return ids
+
+    def decode(self, ids) -> str:
+        """ids: any number of ints -> text; padding is left out, broken UTF-8 reads as the replacement character."""
+        return b"".join(self._bytes[i] for i in np.asarray(ids).tolist() if i != PAD).decode("utf-8", "replace")
+
+    def to_json(self) -> dict:
+        return {"kind": self.kind, "length": self.length, "merges": [list(pair) for pair in self.merges]}
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> "Bpe":
+        """The tokenizer that `to_json` described; UserError for anything else."""
+        merges = data.get("merges")
+        if not isinstance(merges, list) or len(merges) > MAX_MERGES:
+            raise UserError("not a byte-pair tokenizer: it has no list of merges")
+        long = [1] * FIRST  # bytes of each id: doubled at every merge they would outgrow any memory
+        for rank, pair in enumerate(merges):
+            fine = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
+            if not fine or not all(PAD < i < FIRST + rank for i in pair) or long[pair[0]] + long[pair[1]] > MAX_PIECE:
+                raise UserError(f"not a byte-pair tokenizer: its merge {rank} is {str(pair)[:60]}")
+            long.append(long[pair[0]] + long[pair[1]])
+        if sum(long) > MAX_BYTES:
+            raise UserError(f"not a byte-pair tokenizer: its pieces have {sum(long)} bytes, at most {MAX_BYTES}")
+        if len({tuple(pair) for pair in merges}) < len(merges):
+            raise UserError("not a byte-pair tokenizer: it has a merge twice")
+        return cls(merges, data.get("length"))
+
+    @classmethod
+    def read(cls, path: str, length: int) -> "Bpe":
+        """The tokenizer in a file that the command wrote, for prompts of `length`."""
+        data = read_json(Path(path))
+        if not isinstance(data, dict) or data.get("kind") != cls.kind:
+            raise UserError(f"{path} is not a file of data.bpe")
+        return cls.from_json(data | {"length": length})
+
+
+def main(argv: list[str] | None = None) -> int:
+    from hybridgen.data import sources, write  # they import this file
+
+    parser = make_parser("data.bpe", __doc__)
+    config_lib.add_argument(parser)
+    parser.add_argument("--stage", help="the stage whose captions are read, if the config is a recipe")
+    parser.add_argument("--size", type=int, default=4096, help="ids, 257 of them padding and bytes (default: 4096)")
+    parser.add_argument("--count", type=int, default=50_000, metavar="N", help="records read of a source that does not "
+                        "list its captions (default: 50000)")
+    parser.add_argument("--out", required=True, type=Path, help="a new file, such as bpe.json")
+    args, overrides = config_lib.parse(parser, argv)
+    if not FIRST <= args.size <= MAX_MERGES or args.count < 1:
+        raise UserError(f"--size {args.size} is not within {FIRST} and {MAX_MERGES}, or --count {args.count} below 1")
+    if args.out.exists() or not args.out.parent.is_dir():
+        raise UserError(f"{args.out} is there already" if args.out.exists() else f"no folder {args.out.parent}")
+    source = sources.build(write.data_of(config_lib.load(args.config, overrides), args.stage), "train")
+    items = (source[index] for index in range(min(args.count, len(source))))
+    captions = source.captions() if hasattr(source, "captions") else (
+        text for item in items for text in item.get("texts") or (item["text"],))
+    merges = train(captions, args.size)
+    text = json.dumps({"kind": Bpe.kind, "merges": merges}, separators=(",", ":"))
+    temporary = args.out.with_name(f".{args.out.name}.tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(args.out)
+    print(f"{FIRST + len(merges)} ids in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

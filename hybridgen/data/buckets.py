@@ -1,0 +1,200 @@
+"""Aspect-ratio buckets: pictures of like shape share batches, so that none is cropped to a square (NovelAI 2022; SDXL).
+
+    python -m hybridgen.data.buckets --config configs/recipes/imagefolder.py --config.path=FOLDER --out buckets.json
+
+The command reads the headers of a folder's pictures and writes an index table: a few shapes of about the same area, and
+which of them each record has. A config then has `data.options.buckets = "buckets.json"`, and every batch is of one
+shape. Batch k is a function of (seed, k): an epoch has floor(n / B) batches of a bucket with n records, in a seeded
+order, of a seeded permutation of its records; what is left over is another rest in each epoch.
+
+Letters: B rows of a global batch, N sample numbers, n records of a bucket, m batches of an epoch.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from hybridgen import config as config_lib
+from hybridgen.cli import command, make_parser
+from hybridgen.data.files import read_json
+from hybridgen.data.folder import SPLITS, BrokenRecord, Folder
+from hybridgen.data.shuffle import order
+from hybridgen.errors import UserError
+
+FORMAT = 1
+
+
+def shapes(resolution: int, step: int, aspect: float) -> list[tuple[int, int]]:
+    """(height, width) multiples of `step` with at most the area of the square, no side over `aspect` times the other.
+
+    For each width the largest height, from tall to wide.
+    """
+    out = set()
+    for width in range(step, int(resolution * math.sqrt(aspect)) + step, step):
+        height = resolution * resolution // width // step * step
+        if height and max(height / width, width / height) <= aspect:
+            out |= {(height, width), (width, height)}
+    if not out:
+        raise UserError(f"no shape of multiples of {step} has the area of {resolution} x {resolution}")
+    return sorted(out, key=lambda shape: (shape[1] / shape[0], shape))
+
+
+def nearest(sizes: np.ndarray, choice: list[tuple[int, int]]) -> np.ndarray:
+    """Widths and heights `[r, 2]` -> the number of the shape whose aspect ratio is the nearest, in logarithms."""
+    wanted = np.log(sizes[:, 0] / sizes[:, 1])
+    offered = np.log([width / height for height, width in choice])
+    return np.abs(wanted[:, None] - offered).argmin(1)
+
+
+def assign(sizes: np.ndarray, choice: list[tuple[int, int]], least: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """(the shapes that at least `least` records have, the number of its shape for each record).
+
+    The rarest shape goes first, and its records to the nearest of the others; one always stays.
+    """
+    while True:
+        found = nearest(sizes, choice)
+        counts = np.bincount(found, minlength=len(choice))
+        if counts.min() >= least or len(choice) == 1:
+            return choice, found
+        choice = choice[: counts.argmin()] + choice[counts.argmin() + 1 :]
+
+
+class Buckets:
+    """A folder whose pictures have the shapes of a table, and whose batches are of one shape each."""
+
+    def __init__(self, source: Folder, path: str, split: str):
+        self.source, self.class_names = source, source.class_names
+        table = read_json(Path(path))
+        try:
+            self.shapes = [(int(height), int(width)) for height, width in table["shapes"]]
+            records, resolution = table["splits"][split]["records"], table["resolution"]
+            self._of = np.asarray(table["splits"][split]["bucket"], np.int64)  # the bucket of each record
+            fits = table["format"] == FORMAT and self._of.shape == (len(source),)
+            fits = fits and ((0 <= self._of) & (self._of < len(self.shapes))).all()
+            fits = fits and all(0 < side <= 4096 for shape in self.shapes for side in shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no table of buckets with the split {split!r}: {type(error).__name__}: {error}"
+                            ) from None
+        if records != source.digest() or resolution != source.resolution or not fits:
+            raise UserError(f"{path} is of other records (digest {records}, resolution {resolution}) than the folder "
+                            f"(digest {source.digest()}, resolution {source.resolution}): make it anew")
+        self._members = [np.flatnonzero(self._of == number) for number in range(len(self.shapes))]
+        said = json.dumps([self.shapes, self._of.tolist()]).encode()
+        self._digest = hashlib.sha256(said).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source.at(index, self.shapes[self._of[index]])
+
+    def name(self, index: int) -> str:
+        """The file name of a record."""
+        return self.source.name(index)
+
+    def captions(self) -> Iterator[str]:
+        """Every caption of this split."""
+        return self.source.captions()
+
+    def digest(self) -> str:
+        """Digest of the records and of the table."""
+        return f"{self.source.digest()}-{self._digest}"
+
+    def after(self, index: int, step: int) -> int:
+        """What stands in for a broken record is of the same bucket."""
+        members = self._members[self._of[index]]
+        return int(members[(np.searchsorted(members, index) + step) % len(members)])
+
+    def _counts(self, batch: int, whole: bool) -> list[int]:
+        """Batches of each bucket, in an epoch of whole ones or in a pass over all."""
+        return [len(members) // batch if whole else -(-len(members) // batch) for members in self._members]
+
+    def batches_once(self, batch: int) -> int:
+        """How many batches a sequential pass over all records has."""
+        return sum(self._counts(batch, False))
+
+    def arrange(self, positions: np.ndarray, batch: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
+        """N sample numbers, all of one global batch -> (N indices, N bool: not yet seen in a sequential pass)."""
+        positions = np.asarray(positions, np.int64)
+        number, rows = int(positions[0]) // batch, positions % batch
+        counts = self._counts(batch, shuffle)
+        total = sum(counts)  # m
+        if not total:
+            raise UserError(f"no bucket has the {batch} records of a batch; the largest has "
+                            f"{max(map(len, self._members))}")
+        slot = int(order(np.asarray([number]), total, seed)[0]) if shuffle else number % total
+        starts = [0, *itertools.accumulate(counts)]
+        bucket = bisect.bisect_right(starts, slot) - 1
+        members, inner = self._members[bucket], (slot - starts[bucket]) * batch + rows
+        if not shuffle:
+            return members[inner % len(members)], inner < len(members)
+        places = order(number // total * len(members) + inner, len(members), seed + 7919 * (bucket + 1))
+        return members[places], np.ones(len(rows), bool)
+
+
+def build(options: Mapping, resolution: int, step: int, aspect: float, least: int) -> dict:
+    """The table of a folder: shapes by its training split, and the shape of each record of both splits."""
+    sizes = {}
+    for split in SPLITS:
+        try:
+            source = Folder(split=split, resolution=resolution, **options)
+        except UserError:
+            if split == "train":
+                raise
+            continue  # a folder without validation
+        sizes[split] = (source.digest(), _sizes(source))
+    choice, _ = assign(sizes["train"][1], shapes(resolution, step, aspect), least)
+    splits = {split: {"records": digest, "bucket": nearest(found, choice).tolist()}
+              for split, (digest, found) in sizes.items()}
+    return {"format": FORMAT, "resolution": resolution, "shapes": choice, "splits": splits}
+
+
+def _sizes(source: Folder) -> np.ndarray:
+    """(width, height) of each record `[r, 2]`; a broken one counts as square."""
+    out = np.ones((len(source), 2))
+    for index in range(len(source)):
+        try:
+            out[index] = source.size(index)
+        except BrokenRecord:
+            continue
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    from hybridgen.data import write  # it imports this file
+
+    parser = make_parser("data.buckets", __doc__)
+    config_lib.add_argument(parser)
+    parser.add_argument("--stage", help="the stage whose folder is read, if the config is a recipe")
+    parser.add_argument("--step", type=int, default=64, metavar="N", help="sides are multiples of it (default: 64)")
+    parser.add_argument("--aspect", type=float, default=2.0, help="longest side over shortest, at most (default: 2)")
+    parser.add_argument("--least", type=int, default=256, metavar="N", help="records of a bucket, at least; give the "
+                        "batch size or more (default: 256)")
+    parser.add_argument("--out", required=True, type=Path, help="a new file, such as buckets.json")
+    args, overrides = config_lib.parse(parser, argv)
+    if args.step < 1 or args.least < 1 or not 1 <= args.aspect <= 16:
+        raise UserError(f"--step {args.step} and --least {args.least} are at least 1, --aspect {args.aspect} 1 to 16")
+    if args.out.exists() or not args.out.parent.is_dir():
+        raise UserError(f"{args.out} is there already" if args.out.exists() else f"no folder {args.out.parent}")
+    data = write.data_of(config_lib.load(args.config, overrides), args.stage)
+    if data.source != "folder":
+        raise UserError(f"data.source is {data.source!r}: buckets are of a folder, whose pictures have many shapes")
+    options = {name: value for name, value in data.options.items() if name != "buckets"}
+    table = build(options, data.resolution, args.step, args.aspect, args.least)
+    temporary = args.out.with_name(f".{args.out.name}.tmp")
+    temporary.write_text(json.dumps(table, separators=(",", ":")) + "\n")
+    temporary.replace(args.out)
+    counts = np.bincount(table["splits"]["train"]["bucket"], minlength=len(table["shapes"]))
+    for (height, width), count in zip(table["shapes"], counts, strict=True):
+        print(f"{height:5d} x {width:<5d} {count} records")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)
