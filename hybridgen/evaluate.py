@@ -4,6 +4,11 @@
 
 Writes report.json, report.md and a contact sheet a split, with the verdict under each picture. For data without scenes
 (a folder of pictures) there is no judge: PSNR and SSIM of reconstructions, and the sheet.
+
+With a network of features, imported by `hybridgen convert`, also Fréchet and kernel distance, precision and recall of
+everything drawn, and of as many true pictures, from a reference (see distances.py):
+
+    ... --features runs/efficientnet_lite0 --reference train       # or a folder, or a reference file of ADM
 """
 
 from collections.abc import Iterable
@@ -14,36 +19,56 @@ import jax
 import numpy as np
 
 from hybridgen import config as config_lib
-from hybridgen import distributed, pictures, rundir, sharding
+from hybridgen import distances, distributed, pictures, rundir, sharding
 from hybridgen.cli import command, make_parser
 from hybridgen.data import pipeline, sources
+from hybridgen.errors import UserError
 from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.metrics import progress
+from hybridgen.models.parts import find
+
+CALLED = (("image", "render"), ("draft", "draft"))
 
 
-def evaluate(loaded: Loaded, splits: tuple[str, ...], count: int, batch: int, seed: int, folder: Path) -> dict:
+def evaluate(
+    loaded: Loaded,
+    splits: tuple[str, ...],
+    count: int,
+    batch: int,
+    seed: int,
+    folder: Path,
+    compare: distances.Comparison | None = None,
+) -> dict:
     """Measures a run on `count` captions of each split; writes the report into `folder` and returns it."""
     data = {split: sources.build(loaded.config.data, split) for split in splits}
+    for split, source in data.items():
+        if compare and len(source) < distances.LEAST:
+            raise UserError(f"distances need {distances.LEAST} pictures, the split {split!r} has {len(source)}")
     rundir.make(folder)
     report: dict[str, Any] = {"family": loaded.config.family, "step": loaded.step, "seed": seed, "splits": {}}
     report["options"] = config_lib.plain(loaded.config.sample.options)
     with jax.set_mesh(loaded.mesh):
         for split, source in data.items():
             items = pipeline.examples(source, range(min(count, len(source))))
-            report["splits"][split] = measure(loaded, items, batch, seed, folder / f"{split}.png", split)
+            picture = folder / f"{split}.png"
+            report["splits"][split] = measure(loaded, items, batch, seed, picture, split, compare)
         codes = code_use(loaded, batch)
     if codes:
         report["codes"] = codes
+    if compare:
+        report["distances"] = compare.about
     if jax.process_index() == 0:
         rundir.write_json(folder / "report.json", report)
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     return report
 
 
-def measure(loaded: Loaded, items: list[dict], batch: int, seed: int, picture: Path, label: str) -> dict:
-    """Judge and PSNR of everything the family draws for `items`, by name ("image", "draft"), and the contact sheet."""
+def measure(
+    loaded: Loaded, items: list[dict], batch: int, seed: int, picture: Path, label: str, compare: Any = None
+) -> dict:
+    """Judge, PSNR and distances of all the family draws for `items`, by name ("image", "draft"), and the sheet."""
     true = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1  # b H W 3
     captions = [item["text"] for item in items]
     scenes = [item["scene"] for item in items] if "scene" in items[0] else None
@@ -54,15 +79,20 @@ def measure(loaded: Loaded, items: list[dict], batch: int, seed: int, picture: P
     if "label" in items[0]:
         cond["label"] = np.asarray([item["label"] for item in items], np.int32)
     out: dict[str, Any] = {}
+    sets = {}
     if loaded.generates:
-        drawn = draw(loaded, {name: value for name, value in cond.items() if name != "image"}, seed, batch, label)
+        given = {name: value for name, value in cond.items() if name != "image"}
+        drawn = sets["from captions"] = draw(loaded, given, seed, batch, label)
         out["from captions"] = judged(drawn, scenes, None)
         if loaded.plans and loaded.tokenizer:
             given = cond | {"tokens": loaded.tokens(true, batch)}
-            out["from true tokens"] = judged(draw(loaded, given, seed, batch, f"{label}, true tokens"), scenes, true)
+            sets["from true tokens"] = draw(loaded, given, seed, batch, f"{label}, true tokens")
+            out["from true tokens"] = judged(sets["from true tokens"], scenes, true)
     else:
-        drawn = draw(loaded, cond, seed, batch, label)
+        drawn = sets["reconstructed"] = draw(loaded, cond, seed, batch, label)
         out["reconstructed"] = judged(drawn, scenes, true)
+    if compare:
+        out["distances"] = compared(compare, sets, true, label)
     names = [name for name in ("draft", "image") if name in drawn]
     strips = np.concatenate([true, *(drawn[name] for name in names)], 2)
     shown, cell = slice(0, 48), 64 * (1 + len(names))
@@ -73,6 +103,14 @@ def measure(loaded: Loaded, items: list[dict], batch: int, seed: int, picture: P
     title = f"{label}: true picture, {', '.join('render' if name == 'image' else name for name in names)}"
     sheet(strips[shown], captions[shown], verdicts, cell=cell, title=title).save(picture)
     return out
+
+
+def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndarray, label: str) -> dict:
+    """{"true pictures": distances, "from captions, render": ..}: the floor, and everything that was drawn."""
+    named = {"true pictures": true}
+    for kind, drawn in sets.items():
+        named |= {f"{kind}, {called}": drawn[name] for name, called in CALLED if name in drawn}
+    return {name: compare(images, f"{label}, {name}") for name, images in named.items()}
 
 
 def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[str, np.ndarray]:
@@ -91,7 +129,7 @@ def judged(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
     """
     out: dict[str, Any] = {}
     each: dict[str, dict] = {}
-    for name, called in (("image", "render"), ("draft", "draft")):
+    for name, called in CALLED:
         if name not in drawn:
             continue
         entry, each[called] = {}, {}
@@ -143,7 +181,8 @@ def markdown(report: dict) -> str:
     lines = [f"# {report['family']}, step {report['step']}", ""]
     for split, kinds in report["splits"].items():
         lines += [f"## {split}", "", _row(head), _row(["---"] * len(head))]
-        for kind, entries in kinds.items():
+        drawn = {kind: entries for kind, entries in kinds.items() if kind != "distances"}
+        for kind, entries in drawn.items():
             for name, entry in entries.items():
                 if name == "paired":
                     continue
@@ -155,8 +194,9 @@ def markdown(report: dict) -> str:
                     parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in rest.items())
                     right = f"{100 * means['all_right']:.1f} %" if means else ""
                     lines.append(_row([f"{kind}, {name}", means.get("pictures", ""), group, right, parts, psnr, ssim]))
-        both = {kind: entries["paired"] for kind, entries in kinds.items() if "paired" in entries}
+        both = {kind: entries["paired"] for kind, entries in drawn.items() if "paired" in entries}
         lines += ["", *(_paired_line(kind, pair) for kind, pair in both.items()), ""]
+    lines += distances.table(report)
     if "codes" in report:
         codes = report["codes"]
         lines += [
@@ -189,15 +229,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/evaluation)")
+    parser.add_argument("--features", metavar="RUN", help="run of a network of features, for distances")
+    parser.add_argument("--reference", help="of the distances: a split, a folder or a file of ADM (default: train)")
+    parser.add_argument("--reference-count", type=int, metavar="N", help="pictures of it at most (default: --count)")
     pictures.add_arguments(parser)
     distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     pictures.check_arguments(args)
+    for name in ("reference", "reference_count"):
+        if getattr(args, name) is not None and args.features is None:
+            raise UserError(f"--{name.replace('_', '-')} needs --features, the network to compare on")
     distributed.start(args)
     folder = find_run(args.run, None)
     loaded = restore(folder, pictures.changes(args), args.checkpoint)
+    if not hasattr(find(loaded.config.family), "sample"):
+        raise UserError(f"{args.run} cannot be measured: {loaded.config.family} draws no pictures")
     out = args.out or folder / "evaluation"
-    report = evaluate(loaded, tuple(args.splits.split(",")), args.count, args.batch, args.seed, out)
+    splits = tuple(args.splits.split(","))
+    compare = None
+    if args.features is not None:
+        against = "train" if args.reference is None else args.reference
+        most = args.count if args.reference_count is None else args.reference_count
+        compare = distances.build(loaded, args.features, against, args.count, most, splits, args.batch, args.seed)
+    report = evaluate(loaded, splits, args.count, args.batch, args.seed, out, compare)
     print(markdown(report))
     print(f"report {out / 'report.md'}, pictures {', '.join(str(out / f'{s}.png') for s in report['splits'])}")
     return 0

@@ -1,0 +1,173 @@
+"""Distances of drawn pictures from a reference, on the features of a pretrained network.
+
+The network is a run of a family with `encode(image) -> features b d` and a model that says its `feature_width`:
+`hybridgen convert` makes one of efficientnet_lite0 or inception_v3. The reference is a split of the run's own data, a
+folder of pictures, or a reference file of ADM. Pictures of both sides are rounded to 8 bits before the network sees
+them: what is compared is what would be in a file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridgen import experiment, sharding
+from hybridgen.data import pipeline, sources, transforms
+from hybridgen.errors import UserError
+from hybridgen.evals import fid, prdc, reference
+from hybridgen.metrics import progress
+
+SPLITS = ("train", "validation", "holdout")
+LEAST = 2 * (prdc.COVERED + 1)  # pictures of a side
+MOST = 10_000  # of whose features pairs are taken: by the square of it grow the time of KD, precision and recall
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """`compare(images) -> {"fd", "kd", ...}` of `images [n, H, W, 3]`, floats in [-1, 1].
+
+    encode: uint8 pictures -> features `[b, d]`. known: mean and covariance, where a file gives them. pictures: the
+    reference, uint8 batches.
+    """
+
+    encode: Callable[[np.ndarray], np.ndarray]
+    width: int
+    batch: int
+    seed: int
+    about: dict[str, Any]
+    known: tuple[np.ndarray, np.ndarray] | None
+    pictures: Callable[[], Iterator[np.ndarray]] | None
+
+    def __call__(self, images: np.ndarray, label: str) -> dict[str, Any]:
+        """`label` is for the progress line."""
+        starts = range(0, len(images), self.batch)
+        clean = np.nan_to_num(images, nan=-1.0)
+        batches = (transforms.to_uint8(clean[start : start + self.batch]) for start in starts)
+        mean, root, rows = self._side(progress(batches, total=len(starts), label=f"features, {label}"))
+        *gaussian, others = self._reference
+        out: dict[str, Any] = {"pictures": len(images)}
+        out["fd"] = fid.frechet_of_roots(mean, root, *gaussian)
+        if others is not None:
+            out["kd"], out["kd_standard_error"] = fid.kernel(rows, others, self.seed)
+            out |= prdc.prdc(others, rows)
+        return out
+
+    @functools.cached_property
+    def _reference(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(mean, root of the covariance, features or None): a file's statistics go before those of its pictures."""
+        known = (self.known[0], fid.root(self.known[1])) if self.known else ()
+        if self.pictures is None:
+            return *known, None
+        count = -(-self.about["reference_pictures"] // self.batch)
+        *gaussian, rows = self._side(progress(self.pictures(), total=count, label="features, reference"))
+        return *(known or gaussian), rows
+
+    def _side(self, batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(mean and root of the covariance of all features, the first `MOST` of them)."""
+        moments, kept = fid.Moments(self.width), []
+        for batch in batches:
+            features = self.encode(batch)  # b d
+            if moments.count < MOST:
+                kept.append(features[: MOST - moments.count])
+            moments.add(features)
+        rows = np.concatenate(kept)
+        mean, covariance = moments.statistics()
+        few = moments.count == len(rows) <= self.width
+        return mean, fid.root_of_rows(rows) if few else fid.root(covariance), rows
+
+
+def build(
+    loaded: experiment.Loaded,
+    features: str,
+    against: str,
+    count: int,
+    most: int,
+    splits: tuple[str, ...],
+    batch: int,
+    seed: int,
+) -> Comparison:
+    """The comparison of `count` pictures with `most` of the reference `against`, on the network of the run `features`.
+
+    `splits` are those that are measured: a reference that is one of them begins behind the pictures that are drawn.
+    Raises UserError for what cannot be compared, before anything is computed.
+    """
+    for name, value in (("count", count), ("reference-count", most)):
+        if value < LEAST:
+            raise UserError(f"distances need at least {LEAST} pictures, --{name} is {value}")
+    batch = sharding.padded(loaded.mesh, batch)
+    run = experiment.load(experiment.find_run(features, None))
+    width = getattr(run.part.model, "feature_width", 0)
+    if not width:
+        raise UserError(f"{features} is a run of {run.part.family}, not of a network of features")
+    start = count if against in splits else 0
+    known, pictures, used = _opened(loaded.config.data, against, start, most, batch, width)
+    if pictures is not None and used < LEAST:
+        raise UserError(f"the reference {against!r} has {used} pictures to compare with, distances need {LEAST}")
+    about = {"features": run.part.family, "digest": run.digest, "reference": against, "reference_pictures": used}
+    about |= {"statistics": known is not None, "pairs_of_at_most": MOST}
+    return Comparison(_encoder(run.part, loaded, batch), width, batch, seed, about, known, pictures)
+
+
+def _encoder(part: Any, loaded: experiment.Loaded, batch: int) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 pictures, at most `batch` -> features as numpy, over all devices; the last rows are padded."""
+    placed = sharding.put(part, experiment.part_shardings(part, loaded.mesh))
+    program = jax.jit(lambda part, image: part.call("encode", image))
+
+    def encode(pictures: np.ndarray) -> np.ndarray:
+        rows = np.minimum(np.arange(batch), len(pictures) - 1)
+        given = loaded.put({"image": transforms.to_float(pictures[rows])})
+        return sharding.whole(program(placed, given["image"]))[: len(pictures)]
+
+    return encode
+
+
+def _opened(data: Any, against: str, first: int, most: int, batch: int, width: int) -> tuple:
+    """(statistics or None, pictures or None, how many pictures) of a reference; of a split from picture `first` on."""
+    if against in SPLITS:
+        source = sources.build(data, against)
+    elif Path(against).is_dir():
+        options = {"path": against, "text_key": None, "validation": 0.0}
+        folder = {"source": "folder", "options": options, "resolution": data.resolution}
+        source = sources.build(folder, "train")
+    elif Path(against).is_file():
+        file = reference.open_reference(Path(against))
+        if file.statistics is not None and len(file.statistics[0]) != width:
+            wide = len(file.statistics[0])
+            raise UserError(f"{against} has statistics of {wide} features, the network has {width}")
+        used = min(most, file.count)
+        return file.statistics, (lambda: file.pictures(used, batch)) if used else None, used
+    else:
+        raise UserError(f"no reference {against!r}: neither a file nor a folder, nor one of {', '.join(SPLITS)}")
+    used = max(0, min(most, len(source) - first))
+
+    def pictures() -> Iterator[np.ndarray]:
+        for start in range(first, first + used, batch):
+            items = pipeline.examples(source, range(start, min(start + batch, first + used)))
+            yield np.stack([item["image"] for item in items])
+
+    return None, pictures, used
+
+
+def table(report: dict) -> list[str]:
+    """Lines of Markdown: the distances in a report, a row a set of pictures; nothing if it has none."""
+    if "distances" not in report:
+        return []
+    about = report["distances"]
+    head = ("split", "pictures", "of", "FD", "KD x 1000", "precision", "recall", "density", "coverage")
+    lines = [f"## Distances on {about['features']}", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for split, kinds in report["splits"].items():
+        for name, found in kinds["distances"].items():
+            cells = [split, name, str(found["pictures"]), f"{found['fd']:.3f}"]
+            if "kd" in found:
+                cells += [f"{1000 * found['kd']:.3f} (s.e. {1000 * found['kd_standard_error']:.3f})"]
+                cells += [f"{found[share]:.3f}" for share in head[5:]]
+            lines.append(f"| {' | '.join(cells + [''] * (len(head) - len(cells)))} |")
+    count = about["reference_pictures"]
+    what = ["its statistics (FD)"] * about["statistics"] + [f"{count} pictures of it"] * (count > 0)
+    last = "The true pictures are the floor: nothing drawn can be expected to come nearer."
+    return [*lines, "", f"Reference: {about['reference']}, {' and '.join(what)}. {last}", ""]
