@@ -2,11 +2,27 @@
 
     python -m hybridgen.train --config configs/tokenizers/vq.py:tiny --workdir runs/tokenizer
 
-`tiny`: a smoke test. `vq`, `vq_gradient`, `autoencoder`: other quantisers at the demo's size. For pictures at 256:
-`f16`, 256 tokens of 16,384 codes (as LlamaGen's), and `f8_latent`, a latent of 32 x 32 x 4.
+`tiny`: a smoke test. `fsq`, `lfq`, `vq`, `vq_gradient`, `gumbel`: quantisers of about 1024 codes at the demo's size, to
+compare at equal steps; `autoencoder`: none. For pictures at 256: `f16`, 256 tokens of 16,384 codes (as LlamaGen's), and
+`f8_latent`, a latent of 32 x 32 x 4.
+
+After 400 steps (--config.steps=400 --config.eval.every=400 --config.eval.batches=8; about a minute each on two cores),
+usage, perplexity as a share of the codebook, and dB of 512 validation pictures: fsq 1.00, 0.73, 24.9; lfq 1.00, 0.94,
+23.1; vq 1.00, 0.69, 25.2; vq_gradient 1.00, 0.95, 23.6; gumbel 0.73, 0.13, 18.3: drawn codes take longer to be told
+apart.
 """
 
 from configs import common
+
+FAIR = {"codes": 1024, "width": 8}
+QUANTIZERS = {
+    "fsq": {"quantizer": "fsq", "entropy": 0.02, "fill": 0.72},  # 1000 codes
+    "lfq": {"quantizer": "lfq", "bits": 10, "entropy": 0.05, "softness": 0.5, "diversity": 2.0},
+    "vq": FAIR | {"quantizer": "vq"},
+    "vq_gradient": FAIR | {"quantizer": "vq", "moving": False, "entropy": 0.02, "softness": 0.01},
+    "gumbel": FAIR | {"quantizer": "gumbel", "divergence": 0.0, "entropy": 0.02, "softness": 1.0, "cooling": 300},
+    "autoencoder": {"quantizer": "none", "width": 8},
+}
 
 
 def get_config(variant: str = ""):
@@ -16,12 +32,8 @@ def get_config(variant: str = ""):
     if variant == "tiny":
         config.steps, config.batch = 20, 8
         config.model.channels = (32, 32)
-    elif variant == "vq":
-        config.model.update(quantizer="vq", codes=1024, width=8)
-    elif variant == "vq_gradient":
-        config.model.update(quantizer="vq", codes=1024, width=8, moving=False)
-    elif variant == "autoencoder":
-        config.model.update(quantizer="none", width=8)
+    elif variant in QUANTIZERS:
+        config.model.update(QUANTIZERS[variant])
     elif variant in ("f16", "f8_latent"):
         config.data.update(resolution=256)
         config.model.update(patch=2, blocks=2, attention=False, dtype="bfloat16")
@@ -30,5 +42,5 @@ def get_config(variant: str = ""):
         else:
             config.model.update(channels=(128, 256, 512), quantizer="none", width=4)
     elif variant:
-        raise common.unknown(variant, "tiny", "vq", "vq_gradient", "autoencoder", "f16", "f8_latent")
+        raise common.unknown(variant, "tiny", *QUANTIZERS, "f16", "f8_latent")
     return config

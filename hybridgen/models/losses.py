@@ -5,6 +5,8 @@ A loss returns one number a sample or token and leaves the mean to `weighted`, s
 Letters: b batch, n tokens, v vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,18 @@ def weighted(values: jax.Array, weights: jax.Array | None = None) -> tuple[jax.A
     weights = weights.astype(values.dtype)
     total = weights.sum()
     return (values * weights).sum() / jnp.maximum(total, 1e-9), total
+
+
+def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
+    """A discriminator's hinge loss, a number a picture: logits of pictures and of drawn ones `[b, ...]` -> `[b]`."""
+    return 0.5 * (per_sample(jax.nn.relu(1 - real)) + per_sample(jax.nn.relu(1 + fake)))
+
+
+def attached(value: jax.Array, slopes: Any, leaves: Any) -> jax.Array:
+    """`value`, with `slopes` as its gradient by `leaves`, a tree of arrays of the same shapes."""
+    still = jax.lax.stop_gradient
+    each = jax.tree.map(lambda slope, leaf: (still(slope) * (leaf - still(leaf))).sum(), slopes, leaves)
+    return still(value) + sum(jax.tree.leaves(each))
 
 
 def rows(batch: dict, like: jax.Array) -> jax.Array | None:

@@ -1,10 +1,10 @@
-"""Quantisers as functions on arrays: finite scalar quantisation and vector quantisation, with straight-through
+"""Quantisers as functions on arrays: finite scalar, lookup-free and vector quantisation, with straight-through
 gradients.
 
-FSQ (Mentzer et al. 2023) rounds each channel to one of a few levels: no codebook to learn. VQ (van den Oord et al.
-2017) takes the nearest code, plain or on the unit sphere (Yu et al. 2021); its codebook learns by gradient or by moving
-averages (Razavi et al. 2019), and codes that fall out of use are revived. Gumbel (Jang et al. 2016) draws a code from
-logits.
+FSQ (Mentzer et al. 2023) rounds each channel to one of a few levels: no codebook to learn. LFQ (Yu et al. 2023,
+MAGVIT-v2) keeps the sign of each channel, a bit of the code's number. VQ (van den Oord et al. 2017) takes the nearest
+code, plain or on the unit sphere (Yu et al. 2021); its codebook learns by gradient or by moving averages (Razavi et al.
+2019), and codes that fall out of use are revived. Gumbel (Jang et al. 2016) draws a code from logits.
 
 Letters: b batch, n tokens, d code width, v codes, s slots of the pool of candidates.
 """
@@ -59,17 +59,53 @@ def fsq_entropy(z: jax.Array, levels: tuple[int, ...], temperature: float = 0.5)
     (the diversity term of LFQ, Yu et al. 2023, on FSQ's product of levels).
     """
     bound = fsq_bound(z, levels)
-    usage = jnp.ones((z.shape[0], 1), z.dtype)  # n, product of the levels so far
-    for i, size in enumerate(levels[:-1]):
-        usage = (usage[:, :, None] * _soft_digit(bound[:, i], size, temperature)[:, None, :]).reshape(z.shape[0], -1)
-    last = _soft_digit(bound[:, -1], levels[-1], temperature)
-    mean = jnp.einsum("nv,nl->vl", usage, last).reshape(-1) / z.shape[0]  # v
+    return _joint_entropy([_soft_digit(bound[:, i], size, temperature) for i, size in enumerate(levels)])
+
+
+def _joint_entropy(digits: list[jax.Array]) -> jax.Array:
+    """Entropy in nats of the mean over tokens of what independent digits `[n, level]` make together."""
+    n = digits[0].shape[0]
+    usage = jnp.ones((n, 1), digits[0].dtype)  # n, product of the levels so far
+    for digit in digits[:-1]:
+        usage = (usage[:, :, None] * digit[:, None, :]).reshape(n, -1)
+    mean = jnp.einsum("nv,nl->vl", usage, digits[-1]).reshape(-1) / n  # v
     return -(mean * jnp.log(mean + 1e-12)).sum()
 
 
 def _soft_digit(x: jax.Array, size: int, temperature: float) -> jax.Array:
     centres = jnp.arange(size, dtype=x.dtype) - size // 2
     return jax.nn.softmax(-jnp.square(x[:, None] - centres) / temperature, -1)  # n level
+
+
+def lfq(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`z [..., d] -> (signs [..., d] with a straight-through gradient, ids [...])`; zero counts as minus."""
+    bits = z > 0
+    ids = (bits * _places(z.shape[-1])).sum(-1, dtype=jnp.int32)
+    return straight_through(z, jnp.where(bits, 1.0, -1.0).astype(z.dtype)), ids
+
+
+def lfq_codes(ids: jax.Array, bits: int) -> jax.Array:
+    """Codes of `ids [...]`: `[..., bits]` of -1 and 1, the most significant bit first."""
+    return jnp.where(ids[..., None] & _places(bits), 1.0, -1.0)
+
+
+def _places(bits: int) -> jax.Array:
+    return jnp.asarray([2**i for i in reversed(range(bits))], jnp.int32)
+
+
+def lfq_entropy(z: jax.Array, temperature: float, joint: int) -> tuple[jax.Array, jax.Array]:
+    """Mean entropy of a token's soft code, and entropy of the batch's use of all codes: `z [n, d]` -> nats, twice.
+
+    A token is spread over the 2^d codes by softmax(-distance^2 / temperature), a product over its bits: so the first is
+    a sum over bits. The second is exact within every `joint` bits, and a sum over these groups (an upper bound, equal
+    where groups are independent), which keeps its cost at n * 2^joint.
+    """
+    up, down = jax.nn.sigmoid(4 * z / temperature), jax.nn.sigmoid(-4 * z / temperature)  # n d
+    logs = jax.nn.log_sigmoid(4 * z / temperature), jax.nn.log_sigmoid(-4 * z / temperature)
+    of_token = -(up * logs[0] + down * logs[1]).sum(-1).mean()
+    soft = jnp.stack([down, up], -1)  # n d 2
+    groups = [range(i, min(i + joint, z.shape[-1])) for i in range(0, z.shape[-1], joint)]
+    return of_token, sum(_joint_entropy([soft[:, i] for i in group]) for group in groups)
 
 
 def normalise(x: jax.Array) -> jax.Array:

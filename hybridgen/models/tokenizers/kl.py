@@ -3,7 +3,8 @@
 The encoder gives mean and log-variance of a Gaussian over each latent, the loss draws from it and pulls it weakly to a
 standard normal. What a diffusion model sees is `(latent - shift) * scale`: `encode` gives the mean so, and `decode`
 takes it so. Stable Diffusion's autoencoders (also those of SD3 and Flux) and MAR's are this family with the options
-that their tables in convert/ set; the convolutions are those of nn/autoencoder.py.
+that their tables in convert/ set; the convolutions are those of nn/autoencoder.py. With `adversarial` a discriminator
+judges the pictures (judging.py).
 
 Letters: b batch, H W picture, h w grid, d channels of the latent.
 """
@@ -17,8 +18,11 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from hybridgen import rng
-from hybridgen.models.losses import per_sample, rows, weighted
+from hybridgen.models.losses import rows, weighted
+from hybridgen.models.tokenizers import judging
 from hybridgen.nn.autoencoder import Autoencoder
+
+LAST = "net/decoder/conv_out/kernel"  # the decoder's last kernel
 
 
 class KL(nn.Module):
@@ -34,7 +38,10 @@ class KL(nn.Module):
     shift: float = 0.0
     variational: bool = True  # otherwise the encoder gives means only, and every log-variance is 1 (an option of MAR's)
     divergence: float = 1e-6  # weight of a picture's summed divergence beside its summed error
-    l2: float = 0.0  # weight of the squared error beside the absolute one
+    l1: float = 1.0  # weights of the absolute error, ...
+    l2: float = 0.0  # ... the squared one, ...
+    perceptual: float = 0.0  # ... and the distance that the part `perceptual` sees
+    adversarial: Mapping = FrozenDict()  # options of judging.Game; empty: no discriminator
     dtype: str = "float32"
 
     def setup(self) -> None:
@@ -64,6 +71,12 @@ class KL(nn.Module):
         """No codes."""
         return 0
 
+    @property
+    def judge(self) -> judging.Judge:
+        """What a picture is judged by; the published objective sums over a picture's values."""
+        game, values = judging.game(self.adversarial), 3 * self.resolution**2
+        return judging.Judge(self.l1, self.l2, self.perceptual, game, values, self.dtype)
+
     def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
         return self.net.encoded(image, hidden)
 
@@ -89,7 +102,8 @@ def build(config: Any) -> KL:
 def init(model: KL, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     del parts
     image = jnp.zeros((1, *specs["image"].shape[1:]), specs["image"].dtype)
-    return {"params": model.init(key, image)["params"], "extra": {}}
+    params = {**model.init(key, image)["params"], **judging.init(model.judge, jax.random.fold_in(key, 1), image)}
+    return {"params": params, "extra": {}}
 
 
 def divergence(mean: jax.Array, spread: jax.Array) -> jax.Array:
@@ -111,20 +125,22 @@ def scaled(model: KL, latent: jax.Array) -> jax.Array:
 def loss(
     model: KL, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Absolute (and squared) error of the reconstruction, and the divergence, both a value of the picture."""
-    del parts, extra, step
+    """What the picture is judged by (judging.py), and the divergence, both a value of the picture."""
+    del extra
     image = batch["image"]  # b H W 3
     mean, spread = model.apply({"params": params}, image, method="moments")  # b h w d
     noise = rng.normal(rng.sample_keys(key, batch["id"]), mean.shape[1:], mean.dtype) if train else 0.0
-    out = model.apply({"params": params}, drawn(mean, spread, noise), method="picture")
-    squared, far = per_sample(jnp.square(out - image)), divergence(mean, spread)  # b
-    values = image[0].size
-    total = per_sample(jnp.abs(out - image)) + model.l2 * squared + model.divergence * far / values
-    scalar, weight = weighted(total, rows(batch, total))
-    mse, _ = weighted(squared, rows(batch, squared))
-    nats, _ = weighted(far, rows(batch, far))
-    metrics = {"mse": mse, "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12)), "divergence": nats}
-    metrics |= {"latent_std": scaled(model, mean).std()}
+    latent = drawn(mean, spread, noise)
+
+    def paint(params: Any) -> jax.Array:
+        return model.apply({"params": params}, latent, method="picture")
+
+    options = {"parts": parts, "step": step, "train": train}
+    near, metrics = judging.judged(model.judge, params, batch, paint, LAST, **options)
+    far = divergence(mean, spread)  # b
+    nats, weight = weighted(far, rows(batch, far))
+    metrics |= {"divergence": nats, "latent_std": scaled(model, mean).std()}
+    scalar = near + model.divergence * nats / image[0].size
     return scalar, {"metrics": metrics, "weight": weight, "extra": {}}
 
 

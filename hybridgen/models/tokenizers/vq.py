@@ -1,10 +1,11 @@
 """Convolutional image tokenizer: pictures to a grid of codes and back.
 
 VQ-VAE (van den Oord et al. 2017) with options that a config sets: finite scalar quantisation ("fsq", Mentzer et al.
-2023), vector quantisation ("vq") with plain or l2-normalised codes, a codebook learned by gradient or by moving
-averages, and revival of dead codes; codes drawn from logits ("gumbel", Jang et al. 2016); "none" is a plain autoencoder
-with a continuous latent. The convolutions are our light ones, or with `residual` those of official tokenizers: VQGAN
-(Esser et al. 2021) and LlamaGen's (Sun et al. 2024) are this family with the options that their tables in convert/ set.
+2023), lookup-free quantisation ("lfq", Yu et al. 2023), vector quantisation ("vq") with plain or l2-normalised codes, a
+codebook learned by gradient or by moving averages, and revival of dead codes; codes drawn from logits ("gumbel", Jang
+et al. 2016); "none" is a plain autoencoder with a continuous latent. The convolutions are our light ones, or with
+`residual` those of official tokenizers: VQGAN (Esser et al. 2021) and LlamaGen's (Sun et al. 2024) are this family with
+the options that their tables in convert/ set. With `adversarial` a discriminator judges the pictures (judging.py).
 
 `extra`: `use [v]`, the moving average of tokens a step per code, from zero on: what usage and perplexity are read from.
 With a moving codebook also `codebook [v, d]` and what it is the quotient of, `total [v, d]` and `count [v]`, where a
@@ -26,11 +27,13 @@ from flax.core import FrozenDict
 from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
+from hybridgen.models.tokenizers import judging
 from hybridgen.nn import quantize
 from hybridgen.nn.autoencoder import Autoencoder
 from hybridgen.nn.conv import Decoder, Encoder
 from hybridgen.nn.linear import Linear
 
+QUANTIZERS = ("fsq", "lfq", "vq", "gumbel", "none")
 POOL = 1024  # least slots for encoder outputs that dead codes may be reborn at
 
 
@@ -44,10 +47,11 @@ class VQ(nn.Module):
     attention: bool = True
     local: bool = False  # tokens tell of their neighbourhood only: plans compose, and a prior learns them faster
     residual: Mapping = FrozenDict()  # options of nn/autoencoder.py, which then stands in for our light one
-    quantizer: str = "fsq"  # fsq | vq | gumbel | none
+    quantizer: str = "fsq"  # fsq | lfq | vq | gumbel | none
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq
+    bits: int = 10  # lfq
     codes: int = 1024  # vq, gumbel
-    width: int = 8  # all but fsq: code width
+    width: int = 8  # vq, gumbel, none: code width
     l2: bool = True  # vq: codes on the unit sphere
     moving: bool = True  # vq: codebook by moving averages, otherwise by gradient
     exact: bool = False  # vq: looked up with the roundings of official code
@@ -61,15 +65,23 @@ class VQ(nn.Module):
     commitment: float = 0.25
     # of a microbatch, as the pull of a gradient codebook on its dead codes: accumulated is not the large batch here
     entropy: float = 0.0  # fsq: weight of the entropy of the batch's use of the codes ...
-    fill: float = 0.7  # ... up to this share of the codebook
-    l1: float = 0.0  # weight of the absolute error beside the squared one
+    fill: float = 0.7  # ... up to this share of the codebook; others: weight of the entropy of a token's soft code ...
+    diversity: float = 1.0  # ... less (lfq: so many times) that of the batch's use
+    softness: float = 0.5  # temperature of the soft codes that entropies are of
+    joint: int = 10  # lfq: bits that the batch's entropy is exact for; groups of so many count as independent
+    mse: float = 1.0  # weights of the squared error, ...
+    l1: float = 0.0  # ... the absolute one, ...
+    perceptual: float = 0.0  # ... and the distance that the part `perceptual` sees
+    adversarial: Mapping = FrozenDict()  # options of judging.Game; empty: no discriminator
     dtype: str = "float32"
 
     def setup(self) -> None:
-        if self.quantizer not in ("fsq", "vq", "gumbel", "none"):
-            raise UserError(f"quantizer {self.quantizer!r} is not one of 'fsq', 'vq', 'gumbel', 'none'")
+        if self.quantizer not in QUANTIZERS:
+            raise UserError(f"quantizer {self.quantizer!r} is not one of {', '.join(map(repr, QUANTIZERS))}")
         if self.quantizer == "fsq" and min(self.levels) < 2:
             raise UserError(f"levels {self.levels}: every channel needs at least 2")
+        if self.quantizer == "lfq" and not 1 <= self.bits <= 24:
+            raise UserError(f"bits {self.bits}: a code has 1 to 24")
         options = {"channels": tuple(self.channels), "blocks": self.blocks, "dtype": self.dtype}
         if self.residual:
             if self.patch != 1 or self.local:
@@ -99,19 +111,32 @@ class VQ(nn.Module):
 
     @property
     def code_width(self) -> int:
-        return len(self.levels) if self.quantizer == "fsq" else self.width
+        return {"fsq": len(self.levels), "lfq": self.bits}.get(self.quantizer, self.width)
 
     @property
     def vocab(self) -> int:
         """Number of codes; 0 for a continuous latent."""
         if self.quantizer == "fsq":
             return quantize.fsq_size(self.levels)
+        if self.quantizer == "lfq":
+            return 2**self.bits
         return 0 if self.quantizer == "none" else self.used or self.codes
 
     @property
     def learned(self) -> bool:
         """Whether the codebook is a parameter."""
         return self.quantizer == "gumbel" or (self.quantizer == "vq" and not self.moving)
+
+    @property
+    def judge(self) -> judging.Judge:
+        """What a picture is judged by."""
+        game = judging.game(self.adversarial)
+        return judging.Judge(self.l1, self.mse, self.perceptual, game, dtype=self.dtype)
+
+    @property
+    def last(self) -> str:
+        """Path of the decoder's last kernel."""
+        return "net/decoder/conv_out/kernel" if self.residual else "decoder/head_pixels/kernel"
 
     def on_sphere(self, x: jax.Array) -> jax.Array:
         """Codes or outputs as they are compared: vq with `l2` on the unit sphere."""
@@ -151,7 +176,7 @@ def init(model: VQ, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     del parts
     image = jnp.zeros((1, *specs["image"].shape[1:]), specs["image"].dtype)
     key, code_key = jax.random.split(key)
-    params = model.init(key, image)["params"]
+    params = {**model.init(key, image)["params"], **judging.init(model.judge, jax.random.fold_in(key, 1), image)}
     if not model.vocab:
         return {"params": params, "extra": {"mean": jnp.zeros((model.width,)), "square": jnp.ones((model.width,))}}
     extra = {"use": jnp.zeros((model.vocab,))} | ({"used": jnp.arange(model.used)} if model.used else {})
@@ -167,6 +192,8 @@ def quantise(model: VQ, params: Any, extra: Any, z: jax.Array) -> tuple[jax.Arra
     """Raw codes `z [b, h, w, d]` -> (quantised codes with a straight-through gradient, ids [b, h, w])."""
     if model.quantizer == "fsq":
         return quantize.fsq(z, model.levels)
+    if model.quantizer == "lfq":
+        return quantize.lfq(z)
     if model.quantizer == "none":
         return z, None
     codebook = _codebook(model, params, extra)
@@ -195,43 +222,58 @@ def _codebook(model: VQ, params: Any, extra: Any) -> jax.Array:
 def loss(
     model: VQ, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Squared (and absolute) error of the reconstruction, commitment, and use of the codebook."""
-    del parts
-    still = jax.lax.stop_gradient
+    """What the picture is judged by (judging.py), commitment, and use of the codebook."""
     image = batch["image"]  # b H W 3
     z = model.apply({"params": params}, image, method="features")  # b h w d
     drawn = model.quantizer == "gumbel" and train
-    codes, ids = (_drawn(model, params, extra, z, key, batch, step) if drawn else quantise(model, params, extra, z))
-    out = model.apply({"params": params}, codes, method="picture")
-    error = per_sample(jnp.square(out - image))
-    total = error + model.l1 * per_sample(jnp.abs(out - image))  # b
-    metrics, sums = {}, {}
-    flat = z.reshape(-1, model.code_width)  # (b n) d
-    if model.quantizer == "vq":
-        total, sums = _vq_terms(model, params, extra, z, ids, total)
-        if model.moving:
-            # by sample: the candidates are the same on every mesh and with any accumulation
-            u = rng.uniform(rng.sample_keys(key, batch["id"]), (model.length,))  # b n
-            sums |= quantize.vq_pool(still(flat), u.reshape(-1), max(model.vocab, POOL))
-    elif model.vocab:
-        sums = {"count": jnp.zeros((model.vocab,), z.dtype).at[ids.reshape(-1)].add(1.0)}
-        if model.quantizer == "gumbel":
-            scores = logits(model, params, extra, z)
-            total = total + model.divergence * per_sample(quantize.prior_divergence(scores, model.codes))
-        elif model.entropy:
-            use = quantize.fsq_entropy(flat, model.levels)
-            metrics["entropy"] = use
-            total = total + model.entropy * jnp.maximum(jnp.log(model.fill * model.vocab) - use, 0.0)
-    else:
-        places = jnp.asarray(flat.shape[0], z.dtype)
-        sums = {"mean": still(flat).sum(0), "square": jnp.square(still(flat)).sum(0), "places": places}
+    codes, ids = _drawn(model, params, extra, z, key, batch, step) if drawn else quantise(model, params, extra, z)
+
+    def paint(params: Any) -> jax.Array:
+        return model.apply({"params": params}, codes, method="picture")
+
+    options = {"parts": parts, "step": step, "train": train}
+    near, metrics = judging.judged(model.judge, params, batch, paint, model.last, **options)
+    total, sums, seen = _code_terms(model, params, extra, z, ids)
+    if model.quantizer == "vq" and model.moving:
+        # by sample: the candidates are the same on every mesh and with any accumulation
+        u = rng.uniform(rng.sample_keys(key, batch["id"]), (model.length,))  # b n
+        flat = jax.lax.stop_gradient(z).reshape(-1, model.width)
+        sums |= quantize.vq_pool(flat, u.reshape(-1), max(model.vocab, POOL))
     scalar, weight = weighted(total, rows(batch, total))
-    mse, _ = weighted(error, rows(batch, error))
-    metrics |= {"mse": mse, "psnr": 10 * jnp.log10(4.0 / jnp.maximum(mse, 1e-12))}
+    metrics |= seen
     if model.vocab:
         metrics["perplexity"] = quantize.perplexity(extra["use"]) / model.vocab
         metrics["usage"] = quantize.in_use(extra["use"], model.decay)
-    return scalar, {"metrics": metrics, "weight": weight, "extra": sums if train else {}}
+    return near + scalar, {"metrics": metrics, "weight": weight, "extra": sums if train else {}}
+
+
+def _code_terms(
+    model: VQ, params: Any, extra: Any, z: jax.Array, ids: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """What the codes cost, a number a picture; sums over tokens for `merge`; metrics."""
+    flat, total = z.reshape(-1, model.code_width), jnp.zeros(z.shape[:1], z.dtype)  # (b n) d
+    if not model.vocab:
+        places, still = jnp.asarray(flat.shape[0], z.dtype), jax.lax.stop_gradient(flat)
+        return total, {"mean": still.sum(0), "square": jnp.square(still).sum(0), "places": places}, {}
+    if model.quantizer == "vq":
+        return *_vq_terms(model, params, extra, z, ids, total), {}
+    sums = {"count": jnp.zeros((model.vocab,), z.dtype).at[ids.reshape(-1)].add(1.0)}
+    if model.quantizer == "lfq":
+        total = model.commitment * per_sample(jnp.square(z - jax.lax.stop_gradient(quantize.lfq(z)[0])))
+        if not model.entropy:
+            return total, sums, {}
+        doubt, use = quantize.lfq_entropy(flat, model.softness, model.joint)
+        return total + model.entropy * (doubt - model.diversity * use), sums, {"entropy": use, "doubt": doubt}
+    if model.quantizer == "gumbel":
+        scores = logits(model, params, extra, z)
+        total = model.divergence * per_sample(quantize.prior_divergence(scores, model.codes))
+        if model.entropy:
+            total = total + model.entropy * quantize.distance_entropy(-scores, model.softness)
+        return total, sums, {}
+    if not model.entropy:
+        return total, sums, {}
+    use = quantize.fsq_entropy(flat, model.levels, model.softness)
+    return total + model.entropy * jnp.maximum(jnp.log(model.fill * model.vocab) - use, 0.0), sums, {"entropy": use}
 
 
 def _drawn(
@@ -257,6 +299,8 @@ def _vq_terms(
     still = jax.lax.stop_gradient
     of_encoder, of_codes = (1.0, model.commitment) if model.legacy else (model.commitment, 1.0)
     total = total + of_encoder * per_sample(jnp.square(z - still(chosen)))
+    if model.entropy:
+        total = total + model.entropy * quantize.distance_entropy(quantize.distances(z, codebook), model.softness)
     flat = still(z).reshape(-1, model.width)  # (b n) d
     if model.moving:
         return total, quantize.vq_sums(flat, ids.reshape(-1), model.vocab)
@@ -315,6 +359,8 @@ def codes_at(model: VQ, params: Any, extra: Any, tokens: jax.Array) -> jax.Array
     """`tokens [...]` -> their codes `[..., d]`."""
     if model.quantizer == "fsq":
         return quantize.fsq_codes(tokens, model.levels)
+    if model.quantizer == "lfq":
+        return quantize.lfq_codes(tokens, model.bits)
     return quantize.codes_of(tokens, _codebook(model, params, extra))
 
 

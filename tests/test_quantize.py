@@ -1,0 +1,135 @@
+"""Lookup-free quantisation and the entropies that keep codebooks in use, against what defines them.
+
+Letters: n tokens, d bits, v = 2^d codes.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from hybridgen.errors import UserError
+from hybridgen.models.tokenizers import vq
+from hybridgen.nn import quantize
+
+DRAW = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+
+
+def test_every_code_of_signs_is_its_number():
+    codes = quantize.lfq_codes(jnp.arange(32), 5)
+    np.testing.assert_array_equal(codes, list(itertools.product((-1, 1), repeat=5)))  # most significant bit first
+    back, ids = quantize.lfq(0.3 * codes)
+    np.testing.assert_array_equal(ids, np.arange(32))
+    np.testing.assert_allclose(back, codes, atol=1e-6)
+    assert ids.dtype == jnp.int32 and quantize.lfq(jnp.zeros(24))[1] == 0
+    assert quantize.lfq(jnp.ones(24))[1] == 2**24 - 1
+    # and is the nearest of all codes
+    np.testing.assert_array_equal(quantize.lfq(DRAW)[1], quantize.nearest(jnp.asarray(DRAW), codes))
+
+
+def test_signs_let_the_gradient_through():
+    weights = jnp.asarray(DRAW[::-1])
+    slope = jax.grad(lambda z: (quantize.lfq(z)[0] * weights).sum())(jnp.asarray(DRAW))
+    np.testing.assert_array_equal(slope, weights)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_the_entropies_are_those_of_all_codes(temperature):
+    """Of softmax over the negative squared distances to every code; the batch's, in groups, from above."""
+    codes = np.asarray(list(itertools.product((-1, 1), repeat=5)))
+    logits = -np.square(DRAW[:, None].astype(np.float64) - codes).sum(-1) / temperature  # n v
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    doubt, use = quantize.lfq_entropy(jnp.asarray(DRAW), temperature, joint=5)
+    assert float(doubt) == pytest.approx(-(p * np.log(p)).sum(1).mean(), rel=1e-5)
+    mean = p.mean(0)
+    assert float(use) == pytest.approx(-(mean * np.log(mean)).sum(), rel=1e-5)
+    # in groups of 2, 2 and 1 bits: the sum of the entropies of the margins
+    margins = mean.reshape(2, 2, 2, 2, 2)
+    want = 0.0
+    for axes in ((2, 3, 4), (0, 1, 4), (0, 1, 2, 3)):
+        part = margins.sum(axes).ravel()
+        want -= (part * np.log(part)).sum()
+    grouped = quantize.lfq_entropy(jnp.asarray(DRAW), temperature, joint=2)[1]
+    assert float(grouped) == pytest.approx(want, rel=1e-5) and grouped > use
+    # both are numbers, and so are their gradients, however far a token is from its codes
+    far = jnp.asarray(1e3 * DRAW)
+    slopes = jax.grad(lambda z: sum(quantize.lfq_entropy(z, temperature, 5)))(far)
+    assert np.isfinite(slopes).all() and float(quantize.lfq_entropy(far, temperature, 5)[0]) < 1e-3
+
+
+def test_soft_codes_by_distance_have_the_entropies_of_their_softmax():
+    """What a gradient codebook and drawn codes are kept in use by: a token is sure, the batch is not."""
+    sure, even = -1e3 * jnp.eye(8), jnp.zeros((8, 8))  # of logits' negatives: each token its own code; all alike
+    assert float(quantize.distance_entropy(sure, 1.0)) == pytest.approx(-np.log(8), abs=1e-3)
+    assert float(quantize.distance_entropy(even, 1.0)) == pytest.approx(0, abs=1e-3)
+    assert float(quantize.distance_entropy(-1e3 * jnp.eye(8)[jnp.zeros(8, int)], 1.0)) == pytest.approx(0, abs=1e-3)
+
+
+OPTIONS = {
+    "lfq": {"quantizer": "lfq", "bits": 4, "entropy": 0.5, "diversity": 2.0, "softness": 0.7},
+    "vq": {"quantizer": "vq", "codes": 16, "width": 4, "moving": False, "entropy": 0.5, "softness": 0.1},
+    "gumbel": {"quantizer": "gumbel", "codes": 16, "width": 4, "divergence": 0.0, "entropy": 0.5, "softness": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_loss_adds_its_entropies_by_weight(name):
+    weighed, without = (tiny.part("tokenizers.vq", tiny.VQ | OPTIONS[name] | more) for more in ({}, {"entropy": 0.0}))
+    batch = jax.tree.map(jnp.asarray, tiny.batch(3))
+
+    @jax.jit
+    def both(params, extra):
+        options = {"parts": {}, "extra": extra, "step": 0, "train": False}
+        z = weighed.model.apply({"params": params}, batch["image"], method="features")
+        scores = vq.logits(weighed.model, params, extra, z) if name == "gumbel" else None
+        models, key = (weighed.model, without.model), jax.random.key(0)
+        return z, scores, *(vq.loss(model, params, batch, key, **options)[0] for model in models)
+
+    z, scores, total, base = both(weighed.params, weighed.extra)
+    if name == "lfq":
+        doubt, use = quantize.lfq_entropy(z.reshape(-1, 4), 0.7, 10)
+        want = doubt - 2 * use
+    elif name == "vq":
+        codebook = quantize.normalise(weighed.params["codebook"])
+        want = quantize.distance_entropy(quantize.distances(z, codebook), 0.1)
+    else:
+        want = quantize.distance_entropy(-scores, 1.0)
+    assert float(total - base) == pytest.approx(0.5 * float(want), rel=1e-4, abs=1e-6) and abs(float(want)) > 1e-3
+
+
+def test_a_tokenizer_of_signs_encodes_embeds_and_decodes():
+    part = tiny.part("tokenizers.vq", tiny.VQ | OPTIONS["lfq"])
+    image = jnp.asarray(tiny.batch(4)["image"])
+    assert part.model.vocab == 16 and part.model.code_width == 4
+
+    @jax.jit
+    def ways(part, image):
+        z = part.model.apply({"params": part.params}, image, method="features")
+        tokens = part.call("encode", image)
+        codes = part.call("embed", tokens)
+        return z, tokens, codes, part.call("decode", codes), vq.quantise(part.model, part.params, part.extra, z)[0]
+
+    z, tokens, codes, picture, quantised = ways(part, image)
+    assert tokens.shape == (4, 16) and len(np.unique(tokens)) > 1 and picture.shape == image.shape
+    np.testing.assert_array_equal(codes, np.where(np.asarray(z) > 0, 1, -1))
+    np.testing.assert_allclose(quantised, codes, atol=1e-6)  # training decodes what sampling will decode
+    with pytest.raises(UserError, match="bits 25: a code has 1 to 24"):
+        tiny.part("tokenizers.vq", tiny.VQ | {"quantizer": "lfq", "bits": 25})
+
+
+@pytest.mark.parametrize("name", ["lfq", "vq"])
+def test_entropies_keep_the_codes_in_use(name):
+    """Some steps on a few pictures: with them more codes are used than without, and most."""
+    used, image = {}, jnp.asarray(tiny.batch(64)["image"])
+    for entropy in (0.0, 0.2):
+        options = tiny.VQ | OPTIONS[name] | {"entropy": entropy, "revive_below": 0.0}
+        run = tiny.Run(tiny.experiment("tokenizers.vq", options, optim__lr=1e-2), tiny.batch(16))
+        for step in range(40):
+            run.step(tiny.batch(16, 16 * (step % 4)))
+        tokens = vq.encode(run.experiment.model, run.state["params"], run.state["extra"], image)
+        used[entropy] = float(quantize.perplexity(jnp.bincount(tokens.ravel(), length=16)))
+    assert used[0.2] > used[0.0] and used[0.2] > 8, used
