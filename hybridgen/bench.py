@@ -25,7 +25,9 @@ hybridgen.chips, or null, "train" and "sample": {
   in "train" "input": {"steps", "wait_s": median wait for a batch, "stall": waiting, of all time} (null with --cached),
   in "sample" "decode": null, or {"seconds": as above, "steps" of the prior, "tokens_per_s", "bytes": that a device must
     read in a step (parameters in their dtype of use and the filled cache), "copy_fraction": these of the copy's rate,
-    "bandwidth_fraction": of the chip's (null: not known), "compile_s", ...}}}
+    "bandwidth_fraction": of the chip's (null: not known), "compile_s", ...}},
+  and with --against torch (hybridgen.against) "against": {"torch": its version, "threads", "train" and "decode":
+    {"ours" and "theirs": median seconds, "ratio": theirs / ours, "cpu_ratio", "seconds", "load"}}}
 """
 
 import argparse
@@ -42,7 +44,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from hybridgen import chips, hlo, programs, roofline, rundir, trees
+from hybridgen import against, chips, hlo, programs, roofline, rundir, trees
 from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
 from hybridgen.state import inference_params
@@ -51,8 +53,11 @@ FED = 8  # steps on what the loader gives, at most
 PATIENCE = 90.0  # seconds of turns after which a program is not run again, if it ran three times
 
 
-def bench(built: programs.Programs, what: tuple[str, ...], runs: int) -> dict[str, Any]:
-    """Times the programs named in `what`, `runs` times each, and prints a line for each; returns the report."""
+def bench(built: programs.Programs, what: tuple[str, ...], runs: int, rival: bool = False) -> dict[str, Any]:
+    """Times the programs named in `what`, `runs` times each, and prints a line for each; returns the report.
+
+    rival: beside their twin in PyTorch too.
+    """
     config, mesh = built.experiment.config, built.experiment.mesh
     device = mesh.devices.flat[0]
     chip = chips.find(device.device_kind)
@@ -80,6 +85,9 @@ def bench(built: programs.Programs, what: tuple[str, ...], runs: int) -> dict[st
                 entry = sample(built, given, ceilings, runs, report)
             report[name] = entry | {"measured_peak": measured_peak(device)}
             print(line(name, report[name]), *details(report[name]), sep="\n", flush=True)
+        if rival:
+            report["against"], state = against.compare(built, (state, batch, parts, cond, keys), what, runs)
+            print("", *against.lines(report["against"]), sep="\n", flush=True)
     rate, moved = statistics.median(ceilings.products), statistics.median(ceilings.copies)
     report["matmul"] = {"dtype": ceilings.matmul.dtype, "flops_per_s": rate}
     report["copy"] = {"bytes_per_s": moved}
@@ -305,10 +313,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("bench", __doc__)
     programs.add_arguments(parser)
     parser.add_argument("--steps", type=positive, default=10, help="timed runs of each program (default 10)")
+    parser.add_argument("--against", choices=("torch",), help="beside a twin in PyTorch, in turns; as --cached")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
+    args.cached = args.cached or bool(args.against)  # the twin has no tokenizer
     built = programs.load(args, overrides)
-    report = {"config": args.config} | bench(built, built.names(args.what), args.steps)
+    if args.against:
+        against.check(built)
+    report = {"config": args.config} | bench(built, built.names(args.what), args.steps, bool(args.against))
     if json:
         rundir.write_json(json, report)
     return 0

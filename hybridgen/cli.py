@@ -8,16 +8,19 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from hybridgen import hostmemory
 from hybridgen.errors import PeerError, UserError
 
 COMMANDS = {
     "train": "train one config",
+    "cache": "tokens, latents and text features of a source, made once",
     "recipe": "run the stages of a recipe, one after the other",
     "sample": "prompts to pictures",
     "evaluate": "measure a run: judge, PSNR, report and contact sheet",
     "preflight": "compile a config for a TPU topology: does it fit",
     "bench": "step time, tokens a second and fraction of this machine's rate",
     "convert": "official weights to a run folder, and back",
+    "export": "a run and its parts to a folder that loads on another machine",
     "verify": "replay recorded outputs of an official model: equal or not",
     "launch": "print or run the commands that train on a machine or a cluster",
 }
@@ -36,6 +39,7 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; UserError is one line on stderr and code 2."""
+    hostmemory.keep()
     try:
         sys.exit(main())  # where there are several processes, all of them end so
     except (UserError, PeerError) as error:

@@ -2,6 +2,7 @@
 
 A run folder holds `config.json` (resolved: no "auto" left), `text.json` (the text tokenizer), `checkpoints/` and logs.
 Parts are runs too: `config.parts = {"tokenizer": "../tokenizer"}`, relative to the run folder or to where one stands.
+A bundle (hybridgen.bundle) is read wherever a run is.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hybridgen import checkpoint, pictures, sharding
+from hybridgen import bundle, checkpoint, pictures, sharding, trees
 from hybridgen import config as config_lib
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
@@ -43,12 +44,13 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     Otherwise it is that of the parts that read text, and if none does it is made from `source` as the config says.
     """
     mesh = sharding.make_mesh(config.mesh)
-    parts, digests, texts = {}, {}, {}
+    parts, digests, texts, bundled = {}, {}, {}, []
     seen: dict[str, str] = {}
     for name, path in config.parts.items():
         place = find_run(path, folder)
         run = load(place)
         parts[name], digests[name] = run.part, run.digest
+        bundled += [(place, run.part)] if run.bundled else []
         if run.text and getattr(run.part.model, "text_vocab", 0):
             texts[name] = run.text
         for other, digest in run.part_digests.items():
@@ -64,6 +66,8 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     text = text or next(iter(texts.values()), None)
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
+    for place, part in bundled:
+        check_arrays(place, part, parts, config.data.resolution)
     family = find(config.family)
     model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
     parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
@@ -96,12 +100,28 @@ class Run(NamedTuple):
     digest: str
     part_digests: dict[str, str]
     step: int
+    bundled: bool  # not from a run folder, but from a bundle, which may be anybody's
 
 
 def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     """The newest good checkpoint of a run (or the one at `step`), averaged parameters where there are some."""
+    bundled = bundle.at(folder)
+    made = bundle.read(folder) if bundled else None  # verifies its files before anything else is made of them
     config = config_lib.read(folder / "config.json")
     model = _model(config, folder)
+    if made:
+        bundle.check_parts(folder, config.parts)
+        if step not in (None, made.step):
+            raise UserError(f"the bundle {folder} is of step {made.step}, there is no {step} in it")
+    arrays, part_digests, found = made or _checkpoint(folder, step, report)
+    part = Part(arrays["params"], arrays["extra"], config.family, model)
+    text_file = folder / "text.json"
+    text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
+    return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled)
+
+
+def _checkpoint(folder: Path, step: int | None, report: Any) -> tuple[dict, dict[str, str], int]:
+    """(arrays {"params", "extra"}, digests of the parts, step) of a run folder."""
     saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
     found = saved.newest_good(report) if step is None else step
     if found is None:
@@ -110,10 +130,24 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     part_digests = saved.meta(found).get("parts", {})
     saved.close()
     params = inference_params(state.get("params", {}), state.get("ema", {}))
-    part = Part(params, state.get("extra", {}), config.family, model)
-    text_file = folder / "text.json"
-    text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
-    return Run(config, part, text, checkpoint.digest({"params": params, "extra": part.extra}), part_digests, found)
+    return {"params": params, "extra": state.get("extra", {})}, part_digests, found
+
+
+def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution: int) -> None:
+    """Raises UserError naming an array of a bundle that the model of its config does not have, or in another shape."""
+    specs = {"image": jax.ShapeDtypeStruct((1, resolution, resolution, 3), np.float32)}
+    try:
+        wanted = jax.eval_shape(lambda key: find(part.family).init(part.model, key, specs, parts), jax.random.key(0))
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
+    has, wants = trees.flatten({"params": part.params, "extra": part.extra}), trees.flatten(wanted)
+    for path in sorted(has.keys() | wants.keys()):
+        found, right = (tree[path].shape if path in tree else "nothing" for tree in (has, wants))
+        if found != right:
+            raise UserError(f"the weights of {folder} do not fit its config: {path} is {found} and is to be {right}")
 
 
 def _model(config: Any, folder: Path) -> Any:
@@ -165,6 +199,7 @@ class Loaded(NamedTuple):
     mesh: Mesh
     step: int
     draw: Any
+    drawer: Any  # changes to the sampling options -> another `draw`
     put: Any
     tokenizer: Part | None
     encode: Any  # images -> tokens, compiled
@@ -200,8 +235,19 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
             config.mesh = type(config.mesh)({"data": -1})
         _change(config.sample.options, changes)
     experiment = build(config, folder, text=run.text)
+    if run.bundled:
+        check_arrays(folder, run.part, experiment.parts, config.data.resolution)
+        for name, digest in run.part_digests.items():
+            if experiment.digests.get(name) != digest:
+                raise UserError(f"the part {name!r} is not the one that the bundle {folder} was made with")
     own = sharding.put(run.part, part_shardings(run.part, experiment.mesh))
-    program = pictures.sampler(experiment.family, experiment.model, config.sample.options)
+
+    def drawer(changes: Mapping[str, Any]) -> Any:
+        options = config.sample.options.copy_and_resolve_references()
+        _change(options, changes)
+        program = pictures.sampler(experiment.family, experiment.model, options)
+        return lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys)
+
     members = getattr(experiment.family, "members", lambda model: ())(run.part.model)
     networks = [run.part.model, *(part.model for part in experiment.parts.values()), *members]
     part = own if hasattr(experiment.family, "embed") else experiment.parts.get("tokenizer")
@@ -210,7 +256,8 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         experiment.text,
         experiment.mesh,
         run.step,
-        lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys),
+        drawer({}),
+        drawer,
         functools.partial(sharding.spread, mesh=experiment.mesh),
         part,
         functools.partial(jax.jit(lambda part, image: part.call("encode", image)), part) if part else None,

@@ -6,8 +6,13 @@ A group's `match` is a path pattern; what it does not set is as in `config.optim
 those that match none form the group "rest". Decay follows `decay_on`, a path pattern: layers are stacked, so rank says
 nothing. It is decoupled, p * (1 - lr * decay) for every kind. The state is packed into nested dicts of arrays, so that
 checkpoints hold no Python classes.
+
+`kind: "muon"` (Jordan 2024) takes the hidden matrices by `MATRICES`, also by path, and leaves the rest to AdamW with
+the group's b1, b2 and eps. Its updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that
+both halves go by one `lr` and one `decay`: those of an AdamW run serve as they are.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +20,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from hybridgen import trees
 from hybridgen.errors import UserError
 
-KINDS = ("adamw", "adafactor")
+KINDS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
+
+MOMENTUM = 0.95  # Muon's own, Nesterov's form
+RMS = 0.2  # of an update of Muon: about that of AdamW's
+
+# path pattern -> (axes in, axes out) of Muon's matrices, counted from the end; what is in neither stacks matrices
+# (layers; queries, keys and values; gate and value). Queries, keys and values are made orthogonal apart: as one matrix
+# the largest of the three would set the scale of all. No entry: AdamW. So are tables, heads and the first and last
+# layer of a network, which are no maps between hidden states, and modulations, which all see one vector of the time
+# and the class: a batch shows few directions of it, and the rest, blown up to the same size, is noise.
+MATRICES: tuple[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
+    (r"attention/(qkv|kv|q)/kernel$", ((-4,), (-3, -1))),  # d h g+2 k
+    (r"attention/out/kernel$", ((-4, -3, -2), (-1,))),  # h g k d
+    (r"mlp/up/kernel$", ((-3,), (-1,))),  # d 1|2 f
+    (r"mlp/down/kernel$", ((-2,), (-1,))),  # f d
+    (r"conv_(\d+|up_\d+|down_\d+)/kernel$", ((-4, -3, -2), (-1,))),  # rows columns c c
+    (r"(text_project|plan_pool|skip|(up|down)_\d+)/kernel$", ((-2,), (-1,))),
+)
 
 
 def build(config: Mapping, steps: int, params: Mapping) -> optax.GradientTransformation:
@@ -102,15 +125,51 @@ def _chain(group: Mapping, steps: int, decay_on: re.Pattern) -> optax.GradientTr
         return jax.tree_util.tree_map_with_path(lambda path, _: bool(decay_on.search(_name(path))), params)
 
     if group["kind"] == "adamw":
-        rule = optax.adamw(rate, group["b1"], group["b2"], group["eps"], weight_decay=group["decay"], mask=decays)
+        rule = _adamw(group, rate, decays)
     elif group["kind"] == "adafactor":
         rule = optax.adafactor(rate)
         if group["decay"]:  # optax's own is not multiplied by the rate: 0.1 would take a tenth of a parameter a step
             rule = optax.chain(rule, optax.add_decayed_weights(lambda count: -group["decay"] * rate(count), decays))
+    elif group["kind"] == "muon":
+        rule = _muon(group, rate, decays)
     else:
         raise UserError(f"optim.kind {group['kind']!r} is not one of {', '.join(KINDS)}")
     clip = [optax.clip_by_global_norm(group["clip"])] if group["clip"] else []
     return optax.chain(*clip, rule)
+
+
+def _adamw(group: Mapping, rate: optax.Schedule, decays: Any) -> optax.GradientTransformation:
+    return optax.adamw(rate, group["b1"], group["b2"], group["eps"], weight_decay=group["decay"], mask=decays)
+
+
+def _muon(group: Mapping, rate: optax.Schedule, decays: Any) -> optax.GradientTransformation:
+    """Not `optax.contrib.muon` but its first half: the other there is Nesterov's Adam, whose decay knows no paths."""
+
+    def axes(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: _matrix(_name(path)), tree)
+
+    def shaped(updates: Any) -> Any:
+        def one(path: tuple, update: jax.Array) -> jax.Array:
+            sides = (math.prod(update.shape[axis] for axis in side) for side in _matrix(_name(path)))
+            return RMS * max(sides) ** 0.5 * update  # an orthogonal matrix m x n has the RMS max(m, n)^-0.5
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if _matrix(_name(path)) else "adamw", params)
+
+    matrices = optax.chain(
+        scale_by_muon(beta=MOMENTUM, weight_dimension_numbers=axes),
+        optax.stateless(lambda updates, _: shaped(updates)),
+        optax.add_decayed_weights(group["decay"], decays),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.multi_transform({"muon": matrices, "adamw": _adamw(group, rate, decays)}, labels)
+
+
+def _matrix(path: str) -> MuonDimensionNumbers | None:
+    """Which axes of a parameter are Muon's matrix; None for what AdamW takes."""
+    return next((MuonDimensionNumbers(*axes) for pattern, axes in MATRICES if re.search(pattern, path)), None)
 
 
 def _name(path: tuple) -> str:

@@ -30,6 +30,17 @@ RANGES = {
     "shift": (0.01, 100.0, float),
 }
 CHOICES = {"solver": tuple(SOLVERS), "guidance_schedule": tuple(guidance.RAMPS), "spacing": ("uniform", "cosine")}
+# what a user calls an option -> where it is in `config.sample.options`
+GIVEN = {
+    "guidance": "prior.guidance",
+    "guidance_schedule": "prior.guidance_schedule",
+    "temperature": "prior.temperature",
+    "top_k": "prior.top_k",
+    "top_p": "prior.top_p",
+    "decoder_guidance": "decoder.guidance",
+    "steps": "decoder.steps",
+    "solver": "decoder.solver",
+}
 
 
 def checked(options: Mapping, path: str = "") -> dict[str, Any]:
@@ -148,21 +159,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises UserError for a count, a batch or a seed out of range."""
-    for name, least in (("count", 1), ("batch", 1), ("seed", 0)):
-        if not least <= getattr(args, name) <= config_lib.MOST:
-            raise UserError(f"--{name} {getattr(args, name)} is not within {least} and {config_lib.MOST}")
+    for name in ("count", "batch", "seed"):
+        check_number(name, getattr(args, name), "--")
+
+
+def check_number(name: str, value: Any, sign: str = "") -> None:
+    """Raises UserError for a "count", "batch" or "seed" that is out of range."""
+    least = 0 if name == "seed" else 1
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= config_lib.MOST:
+        raise UserError(f"{sign}{name} {value} is not within {least} and {config_lib.MOST}")
 
 
 def changes(args: argparse.Namespace) -> dict[str, Any]:
     """What was given, by the name of the option in `config.sample.options`."""
-    names = {
-        "guidance": "prior.guidance",
-        "guidance_schedule": "prior.guidance_schedule",
-        "temperature": "prior.temperature",
-        "top_k": "prior.top_k",
-        "top_p": "prior.top_p",
-        "decoder_guidance": "decoder.guidance",
-        "steps": "decoder.steps",
-        "solver": "decoder.solver",
-    }
-    return {name: getattr(args, given) for given, name in names.items() if getattr(args, given) is not None}
+    return {name: getattr(args, given) for given, name in GIVEN.items() if getattr(args, given) is not None}

@@ -27,8 +27,7 @@ Asked = tuple[str | None, int | None]  # a prompt, a class
 def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
     """Draws `count` pictures of each (prompt, class) asked for into `out`; returns the path of the grid."""
     cond = conditions(loaded, [one for one in asked for _ in range(count)])
-    words = [", ".join(filter(None, (text, label is not None and f"class {label}"))) for text, label in asked]
-    prompts = [text for text in words for _ in range(count)]
+    prompts = [words(one) for one in asked for _ in range(count)]
     batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
     rundir.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
@@ -44,6 +43,12 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     if writes:
         sheet(np.concatenate(kept), prompts, cell=128).save(grid)
     return grid
+
+
+def words(asked: Asked) -> str:
+    """A prompt and a class as a caption."""
+    text, label = asked
+    return ", ".join(filter(None, (text, label is not None and f"class {label}")))
 
 
 def conditions(loaded: Loaded, asked: list[Asked]) -> dict[str, np.ndarray]:

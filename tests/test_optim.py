@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_sharding
 import tiny
 
 from hybridgen import optim, trees
@@ -180,3 +181,99 @@ def test_adafactor_learns_with_a_small_state():
     for _ in range(40):
         params, packed = step(params, packed)
     assert loss(params) < 0.5 * first
+
+
+# ---------------------------------------------------------------- Muon
+
+
+def newton_schulz(matrix):
+    """Five steps of Jordan's quintic iteration on a matrix [m, n], in float64."""
+    x = matrix / (np.linalg.norm(matrix) + 1e-8)
+    x, turned = (x.T, True) if x.shape[0] > x.shape[1] else (x, False)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if turned else x
+
+
+def muon_by_hand(path, gradient):
+    """Update of a kernel of one layer at the first step and rate 1: each of its matrices apart."""
+    name = path.split("/")[-2]
+    moves = {"qkv": (2, 0, 1, 3), "up": (1, 0, 2)}.get(name, range(gradient.ndim))  # what is stacked in front
+    moved = gradient.transpose(*moves)
+    split = {"qkv": 2, "up": 2, "out": 3, "conv_1": 3, "down": 1, "text_project": 1}[name]  # where the axes out begin
+    stack = moved.reshape(-1, *moved.shape[1:]) if name in ("qkv", "up") else moved[None]
+    ins = int(np.prod(stack.shape[1 : split + (name not in ("qkv", "up"))]))
+    done = [newton_schulz(matrix.reshape(ins, -1)) for matrix in stack]
+    done = [-0.2 * max(one.shape) ** 0.5 * one for one in done]
+    back = np.stack([one.reshape(stack.shape[1:]) for one in done]).reshape(moved.shape)
+    return back.transpose(*np.argsort(list(moves)))
+
+
+BLOCK = {
+    "attention/qkv/kernel": (12, 2, 4, 3),  # two queries a key head
+    "attention/out/kernel": (2, 2, 3, 12),
+    "mlp/up/kernel": (12, 2, 20),
+    "mlp/down/kernel": (20, 12),
+    "attention_norm/scale": (12,),
+    "attention/qkv/bias": (2, 4, 3),
+    "modulation/kernel": (12, 6, 12),
+}
+ALONE = {
+    "text_project/kernel": (12, 8),
+    "conv_1/kernel": (3, 3, 4, 6),
+    "head/kernel": (12, 16),
+    "tokens/table": (16, 12),
+}
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_muon_takes_each_matrix_of_each_layer_apart(layers):
+    """Stacked over layers or not, what stands before and behind the stack: the same as by hand, and AdamW elsewhere."""
+    front = (layers,) if layers else ()
+    shapes = {f"blocks/layers/{path}": (*front, *shape) for path, shape in BLOCK.items()} | ALONE
+    params = trees.unflatten({path: jnp.ones(shape) for path, shape in shapes.items()})
+    grads = gradients(params, 0)
+    updates, rest = ({}, {})
+    for kind, out in (("muon", updates), ("adamw", rest)):
+        rule = optim.build(ADAM | {"kind": kind, "lr": 1.0}, 10, params)
+        out |= trees.flatten(jax.jit(rule.update)(grads, rule.init(params), params)[0])
+    muon = {path for path in shapes if not np.array_equal(updates[path], rest[path])}
+    hidden = {f"blocks/layers/{path}" for path in BLOCK if path.endswith("kernel") and "modulation" not in path}
+    assert muon == hidden | {"text_project/kernel", "conv_1/kernel"}
+    for path in muon:
+        gradient = np.asarray(trees.flatten(grads)[path], np.float64)
+        stacked = layers and path in hidden
+        want = [muon_by_hand(path, one) for one in (gradient if stacked else [gradient])]
+        got = updates[path] if stacked else updates[path][None]
+        np.testing.assert_allclose(got, np.stack(want), atol=2e-4)
+
+
+def test_an_update_of_muon_is_as_large_as_one_of_adam():
+    """Root mean square 0.2 lr, whatever the shape: what a run's `lr` was found for holds for both."""
+    params = {"mlp": {"up": {"kernel": jnp.ones((2, 64, 2, 96))}, "down": {"kernel": jnp.ones((2, 96, 64))}}}
+    for leaf in jax.tree.leaves(updates_of(ADAM | {"kind": "muon", "lr": 0.5}, params, 1)[0]):
+        assert 0.7 < float(jnp.sqrt(jnp.mean(jnp.square(leaf)))) / (0.5 * optim.RMS) < 1.2
+
+
+def test_muon_in_a_group_of_its_own():
+    """Matrices of one subtree by Muon, another subtree by AdamW, each as if alone; and the state packs and unpacks."""
+    params = {name: {"mlp": {"down": {"kernel": jnp.ones((6, 4))}}, "scale": jnp.ones(4)} for name in ("x", "y")}
+    both = updates_of(ADAM | {"groups": {"own": {"match": "^y/", "kind": "muon", "decay": 0.1}}}, params)
+    for name, config in (("x", ADAM), ("y", ADAM | {"kind": "muon", "decay": 0.1})):
+        rule = optim.build(config, 10, {name: params[name]})
+        opt = rule.init({name: params[name]})
+        for i, got in enumerate(both):
+            updates, opt = rule.update({name: gradients(params, i)[name]}, opt, {name: params[name]})
+            assert tiny.same(updates[name], got[name])
+
+
+@pytest.mark.slow
+def test_muon_on_a_mesh():
+    """Momenta are cut as their kernels, and the products of the iteration run over several devices: the same steps."""
+    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
+        found = test_sharding.on("prior", dtype, 8, test_sharding.ONE, {"fsdp": 2, "tensor": 2}, optim__kind="muon")
+        test_sharding.check(found, tolerance, tolerance)
+        momenta = {path: share for path, share in test_sharding.cut(found[1], "opt/").items() if "/muon/" in path}
+        kernels = [share for path, share in momenta.items() if path.endswith("kernel")]
+        assert len(kernels) == 9 and max(kernels) <= 0.5

@@ -1,0 +1,128 @@
+"""The Python API: `hybridgen.load(path)` and `model.sample(prompts, seed=...)`. The command `sample` does the same.
+
+    model = hybridgen.load("runs/shapes/cascade")                 # a run folder or a bundle
+    images = model.sample("a small red circle", count=4, seed=1, guidance=3.0, steps=8)
+    images[0].save("circle.png")                                   # a PIL picture; also: for image in images
+    images.array, images.draft, images.tokens, images.prompts      # numpy
+    images.sheet().save("grid.png")                                # with captions
+
+Picture i of a seed is the same whatever is drawn with it, and the same that `hybridgen sample` writes as i.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from hybridgen import pictures, sharding
+from hybridgen.data import transforms
+from hybridgen.errors import UserError
+from hybridgen.evals import sheet
+from hybridgen.experiment import Loaded, find_run, restore
+from hybridgen.sample import conditions, words
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Pictures in the order of their prompts, each prompt `count` times; `samples[i]` is picture i as a PIL image.
+
+    array: uint8 [n, H, W, 3]; draft: the tokenizer's picture of the plan, as `array`, or None where there is none;
+    tokens: int32 [n, N] the plan, or None; prompts: n texts ("class 3" for a class).
+    """
+
+    array: np.ndarray
+    draft: np.ndarray | None
+    tokens: np.ndarray | None
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.array[index])
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return map(Image.fromarray, self.array)
+
+    def sheet(self, cell: int = 128) -> Image.Image:
+        """All pictures with their prompts on one, `cell` pixels each."""
+        return sheet.sheet(self.array, list(self.prompts), cell=cell)
+
+
+class Model:
+    """A run or bundle that draws. `config`: its config; `step`: the training step of its parameters."""
+
+    def __init__(self, loaded: Loaded):
+        self._loaded = loaded
+        self._drawer = functools.lru_cache(maxsize=4)(lambda changes: loaded.drawer(dict(changes)))  # programs
+
+    @property
+    def config(self) -> Any:
+        return self._loaded.config
+
+    @property
+    def step(self) -> int:
+        return self._loaded.step
+
+    def sample(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        labels: int | Sequence[int] | None = None,
+        seed: int = 0,
+        count: int = 1,
+        batch: int = 16,
+        **options: Any,
+    ) -> Samples:
+        """Draws `count` pictures a prompt, at most `batch` at a time.
+
+        Class-conditional models take `labels`, one a prompt where they read text too. `options`, otherwise as the
+        model's config has them: guidance, guidance_schedule, temperature, top_k, top_p (of the prior),
+        decoder_guidance, steps, solver (of the decoder). The first call with a set of options compiles.
+
+        Raises UserError for a prompt, label or option that this model does not take.
+        """
+        asked = _asked(prompts, labels)
+        for name, value in (("count", count), ("batch", batch), ("seed", seed)):
+            pictures.check_number(name, value)
+        loaded, draw = self._loaded, self._drawn_by(options)
+        repeated = [one for one in asked for _ in range(count)]
+        cond = conditions(loaded, repeated)
+        batch = sharding.padded(loaded.mesh, min(batch, len(repeated)))
+        with jax.set_mesh(loaded.mesh):
+            pieces = list(pictures.draw_all(draw, cond, seed, batch, loaded.put))
+        out = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        draft = transforms.to_uint8(out["draft"]) if "draft" in out else None
+        return Samples(transforms.to_uint8(out["image"]), draft, out.get("tokens"), tuple(map(words, repeated)))
+
+    def _drawn_by(self, options: dict[str, Any]) -> Callable:
+        """The program with these options. Raises UserError for one that there is not."""
+        if odd := sorted(options.keys() - pictures.GIVEN.keys()):
+            raise UserError(f"unknown option {odd[0]!r}; known are {', '.join(pictures.GIVEN)}")
+        changes = {pictures.GIVEN[name]: value for name, value in options.items() if value is not None}
+        try:
+            return self._drawer(tuple(sorted(changes.items()))) if changes else self._loaded.draw
+        except TypeError:  # a value that cannot be hashed is no number and no name
+            raise UserError(f"options are numbers and names, not {options}") from None
+
+
+def load(path: str | os.PathLike, checkpoint: int | None = None) -> Model:
+    """As `hybridgen.load`."""
+    return Model(restore(find_run(os.fspath(path), None), {}, checkpoint))
+
+
+def _asked(prompts: Any, labels: Any) -> list[tuple[str | None, int | None]]:
+    """(prompt, class) a picture, of one or of several."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    classes = [labels] if isinstance(labels, int) else labels
+    texts, classes = (None if given is None else list(given) for given in (texts, classes))
+    if not texts and not classes:
+        raise UserError("nothing to draw: give a prompt or several, or labels=")
+    if texts and classes and len(texts) != len(classes):
+        raise UserError(f"{len(texts)} prompts and {len(classes)} labels: one label a prompt")
+    return list(zip(texts or [None] * len(classes), classes or [None] * len(texts), strict=True))
