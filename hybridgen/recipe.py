@@ -7,13 +7,16 @@ A recipe is a config with `order`, the names of its stages, and `stages`, their 
 and contact sheets.
 """
 
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from hybridgen import config as config_lib
-from hybridgen import distributed, evaluate, rundir, train
+from hybridgen import distributed, evaluate, resume, rundir, train
 from hybridgen.cli import command, make_parser
+from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import find_run, restore
 
@@ -21,6 +24,7 @@ from hybridgen.experiment import find_run, restore
 def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
     """Runs the stages in `folder`. False if a signal stopped one."""
     check(config)
+    check_stages(config)
     rundir.make(folder)
     started = time.monotonic()
     for number, name in enumerate(config.order, 1):
@@ -46,6 +50,20 @@ def check(config: Any) -> None:
             raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")
 
 
+def check_stages(config: Any) -> None:
+    """Raises UserError, before the first stage is trained, for what a later one would stumble over."""
+    for name in config.order:
+        stage = config.stages[name]
+        try:
+            if "family" in stage:
+                resume.checked(stage)
+            elif measured := config.stages.get(Path(stage.get("evaluate", "")).name):
+                for split in stage.splits:
+                    sources.build(measured.data, split)
+        except UserError as error:
+            raise UserError(f"stage {name!r}: {error}") from None
+
+
 def measure(stage: Any, place: Path) -> None:
     """Evaluates the run that `stage.evaluate` names, and says where report and pictures are."""
     loaded = restore(find_run(stage.evaluate, place), {})
@@ -65,7 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = config_lib.parse(parser, argv)
     config = config_lib.load(args.config, overrides)
     distributed.start(args)
-    done = run(config, args.workdir, tuple(filter(None, args.allow.split(","))))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # training has a handler of its own
+    try:
+        done = run(config, args.workdir, tuple(filter(None, args.allow.split(","))))
+    except KeyboardInterrupt:
+        print("the same command goes on from what is saved", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0 if done else 130
 
 
