@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import files_of, flip_200
 from fault_cases import ends, final, log_of, logged, newest, start, steps_of, wait_for, words
+from test_launch import SRUN, stub
 from test_sharding import QUICK, check
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +184,21 @@ def test_a_killed_peer_restarts_all(whole, cache, tmp_path):
         supervisor.terminate()
         supervisor.communicate()
     assert "restart 1 of 10" in err and "restart 2" not in err and "steps 25 to 90" in out
+    assert log_of(tmp_path / "run") == log_of(whole) and final(tmp_path / "run", STEPS) == final(whole, STEPS)
+
+
+@pytest.mark.slow
+def test_slurm_trains_with_a_process_a_node(whole, cache, tmp_path):
+    """The batch script and the trainer itself; `srun` starts both processes here."""
+    job = int(free_address().rpartition(":")[2]) % 10000  # its port is of its number
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
+        stub(tmp_path / "bin", name, text)
+    settings = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "x", "SLURM_NTASKS": "2"}
+    settings |= {"SLURM_STEP_NODELIST": "x", "SLURM_LOCALID": "0", "RECORD": str(tmp_path / "record")}
+    settings |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    line = ["bash", ROOT / "launch" / "slurm.sbatch", "--config", words(STEPS, EVERY), "--workdir", tmp_path / "run"]
+    done = subprocess.run(line, env=cache | settings, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert log_of(tmp_path / "run") == log_of(whole) and final(tmp_path / "run", STEPS) == final(whole, STEPS)
 
 
