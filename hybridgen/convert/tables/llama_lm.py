@@ -1,5 +1,7 @@
 """Llama, versions 1 to 3.2, and what has its shape: class `LlamaForCausalLM` of transformers.
 
+A head that is tied to the table of tokens is the same tensor: a copy of it in the file is not read.
+
 Rotary frequencies are told by `rope_parameters`, in older configs by `rope_theta` and `rope_scaling`.
 """
 
@@ -61,7 +63,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         }
     dropped = (r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq",)
     dropped += (r"lm_head\.weight",) if model["tied"] else ()
-    return Plan("text.lm", model, _rules(), {"text": (length,)}, dropped)
+    return Plan("text.lm", model, _rules(model["tied"]), {"text": (length,)}, dropped)
 
 
 def _rotary(options: Options, length: int) -> tuple[float, dict[str, Any]]:
@@ -89,12 +91,12 @@ def _rotary(options: Options, length: int) -> tuple[float, dict[str, Any]]:
     return base, scaling
 
 
-def _rules() -> tuple[Rule, ...]:
+def _rules(tied: bool) -> tuple[Rule, ...]:
     layer, ours = "model.layers.{i}", "params/blocks/layers"
     rules = [
         Rule("model.embed_tokens.weight", "params/tokens/table"),
         Rule("model.norm.weight", "params/norm/scale"),
-        Rule("lm_head.weight", "params/head/kernel", matrix),
+        *(() if tied else (Rule("lm_head.weight", "params/head/kernel", matrix),)),
         Rule(f"{layer}.input_layernorm.weight", f"{ours}/attention_norm/scale", stack="i"),
         Rule(f"{layer}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale", stack="i"),
         Rule(f"{layer}.self_attn.o_proj.weight", f"{ours}/attention/out/kernel", heads, stack="i"),

@@ -50,8 +50,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
             "buckets": buckets,
             "farthest": farthest,
         }
-        options.skip("num_decoder_layers", "dropout_rate", "classifier_dropout", "scale_decoder_outputs", "eos_token_id")
-        options.skip("tie_word_embeddings", "n_positions", "output_past")
+        options.skip("num_decoder_layers", "dropout_rate", "classifier_dropout", "scale_decoder_outputs")
+        options.skip("eos_token_id", "tie_word_embeddings", "n_positions", "output_past")
     table = COPY if COPY in shapes and "shared.weight" not in shapes else "shared.weight"
     dropped = OTHERS if table == COPY else (*OTHERS, COPY.replace(".", r"\."))
     return Plan("text.t5", model, _rules(table, gated), {"text": (LONGEST,)}, dropped)
