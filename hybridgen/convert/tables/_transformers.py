@@ -55,4 +55,3 @@ def optional(options: Options, key: str, default: int | None) -> int | None:
 def branches(x: np.ndarray) -> tuple[Part, ...]:
     """Kernel `[d, branches, f]` of a feed-forward layer -> weights `[f, d]`; bias `[branches, f]` -> `[f]` each."""
     return tuple(Part(part.T, part.T.shape) for part in np.moveaxis(x, -2, 0))
-

@@ -1,6 +1,6 @@
 """Llama, versions 1 to 3.2, and what has its shape: class `LlamaForCausalLM` of transformers.
 
-A head that is tied to the table of tokens is the same tensor: a copy of it in the file is not read.
+A head that is tied to the table of tokens is the same tensor, in some files twice.
 
 Rotary frequencies are told by `rope_parameters`, in older configs by `rope_theta` and `rope_scaling`.
 """
@@ -31,11 +31,11 @@ ABOUT = About(
         | {"intermediate_size": 8192, "rope_parameters": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True},
     },
 )
+HEAD = "lm_head.weight"
 
 
 def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     """See tables/__init__.py."""
-    del shapes
     with Options(config) as options:
         _transformers.common(options, "llama")
         options.skip("eos_token_id", "pretraining_tp")
@@ -62,8 +62,10 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
             "tied": options.flag("tie_word_embeddings", False),
         }
     dropped = (r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq",)
-    dropped += (r"lm_head\.weight",) if model["tied"] else ()
-    return Plan("text.lm", model, _rules(model["tied"]), {"text": (length,)}, dropped)
+    copies = tuple({HEAD} & set(shapes)) if model["tied"] else ()
+    rules = (Rule("model.embed_tokens.weight", "params/tokens/table", copies=copies), *_rules())
+    rules += () if model["tied"] else (Rule(HEAD, "params/head/kernel", matrix),)
+    return Plan("text.lm", model, rules, {"text": (length,)}, dropped)
 
 
 def _rotary(options: Options, length: int) -> tuple[float, dict[str, Any]]:
@@ -91,12 +93,10 @@ def _rotary(options: Options, length: int) -> tuple[float, dict[str, Any]]:
     return base, scaling
 
 
-def _rules(tied: bool) -> tuple[Rule, ...]:
+def _rules() -> tuple[Rule, ...]:
     layer, ours = "model.layers.{i}", "params/blocks/layers"
     rules = [
-        Rule("model.embed_tokens.weight", "params/tokens/table"),
         Rule("model.norm.weight", "params/norm/scale"),
-        *(() if tied else (Rule("lm_head.weight", "params/head/kernel", matrix),)),
         Rule(f"{layer}.input_layernorm.weight", f"{ours}/attention_norm/scale", stack="i"),
         Rule(f"{layer}.post_attention_layernorm.weight", f"{ours}/mlp_norm/scale", stack="i"),
         Rule(f"{layer}.self_attn.o_proj.weight", f"{ours}/attention/out/kernel", heads, stack="i"),

@@ -1,7 +1,6 @@
 """The encoder of T5, T5 1.1 and Flan-T5: class `T5EncoderModel` of transformers, or that half of a whole T5.
 
-The table of words stands in a file as `shared`, as `encoder.embed_tokens`, or twice. It is one tensor: of two, `shared`
-is read, and written on the way back.
+The table of words stands in a file as `shared`, as `encoder.embed_tokens`, or, being one tensor, as both.
 """
 
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ ABOUT = About(
         "Flan-T5-XL": PUBLISHED | {"d_model": 2048, "d_ff": 5120, "num_heads": 32},
     },
 )
-COPY = "encoder.embed_tokens.weight"
+TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 OTHERS = (r"decoder\..+", r"lm_head\.weight")
 LONGEST = 512  # texts were cut there in training; the encoder itself has no bound
 
@@ -52,9 +51,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         }
         options.skip("num_decoder_layers", "dropout_rate", "classifier_dropout", "scale_decoder_outputs")
         options.skip("eos_token_id", "tie_word_embeddings", "n_positions", "output_past")
-    table = COPY if COPY in shapes and "shared.weight" not in shapes else "shared.weight"
-    dropped = OTHERS if table == COPY else (*OTHERS, COPY.replace(".", r"\."))
-    return Plan("text.t5", model, _rules(table, gated), {"text": (LONGEST,)}, dropped)
+    names = [name for name in TABLE if name in shapes] or TABLE[:1]
+    return Plan("text.t5", model, _rules(tuple(names), gated), {"text": (LONGEST,)}, OTHERS)
 
 
 def _feed_forward(options: Options) -> tuple[bool, str]:
@@ -67,12 +65,12 @@ def _feed_forward(options: Options) -> tuple[bool, str]:
     return bool(gated), _transformers.ACTIVATIONS[name][bool(gated)]
 
 
-def _rules(table: str, gated: bool) -> tuple[Rule, ...]:
+def _rules(table: tuple[str, ...], gated: bool) -> tuple[Rule, ...]:
     attention, forward = (f"encoder.block.{{i}}.layer.{part}" for part in ("0", "1"))
     ours = "params/blocks/layers"
     up = ("wi_0", "wi_1") if gated else ("wi",)
     return (
-        Rule(table, "params/words/table"),
+        Rule(table[0], "params/words/table", copies=table[1:]),
         Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "params/relative"),
         Rule(
             tuple(f"{attention}.SelfAttention.{part}.weight" for part in "qkv"),

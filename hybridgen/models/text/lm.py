@@ -209,9 +209,7 @@ def step(
     return model.apply({"params": params}, cache, chunk, seen, method="step")
 
 
-def plan(
-    model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict
-) -> tuple[jax.Array, jax.Array]:
+def plan(model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict) -> tuple[jax.Array, jax.Array]:
     """Draws `options["steps"]` tokens (or the model's length) behind the prompt, with their log-probabilities.
 
     options: also "temperature", "top_k", "top_p".
