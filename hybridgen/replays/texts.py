@@ -24,10 +24,12 @@ class Texts:
     def __init__(self, case: Case):
         self.case, (_, part) = case, case.imported
         self.model, self.params = part.model, part.params
+        self.known: dict[Any, Any] = {}
 
     def apply(self, method: str, *args: Any, params: Any = None, **options: Any) -> jax.Array:
-        """A method of the model, compiled; of other parameters if some are given."""
+        """A method of the model, compiled once; of other parameters if some are given."""
         run = jax.jit(lambda params, *args: self.model.apply({"params": params}, *args, method=method, **options))
+        run = self.known.setdefault((method, *options.items()), run)
         return run(self.params if params is None else params, *args)
 
     def ids(self, vocab: int, name: str = "in_ids") -> np.ndarray:
