@@ -89,7 +89,10 @@ def parts_of(views: Views, x: np.ndarray) -> list[Part]:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a table; see the file's head. `dtype`: official, where it is not ours."""
+    """One line of a table; see the file's head. `dtype`: official, where it is not ours.
+
+    `copies`: names under which a file has the same tensor again (tied embeddings), of a rule without fields.
+    """
 
     official: str | tuple[str, ...]
     ours: str
@@ -97,6 +100,7 @@ class Rule:
     stack: str = ""
     flip: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dtype: str = ""
+    copies: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -166,6 +170,9 @@ def load(tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str,
         for index, name in names.items():
             view = _part(rule, arrays[path], index).view
             view[...] = np.asarray(tensors[name]).reshape(view.shape)
+        for copy in filter(tensors.__contains__, rule.copies):
+            if not np.array_equal(view, np.asarray(tensors[copy])):
+                raise UserError(f"the tensors {name!r} and {copy!r} are one in this model, and differ")
     return arrays
 
 
@@ -176,7 +183,10 @@ Places = dict[str, tuple[Rule, dict[Index, str]]]
 def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[str, ...], shapes: Mapping) -> Places:
     """Which tensors make which of our arrays: all of those in `shapes`."""
     places: Places = {}
+    copies = {copy for rule in rules for copy in rule.copies}
     for name in tensors:
+        if name in copies:
+            continue
         found = [(rule, read) for rule in rules if (read := rule.read(name))]
         if not found and any(re.fullmatch(pattern, name) for pattern in dropped):
             continue
@@ -267,4 +277,5 @@ def export(arrays: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[str,
                 if name in out:
                     raise ValueError(f"the table gives {name!r} twice")
                 out[name] = Lazy(part.view, part.shape, np.dtype(rule.dtype or slab.dtype))
+            out |= dict.fromkeys(rule.copies, out[name]) if rule.copies else {}
     return out

@@ -45,6 +45,7 @@ class Block(nn.Module):
     mlp_norm_eps: float = 0.0  # of the norm before the feed-forward; 0: as norm_eps
     qk_norm: bool = False
     bias: bool = False
+    mlp_bias: bool | None = None  # None: as bias
     scale: float = 0.0  # of the attention scores; 0: head_width ** -0.5
     dropout: float = 0.0
     modulated: bool = False
@@ -95,7 +96,8 @@ class Block(nn.Module):
             y = Norm(self.norm, self.norm_eps, name="cross_norm")(x)
             x = x + Attention(name="cross_attention", **attention)(y, Mask(valid=valid), context=features)[0]
         y = modulate(norm("mlp_norm", self.mlp_norm_eps)(x), shift_m, scale_m)
-        y = MLP(self.hidden, self.mlp, self.bias, self.dtype, self.out_scale, name="mlp")(y)
+        bias = self.bias if self.mlp_bias is None else self.mlp_bias
+        y = MLP(self.hidden, self.mlp, bias, self.dtype, self.out_scale, name="mlp")(y)
         y = dropped(y, keys, "mlp", layer, self.dropout)
         x = x + (y if gate_m is None else gate_m * y)
         return shard(x, "batch", None, None), cache

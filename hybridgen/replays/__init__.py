@@ -35,6 +35,9 @@ SYSTEMS = {
     "sched_dpmsolver": "sigmas",
     "sched_euler": "sigmas",
     "sched_flowmatch": "schedulers",
+    "clip_text": "texts",
+    "t5_encoder": "texts",
+    "llama_lm": "texts",
 }
 
 
