@@ -108,6 +108,39 @@ def spaced_by_solver(spacing: str, n: int, steps: int, last: int, offset: int = 
     raise UserError(f"timestep spacing {spacing!r} is none of linspace, leading, trailing")
 
 
+def respaced(text: str, steps: int) -> np.ndarray:
+    """Timesteps that are kept of T, ascending, as DiT and iDDPM write it.
+
+    "250": so many, evenly from the first to the last; "10,15": so many of each equal section; "ddim25": so many at a
+    whole stride from the first on. Raises UserError for what cannot be kept.
+    """
+    if text.startswith("ddim"):
+        n = _counts(text.removeprefix("ddim"), text)[0] if "," not in text else 0
+        for stride in range(1, steps):
+            if len(range(0, steps, stride)) == n:
+                return np.arange(0, steps, stride)
+        raise UserError(f"respacing {text!r}: no whole stride leaves {n} of {steps} timesteps")
+    counts, kept, start = _counts(text, text), [], 0
+    for number, n in enumerate(counts):
+        size = steps // len(counts) + (number < steps % len(counts))
+        if n > size:
+            raise UserError(f"respacing {text!r}: {n} timesteps of a section of {size}")
+        stride, place = (size - 1) / (n - 1) if n > 1 else 1, 0.0
+        for _ in range(n):
+            kept.append(start + round(place))
+            place += stride  # summed, as official code does: rounding may decide
+        start += size
+    return np.unique(kept)
+
+
+def _counts(text: str, whole: str) -> list[int]:
+    """Whole numbers between commas."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() and len(part) < 9 and int(part) for part in parts):
+        raise UserError(f"respacing {whole!r} is not like '250', '10,10' or 'ddim25'")
+    return [int(part) for part in parts]
+
+
 def clipped(bar: np.ndarray, least: float) -> int:
     """How many timesteps, from clean on, have at least `least` for half their log-SNR."""
     half = np.log(np.sqrt(bar)) - np.log(np.sqrt(1 - bar))
