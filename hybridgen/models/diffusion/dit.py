@@ -62,7 +62,7 @@ class DiT(nn.Module):
     rotary: bool = True
     time_shift: float = 0.0  # of the frequencies that t is told in, see nn.timestep
     own_embedders: bool = False  # every block has its own of time and label (diffusers repeats them)
-    outputs: int = 0  # channels of what it says; twice `channels`: shares of variance behind the prediction; 0: channels
+    outputs: int = 0  # channels of what it says; twice `channels`: variances behind the prediction; 0: `channels`
     timesteps: int = 0  # of a discrete process; 0: times are continuous
     variance: str = "large"  # of ancestral steps along timesteps, where it is not said: "large" (beta) or "small"
     kind: str = "x"
