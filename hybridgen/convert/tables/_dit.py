@@ -3,6 +3,8 @@
 Letters: d width, p patch, c channels, f hidden, h heads, k head width.
 """
 
+from typing import Any
+
 import numpy as np
 
 from hybridgen.convert.rules import Part, Rule, Views, heads, matrix, same
@@ -10,6 +12,12 @@ from hybridgen.convert.rules import Part, Rule, Views, heads, matrix, same
 # the published DiT in terms of ours: LayerNorm without affine, biases, no rotation, discrete timesteps of DDPM
 MODEL = {"plan_width": 0, "draft": False, "rotary": False, "kind": "eps", "loss_kind": "eps"}
 BLOCK = {"norm": "layer", "norm_eps": 1e-6, "bias": True}
+
+
+def sampling(guided: bool, channels: int) -> dict[str, Any]:
+    """Options of drawing; `channels` of the latent are guided, 0: all."""
+    draw = {"solver": "ddpm", "steps": 250, "guidance": 4.0 if guided else 1.0, "guidance_channels": channels}
+    return {"decoder": draw}
 
 
 def patches(p: int) -> Views:

@@ -51,7 +51,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         model |= {"classes": options.count("num_embeds_ada_norm", 1000), "position": "columns", "time_shift": 1.0}
         model |= {"own_embedders": True, "timesteps": 1000, "schedule": "linear", "variance": "small"}
     rules = rules_of(patch, biased, affine, gate="glu" in mlp)
-    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)})
+    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)}, sample=_dit.sampling(True, 0))
 
 
 def rules_of(patch: int, biased: bool, affine: bool, gate: bool) -> tuple[Rule, ...]:

@@ -1,7 +1,8 @@
 """DiT (Peebles & Xie 2022): class `DiT` of facebookresearch/DiT models.py, as in the files DiT-XL-2-*.pt.
 
 The config has the arguments of the class and, under `diffusion`, those of `create_diffusion`; what is missing stands at
-its default there. Guidance of three of the latent's channels, 250 steps and scale 4 are those of the official script.
+its default there. Sampling is that of the official script: 250 ancestral steps, guidance of three of the latent's
+channels at scale 4.
 """
 
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         *_dit.linear("final_layer.adaLN_modulation.1", "modulation", _dit.rows, _dit.rows),
         *_dit.linear("final_layer.linear", "pixels"),
     )
-    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)})
+    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)}, sample=_dit.sampling(drop > 0, 3))
 
 
 def process(config: Any, learned: bool) -> dict[str, Any]:
