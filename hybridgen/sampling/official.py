@@ -12,6 +12,7 @@ Letters: n steps, T training timesteps.
 """
 
 import math
+import re
 
 import numpy as np
 from scipy import stats
@@ -114,13 +115,15 @@ def respaced(text: str, steps: int) -> np.ndarray:
     "250": so many, evenly from the first to the last; "10,15": so many of each equal section; "ddim25": so many at a
     whole stride from the first on. Raises UserError for what cannot be kept.
     """
-    if text.startswith("ddim"):
-        n = _counts(text.removeprefix("ddim"), text)[0] if "," not in text else 0
+    read = re.fullmatch(r"ddim([0-9]{1,8})|[0-9]{1,8}(,[0-9]{1,8})*", text)
+    if not read:
+        raise UserError(f"respacing {text!r} is not like '250', '10,10' or 'ddim25'")
+    if read[1]:
         for stride in range(1, steps):
-            if len(range(0, steps, stride)) == n:
+            if len(range(0, steps, stride)) == int(read[1]):
                 return np.arange(0, steps, stride)
-        raise UserError(f"respacing {text!r}: no whole stride leaves {n} of {steps} timesteps")
-    counts, kept, start = _counts(text, text), [], 0
+        raise UserError(f"respacing {text!r}: no whole stride leaves {read[1]} of {steps} timesteps")
+    counts, kept, start = [int(part) for part in text.split(",")], [], 0
     for number, n in enumerate(counts):
         size = steps // len(counts) + (number < steps % len(counts))
         if n > size:
@@ -130,15 +133,9 @@ def respaced(text: str, steps: int) -> np.ndarray:
             kept.append(start + round(place))
             place += stride  # summed, as official code does: rounding may decide
         start += size
+    if not kept:
+        raise UserError(f"respacing {text!r} keeps no timestep")
     return np.unique(kept)
-
-
-def _counts(text: str, whole: str) -> list[int]:
-    """Whole numbers between commas."""
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdecimal() and len(part) < 9 and int(part) for part in parts):
-        raise UserError(f"respacing {whole!r} is not like '250', '10,10' or 'ddim25'")
-    return [int(part) for part in parts]
 
 
 def clipped(bar: np.ndarray, least: float) -> int:
