@@ -175,8 +175,9 @@ def test_parameters_are_as_many_as_in_the_paper():
 
 def test_the_configs_are_the_presets():
     """A trained run has the shapes of the published file, but for the positions, which are fixed without being kept."""
-    for name in ("S-4", "XL-2-512"):
-        config = config_lib.load(f"{ROOT}/configs/diffusion/dit_official.py:{name}")
+    for variant, name in (("s", "S-4"), ("xl_512", "XL-2-512")):
+        patch = [f"model.patch={name[name.index('-') + 1]}"]
+        config = config_lib.load(f"{ROOT}/configs/diffusion/dit_official.py:{variant}", patch)
         model = dit.build(config_lib.resolve(config.model, {}))
         ours = trees.flatten(jax.eval_shape(lambda key, m=model: dit.init(m, key, {}, {}), jax.random.key(0)))
         known = tables.find("dit_official")
@@ -269,6 +270,11 @@ def test_renders_keep_timesteps_and_leave_the_variance_alone():
         assert [row[0] for row in seen] == kept[::-1] and np.abs(out).max() < 50
     with pytest.raises(UserError, match="neither shift nor spacing"):
         process.render(model, network, given, keys, (4, 4, 3), {"shift": 3.0, "steps": 2})
+
+
+def test_variances_need_timesteps():
+    with pytest.raises(UserError, match="model.outputs is 6 and model.channels 3: variances are said along discrete"):
+        small(timesteps=0)
 
 
 def test_labels_that_are_never_dropped_have_no_null():

@@ -23,6 +23,8 @@ class Network:
     def __init__(self, case: Case):
         self.case, (_, part) = case, case.imported
         self.model, self.params = part.model, part.params
+        if case.has("in_cfg_scale"):
+            case.takes("in_cfg_scale")  # recorded also of a network without a null class, which nothing guides
         self.run = jax.jit(lambda params, x, t, y: self.model.apply({"params": params}, x, t, {"label": y}))
 
     def __call__(self, x: Any, t: Any, y: Any) -> jax.Array:

@@ -9,8 +9,8 @@ tokens are corrupted and dropped at random, so that it forgives a prior's mistak
 cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask" (with "features" b l d, if they are known already),
 "label", and "drop_plan", "drop_text", "drop_label" b bool.
 
-With `timesteps` it is the published DiT, once the blocks and the positions are set as there: a network of discrete
-timesteps that may say the variance of its steps too, see variance.py.
+With `timesteps` it is the network of a discrete process, told whole timesteps, that may say the variance of its steps
+too (variance.py): with blocks and positions set as there, the published DiT.
 
 Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, d width.
 """
@@ -197,7 +197,11 @@ class DiT(nn.Module):
 
 
 def build(config: Any) -> DiT:
-    return DiT(**config)
+    model = DiT(**config)
+    if model.outputs not in (0, model.channels) and (model.draft or not model.timesteps):
+        sizes = f"model.outputs is {model.outputs} and model.channels {model.channels}"
+        raise UserError(f"{sizes}: variances are said along discrete timesteps (model.timesteps) and without a draft")
+    return model
 
 
 def init(model: DiT, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:
