@@ -23,6 +23,7 @@ from hybridgen.sampling.solvers import SOLVERS
 # option: (lowest, highest, type)
 RANGES = {
     "guidance": (0.0, 100.0, float),
+    "guidance_channels": (0, 1_000_000, int),
     "temperature": (0.0, 100.0, float),
     "top_k": (0, 1_000_000, int),
     "top_p": (1e-6, 1.0, float),
@@ -48,10 +49,12 @@ def checked(options: Mapping, path: str = "") -> dict[str, Any]:
             if value not in CHOICES[name]:
                 raise UserError(f"{where} {value!r} is not one of {', '.join(CHOICES[name])}")
             out[name] = value
+        elif name == "respacing" and isinstance(value, str):  # how many timesteps there are, the model knows
+            out[name] = value
         elif hasattr(value, "items"):
             out[name] = checked(value, f"{where}.")
         else:
-            raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES))}")
+            raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES, 'respacing'))}")
     ramp = functools.partial(guidance.schedule, out.pop("guidance_schedule", "constant"))
     scale = out.get("guidance", 1.0)
     if "guidance" in out:

@@ -163,6 +163,7 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     qk_norm: bool = False
     bias: bool = False
+    qkv_bias: bool = True  # with `bias`, queries, keys and values have one too
     scale: float = 0.0  # of the scores; 0: head_width ** -0.5
     dtype: str = "float32"
     out_scale: float = 1.0
@@ -183,7 +184,7 @@ class Attention(nn.Module):
         if self.heads % h:
             raise UserError(f"{self.heads} query heads do not divide over {h} key heads")
         g, width = self.heads // h, self.head_width
-        options = {"bias": self.bias, "dtype": self.dtype}
+        options = {"bias": self.bias and self.qkv_bias, "dtype": self.dtype}
         if context is None:
             q, k, v = Linear((h, g + 2, width), parts=(g, 1, 1), name="qkv", **options)(x)
             q, k, v = (shard(part, "batch", None, "heads", None, None) for part in (q, k, v))

@@ -30,6 +30,8 @@ SYSTEMS = {
     "llamagen_vq": "codes",
     "sd_kl_vae": "latents",
     "mar_kl16": "latents",
+    "dit_official": "transformers",
+    "dit": "transformers",
     "sched_ddpm": "schedulers",
     "sched_ddim": "schedulers",
     "sched_dpmsolver": "sigmas",
