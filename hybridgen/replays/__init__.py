@@ -35,6 +35,8 @@ SYSTEMS = {
     "sched_dpmsolver": "sigmas",
     "sched_euler": "sigmas",
     "sched_flowmatch": "schedulers",
+    "llamagen_gpt": "raster",
+    "taming_gpt": "raster",
 }
 
 
