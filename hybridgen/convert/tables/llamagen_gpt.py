@@ -85,7 +85,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         else:
             options.skip("num_classes")
             model |= {"prefixed": "caption", "text_length": options.count("cls_token_num", 1)}
-            model |= {"text_width": options.count("caption_dim", 2048)}
+            model |= {"text_width": options.count("caption_dim", 2048), "own_seen": True}
             # as many rows as official code always makes, also where it reads fewer
             model |= {"null_length": (*shapes.get("cls_embedding.uncond_embedding", ()), 120)[0]}
         options.skip(*TRAINING)

@@ -56,6 +56,7 @@ class Raster(nn.Module):
     cond_length: int = 1  # condition tokens, of prefix "codes"
     null_length: int = 0  # positions of a dropped caption that there are, of which text_length are read; 0: those
     unmasked: int = 0  # positions that see each other in both directions, also those of tokens, as taming's n_unmasked
+    own_seen: bool = False  # padding sees itself (LlamaGen's; of left-padded text nobody reads it)
     positions: str = "plane"  # "image": LlamaGen's, none in the prefix; "learned": a table
     places: int = 0  # rows of that table; 0: as many as there are positions
     rope_base: float = 10_000.0
@@ -162,7 +163,7 @@ class Raster(nn.Module):
 
     def mask(self, valid: jax.Array | None = None) -> Mask:
         square = self.unmasked or (self.prefix if self.prefix_mask else 0)
-        return Mask("prefix" if square else "causal", square, valid)
+        return Mask("prefix" if square else "causal", square, valid, own=self.own_seen)
 
     def entered(self, x: jax.Array, at: jax.Array | int = 0, keys: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """`x [b, t, d]` from position `at` on as it enters the blocks, and its rotary table."""
