@@ -78,7 +78,7 @@ def attend(
     if kernel == "auto":
         kernel = "xla" if special else pick(q, k, mask)
     if special and kernel != "xla":
-        raise UserError(f"attention kernel {kernel!r} knows neither added scores nor a query's own position; take 'xla'")
+        raise UserError(f"attention kernel {kernel!r} knows no added scores and no `own` of a mask; take 'xla'")
     if kernel == "cudnn":
         return _cudnn(q, k, v, mask)
     if kernel in ("splash", "splash interpreted"):

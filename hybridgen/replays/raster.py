@@ -3,6 +3,7 @@
 Letters: b batch, l positions of the condition, c width of text features, n tokens, v vocabulary.
 """
 
+import re
 from functools import cached_property
 
 import jax
@@ -16,16 +17,8 @@ from hybridgen.replays import Case
 from hybridgen.sampling import guidance
 
 # what recordings call features of a caption, and which of their positions mean something
-FEATURES = tuple(f"{start}{name}" for start in ("", "in_") for name in (
-    "caption_emb", "caption_embs", "caption_features", "caption_feats", "caption", "captions", "cap_features", "cap_feats",
-    "cap_emb", "text_features", "text_emb", "text_embs", "text", "t5_features", "t5_feats", "t5", "c_indices", "cond_emb",
-    "cond_embs", "cond_features", "cond",
-))  # fmt: skip
-MASKS = tuple(f"{start}{name}" for start in ("", "in_") for name in (
-    "emb_masks", "emb_mask", "caption_masks", "caption_mask", "caption_emb_masks", "caption_emb_mask", "cap_masks",
-    "cap_mask", "text_masks", "text_mask", "t5_masks", "t5_mask", "cond_masks", "cond_mask", "attention_mask", "pad_mask",
-    "masks", "mask",
-))  # fmt: skip
+FEATURES = re.compile(r"(in_)?(caption|cap|text|t5|cond|c)s?(_(emb|embeds?|embeddings?|feature|feat|indices)s?)?")
+MASKS = re.compile(r"(in_)?((caption|cap|text|t5|cond|emb|attention|attn|pad|c)s?_)*masks?")
 
 
 class Tokens:
@@ -65,9 +58,9 @@ class Tokens:
         return jax.jit(lambda part, cond: part.call("plan", cond, keys, options)[0])(self.part, self.cond)
 
 
-def first(case: Case, names: tuple[str, ...]) -> np.ndarray | None:
-    """The recorded array that has one of these names."""
-    return next((case.takes(name) for name in names if case.has(name)), None)
+def first(case: Case, names: re.Pattern) -> np.ndarray | None:
+    """The first recorded array whose name is such a one."""
+    return next((case.takes(name) for name in case.arrays if names.fullmatch(name)), None)
 
 
 def llamagen_gpt(case: Case) -> None:
@@ -116,7 +109,7 @@ def taming_gpt(case: Case) -> None:
     _, part = case.imported
     ids, tokens = case.takes("cond_ids"), case.takes("code_ids")
     ids = ids.reshape(len(tokens), -1)  # b l
-    places = part.params["position"].shape[0]
+    places = part.params["position"]["table"].shape[0]
     if ids.shape[1] + tokens.shape[1] - 1 > places:
         raise UserError(f"{case.folder / 'io.npz'}: more tokens than a block of {places} holds")
     # how long condition and image are is official code's input, and no array depends on it

@@ -1,6 +1,6 @@
 """LlamaGen's transformer (Sun et al. 2024): class `Transformer` of autoregressive/models/gpt.py.
 
-The config has the fields of its `ModelArgs`; `model_type` is "c2i", from a class, or "t2i", from features of Flan-T5-XL.
+The config has the fields of its `ModelArgs`; `model_type` is "c2i", from a class, or "t2i", from features of a text.
 Official heads rotate the pairs (2i, 2i + 1), ours (i, i + k/2): the rows of queries and keys change places on the way.
 """
 

@@ -40,12 +40,13 @@ def _up_bias(x: Any) -> tuple[Part]:
 
 
 def _norm(official: str, ours: str, stack: str = "") -> tuple[Rule, Rule]:
-    return Rule(f"{official}.weight", f"{ours}/scale", stack=stack), Rule(f"{official}.bias", f"{ours}/bias", stack=stack)
+    weight = Rule(f"{official}.weight", f"{ours}/scale", stack=stack)
+    return weight, Rule(f"{official}.bias", f"{ours}/bias", stack=stack)
 
 
 RULES = (
     Rule("tok_emb.weight", "params/tokens/table"),
-    Rule("pos_emb", "params/position", lambda x: (x[None],)),
+    Rule("pos_emb", "params/position/table", lambda x: (x[None],)),
     Rule(tuple(f"{LAYER}.attn.{name}.weight" for name in NAMES), f"{OURS}/attention/qkv/kernel", qkv, stack="i"),
     Rule(tuple(f"{LAYER}.attn.{name}.bias" for name in NAMES), f"{OURS}/attention/qkv/bias", qkv, stack="i"),
     Rule(f"{LAYER}.attn.proj.weight", f"{OURS}/attention/out/kernel", heads, stack="i"),

@@ -90,7 +90,7 @@ def redrawn(params: Any, key: jax.Array, std: float, zero_head: bool) -> Any:
 
     def start(path: tuple, leaf: jax.Array) -> jax.Array:
         name = "/".join(part.key for part in path)
-        if not name.endswith(("kernel", "table")):
+        if not name.endswith(("kernel", "table")) or name.startswith("position"):
             return leaf
         if zero_head and name == "head/kernel":
             return jnp.zeros_like(leaf)

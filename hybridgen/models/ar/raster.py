@@ -26,7 +26,7 @@ from hybridgen.models.parts import need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, cast, fan_in, zeros
+from hybridgen.nn.linear import Embed, Linear, fan_in, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
 from hybridgen.nn.stack import Stack, dropped
@@ -94,7 +94,7 @@ class Raster(nn.Module):
             )
             self.text_project = Linear(self.width, dtype=self.dtype)
         if self.positions == "learned":
-            self.position = self.param("position", zeros, (self.places or self.prefix + self.length, self.width))
+            self.position = Embed(self.places or self.prefix + self.length, self.width, self.dtype, zeros)
         block = {
             "heads": self.heads,
             "head_width": self.width // self.heads,
@@ -169,8 +169,7 @@ class Raster(nn.Module):
         """`x [b, t, d]` from position `at` on as it enters the blocks, and its rotary table."""
         t, table = x.shape[1], self.rotary()
         if self.positions == "learned":
-            places = cast(self.position, self.dtype)
-            x = x + (places[:t] if isinstance(at, int) else jax.lax.dynamic_slice_in_dim(places, at, t))
+            x = x + self.position(at + jnp.arange(t))
         elif isinstance(at, int):
             table = tuple(part[:t] for part in table)
         else:
