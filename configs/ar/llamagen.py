@@ -50,7 +50,7 @@ def get_config(variant: str = "b"):
         config.model.update(width=64, depth=2, heads=1, hidden=192, remat="none", unroll=-1)
         config.model.update(dtype="float32", dropout=0.0, token_dropout=0.0)  # too few steps to overfit
         config.data.resolution = 32
-        config.update(steps=60, batch=16)
+        config.update(steps=200, batch=16)
         config.optim.lr = 5e-3
     config.sample.options = {"prior": draw}
     return config

@@ -15,7 +15,7 @@ The published recipe: AdamW, a constant 4.5e-6 times the batch, a decay of 0.01 
 
 from configs import common
 
-MARGIN = 0.2
+MARGIN = 0.3
 SIZES = {"imagenet": (48, 24, 1536), "base": (24, 16, 1024), "tiny": (2, 2, 64)}  # layers, heads, width
 OFFICIAL = {"prefixed": "codes", "positions": "learned", "prefix_mask": False, "drop": 0.0, "norm_kind": "layer"}
 OFFICIAL |= {"norm_eps": 1e-5, "mlp": "gelu_exact", "bias": True, "keep": 1.0, "std": 0.02}
