@@ -24,6 +24,7 @@ from hybridgen.sampling.solvers import SOLVERS
 RANGES = {
     "guidance": (0.0, 100.0, float),
     "guidance_channels": (0, 1_000_000, int),
+    "guidance_until": (0.0, 1.0, float),
     "temperature": (0.0, 100.0, float),
     "top_k": (0, 1_000_000, int),
     "top_p": (1e-6, 1.0, float),
@@ -34,7 +35,8 @@ CHOICES = {"solver": tuple(SOLVERS), "guidance_schedule": tuple(guidance.RAMPS),
 
 
 def checked(options: Mapping, path: str = "") -> dict[str, Any]:
-    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule.
+    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule,
+    which ends at the share `guidance_until` of the way.
 
     `guidance` is a scale, or a scale by the condition that it is against: {"plan": 1.5, "text": 3.0}.
     """
@@ -55,7 +57,8 @@ def checked(options: Mapping, path: str = "") -> dict[str, Any]:
             out[name] = checked(value, f"{where}.")
         else:
             raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES, 'respacing'))}")
-    ramp = functools.partial(guidance.schedule, out.pop("guidance_schedule", "constant"))
+    interval = (0.0, out.pop("guidance_until", 1.0))
+    ramp = functools.partial(guidance.schedule, out.pop("guidance_schedule", "constant"), interval=interval)
     scale = out.get("guidance", 1.0)
     if "guidance" in out:
         out["guidance"] = {name: ramp(s) for name, s in scale.items()} if hasattr(scale, "items") else ramp(scale)
@@ -141,6 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=int, metavar="N", help="step to draw from (default: the newest good one)")
     parser.add_argument("--guidance", type=float, help="guidance scale of the prior (1: none)")
     parser.add_argument("--guidance-schedule", help=f"over the tokens: one of {', '.join(guidance.RAMPS)}")
+    parser.add_argument("--guidance-until", type=float, metavar="SHARE", help="of the tokens; none behind (default: 1)")
     parser.add_argument("--temperature", type=float, help="temperature of the prior (0: greedy)")
     parser.add_argument("--top-k", type=int, help="keep the k most likely tokens (0: all)")
     parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this mass (1: all)")
@@ -161,6 +165,7 @@ def changes(args: argparse.Namespace) -> dict[str, Any]:
     names = {
         "guidance": "prior.guidance",
         "guidance_schedule": "prior.guidance_schedule",
+        "guidance_until": "prior.guidance_until",
         "temperature": "prior.temperature",
         "top_k": "prior.top_k",
         "top_p": "prior.top_p",

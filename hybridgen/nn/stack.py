@@ -153,17 +153,17 @@ class Stack(nn.Module):
         # deep residual branches start smaller, so that the sum over layers keeps its variance (GPT-2)
         options.setdefault("out_scale", 1.0 / (2 * self.depth))
         kind = mask.kind, mask.prefix
-        valid, offset = mask.valid, mask.offset
-        own = condition is not None and condition.ndim == 3
+        valid, offset, own = mask.valid, mask.offset, mask.own
+        by_layer = condition is not None and condition.ndim == 3
 
         def body(block: Block, carry: tuple, layer: jax.Array) -> tuple[tuple, jax.Array | None]:
             x, cache = carry
             x, cache = block(
                 x,
-                Mask(*kind, valid, offset),
+                Mask(*kind, valid, offset, own),
                 rotary=rotary,
                 relative=relative,
-                condition=condition[layer] if own else condition,
+                condition=condition[layer] if by_layer else condition,
                 context=context,
                 cache=cache,
                 layer=layer,

@@ -40,6 +40,8 @@ SYSTEMS = {
     "clip_text": "texts",
     "t5_encoder": "texts",
     "llama_lm": "texts",
+    "llamagen_gpt": "raster",
+    "taming_gpt": "raster",
 }
 
 

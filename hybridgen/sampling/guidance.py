@@ -80,6 +80,16 @@ def _scale_at(ramp, scale, low, high, progress):
     return jnp.where(inside, 1 + (scale - 1) * ramp(progress), 1.0)
 
 
+def until(scale, last, length):
+    """`scale` for the tokens up to number `last + 1` of `length`, 1 behind them: LlamaGen's `cfg_interval`.
+
+    It counts runs over the cache from 0, the first of which gives token 1, and means all of them below 0.
+    """
+    if last < 0 or last + 1 >= length - 1:
+        return scale
+    return schedule("constant", scale, (0.0, (last + 1.5) / (length - 1)))  # half a token for rounding
+
+
 # ---------------------------------------------------------------- levels
 
 
