@@ -311,6 +311,9 @@ def test_a_file_of_prompts_that_is_not_text(tiny_run, tmp_path):
     run = tiny_run("configs/ar/raster.py").folder
     message = refused(sample.main, "--run", run, "--prompts", tmp_path / "prompts", "--out", tmp_path / "out")
     assert str(tmp_path / "prompts") in message and not (tmp_path / "out").exists()
+    (tmp_path / "prompts").write_text("\n \n")
+    message = refused(sample.main, "--run", run, "--prompts", tmp_path / "prompts", "--out", tmp_path / "out")
+    assert message == f"no prompt in {tmp_path / 'prompts'}: it takes one a line"
 
 
 # ---- as a process

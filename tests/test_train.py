@@ -5,6 +5,7 @@ step, which knows nothing of families.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import config, optim, state, train, trees
+from hybridgen import config, optim, sharding, state, stream, train, trees
+from hybridgen.data import pipeline
 from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,20 @@ def test_noise_belongs_to_the_sample_and_the_step(toy):
     run = toy()
     run.state = run.state | {"step": run.state["step"] + 1}
     assert abs(run.step(batch)["loss"] / loss - 1) > 1e-3
+
+
+def test_batches_are_read_as_the_config_says(monkeypatch):
+    """Workers, threads and flips are for training; an evaluation is one pass of this process."""
+    asked = []
+    monkeypatch.setattr(pipeline, "batches", lambda *_, **options: asked.append(options))
+    words = ["data.workers=3", "data.threads=5", "data.flip=True", "batch=8", "seed=2"]
+    config_of = config.load(f"{ROOT}/configs/tokenizers/vq.py:tiny", words)
+    read, _ = stream.reader(SimpleNamespace(config=config_of, mesh=sharding.make_mesh({"data": -1}), text=None))
+    read(None, 7)
+    read(None, 0, shuffle=False)
+    same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5}
+    assert asked[0] == same | {"start": 7, "shuffle": True, "flip": True, "workers": 3}
+    assert asked[1] == same | {"start": 0, "shuffle": False, "flip": False, "workers": 0}
 
 
 # ---------------------------------------------------------------- freezing
