@@ -7,8 +7,8 @@
 `s`, `b`, `l`, `xl`: the paper's sizes, 33, 130, 458 and 675 M parameters, at patch 2 (`--config.model.patch=4`, or 8)
 on latents 32 x 32 x 4 of pictures at 256; `xl_512`: on 64 x 64. AdamW at a constant 1e-4, batch 256, 1000 linear
 timesteps, mean squared error plus the bound. The paper's XL/2: FID 19.5 after 400,000 steps without guidance, 2.27
-after 7 M at scale 1.5. Unlike there, latents are the autoencoder's means, and products are in bfloat16. `convert dit_official --export`
-writes a run as official weights.
+after 7 M at scale 1.5. Unlike there, latents are the autoencoder's means, and products are in bfloat16.
+`convert dit_official --export` writes a run as official weights.
 
 `tiny`: pictures of shapes at 16 px in place of latents, 300 steps, a minute on one core. Its squared error of the noise
 is at most 0.8 of what a Gaussian of the mean picture and of each value's variance leaves.
