@@ -1,8 +1,15 @@
 """DiT as published (Peebles & Xie 2022): class-conditional, on latents of a KL autoencoder, with learned variances.
 
     python -m hybridgen.train --config configs/diffusion/dit_official.py:xl --workdir runs/dit \
-        --config.parts.autoencoder=runs/vae --config.data.source=folder --config.data.options.path=FOLDER \
-        --config.data.options.label_key=label --config.model.classes=auto
+        --config.parts.autoencoder=runs/vae
+
+The data here are shapes at the right size, which have one class. For a folder with classes, a config of one's own:
+
+    def get_config(variant=""):
+        config = dit_official.get_config(variant)
+        options = {"path": "FOLDER", "label_key": "label", "text_key": None}
+        config.data = {"source": "folder", "options": options, "resolution": 256, "flip": True, "workers": 4, "threads": 1}
+        return config  # and --config.model.classes=auto
 
 `s`, `b`, `l`, `xl`: the paper's sizes, 33, 130, 458 and 675 M parameters, at patch 2 (`--config.model.patch=4`, or 8)
 on latents 32 x 32 x 4 of pictures at 256; `xl_512`: on 64 x 64. AdamW at a constant 1e-4, batch 256, 1000 linear
@@ -36,7 +43,7 @@ def get_config(variant: str = ""):
     changes |= {"optim__clip": 0.0, "optim__b2": 0.999, "ema__decay": 0.9999}
     config = common.stage("diffusion.dit", model, common.shapes(resolution=side), **changes)
     config.data.flip = True
-    with config.model.ignore_type():  # "auto": as many as the data has
+    with config.model.ignore_type():  # or "auto": as many as the data has
         config.model.classes = 1000
     config.parts.autoencoder = "configs/tokenizers/kl.py:f8"
     draw = {"solver": "ddpm", "steps": 250, "guidance": 1.5, "guidance_channels": 3}
