@@ -14,10 +14,10 @@ MODEL = {"plan_width": 0, "draft": False, "rotary": False, "kind": "eps", "loss_
 BLOCK = {"norm": "layer", "norm_eps": 1e-6, "bias": True}
 
 
-def sampling(guided: bool, channels: int) -> dict[str, Any]:
+def sampling(guided: bool, channels: int, timesteps: int = 1000) -> dict[str, Any]:
     """Options of drawing; `channels` of the latent are guided, 0: all."""
-    draw = {"solver": "ddpm", "steps": 250, "guidance": 4.0 if guided else 1.0, "guidance_channels": channels}
-    return {"decoder": draw}
+    draw = {"solver": "ddpm", "steps": min(250, timesteps), "guidance": 4.0 if guided else 1.0}
+    return {"decoder": draw | {"guidance_channels": channels}}
 
 
 def patches(p: int) -> Views:

@@ -27,8 +27,8 @@ ABOUT = About(
     "DiT, class-conditional on ImageNet",
     "CC-BY-NC 4.0",
     "XL/2 at 256 and 512: 675 M parameters; S, B and L at patch 2, 4 and 8 as in the paper",
-    {"XL-2-256": preset("XL", 2, 32), "XL-2-512": preset("XL", 2, 64)}
-    | {f"{size}-{patch}": preset(size, patch, 32) for size in SIZES for patch in (2, 4, 8)},
+    {"DiT-XL-2-256": preset("XL", 2, 32), "DiT-XL-2-512": preset("XL", 2, 64)}
+    | {f"DiT-{size}-{patch}": preset(size, patch, 32) for size in SIZES for patch in (2, 4, 8)},
     ("ema", "model", "state_dict"),
 )
 
@@ -60,7 +60,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         *_dit.linear("final_layer.adaLN_modulation.1", "modulation", _dit.rows, _dit.rows),
         *_dit.linear("final_layer.linear", "pixels"),
     )
-    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)}, sample=_dit.sampling(drop > 0, 3))
+    sample = _dit.sampling(drop > 0, 3, model["timesteps"])
+    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)}, sample=sample)
 
 
 def process(config: Any, learned: bool) -> dict[str, Any]:

@@ -155,8 +155,8 @@ class DiT(nn.Module):
             if not self.drop_text:
                 raise UserError("labels are never dropped (model.drop_text is 0): there is no guidance against them")
             label = jnp.where(cond["drop_label"], self.classes, label)
-        rows = self.classes + (self.drop_text > 0)
-        return vector + own(Embed)(rows, self.width, self.dtype, name="labels")(label)
+        known = self.classes + (self.drop_text > 0)  # the last one stands for none
+        return vector + own(Embed)(known, self.width, self.dtype, name="labels")(label)
 
     def _dropped(self, cond: dict, name: str, b: int) -> jax.Array:
         return cond.get(f"drop_{name}", jnp.zeros((b,), bool))
