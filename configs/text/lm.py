@@ -3,8 +3,8 @@
     python -m hybridgen.train --config configs/text/lm.py:tiny --workdir runs/lm
 
 `tiny`: a smoke test, seconds on two cores; at the end its loss is at least MARGIN nats a token under the entropy of the
-captions' words taken one by one. `1b`: Llama 3.2 1B's size, whose imported weights fit its model options, for a
-v5e:4x4 or more.
+captions' words taken one by one. `1b`: layers of Llama 3.2 1B's size over bytes, for a v5e:4x4 or more; imported
+ones can be its start (`init_from.blocks=RUN:blocks`).
 """
 
 from configs import common
@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
         config.model.update(width=64, depth=2, heads=2)
     elif variant == "1b":
         config.data.text.update(kind="bytes", length=2048)
-        config.steps, config.batch = 100_000, 512
+        config.steps, config.batch, config.accumulate = 100_000, 512, 2
         config.optim.update(lr=3e-4, warmup=2000, decay=0.1)
         config.model.update(width=2048, depth=16, heads=32, head_width=64, kv_heads=8, hidden=8192, base=5e5)
         config.model.update(remat="full", unroll=1, dtype="bfloat16")
