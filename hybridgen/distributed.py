@@ -15,6 +15,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import select
 import shlex
 import socket
@@ -80,34 +81,33 @@ def _detected() -> bool:
 
 
 def _connect_detected(timeout: int) -> None:
-    started, done = time.monotonic(), threading.Event()
-    count = os.environ.get("SLURM_STEP_NUM_TASKS") or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+    """Connects with the others that the environment tells of, after meeting them at its coordinator."""
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks, which names nobody who is missing
 
-    def tell() -> None:
-        while not done.wait(PATIENCE):
-            waited = time.monotonic() - started
-            print(
-                f"waiting for the other processes for {waited:.0f} s; there should be {count}, each started by\n"
-                f"  {command_of()}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    threading.Thread(target=tell, daemon=True).start()
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
-        _initialize(initialization_timeout=timeout)
-    except ValueError as error:
+        found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, timeout)
+    except (RuntimeError, OSError) as error:
+        raise PeerError(f"the coordinator is not found: {error}") from None
+    address, count, process, devices = found
+    if None in (address, count, process):
         raise UserError(
-            f"--distributed: nothing here says who the other processes are ({error}); "
+            "--distributed: nothing here says who the other processes are; "
             "give --coordinator, --num-processes and --process-id"
-        ) from None
-    finally:
-        done.set()
+        )
+    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if alone or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        devices = None  # JAX would give a task of SLURM one GPU, also where all of the node are its own
+    meet(address, count, process, timeout, everywhere=True)
+    options = {"num_processes": count, "process_id": process, "local_device_ids": devices}
+    _initialize(coordinator_address=address, initialization_timeout=timeout, **options)
 
 
 def _initialize(**options: Any) -> None:
+    # "deactivate": under SLURM, JAX would hide all GPUs but one from a process whose devices are not listed
+    options |= {"heartbeat_timeout_seconds": HEARTBEAT, "cluster_detection_method": "deactivate"}
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **options)
+        jax.distributed.initialize(**options)
     except RuntimeError as error:
         raise PeerError(f"the processes did not connect: {str(error).splitlines()[0]}") from None
     if jax.config.jax_platforms == "cpu" or jax.default_backend() == "cpu":
@@ -117,8 +117,8 @@ def _initialize(**options: Any) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def command_of(process: int | None = None) -> str:
-    """This program's command line, as process number `process` would give it (None: as it is found by itself)."""
+def command_of(process: int) -> str:
+    """This program's command line, as process number `process` would give it, where the number is given at all."""
     words, skip = ["hybridgen", os.path.basename(sys.argv[0]).removesuffix(".py"), *sys.argv[1:]], False
     if words[1] == "hybridgen":
         del words[1]
@@ -127,33 +127,37 @@ def command_of(process: int | None = None) -> str:
         if not skip and word.partition("=")[0] != "--process-id":
             out.append(word)
         skip = not skip and word == "--process-id"
-    return shlex.join(out + (["--process-id", str(process)] if process is not None else []))
+    return shlex.join(out + (["--process-id", str(process)] if len(out) < len(words) else []))
 
 
 # ---- meeting
 
 
-def meet(address: str, count: int, process: int, timeout: float) -> None:
+def meet(address: str, count: int, process: int, timeout: float, everywhere: bool = False) -> None:
     """Returns when all `count` processes have called it with the same address. PeerError after `timeout` seconds.
 
     A line of JSON each way over TCP; process 0 answers when all have come. Every few seconds it says who is missing.
+    everywhere: it listens at all its addresses, not at this one only.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator {address!r} is not HOST:PORT")
     deadline = time.monotonic() + timeout
     if process == 0:
-        _receive((host.strip("[]"), int(port)), count, deadline)
+        _receive(("" if everywhere else host.strip("[]"), int(port)), count, deadline)
     else:
         _report((host.strip("[]"), int(port)), count, process, deadline)
 
 
 def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
     """Process 0: listens until all others have come, then lets them go on."""
+    both = not place[0] and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in place[0] else socket.AF_INET
     try:
-        server = socket.create_server(place, family=socket.AF_INET6 if ":" in place[0] else socket.AF_INET)
+        server = socket.create_server(place, family=family, dualstack_ipv6=both)
     except OSError as error:
-        raise UserError(f"--coordinator {place[0]}:{place[1]}: cannot listen there: {error.strerror}") from None
+        kind = UserError if place[0] else PeerError  # a process before this one may not have ended yet
+        raise kind(f"--coordinator {place[0]}:{place[1]}: cannot listen there: {error.strerror}") from None
     come: dict[int, socket.socket] = {}
     told = time.monotonic()
     with server:

@@ -51,7 +51,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         run = load(place)
         parts[name], digests[name] = run.part, run.digest
         bundled += [(place, run.part)] if run.bundled else []
-        if run.text and getattr(run.part.model, "text_vocab", 0):
+        if run.text and (name == "text" or getattr(run.part.model, "text_vocab", 0)):
             texts[name] = run.text
         for other, digest in run.part_digests.items():
             if seen.setdefault(other, digest) != digest:
@@ -262,7 +262,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         part,
         functools.partial(jax.jit(lambda part, image: part.call("encode", image)), part) if part else None,
         hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),
-        any(getattr(model, "text_vocab", 0) for model in networks),
+        "text" in experiment.parts or any(getattr(model, "text_vocab", 0) for model in networks),
         max(getattr(model, "classes", 0) for model in networks),
     )
 

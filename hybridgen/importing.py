@@ -2,14 +2,17 @@
 
     python -m hybridgen.convert taming_vqgan vqgan.ckpt runs/vqgan --config config.json
     python -m hybridgen.convert taming_vqgan runs/vqgan vqgan.safetensors --export
+    python -m hybridgen.convert llamagen_gpt c2i_L_256.pt runs/gpt --config c2i-L-256 --part tokenizer=runs/vq
     python -m hybridgen.convert --list
 
 A run folder made so is like one that training wrote, at step 0: it can be a part of another config, the start of one
 (`init_from`), sampled and evaluated. `official.json` in it keeps source and official config for the way back. The
 official config is that of --config (a JSON file or the name of a preset), otherwise `config.json` beside the weights.
+A model that needs others to draw pictures (a tokenizer, a text tower) is told their runs by --part.
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hybridgen import checkpoint, manifest, rundir, trees
+from hybridgen import checkpoint, experiment, manifest, rundir, trees
 from hybridgen.cli import make_parser
 from hybridgen.convert import rules, safetensors, tables
 from hybridgen.convert.files import open_weights
@@ -92,27 +95,60 @@ def read_config(about: tables.About, given: str | None, where: Path) -> dict[str
     return config
 
 
-def run_config(plan: tables.Plan) -> dict[str, Any]:
-    """The config of a run folder: what reading it back asks for."""
+def run_config(plan: tables.Plan, parts: Mapping[str, experiment.Run], places: Mapping[str, str]) -> dict[str, Any]:
+    """The config of a run folder: what reading it back asks for. `places`: of the parts, as seen from that folder."""
     data = {"source": "shapes", "options": {}, "flip": False, "workers": 0, "threads": 1}
-    data["resolution"] = plan.inputs["image"][0]
-    sample = {"every": 0, "count": 16, "options": {}}
-    empty = {"parts": {}, "init_from": {}, "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1}}
-    return {"family": plan.family, "model": plan.model, "data": data, "seed": 0, "batch": 1, "sample": sample} | empty
+    sized = parts["tokenizer"].config.data.resolution if "tokenizer" in parts else plan.inputs["image"][0]
+    data["resolution"] = sized
+    sample = {"every": 0, "count": 16, "options": dict(plan.sample)}
+    rest = {"parts": dict(places), "init_from": {}, "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1}}
+    return {"family": plan.family, "model": plan.model, "data": data, "seed": 0, "batch": 1, "sample": sample} | rest
 
 
-def write_run(folder: Path, source: tables.Source, config: Mapping[str, Any], weights: Mapping[str, Any]) -> int:
-    """Imports into a new run folder; the number of parameters. Nothing is left of a run that could not be made."""
+def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, experiment.Run]:
+    """The runs that a model is to be used with. Raises UserError for one that it cannot read."""
+    parts = {name: experiment.load(experiment.find_run(str(path), None)) for name, path in given.items()}
+    model = goal.model
+    if "tokenizer" in parts and hasattr(model, "vocab"):
+        other = parts["tokenizer"].part.model
+        for name in ("vocab", "grid"):
+            ours, theirs = getattr(model, name), getattr(other, name, None)
+            if (tuple(theirs or ()) if name == "grid" else theirs) != ours:
+                where = given["tokenizer"]
+                raise UserError(f"the model has the {name} {ours}, the tokenizer in {where} has {theirs}")
+    if "text" in parts:
+        text, length = parts["text"].text, getattr(model, "text_length", 0)
+        if text is None:
+            raise UserError(f"the text tower in {given['text']} has no text tokenizer (text.json)")
+        if length and text.length != length:
+            where = given["text"]
+            raise UserError(f"the model reads {length} text positions, the tower in {where} gives {text.length}")
+    return parts
+
+
+def write_run(
+    folder: Path,
+    source: tables.Source,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    given: Mapping[str, Path] | None = None,
+) -> int:
+    """Imports into a new run folder, with the runs `given` as parts; the number of parameters.
+
+    Nothing is left of a run that could not be made.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: give a new folder")
     goal, arrays = load(source, config, weights)
+    parts = read_parts(goal, given or {})
+    places = {name: os.path.relpath(path.resolve(), folder.resolve()) for name, path in (given or {}).items()}
     there = folder.exists()
     rundir.make(folder)
     try:
-        count = _save(folder / "checkpoints" / "0", arrays)
+        count = _save(folder / "checkpoints" / "0", arrays, {name: run.digest for name, run in parts.items()})
         shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
         rundir.write_json(folder / "official.json", {"source": source.name, "config": dict(config), "shapes": shapes})
-        rundir.write_json(folder / "config.json", run_config(goal.plan))
+        rundir.write_json(folder / "config.json", run_config(goal.plan, parts, places))
     except BaseException:
         for name in ("checkpoints", "official.json", "config.json"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -124,8 +160,8 @@ def write_run(folder: Path, source: tables.Source, config: Mapping[str, Any], we
     return count
 
 
-def _save(folder: Path, arrays: dict) -> int:
-    """Step 0 as checkpoint.py lays it out, emptying `arrays`; the number of parameters.
+def _save(folder: Path, arrays: dict, parts: Mapping[str, str]) -> int:
+    """Step 0 as checkpoint.py lays it out, emptying `arrays`; the number of parameters. parts: digests.
 
     That one copies everything before it writes, so that training may go on meanwhile. This one writes a part at a time:
     the file is in memory once.
@@ -137,7 +173,7 @@ def _save(folder: Path, arrays: dict) -> int:
         for path in branch:
             branch[path] = jax.device_put(branch[path], cpu)  # Orbax bounds what it copies of jax's arrays only
     tree = {name: trees.unflatten(branch) for name, branch in flat.items()}
-    about = ocp.args.JsonSave({"fingerprint": {}, "meta": {"parts": {}}, "sound": True})
+    about = ocp.args.JsonSave({"fingerprint": {}, "meta": {"parts": dict(parts)}, "sound": True})
     handlers = {"model": ocp.PyTreeCheckpointHandler(save_concurrent_gb=1), "about": ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as saver:
         saver.save(folder.absolute(), args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree), about=about))
@@ -201,12 +237,24 @@ def listing() -> str:
     return "\n".join(lines)
 
 
+def named_runs(given: list[str]) -> dict[str, Path]:
+    """`NAME=RUN` of a command line. Raises UserError for anything else, and for a name twice."""
+    runs = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path) or name in runs:
+            raise UserError(f"--part takes NAME=RUN, each name once, such as tokenizer=runs/vq, and was given {text!r}")
+        runs[name] = Path(path)
+    return runs
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("convert", __doc__)
     parser.add_argument("source", nargs="?", help="where the weights are from; see --list")
     parser.add_argument("input", nargs="?", type=Path, help="file or folder of weights; with --export a run folder")
     parser.add_argument("out", nargs="?", type=Path, help="new run folder; with --export a .safetensors file")
     parser.add_argument("--config", help="official config: a JSON file or a preset (default: config.json there)")
+    parser.add_argument("--part", action="append", default=[], metavar="NAME=RUN", help="a run that it is used with")
     parser.add_argument("--export", action="store_true", help="from a run folder to official weights")
     parser.add_argument("--list", action="store_true", help="show sources, licences and sizes")
     args = parser.parse_args(argv)
@@ -221,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{count} tensors in {args.out}")
         return 0
     weights = open_weights(args.input)
-    count = write_run(args.out, source, read_config(source.about, args.config, args.input), weights)
+    config = read_config(source.about, args.config, args.input)
+    count = write_run(args.out, source, config, weights, named_runs(args.part))
     print(f"{count:,} parameters in {args.out}")
     return 0

@@ -9,6 +9,7 @@ is not known, is refused here, before anything is paid for. What follows `--` go
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ import sys
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
@@ -336,10 +337,30 @@ def arguments(args: Namespace, overrides: list[str], after: list[str]) -> list[s
     """The trainer's own arguments. Raises UserError if the config does not load, or has nothing to train."""
     if Path(args.config).is_absolute() and args.on not in ("local", "slurm"):
         raise UserError(f"--config {args.config} is not a path in the clone: the hosts would not have it")
-    if "family" not in config_lib.load(args.config, overrides):
+    config = config_lib.load(args.config, overrides)
+    if "family" not in config:
         raise UserError(f"{args.config} has no family to train; launch its stages one after the other")
     settings = [f"--config.{setting}" for setting in overrides]
+    if args.type:
+        settings += _across(config, args.type, int(args.slices or 1))
     return ["--config", args.config, "--workdir", args.workdir, *settings, *after]
+
+
+def _across(config: Any, kind: str, slices: int) -> list[str]:
+    """What lays the mesh over so many slices. UserError if mesh or batch do not divide: hosts would find out later."""
+    mesh, devices = config.mesh.to_dict(), SLICES[kind].chips * slices
+    words = [f"--config.mesh.dcn={slices}"] if mesh["dcn"] == 1 < slices else []
+    mesh |= {"dcn": slices} if words else {}
+    if mesh["dcn"] not in (slices, -1):
+        raise UserError(f"config key 'mesh.dcn' {mesh['dcn']} is not the number of slices, {slices}")
+    fixed = math.prod(size for size in mesh.values() if size != -1)
+    if devices % fixed or (fixed != devices and -1 not in mesh.values()):
+        raise UserError(f"mesh {mesh} takes {fixed} devices, and {slices} x {kind} have {devices}")
+    ways = devices // (mesh["tensor"] if mesh["tensor"] != -1 else devices // fixed)
+    if config.batch % config.accumulate or config.batch // config.accumulate % ways:
+        says = f"batch {config.batch} in {config.accumulate} accumulation steps does not divide over {ways}"
+        raise UserError(f"{says} data-parallel devices of {slices} x {kind}")
+    return words
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from hybridgen.sampling.solvers import SOLVERS
 # option: (lowest, highest, type)
 RANGES = {
     "guidance": (0.0, 100.0, float),
+    "guidance_channels": (0, 1_000_000, int),
+    "guidance_until": (0.0, 1.0, float),
     "temperature": (0.0, 100.0, float),
     "top_k": (0, 1_000_000, int),
     "top_p": (1e-6, 1.0, float),
@@ -34,6 +36,7 @@ CHOICES = {"solver": tuple(SOLVERS), "guidance_schedule": tuple(guidance.RAMPS),
 GIVEN = {
     "guidance": "prior.guidance",
     "guidance_schedule": "prior.guidance_schedule",
+    "guidance_until": "prior.guidance_until",
     "temperature": "prior.temperature",
     "top_k": "prior.top_k",
     "top_p": "prior.top_p",
@@ -44,7 +47,8 @@ GIVEN = {
 
 
 def checked(options: Mapping, path: str = "") -> dict[str, Any]:
-    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule.
+    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule,
+    which ends at the share `guidance_until` of the way.
 
     `guidance` is a scale, or a scale by the condition that it is against: {"plan": 1.5, "text": 3.0}.
     """
@@ -59,11 +63,14 @@ def checked(options: Mapping, path: str = "") -> dict[str, Any]:
             if value not in CHOICES[name]:
                 raise UserError(f"{where} {value!r} is not one of {', '.join(CHOICES[name])}")
             out[name] = value
+        elif name == "respacing" and isinstance(value, str):  # how many timesteps there are, the model knows
+            out[name] = value
         elif hasattr(value, "items"):
             out[name] = checked(value, f"{where}.")
         else:
-            raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES))}")
-    ramp = functools.partial(guidance.schedule, out.pop("guidance_schedule", "constant"))
+            raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES, 'respacing'))}")
+    interval = (0.0, out.pop("guidance_until", 1.0))
+    ramp = functools.partial(guidance.schedule, out.pop("guidance_schedule", "constant"), interval=interval)
     scale = out.get("guidance", 1.0)
     if "guidance" in out:
         out["guidance"] = {name: ramp(s) for name, s in scale.items()} if hasattr(scale, "items") else ramp(scale)
@@ -149,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=int, metavar="N", help="step to draw from (default: the newest good one)")
     parser.add_argument("--guidance", type=float, help="guidance scale of the prior (1: none)")
     parser.add_argument("--guidance-schedule", help=f"over the tokens: one of {', '.join(guidance.RAMPS)}")
+    parser.add_argument("--guidance-until", type=float, metavar="SHARE", help="of the tokens; none behind (default: 1)")
     parser.add_argument("--temperature", type=float, help="temperature of the prior (0: greedy)")
     parser.add_argument("--top-k", type=int, help="keep the k most likely tokens (0: all)")
     parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this mass (1: all)")

@@ -8,13 +8,16 @@ A recipe is a config with `order`, the names of its stages, and `stages`, their 
 `evaluate` measures the run that it names, each time, and writes report and contact sheets.
 """
 
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from hybridgen import cache, distributed, evaluate, rundir, train
+from hybridgen import cache, distances, distributed, evaluate, resume, rundir, train
 from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
+from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import find_run, restore
 
@@ -22,6 +25,7 @@ from hybridgen.experiment import find_run, restore
 def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
     """Runs the stages in `folder`. False if a signal stopped one."""
     check(config)
+    check_stages(config)
     rundir.make(folder)
     started = time.monotonic()
     for number, name in enumerate(config.order, 1):
@@ -49,21 +53,45 @@ def check(config: Any) -> None:
             raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")
 
 
+def awaited(stage: Any) -> bool:
+    """Whether its records are those of a stage before it ("../NAME")."""
+    data = stage.get("data", {})
+    return data.get("source") == "records" and str(data.options.get("path")).startswith("../")
+
+
 def placed(stage: Any, place: Path) -> Any:
-    """A stage whose records, if they are those of a neighbouring stage ("../NAME"), are where that wrote them."""
-    path = stage.get("data", {}).get("options", {}).get("path")
-    if stage.get("data", {}).get("source") != "records" or not str(path).startswith("../"):
+    """A stage whose records, if they are those of a neighbouring stage, are where that wrote them."""
+    if not awaited(stage):
         return stage
     stage = stage.copy_and_resolve_references()
     with stage.unlocked():
-        stage.data.options.path = str((place / path).resolve())
+        stage.data.options.path = str((place / stage.data.options.path).resolve())
     return stage
+
+
+def check_stages(config: Any) -> None:
+    """Raises UserError, before the first stage is trained, for what a later one would stumble over."""
+    for name in config.order:
+        stage = config.stages[name]
+        try:
+            if "family" in stage and not awaited(stage):
+                resume.checked(stage)
+            measured = config.stages.get(Path(stage.get("evaluate", "")).name)
+            if measured and not awaited(measured):
+                for split in stage.splits:
+                    sources.build(measured.data, split)
+        except UserError as error:
+            raise UserError(f"stage {name!r}: {error}") from None
 
 
 def measure(stage: Any, place: Path) -> None:
     """Evaluates the run that `stage.evaluate` names, and says where report and pictures are."""
     loaded = restore(find_run(stage.evaluate, place), {})
-    report = evaluate.evaluate(loaded, tuple(stage.splits), stage.count, stage.batch, stage.seed, place)
+    splits, compare = tuple(stage.splits), None
+    if stage.get("features"):
+        about = (stage.features, stage.get("reference", "train"), stage.count, stage.get("reference_count", stage.count))
+        compare = distances.build(loaded, *about, splits, stage.batch, stage.seed)
+    report = evaluate.evaluate(loaded, splits, stage.count, stage.batch, stage.seed, place, compare)
     print(evaluate.markdown(report))
     print(f"report {place / 'report.md'}")
     for split in stage.splits:
@@ -79,7 +107,14 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = config_lib.parse(parser, argv)
     config = config_lib.load(args.config, overrides)
     distributed.start(args)
-    done = run(config, args.workdir, tuple(filter(None, args.allow.split(","))))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # training has a handler of its own
+    try:
+        done = run(config, args.workdir, tuple(filter(None, args.allow.split(","))))
+    except KeyboardInterrupt:
+        print("the same command goes on from what is saved", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0 if done else 130
 
 

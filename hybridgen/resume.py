@@ -6,11 +6,22 @@ from typing import Any
 
 import jax
 
-from hybridgen import checkpoint, metrics
+from hybridgen import checkpoint, metrics, pictures, sharding
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
-from hybridgen.data import pipeline
+from hybridgen.data import pipeline, sources
 from hybridgen.experiment import Experiment, earlier
+from hybridgen.models.parts import find
+
+
+def checked(config: Any) -> Any:
+    """The training data of a config. Raises UserError, before any work, for what a run would stumble over later."""
+    find(config.family)
+    sharding.check_batch(sharding.make_mesh(config.mesh), config.batch, config.accumulate)
+    pictures.checked(config.sample.options)
+    if config.eval.every or config.sample.every:
+        sources.build(config.data, "validation")
+    return sources.build(config.data, "train")
 
 
 def beginning(

@@ -76,6 +76,8 @@ def read_asked(args: argparse.Namespace) -> list[Asked]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the prompts in {args.prompts}: {error}") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        if not prompts:
+            raise UserError(f"no prompt in {args.prompts}: it takes one a line")
     if not prompts and not args.label:
         raise UserError("no prompt: give --prompt TEXT, --prompts FILE or, for a class, --label N")
     return list(itertools.product(prompts or [None], args.label or [None]))

@@ -44,6 +44,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/bias$", ("vocab",)),
     (r"conv\w*/kernel$", (None, None, None, "embed")),
     (r"codebook$", (None, "embed")),
+    (r"relative$", (None, "heads")),
     (r"(position|null\w*)$", (None, None)),
     (r"kernel$", ("embed", None)),
     (r"(scale|bias)$", (None,)),

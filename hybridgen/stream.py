@@ -21,7 +21,7 @@ def reader(experiment: Experiment) -> tuple[Callable, Callable]:
 
     def stream(source: Any, start: int, shuffle: bool = True) -> Any:
         options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
-        options |= {"flip": config.data.get("flip", False) and shuffle}
+        options |= {"flip": config.data.get("flip", False) and shuffle, "threads": config.data.get("threads", 1)}
         return pipeline.batches(
             source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
         )

@@ -39,7 +39,6 @@ from hybridgen import (
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
 from hybridgen.cli import command, make_parser
-from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, build
 from hybridgen.pictures import sample_grid
@@ -276,10 +275,9 @@ def prepare(
     signals: rundir.Signals,
 ) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
-    source = sources.build(config.data, "train")
+    source, skipped = resume.checked(config), skipping.intervals(config, folder)
     with timer.time("build"):
         experiment = build(config, folder, source)
-    sharding.check_batch(experiment.mesh, config.batch, config.accumulate)
     resolved, fingerprint = resume.described(config, experiment, source)
     with contextlib.ExitStack() as undo:  # closes what was opened if something does not fit
         keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
@@ -291,6 +289,7 @@ def prepare(
         read, put = stream.reader(experiment)
         rule, step, abstract, make = program(experiment, specs_of(next(read(source, 0)), config.batch))
         places = jax.tree.map(lambda s: s.sharding, abstract)
+        grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
 
         state_at = functools.partial(resume.beginning, experiment, folder, saved, rule.which, abstract, make, timer)
         if jax.process_index() == 0:  # not before everything fits together
@@ -317,8 +316,8 @@ def prepare(
         state_at,
         saved,
         writer,
-        sample_grid(experiment, config.sample.count) if config.sample.every else None,
-        skipping.intervals(config, folder),
+        grid,
+        skipped,
         watchdog,
         signals,
     )

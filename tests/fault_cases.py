@@ -5,7 +5,7 @@
 The happenings are by number of the global batch: "nan" and "times" change its pictures (to NaN, by a factor), "hang"
 lets it never come; "process" names the only process that this happens to. By step of the loop: "fail" raises, "full"
 (first, end, bytes) lets no file grow beyond so many bytes. And "data": a source and its options; "compiled": tells how
-many programs were found in the cache, and how many were not.
+many programs were found in the cache, and how many were not; "begun": tells the digest of its first state.
 """
 
 import atexit
@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hybridgen import checkpoint, cli, config, train
+from hybridgen import checkpoint, cli, config, sharding, train
 from hybridgen.checkpoint import Checkpointer
 from hybridgen.data import pipeline
 
@@ -89,11 +89,15 @@ def happening(make: Callable, nan=(), times=(), hang=None, process=None) -> Call
     return batches
 
 
-def looking(look: Callable, fail: int = -1, full: tuple = (-1, -1, 0)) -> Callable:
+def looking(look: Callable, fail: int = -1, full: tuple = (-1, -1, 0), begun: bool = False) -> Callable:
     """`train.look`, at which this happens."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def seen(job, state, step, due):
+        nonlocal begun
+        if begun:
+            begun = False
+            print("begun:", checkpoint.digest(sharding.whole(state)), flush=True)
         if step == fail:
             raise RuntimeError(f"step {step} fails")
         if step == full[0]:
@@ -149,7 +153,7 @@ def logged(folder: Path) -> int:
 
 def main() -> None:
     what = json.loads(sys.argv.pop(1))
-    train.look = looking(train.look, **{name: what.pop(name) for name in ("fail", "full") if name in what})
+    train.look = looking(train.look, **{name: what.pop(name) for name in ("fail", "full", "begun") if name in what})
     if "data" in what:
         load, data = config.load, what.pop("data")
         config.load = lambda *line: on_data(load(*line), *data)

@@ -93,6 +93,10 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (VQ, "parts.a.b=1", "unknown config key 'parts.a.b'"),
         (VQ, "part.tokenizer=x", "unknown config key 'part.tokenizer'"),
         (PRIOR, "sample.options.prior.guidance=none", "config key 'sample.options.prior.guidance' takes float"),
+        (PRIOR, "sample.options.prior.guidance=-1", "prior.guidance -1.0 is not within 0.0 and 100.0"),
+        (PRIOR, "sample.options.prior.guidance_schedule=steep", "'steep' is not one of constant"),
+        (JOINT, "sample.options.decoder.steps=0", "decoder.steps 0 is not within 1 and 1000"),
+        (VQ, "health.skip=((4,4),)", "health.skip: (4, 4) is no interval"),
         (VQ, "health.streak=0", "config key 'health.streak' 0 is not within 1 and"),
         (VQ, "checkpoint.keep_every=-1", "config key 'checkpoint.keep_every' -1 is not within 0 and"),
         ("README.md", "steps=1", "README.md is not a config: that is a Python file such as"),
@@ -104,7 +108,7 @@ def test_a_config_that_cannot_be_trained(config, override, says, tmp_path):
     overrides = [f"--config.{pair}" for pair in override.split(";")]
     message = refused(train.main, "--config", ROOT / config, "--workdir", where, *overrides)
     assert says in message
-    assert not list(tmp_path.rglob("*.json")), "a refused run has left something"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "a refused run has left something"
 
 
 def test_a_sampling_option_without_a_value(tmp_path):
@@ -307,6 +311,9 @@ def test_a_file_of_prompts_that_is_not_text(tiny_run, tmp_path):
     run = tiny_run("configs/ar/raster.py").folder
     message = refused(sample.main, "--run", run, "--prompts", tmp_path / "prompts", "--out", tmp_path / "out")
     assert str(tmp_path / "prompts") in message and not (tmp_path / "out").exists()
+    (tmp_path / "prompts").write_text("\n \n")
+    message = refused(sample.main, "--run", run, "--prompts", tmp_path / "prompts", "--out", tmp_path / "out")
+    assert message == f"no prompt in {tmp_path / 'prompts'}: it takes one a line"
 
 
 # ---- as a process

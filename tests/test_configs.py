@@ -3,6 +3,7 @@
 A new file in configs/ is found by itself. Parts come from one tiny tokenizer, trained once (conftest.py).
 """
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from hybridgen import config as config_lib
-from hybridgen import pictures, programs, recipe, sharding, trees
+from hybridgen import experiment, pictures, programs, recipe, sharding, trees
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import restore
+from hybridgen.models.ar import raster
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/recipes/*.py"))
@@ -43,6 +46,10 @@ def test_tiny_trains_and_samples(path, tiny_run):
     cond = {name: batch[name] for name in ("image", "text", "text_mask", "label")}
     with jax.set_mesh(loaded.mesh):
         pieces = list(pictures.draw_all(loaded.draw, cond, seed=0, batch=2, put=loaded.put))
+    if loaded.config.family.startswith("text."):  # draws no pictures
+        text = np.concatenate([piece["text"] for piece in pieces])  # b n
+        assert text.shape[0] == count and (0 <= text).all() and (text < loaded.text.vocab_size).all()
+        return
     images = np.concatenate([piece["image"] for piece in pieces])  # b H W 3
     assert images.shape == (count, side, side, 3) and np.isfinite(images).all() and np.abs(images).max() <= 1
     assert images.std() > 0
@@ -55,6 +62,8 @@ def test_tiny_trains_and_samples(path, tiny_run):
 def test_every_parameter_has_a_place(path):
     neighbours = {"tokenizer": "tokenizers/vq.py", "prior": "ar/raster.py", "decoder": "diffusion/dit.py"}
     stages = {name: config_lib.load(f"{ROOT}/configs/{file}:tiny") for name, file in neighbours.items()}
+    tower = {"vocab": 64, "length": 120, "width": 2048, "depth": 0}  # in the place of Flan-T5-XL
+    stages["text"] = tiny.common.stage("text.transformer", tower, {})
     for variant in variants(path):
         config = config_lib.load(f"{ROOT / path}:{variant}").copy_and_resolve_references()
         with config.unlocked():
@@ -92,3 +101,20 @@ def test_the_recipe_runs_at_tiny(tmp_path, capfd):
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/checkpoints/*/manifest.json")}
     assert recipe.run(config, tmp_path / "run")  # every stage is there: nothing is trained or saved again
     assert stamps and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+@pytest.mark.parametrize("name", ["llamagen", "taming"])
+def test_official_priors_know_more_than_frequencies(name, tiny_run):
+    """On pictures that were not trained on, by the margin that the config promises."""
+    folder, _ = tiny_run(f"configs/ar/{name}.py")
+    loaded = restore(folder, {})
+    part = experiment.load(folder).part
+    batch = next(pipeline.batches(sources.build(loaded.config.data, "validation"), loaded.text, batch=64, seed=0))
+    tokens = loaded.tokens(batch["image"], 64)
+    share = np.bincount(tokens.ravel(), minlength=loaded.tokenizer.model.vocab) / tokens.size
+    unigram = -(share * np.log(np.maximum(share, 1e-9))).sum()  # the best that frequencies alone can do, on these
+    given = {name: batch[name] for name in ("label", "id")} | {"tokens": tokens}
+    options = {"parts": {}, "extra": {}, "step": 0, "train": False}
+    loss = raster.loss(part.model, part.params, given, jax.random.key(0), **options)[0]
+    margin = importlib.import_module(f"configs.ar.{name}").MARGIN
+    assert margin > 0.1 and float(loss) < unigram - margin, (float(loss), unigram)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -124,6 +125,59 @@ def test_who_is_missing_is_named_with_its_command(capfd, monkeypatch):
     out = meet_all(free(), [(2, 3)], timeout=1.0)
     assert "process 0" in str(out[2])
     assert "--process-id 0" in capfd.readouterr().err
+
+
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+UNDER_SLURM = """
+import sys, jax
+from hybridgen import distributed
+from hybridgen.cli import make_parser
+parser = make_parser("train", "Trains.")
+distributed.add_arguments(parser)
+distributed.PATIENCE = 1.0
+distributed.start(parser.parse_args(sys.argv[1:]))
+print(jax.process_index(), jax.process_count(), jax.config._read("jax_cuda_visible_devices"), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tasks", "explicit", "shown"),
+    [("1(x2)", True, "all"), ("1(x2)", False, "all"), ("2", False, "0")],  # JAX: the GPU of a task's number on its node
+    ids=["told", "found", "found, two on a node"],
+)
+def test_a_task_of_slurm_has_the_gpus_of_its_node(tasks, explicit, shown):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    who = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"] if explicit else []
+    started = []
+    for task in (0, 1):
+        given = {"SLURM_PROCID": str(task), "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": tasks}
+        line = [sys.executable, "-c", UNDER_SLURM, *who, *([str(task)] if explicit else [])]
+        settings = os.environ | SLURM | given | {"JAX_COORDINATOR_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        started.append(subprocess.Popen(line, env=settings, stderr=subprocess.PIPE, text=True))
+    for task, process in enumerate(started):
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 0 and err.splitlines()[-1] == f"{task} 2 {shown}", err
+
+
+def test_under_slurm_the_missing_are_named_too(monkeypatch, capfd):
+    """With the command as it was given: there are no numbers in it."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    given = SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "3", "JAX_COORDINATOR_PORT": str(port)}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.3)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a"])
+    with pytest.raises(PeerError, match=r"2 of 3 processes \(processes 1, 2\) did not come"):
+        distributed.start(options("--init-timeout", "1"))
+    told = "waiting for 2 of 3 processes (processes 1, 2); start it with\n  hybridgen train --config a\n"
+    assert told in capfd.readouterr().err
+
+
+def test_where_nothing_says_who_the_others_are():
+    with pytest.raises(UserError, match="nothing here says who the other processes are; give --coordinator"):
+        distributed.start(options("--distributed"))
 
 
 def test_it_listens_where_it_is_told_only():

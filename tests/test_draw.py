@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -140,3 +141,10 @@ def test_a_profile_window_is_closed_by_whoever_leaves_it(tmp_path, monkeypatch):
         seen += [(upto, call) for call in calls]
         calls.clear()
         assert seen == expected
+
+
+def test_a_profile_window_writes_a_trace(tmp_path):
+    with profiling.ProfileWindow(tmp_path, 1, 1) as window:
+        for step in range(3):
+            window.at(step, jnp.arange(4) + step)
+    assert [path.stat().st_size > 0 for path in tmp_path.rglob("*.xplane.pb")] == [True]

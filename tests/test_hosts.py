@@ -1,6 +1,7 @@
 """Several processes on this machine train, stop, break and go on as one program would."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import files_of, flip_200
 from fault_cases import ends, final, log_of, logged, newest, start, steps_of, wait_for, words
+from test_launch import SRUN, stub
 from test_sharding import QUICK, check
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +129,43 @@ def test_sigterm_to_one_or_both(whole, cache, tmp_path, told):
     assert log_of(tmp_path) == log_of(whole) and final(tmp_path, STEPS) == final(whole, STEPS)
 
 
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory, cache) -> tuple[Path, Path]:
+    """(a run of one process on one device, the same that broke off after its first checkpoint)."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "off")]
+    ends(start(folders[0], words(STEPS, EVERY), None, **cache))
+    ends(start(folders[1], words(STEPS, EVERY), {"fail": EVERY + 10}, **cache), 1)
+    assert newest(folders[1]) == EVERY
+    return folders[0], folders[1]
+
+
+ELSEWHERE = {
+    "two processes": [],
+    "two processes, tensor": ["mesh.data=1", "mesh.tensor=2"],
+    "four devices, fed by workers": ["mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1", "data.workers=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_a_run_goes_on_elsewhere(broken_off, cache, tmp_path, where):
+    """Every array as it was saved, bit for bit, however it lies now; then the same samples, in their order."""
+    one, off = broken_off
+    folder, more = shutil.copytree(off, tmp_path / "run"), [f"--config.{word}" for word in ELSEWHERE[where]]
+    what = {"begun": True, "fail": EVERY + 6}
+    if "processes" in where:
+        ((out, _), _) = both_end(pair(folder, cache, what, *more), 1)
+    else:
+        flags = cache["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4" * ("four devices" in where)
+        out, _ = ends(start(folder, words(STEPS, EVERY), what, *more, **cache | {"XLA_FLAGS": flags}), 1)
+    assert f"steps {EVERY} to {STEPS}" in out and f"begun: {final(off, EVERY)}\n" in out
+    losses = [{line["step"]: line["loss"] for line in log_of(path)} for path in (one, folder)]
+    steps = range(EVERY + 1, EVERY + 7)
+    wanted, found = ([each[step] for step in steps] for each in losses)
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert min(abs(a / b - 1) for a, b in itertools.combinations(wanted, 2)) > 1e-3  # others would be seen
+
+
 @pytest.mark.slow
 def test_a_killed_peer_restarts_all(whole, cache, tmp_path):
     line = [ROOT / "launch" / "local.sh", "--processes", "2", "--grace", "2", "--chip", "none", "--"]
@@ -145,6 +184,21 @@ def test_a_killed_peer_restarts_all(whole, cache, tmp_path):
         supervisor.terminate()
         supervisor.communicate()
     assert "restart 1 of 10" in err and "restart 2" not in err and "steps 25 to 90" in out
+    assert log_of(tmp_path / "run") == log_of(whole) and final(tmp_path / "run", STEPS) == final(whole, STEPS)
+
+
+@pytest.mark.slow
+def test_slurm_trains_with_a_process_a_node(whole, cache, tmp_path):
+    """The batch script and the trainer itself; `srun` starts both processes here."""
+    job = int(free_address().rpartition(":")[2]) % 10000  # its port is of its number
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
+        stub(tmp_path / "bin", name, text)
+    settings = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "x", "SLURM_NTASKS": "2"}
+    settings |= {"SLURM_STEP_NODELIST": "x", "SLURM_LOCALID": "0", "RECORD": str(tmp_path / "record")}
+    settings |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    line = ["bash", ROOT / "launch" / "slurm.sbatch", "--config", words(STEPS, EVERY), "--workdir", tmp_path / "run"]
+    done = subprocess.run(line, env=cache | settings, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert log_of(tmp_path / "run") == log_of(whole) and final(tmp_path / "run", STEPS) == final(whole, STEPS)
 
 

@@ -19,8 +19,9 @@ from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/tokenizers/vq.py:tiny"
-RUN = ["--config", CONFIG, "--workdir", "runs/a b", "--config.optim.lr=1e-3"]
+RUN = ["--config", CONFIG, "--workdir", "runs/a b", "--config.batch=512"]
 TRAINER = [*RUN, "--allow", "it's"]
+ACROSS = [*RUN, "--config.mesh.dcn=2", "--allow", "it's"]  # two slices
 GKE = ["--on", "gke", "--type", "v5litepod-256", "--image", "registry/a:1", "--bucket", "bk"]
 
 
@@ -65,7 +66,7 @@ def test_tpu_vm(capfd, monkeypatch):
     assert "gcsfuse --implicit-dirs --file-mode=600 --dir-mode=700 bk runs" in install[-1]
     inner = shlex.split(train[-1])[shlex.split(train[-1]).index("-c") + 1]  # of bash -c, on the far end
     command = inner.split(";")[1]
-    assert shlex.split(command) == ["launch/local.sh", "--restarts=10", "--", *TRAINER, "--distributed"]
+    assert shlex.split(command) == ["launch/local.sh", "--restarts=10", "--", *ACROSS, "--distributed"]
 
 
 def test_xpk(capfd, monkeypatch):
@@ -74,7 +75,7 @@ def test_xpk(capfd, monkeypatch):
     assert line[:3] == ["xpk", "workload", "create"]
     options = dict(word.removeprefix("--").split("=", 1) for word in line[3:])
     inside = shlex.split(options.pop("command"))
-    assert inside == ["launch/local.sh", "--restarts=10", "--", *TRAINER, "--distributed"]
+    assert inside == ["launch/local.sh", "--restarts=10", "--", *ACROSS, "--distributed"]
     known = {"workload": "hybridgen", "cluster": "c", "zone": "z", "tpu-type": "v6e-256", "num-slices": "2"}
     known |= {"docker-image": "i", "project": "p", "max-restarts": "1000", "termination-grace-period-seconds": "300"}
     assert options == known
@@ -220,7 +221,8 @@ def test_the_jobset(capfd, monkeypatch, slices):
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "16x16",
     }
-    assert [*container["command"], *container["args"]] == ["launch/local.sh", *TRAINER, "--distributed"]
+    trainer = ACROSS if slices == "2" else TRAINER
+    assert [*container["command"], *container["args"]] == ["launch/local.sh", *trainer, "--distributed"]
     assert len(f"prior-{part['name']}-{slices}-63") <= 63  # a pod's host name
     # mounts and volumes belong together, and the bucket is where the runs are
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -338,6 +340,11 @@ def test_flags_that_cannot_be_checked_are_left_alone(monkeypatch, capsys):
         (["--on", "slurm", "--name", "A b", *RUN], "--name 'A b' is not up to 40 small letters"),
         ([*GKE, *RUN, "--workdir", "out"], "--workdir out is not under runs/, where the bucket bk is mounted"),
         ([*GKE, *RUN, "--config.optim.lrr=1"], "did you mean 'optim.lr'?"),
+        ([*GKE, *RUN, "--slices", "2", "--config.mesh.dcn=4"], "'mesh.dcn' 4 is not the number of slices, 2"),
+        ([*GKE, *RUN, "--config.mesh.fsdp=3"], "takes 3 devices, and 1 x v5litepod-256 have 256"),
+        ([*GKE, *RUN, "--config.mesh.data=16"], "takes 16 devices, and 1 x v5litepod-256 have 256"),
+        ([*GKE, *RUN, "--config.batch=64"], "batch 64 in 1 accumulation steps does not divide over 256 data-parallel"),
+        ([*GKE, *RUN, "--config.mesh.tensor=4", "--config.accumulate=3"], "does not divide over 64 data-parallel"),
         ([*GKE, *RUN, "--config", f"{ROOT}/{CONFIG}"], "is not a path in the clone"),
         (["--on", "local", *RUN[2:4], "--config", "configs/recipes/shapes.py:tiny"], "has no family to train"),
         (["--on", "tpu_vm", "--type", "v6e-16", "--zone", "z", *RUN], "is another folder on each of 4 hosts"),

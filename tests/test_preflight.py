@@ -150,6 +150,39 @@ def test_suggestions_on_this_machine(tmp_path, monkeypatch):
     assert f"--config.batch={best['batch']}" in best["options"] and best["remat"] in best["options"]
 
 
+SUGGESTED = """
+import json, sys
+from hybridgen import preflight, suggest
+
+suggest.COMPILED = 3
+prior, file = sys.argv[1:-1], sys.argv[-1]
+assert preflight.main([*prior, "--suggest", "--json", file]) == 0
+best = json.load(open(file))["suggestions"][0]
+assert preflight.main([*prior, *best["options"].split(), "--what", "train", "--json", file + ".best"]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_suggestions_of_meshes(tmp_path):
+    """Of eight devices; what is suggested is what preflight says of the options that it is suggested with."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env |= {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
+    file = tmp_path / "report.json"
+    line = [sys.executable, "-c", SUGGESTED, *PRIOR, str(file)]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(file.read_text())
+    found = report["suggestions"]
+    assert report["tried"] > 3 * 4 and len({str(entry["mesh"]) for entry in found}) > 1
+    assert all(np.prod(list(entry["mesh"].values())) == 8 for entry in found)
+    rates = [entry["images_per_s"] for entry in found]
+    assert rates == sorted(rates, reverse=True) and all(entry["fits"] for entry in found)
+    again = json.loads(Path(f"{file}.best").read_text())
+    assert again["mesh"] == found[0]["mesh"] and again["batch"] == found[0]["batch"]
+    # its rate is by what this machine shows it can do, anew each time; its memory is not
+    assert again["train"]["memory"]["peak"] == pytest.approx(report["capacity"] - found[0]["spare"])
+
+
 @pytest.mark.parametrize(
     "message, gib",
     [

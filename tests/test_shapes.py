@@ -339,7 +339,7 @@ def test_bad_options_are_named(options, word):
 
 
 def test_speed():
-    """Loose: machines are busy. Printed with -s."""
+    """Five times as many on an idle machine, and by the time of this process. Printed with -s."""
     source = Shapes()
     source[0]
     start = time.process_time()
@@ -347,4 +347,4 @@ def test_speed():
         source[i]
     rate = 1000 / (time.process_time() - start)
     print(f"shapes: {rate:.0f} pictures a second at 32 pixels on one core")
-    assert rate > 500
+    assert rate > 2000

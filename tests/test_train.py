@@ -4,15 +4,20 @@ Most of it is proved on a toy family (tiny.py) whose loss is masked and noisy: w
 step, which knows nothing of families.
 """
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from hybridgen import optim, state, trees
+from hybridgen import config, optim, sharding, state, stream, train, trees
+from hybridgen.data import pipeline
 from hybridgen.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 ADAM = {"kind": "adamw", "lr": 0.1, "schedule": "constant", "warmup": 0, "final": 0.0, "clip": 0.0, "decay": 0.0}
 ADAM |= {"decay_on": "kernel$", "b1": 0.9, "b2": 0.95, "eps": 1e-8}
 
@@ -78,6 +83,20 @@ def test_noise_belongs_to_the_sample_and_the_step(toy):
     run = toy()
     run.state = run.state | {"step": run.state["step"] + 1}
     assert abs(run.step(batch)["loss"] / loss - 1) > 1e-3
+
+
+def test_batches_are_read_as_the_config_says(monkeypatch):
+    """Workers, threads and flips are for training; an evaluation is one pass of this process."""
+    asked = []
+    monkeypatch.setattr(pipeline, "batches", lambda *_, **options: asked.append(options))
+    words = ["data.workers=3", "data.threads=5", "data.flip=True", "batch=8", "seed=2"]
+    config_of = config.load(f"{ROOT}/configs/tokenizers/vq.py:tiny", words)
+    read, _ = stream.reader(SimpleNamespace(config=config_of, mesh=sharding.make_mesh({"data": -1}), text=None))
+    read(None, 7)
+    read(None, 0, shuffle=False)
+    same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5}
+    assert asked[0] == same | {"start": 7, "shuffle": True, "flip": True, "workers": 3}
+    assert asked[1] == same | {"start": 0, "shuffle": False, "flip": False, "workers": 0}
 
 
 # ---------------------------------------------------------------- freezing
@@ -166,6 +185,20 @@ def test_a_spike_is_skipped_once_the_usual_norm_is_known(toy):
         assert tiny.same(before[name], run.state[name]), name
     mild = tiny.toy_batch(8) | {"y": tiny.toy_batch(8)["y"] * 2}
     assert run.step(mild)["skipped"] == 1  # a larger one than usual is no spike
+
+
+def test_a_spike_is_ten_times_the_usual_norm():
+    """Of the norms of late, however large they are; what is skipped does not count as usual."""
+    spike, check = config.load(f"{ROOT}/configs/tokenizers/vq.py").health.spike, jax.jit(train.check, static_argnums=3)
+    for usual in (1e-3, 1.0, 2000.0):
+        health = {name: jnp.int32(0) for name in ("skipped", "streak", "count")} | {"norm": jnp.float32(0)}
+        for _ in range(20):
+            good, health = check(jnp.float32(1), jnp.float32(usual), health, spike)
+            assert good
+        for factor, taken in ((9.9, True), (10.1, False), (0.01, True)):
+            good, after = check(jnp.float32(1), jnp.float32(factor * usual), health, spike)
+            assert bool(good) == taken and int(after["skipped"]) == int(after["streak"]) == 1 - taken
+            assert (after["norm"] == health["norm"]) == (not taken)
 
 
 # ---------------------------------------------------------------- starting from another run

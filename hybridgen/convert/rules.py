@@ -64,16 +64,38 @@ def qkv(x: np.ndarray) -> tuple["Part", ...]:
     return tuple(out)
 
 
+def interleaved_qkv(x: np.ndarray) -> tuple["Part"]:
+    """Kernel `[d, h, g+2, k]` -> one weight `[hgk + hk + hk, d]`; rotary pairs (i, i + k/2) -> (2i, 2i + 1)."""
+    d, k = x.shape[0], x.shape[-1]
+    turned = x.reshape(*x.shape[:-1], 2, k // 2).swapaxes(-1, -2)  # d h g+2 k/2 2
+    pieces = (turned[:, :, :-2], turned[:, :, -2], x[:, :, -1])
+    return (Part(tuple(np.moveaxis(piece, 0, -1) for piece in pieces), (x.size // d, d)),)
+
+
 def as_convs(views: "Views") -> "Views":
     """`views` whose weights `[f, d]` are 1x1 convolutions, `[f, d, 1, 1]`."""
     return lambda x: tuple(Part(part.view, (*part.shape, 1, 1)) for part in parts_of(views, x))
 
 
 class Part(NamedTuple):
-    """A view of an array of ours, and the shape of the official tensor that has its numbers in that order."""
+    """A view of an array of ours, and the shape of the official tensor that has its numbers in that order.
 
-    view: np.ndarray
+    A tensor that no one view is made of has several, one after the other.
+    """
+
+    view: np.ndarray | tuple[np.ndarray, ...]
     shape: tuple[int, ...]
+
+    @property
+    def pieces(self) -> tuple[np.ndarray, ...]:
+        return self.view if isinstance(self.view, tuple) else (self.view,)
+
+    def fill(self, tensor: np.ndarray) -> None:
+        """Assigns the official tensor to the views."""
+        flat, at = tensor.reshape(-1), 0
+        for piece in self.pieces:
+            piece[...] = flat[at : at + piece.size].reshape(piece.shape)
+            at += piece.size
 
 
 Views = Callable[[np.ndarray], Iterable[np.ndarray | Part]]
@@ -89,7 +111,10 @@ def parts_of(views: Views, x: np.ndarray) -> list[Part]:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a table; see the file's head. `dtype`: official, where it is not ours."""
+    """One line of a table; see the file's head. `dtype`: official, where it is not ours.
+
+    `copies`: names under which a file has the same tensor again (tied embeddings), of a rule without fields.
+    """
 
     official: str | tuple[str, ...]
     ours: str
@@ -97,6 +122,7 @@ class Rule:
     stack: str = ""
     flip: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dtype: str = ""
+    copies: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -164,8 +190,10 @@ def load(tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str,
         rule, names = places[path]
         arrays[path] = np.empty(spec.shape, spec.dtype)
         for index, name in names.items():
-            view = _part(rule, arrays[path], index).view
-            view[...] = np.asarray(tensors[name]).reshape(view.shape)
+            _part(rule, arrays[path], index).fill(np.asarray(tensors[name]))
+        for copy in filter(tensors.__contains__, rule.copies):
+            if not np.array_equal(np.asarray(tensors[name]), np.asarray(tensors[copy])):
+                raise UserError(f"the tensors {name!r} and {copy!r} are one in this model, and differ")
     return arrays
 
 
@@ -176,7 +204,10 @@ Places = dict[str, tuple[Rule, dict[Index, str]]]
 def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[str, ...], shapes: Mapping) -> Places:
     """Which tensors make which of our arrays: all of those in `shapes`."""
     places: Places = {}
+    copies = {copy for rule in rules for copy in rule.copies}
     for name in tensors:
+        if name in copies:
+            continue
         found = [(rule, read) for rule in rules if (read := rule.read(name))]
         if not found and any(re.fullmatch(pattern, name) for pattern in dropped):
             continue
@@ -242,12 +273,18 @@ def _part(rule: Rule, array: np.ndarray, index: Index) -> Part:
 class Lazy:
     """A tensor in the official layout that is copied only when it is written."""
 
-    view: np.ndarray
+    pieces: tuple[np.ndarray, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.ascontiguousarray(self.view, dtype or self.dtype).reshape(self.shape)
+        if len(self.pieces) == 1:
+            return np.ascontiguousarray(self.pieces[0], dtype or self.dtype).reshape(self.shape)
+        out, at = np.empty(self.shape, dtype or self.dtype), 0
+        for piece in self.pieces:
+            out.reshape(-1)[at : at + piece.size].reshape(piece.shape)[...] = piece
+            at += piece.size
+        return out
 
 
 def export(arrays: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[str, Lazy]:
@@ -266,5 +303,6 @@ def export(arrays: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[str,
                 name = rule.name(number, {**fields, rule.stack: str(layer)})
                 if name in out:
                     raise ValueError(f"the table gives {name!r} twice")
-                out[name] = Lazy(part.view, part.shape, np.dtype(rule.dtype or slab.dtype))
+                out[name] = Lazy(part.pieces, part.shape, np.dtype(rule.dtype or slab.dtype))
+            out |= dict.fromkeys(rule.copies, out[name]) if rule.copies else {}
     return out

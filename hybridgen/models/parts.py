@@ -8,7 +8,8 @@ Roles, the functions by which hybrids use any family; each takes (model, params,
 
     tokenizer   encode(image) -> tokens or latent; embed(tokens) -> codes b h w d; decode(codes or latent) -> image;
                 model: grid, length, vocab, code_width
-    text        encode(text, mask) -> features b l d
+    text        encode(text, mask) -> features b l d, mask b l; and, where the tower has such a vector, pooled(text,
+                mask) -> b p. Published towers take no mask too (None): every position is seen
     prior       condition(model, batch) -> cond; prefill(cond) -> (logits, cache); step(cache, chunk) -> (logits,
                 cache); score(tokens, cond) -> logits; features(tokens, cond) -> hidden states;
                 plan(cond, keys, options) -> (tokens, log-probabilities); model: width, length, drop

@@ -24,12 +24,16 @@ from hybridgen.sharding import shard
 
 
 class Mask(NamedTuple):
-    """Who sees whom. `offset` is the position of the first query (traced while decoding)."""
+    """Who sees whom. `offset` is the position of the first query (traced while decoding).
+
+    `own`: a causal query sees its own position though that is not valid ("xla" alone).
+    """
 
     kind: str = "full"
     prefix: int = 0
     valid: jax.Array | None = None  # b s
     offset: jax.Array | int = 0
+    own: bool = False
 
     def dense(self, t: int, s: int) -> jax.Array | None:
         """The mask as booleans that broadcast to [b, h, g, t, s], or None if everything is seen."""
@@ -44,6 +48,7 @@ class Mask(NamedTuple):
                 raise UserError(f"mask kind {self.kind!r} is not one of 'full', 'causal', 'prefix'")
         if self.valid is not None:
             valid = self.valid[:, None, None, None, :]
+            valid = valid | (key == query) if self.own else valid
             seen = valid if seen is None else seen & valid
         return seen
 
@@ -69,10 +74,11 @@ def attend(
     "splash interpreted" anywhere, slowly), "auto" picks. Softmax in at least float32. A row that sees no key is zero
     ("xla" and "splash"). `relative [h, g, t, s]` is added to the scores ("xla" alone).
     """
+    special = relative is not None or mask.own
     if kernel == "auto":
-        kernel = pick(q, k, mask) if relative is None else "xla"
-    if relative is not None and kernel != "xla":
-        raise UserError(f"attention kernel {kernel!r} adds nothing to its scores; take 'xla'")
+        kernel = "xla" if special else pick(q, k, mask)
+    if special and kernel != "xla":
+        raise UserError(f"attention kernel {kernel!r} knows no added scores and no `own` of a mask; take 'xla'")
     if kernel == "cudnn":
         return _cudnn(q, k, v, mask)
     if kernel in ("splash", "splash interpreted"):
@@ -163,6 +169,7 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     qk_norm: bool = False
     bias: bool = False
+    qkv_bias: bool = True  # with `bias`, queries, keys and values have one too
     scale: float = 0.0  # of the scores; 0: head_width ** -0.5
     dtype: str = "float32"
     out_scale: float = 1.0
@@ -183,7 +190,7 @@ class Attention(nn.Module):
         if self.heads % h:
             raise UserError(f"{self.heads} query heads do not divide over {h} key heads")
         g, width = self.heads // h, self.head_width
-        options = {"bias": self.bias, "dtype": self.dtype}
+        options = {"bias": self.bias and self.qkv_bias, "dtype": self.dtype}
         if context is None:
             q, k, v = Linear((h, g + 2, width), parts=(g, 1, 1), name="qkv", **options)(x)
             q, k, v = (shard(part, "batch", None, "heads", None, None) for part in (q, k, v))

@@ -110,7 +110,7 @@ class Embed(nn.Module):
         return lookup(shard(cast(self.table, self.dtype), "vocab", None), ids)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,vd->...v", cast(x, self.dtype), cast(self.table, self.dtype))
+        return affine(cast(x, self.dtype), cast(self.table, self.dtype).T, wide=True)
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:

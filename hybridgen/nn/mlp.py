@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "silu": nn.silu,
 }
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_exact": "gelu_exact", "reglu": "relu"}
+GATED |= {"quick_geglu": "quick_gelu"}
 
 
 class MLP(nn.Module):

@@ -1,4 +1,5 @@
-"""Positions: rotary embeddings in one or two dimensions (Su et al. 2021) and fixed sine-cosine tables.
+"""Positions: rotary embeddings in one or two dimensions (Su et al. 2021), fixed sine-cosine tables, and the buckets
+of relative positions (Raffel et al. 2020).
 
 A rotary table is `(cos, sin)`, each `[n, k/2]` or `[b, n, k/2]`: two-dimensional ones rotate the first half of a head
 by the row and the second by the column. Text before an image counts on the diagonal, and the image's grid starts where
@@ -6,6 +7,8 @@ the text ends, so that every position has one place in the plane.
 
 Letters: b batch, n tokens, h heads, k head width, d width.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +27,13 @@ def grid_positions(height: int, width: int, prefix: int = 0) -> np.ndarray:
     return np.concatenate([text, grid]).astype(np.int32)
 
 
-def rotary(positions: np.ndarray | jax.Array, head_width: int, base: float = 10_000.0) -> Rotary:
-    """Rotary table for integer positions `[n]` or `[..., n, axes]`; `head_width` must divide by 2 * axes."""
+def rotary(
+    positions: np.ndarray | jax.Array, head_width: int, base: float = 10_000.0, scaling: Mapping | None = None
+) -> Rotary:
+    """Rotary table for integer positions `[n]` or `[..., n, axes]`; `head_width` must divide by 2 * axes.
+
+    scaling: options of `stretched`, for texts longer than those of the first training.
+    """
     positions = jnp.asarray(positions)
     positions = positions[:, None] if positions.ndim == 1 else positions  # ... n axes
     axes = positions.shape[-1]
@@ -33,9 +41,43 @@ def rotary(positions: np.ndarray | jax.Array, head_width: int, base: float = 10_
         raise UserError(f"head width {head_width} does not divide by {2 * axes}")
     count = head_width // (2 * axes)
     frequency = base ** (-np.arange(count) / count)
+    frequency = stretched(frequency, **scaling) if scaling else frequency
     angles = positions[..., None] * jnp.asarray(frequency, jnp.float32)  # ... n axes k/(2 axes)
     angles = angles.reshape(*positions.shape[:-1], head_width // 2)  # ... n k/2
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def stretched(
+    frequency: np.ndarray, kind: str, factor: float, low: float = 1.0, high: float = 4.0, trained: int = 8192
+) -> np.ndarray:
+    """Rotary frequencies for longer texts. kind "linear": all are divided by `factor` (Chen et al. 2023).
+
+    "llama3": those that turn less than `low` times within `trained` positions are, those that turn more than `high`
+    times stay, and between them the two are mixed.
+    """
+    if kind == "linear":
+        return frequency / factor
+    if kind != "llama3":
+        raise UserError(f"rotary scaling {kind!r} is not one of 'linear', 'llama3'")
+    turns = trained * frequency / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequency * (kept + (1 - kept) / factor)
+
+
+def relative_buckets(distance: np.ndarray, buckets: int, farthest: int) -> np.ndarray:
+    """T5's bucket of each distance (key less query position), in both directions: ints of `distance`'s shape.
+
+    Half of the buckets are for keys behind the query. Of either half, half are for one distance each and the others
+    grow by a constant factor up to `farthest`. In float32, as official code rounds.
+    """
+    half = buckets // 2
+    exact = half // 2
+    if exact < 1 or farthest <= exact:
+        raise UserError(f"{buckets} buckets do not reach to a distance of {farthest}")
+    far = np.abs(distance)
+    octaves = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(np.log(farthest / exact))
+    large = exact + (octaves * np.float32(half - exact)).astype(np.int64)
+    return np.where(far < exact, far, np.minimum(large, half - 1)) + half * (distance > 0)
 
 
 def rotate(x: jax.Array, table: Rotary) -> jax.Array:

@@ -43,8 +43,11 @@ class Block(nn.Module):
     norm: str = "rms"
     norm_eps: float = 1e-6
     mlp_norm_eps: float = 0.0  # of the norm before the feed-forward; 0: as norm_eps
+    mlp_norm_affine: bool = False  # that norm has scale and bias though the block is modulated
     qk_norm: bool = False
     bias: bool = False
+    mlp_bias: bool | None = None  # None: as bias
+    qkv_bias: bool = True  # with `bias`, queries, keys and values have one too
     scale: float = 0.0  # of the attention scores; 0: head_width ** -0.5
     dropout: float = 0.0
     modulated: bool = False
@@ -65,8 +68,8 @@ class Block(nn.Module):
         layer: jax.Array | int = 0,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
-        def norm(name: str, eps: float = 0.0) -> Norm:
-            return Norm(self.norm, eps or self.norm_eps, affine=not self.modulated, name=name)
+        def norm(name: str, eps: float = 0.0, affine: bool = False) -> Norm:
+            return Norm(self.norm, eps or self.norm_eps, affine=affine or not self.modulated, name=name)
 
         attention = {
             "heads": self.heads,
@@ -74,6 +77,7 @@ class Block(nn.Module):
             "kv_heads": self.kv_heads,
             "qk_norm": self.qk_norm,
             "bias": self.bias,
+            "qkv_bias": self.qkv_bias,
             "scale": self.scale,
             "dtype": self.dtype,
             "out_scale": self.out_scale,
@@ -94,8 +98,9 @@ class Block(nn.Module):
             features, valid = context
             y = Norm(self.norm, self.norm_eps, name="cross_norm")(x)
             x = x + Attention(name="cross_attention", **attention)(y, Mask(valid=valid), context=features)[0]
-        y = modulate(norm("mlp_norm", self.mlp_norm_eps)(x), shift_m, scale_m)
-        y = MLP(self.hidden, self.mlp, self.bias, self.dtype, self.out_scale, name="mlp")(y)
+        y = modulate(norm("mlp_norm", self.mlp_norm_eps, self.mlp_norm_affine)(x), shift_m, scale_m)
+        bias = self.bias if self.mlp_bias is None else self.mlp_bias
+        y = MLP(self.hidden, self.mlp, bias, self.dtype, self.out_scale, name="mlp")(y)
         y = dropped(y, keys, "mlp", layer, self.dropout)
         x = x + (y if gate_m is None else gate_m * y)
         return shard(x, "batch", None, None), cache
@@ -119,7 +124,8 @@ def dropped(
 class Stack(nn.Module):
     """`depth` blocks; parameters carry a leading layer axis. `block` holds Block's options.
 
-    `every`: in place of the last block's output `[b, t, d]`, that of each, `[l, b, t, d]`.
+    `every`: in place of the last block's output `[b, t, d]`, that of each, `[l, b, t, d]`. A condition is `[b, d]`, or
+    `[l, b, d]`: one of its own for each block.
     """
 
     depth: int
@@ -147,16 +153,17 @@ class Stack(nn.Module):
         # deep residual branches start smaller, so that the sum over layers keeps its variance (GPT-2)
         options.setdefault("out_scale", 1.0 / (2 * self.depth))
         kind = mask.kind, mask.prefix
-        valid, offset = mask.valid, mask.offset
+        valid, offset, own = mask.valid, mask.offset, mask.own
+        by_layer = condition is not None and condition.ndim == 3
 
         def body(block: Block, carry: tuple, layer: jax.Array) -> tuple[tuple, jax.Array | None]:
             x, cache = carry
             x, cache = block(
                 x,
-                Mask(*kind, valid, offset),
+                Mask(*kind, valid, offset, own),
                 rotary=rotary,
                 relative=relative,
-                condition=condition,
+                condition=condition[layer] if by_layer else condition,
                 context=context,
                 cache=cache,
                 layer=layer,

@@ -30,11 +30,18 @@ SYSTEMS = {
     "llamagen_vq": "codes",
     "sd_kl_vae": "latents",
     "mar_kl16": "latents",
+    "dit_official": "transformers",
+    "dit": "transformers",
     "sched_ddpm": "schedulers",
     "sched_ddim": "schedulers",
     "sched_dpmsolver": "sigmas",
     "sched_euler": "sigmas",
     "sched_flowmatch": "schedulers",
+    "clip_text": "texts",
+    "t5_encoder": "texts",
+    "llama_lm": "texts",
+    "llamagen_gpt": "raster",
+    "taming_gpt": "raster",
 }
 
 

@@ -80,6 +80,16 @@ def _scale_at(ramp, scale, low, high, progress):
     return jnp.where(inside, 1 + (scale - 1) * ramp(progress), 1.0)
 
 
+def until(scale, last, length):
+    """`scale` for the tokens up to number `last + 1` of `length`, 1 behind them: LlamaGen's `cfg_interval`.
+
+    It counts runs over the cache from 0, the first of which gives token 1, and means all of them below 0.
+    """
+    if last < 0 or last + 1 >= length - 1:
+        return scale
+    return schedule("constant", scale, (0.0, (last + 1.5) / (length - 1)))  # half a token for rounding
+
+
 # ---------------------------------------------------------------- levels
 
 
@@ -133,8 +143,11 @@ def repeat(tree, count):
     return jax.tree.map(lambda a: jnp.concatenate([a] * count), tree) if count > 1 else tree
 
 
-def guided(call, spec):
+def guided(call, spec, channels=None):
     """call(x K*B ..., t K*B) -> K*B ..., over the rows of `branches(parse(spec))`, -> a function of x B ..., t B.
+
+    channels: how many of the last axis are guided, the first ones; the others are those of the full branch (DiT guides
+    three of a latent's four). None: all.
 
     For diffusion: t is time (1 is noise), progress is 1 - t of the first row. With guidance off K is 1 and `call` is
     called as it stands. What it closes over (embedded conditions) must have K*B rows in branch order.
@@ -146,6 +159,10 @@ def guided(call, spec):
 
     def guided_call(x, t):
         outputs = jnp.split(call(repeat(x, count), repeat(t, count)), count)
-        return combine_levels(outputs, terms, 1 - t[0])
+        rest = outputs[0][..., channels:] if channels is not None and channels < outputs[0].shape[-1] else None
+        if rest is None:
+            return combine_levels(outputs, terms, 1 - t[0])
+        guided = combine_levels([out[..., :channels] for out in outputs], terms, 1 - t[0])
+        return jnp.concatenate([guided, rest.astype(guided.dtype)], -1)
 
     return guided_call

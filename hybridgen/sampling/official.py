@@ -12,6 +12,7 @@ Letters: n steps, T training timesteps.
 """
 
 import math
+import re
 
 import numpy as np
 from scipy import stats
@@ -106,6 +107,35 @@ def spaced_by_solver(spacing: str, n: int, steps: int, last: int, offset: int = 
     if spacing == "trailing":
         return np.round(np.arange(last, 0, -steps / n)) - 1
     raise UserError(f"timestep spacing {spacing!r} is none of linspace, leading, trailing")
+
+
+def respaced(text: str, steps: int) -> np.ndarray:
+    """Timesteps that are kept of T, ascending, as DiT and iDDPM write it.
+
+    "250": so many, evenly from the first to the last; "10,15": so many of each equal section; "ddim25": so many at a
+    whole stride from the first on. Raises UserError for what cannot be kept.
+    """
+    read = re.fullmatch(r"ddim([0-9]{1,8})|[0-9]{1,8}(,[0-9]{1,8})*", text)
+    if not read:
+        raise UserError(f"respacing {text!r} is not like '250', '10,10' or 'ddim25'")
+    if read[1]:
+        for stride in range(1, steps):
+            if len(range(0, steps, stride)) == int(read[1]):
+                return np.arange(0, steps, stride)
+        raise UserError(f"respacing {text!r}: no whole stride leaves {read[1]} of {steps} timesteps")
+    counts, kept, start = [int(part) for part in text.split(",")], [], 0
+    for number, n in enumerate(counts):
+        size = steps // len(counts) + (number < steps % len(counts))
+        if n > size:
+            raise UserError(f"respacing {text!r}: {n} timesteps of a section of {size}")
+        stride, place = (size - 1) / (n - 1) if n > 1 else 1, 0.0
+        for _ in range(n):
+            kept.append(start + round(place))
+            place += stride  # summed, as official code does: rounding may decide
+        start += size
+    if not kept:
+        raise UserError(f"respacing {text!r} keeps no timestep")
+    return np.unique(kept)
 
 
 def clipped(bar: np.ndarray, least: float) -> int:

@@ -11,6 +11,7 @@ One signature: `solve(predict, x, levels, keys=None, *, previews=False, **option
   Heun need t to be what dalpha and dsigma are derivatives in; the others only pass it on to `predict`.
 - `keys`: B typed keys, for the stochastic ones: step i draws picture b's noise from `fold_in(keys[b], i)`. Or a
   function (i, x) -> standard normal noise like x.
+- `ddpm` with a learned variance takes a third thing from `predict`: shares B ..., see there.
 - where sigma ends at 0, the result is the last prediction of x exactly.
 - `previews=True` also returns the n predictions of x: n B ...
 
@@ -41,6 +42,7 @@ class Rows(NamedTuple):
     before: Any = 0.0  # the previous step's x, or eps
     earlier: Any = 0.0  # the one before it
     noise: Any = 0.0
+    reach: Any = 0.0  # the noise is exp(reach * share) times that, share being the third thing that is predicted
 
 
 def _ends(levels):
@@ -59,6 +61,7 @@ def _run(rows, predict, x, levels, keys, previews, keep_eps=False):
     count = len(now.t)
     # static: what is not used is not computed
     past, noisy = 2 if np.any(rows.earlier) else int(np.any(rows.before)), np.any(rows.noise)
+    learned = np.any(rows.reach)
     if noisy and keys is None:
         raise UserError("a stochastic solver needs keys, one a picture: got None")
     draw = keys if callable(keys) else functools.partial(_noise, keys)
@@ -66,12 +69,13 @@ def _run(rows, predict, x, levels, keys, previews, keep_eps=False):
     def body(carry, inputs):
         x_t, before = carry
         i, level, row = inputs
-        clean, eps = predict(x_t, level)
+        clean, eps, *share = predict(x_t, level)
         x_next = row.x_t * x_t + row.x * clean + row.eps * eps
         for weight, one in zip((row.before, row.earlier), before, strict=False):
             x_next += weight * one
         if noisy:
-            x_next += row.noise * draw(i, x_t)
+            noise = row.noise * draw(i, x_t)
+            x_next += noise * jnp.exp(row.reach * share[0]) if learned else noise
         before = ((eps if keep_eps else clean).astype(x_t.dtype), *before)[:past]
         return (x_next.astype(x_t.dtype), before), clean if previews else None
 
@@ -113,15 +117,20 @@ def ddim(predict, x, levels, keys=None, *, eta=0.0, deviation=None, previews=Fal
     return _run(rows, predict, x, levels, keys, previews)
 
 
-def ddpm(predict, x, levels, keys=None, *, deviation=None, previews=False):
+def ddpm(predict, x, levels, keys=None, *, deviation=None, variance="small", previews=False):
     """Ancestral sampling from q(x_s | x_t, x) (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7), any schedule and grid.
 
-    deviation: n, of the noise of each step, where it is not that of q.
+    variance: of each step's noise: "small", that of q; "large", beta; "learned": between the two in their logarithms,
+    at the share of the way to "large" that `predict` says (arXiv 2102.09672, eq. 15). deviation: n, in place of it.
     """
     now, after = _ends(levels)
-    of_x_t, of_x, variance = _posterior(now, after)
-    noise = np.sqrt(variance) if deviation is None else np.asarray(deviation)
-    return _run(Rows(x_t=of_x_t, x=of_x, noise=noise), predict, x, levels, keys, previews)
+    of_x_t, of_x, small = _posterior(now, after)
+    large = np.where(after.sigma > 0, 1 - (now.alpha / after.alpha) ** 2, 0)  # beta; without noise where sigma ends
+    if variance not in ("small", "large", "learned"):
+        raise UserError(f"variance {variance!r} is none of small, large, learned")
+    noise = np.sqrt(large if variance == "large" else small) if deviation is None else np.asarray(deviation)
+    reach = np.log(np.where(small > 0, large / np.where(small > 0, small, 1), 1)) / 2 if variance == "learned" else 0.0
+    return _run(Rows(x_t=of_x_t, x=of_x, noise=noise, reach=reach), predict, x, levels, keys, previews)
 
 
 def _posterior(now, after):

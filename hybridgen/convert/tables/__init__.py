@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     """What a config means here.
 
     inputs: shape of one row of what the family takes, `{"image": (H, W, 3)}`. dropped: patterns of tensors that the
-    model has no use for.
+    model has no use for. sample: options of drawing, as the official script has them.
     """
 
     family: str
@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     rules: tuple[Rule, ...]
     inputs: dict[str, tuple[int, ...]]
     dropped: tuple[str, ...] = ()
+    sample: Mapping[str, Any] = {}
 
 
 class Source(NamedTuple):

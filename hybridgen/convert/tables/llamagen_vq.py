@@ -1,6 +1,7 @@
 """LlamaGen's image tokenizer (Sun et al. 2024): class `VQModel` of tokenizer/tokenizer_image/vq_model.py.
 
 The config has the fields of its `ModelArgs`, and `ch` and `num_res_blocks`, which official code leaves at 128 and 2.
+`resolution`, beside them, is the side of the pictures that it is used for (256): a prior of 24x24 tokens needs 384.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ ABOUT = About(
     "image tokenizer of LlamaGen",
     "MIT",
     "VQ-16 and VQ-8: 16384 codes of 8, 72 M and 70 M parameters",
-    {"VQ-16": VQ16, "VQ-8": VQ16 | {"encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)}},
+    {f"VQ-16-{side}": VQ16 | {"resolution": side} for side in (384, 512)}
+    | {"VQ-16": VQ16, "VQ-8": VQ16 | {"encoder_ch_mult": (1, 2, 2, 4), "decoder_ch_mult": (1, 2, 2, 4)}},
     ("ema", "model", "state_dict", "module"),
 )
 NAMES = _residual.Names(
@@ -39,7 +41,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         l2 = options.flag("codebook_l2_norm", True)
         residual = {"stem": ch, "z": options.count("z_channels", 256), "attend": (last,)}
         residual |= {"decoder_channels": tuple(ch * m for m in up)}
-        resolution = 256  # of the published ones; a picture may have another size
+        resolution = options.count("resolution", 256)
         model = {"resolution": resolution, "patch": 1, "attention": True, "channels": tuple(ch * m for m in down)}
         model |= {"blocks": options.count("num_res_blocks", 2), "residual": residual, "quantizer": "vq", "l2": l2}
         model |= {"codes": options.count("codebook_size", 16384), "width": options.count("codebook_embed_dim", 8)}

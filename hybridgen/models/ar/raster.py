@@ -2,11 +2,14 @@
 
 Llama-style blocks (RMSNorm, SwiGLU, rotary positions in the plane, optional qk-norm and grouped queries), as LlamaGen
 (Sun et al. 2024). The sequence is [text][start][tokens]: `start` carries the class and says whether the condition was
-dropped (then the text is masked out), so that the unconditional model is the same program.
+dropped (then the text is masked out), so that the unconditional model is the same program. `prefixed` names other
+prefixes, those of official models (conditions.py); the options below it make LlamaGen and the GPT of VQGAN (Esser et
+al. 2021) exactly.
 
-cond: {"text" b l int, "text_mask" b l bool} and/or {"label" b int}, and optionally "drop" b bool.
+cond: {"text" b l int, "text_mask" b l bool} and/or {"label" b int}, and optionally "drop" b bool; of other prefixes
+{"text_features" b l c, "text_features_mask" b l bool} or {"cond_tokens" b l int}.
 
-Letters: b batch, l text positions, n image tokens, d width, v codes.
+Letters: b batch, l text positions, p prefix positions, n image tokens, d width, v codes.
 """
 
 from typing import Any
@@ -16,15 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen import rng
+from hybridgen.errors import UserError
+from hybridgen.models.ar import conditions
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.parts import need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, fan_in
+from hybridgen.nn.linear import Embed, Linear, fan_in, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
-from hybridgen.nn.stack import Stack
+from hybridgen.nn.stack import Stack, dropped
 from hybridgen.sampling import decode, guidance
 from hybridgen.sharding import shard
 
@@ -47,13 +52,35 @@ class Raster(nn.Module):
     classes: int = 0
     prefix_mask: bool = True  # text positions see each other in both directions
     drop: float = 0.1  # share of conditions dropped in training
+    prefixed: str = "start"  # one of conditions.PREFIXES
+    cond_length: int = 1  # condition tokens, of prefix "codes"
+    null_length: int = 0  # positions of a dropped caption that there are, of which text_length are read; 0: those
+    unmasked: int = 0  # positions that see each other in both directions, also those of tokens, as taming's n_unmasked
+    own_seen: bool = False  # padding sees itself (LlamaGen's; of left-padded text nobody reads it)
+    positions: str = "plane"  # "image": LlamaGen's, none in the prefix; "learned": a table
+    places: int = 0  # rows of that table; 0: as many as there are positions
+    rope_base: float = 10_000.0
+    norm_kind: str = "rms"
+    norm_eps: float = 1e-6
+    mlp: str = "swiglu"
+    bias: bool = False
+    dropout: float = 0.0  # of both branches of a block, in training
+    token_dropout: float = 0.0  # of what enters the first block
+    keep: float = 1.0  # share of input tokens kept in training; others are random ones (taming's pkeep)
+    std: float = 0.0  # of kernels and tables at the start; 0: by fan-in
+    zero_head: bool = False
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
 
     def setup(self) -> None:
         self.tokens = Embed(self.vocab, self.width, self.dtype)
-        self.start = Embed(self.classes + 2, self.width, self.dtype)  # classes, given text, dropped
+        if self.prefixed == "start":
+            self.start = Embed(self.classes + 2, self.width, self.dtype)  # classes, given text, dropped
+        elif self.prefixed == "class":
+            self.start = Embed(self.classes + (self.drop > 0), self.width, self.dtype)  # classes, dropped
+        elif self.prefixed == "caption":
+            self.caption = conditions.Captions(self.null_length or self.text_length, self.width, self.dtype)
         if self.text_vocab:
             width = self.text_width or self.width
             self.text = TextTower(
@@ -66,16 +93,23 @@ class Raster(nn.Module):
                 dtype=self.dtype,
             )
             self.text_project = Linear(self.width, dtype=self.dtype)
+        if self.positions == "learned":
+            self.position = Embed(self.places or self.prefix + self.length, self.width, self.dtype, zeros)
         block = {
             "heads": self.heads,
             "head_width": self.width // self.heads,
             "hidden": self.hidden or round_up(self.width * 8 / 3),
             "kv_heads": self.kv_heads,
             "qk_norm": self.qk_norm,
+            "mlp": self.mlp,
+            "norm": self.norm_kind,
+            "norm_eps": self.norm_eps,
+            "bias": self.bias,
+            "dropout": self.dropout,
             "dtype": self.dtype,
         }
         self.blocks = Stack(self.depth, tuple(block.items()), remat=self.remat, unroll=self.unroll)
-        self.norm = Norm()
+        self.norm = Norm(self.norm_kind, self.norm_eps)
         self.head = Linear(self.vocab, dtype=self.dtype, init=fan_in(0.1), wide=True)
 
     @property
@@ -85,15 +119,30 @@ class Raster(nn.Module):
 
     @property
     def prefix(self) -> int:
-        """Positions before the start position."""
-        return self.text_length if self.text_vocab else 0
+        """Positions p - 1 before the one from which the first token is predicted."""
+        if self.prefixed == "start":
+            return self.text_length if self.text_vocab else 0
+        return {"class": 1, "caption": self.text_length, "codes": self.cond_length}[self.prefixed] - 1
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether it knows a dropped condition, which guidance needs."""
+        return self.prefixed in ("start", "caption") or (self.prefixed == "class" and self.drop > 0)
 
     def condition(self, cond: dict) -> tuple[jax.Array, jax.Array]:
-        """Prefix and start as features `[b, l + 1, d]`, and which of them are visible `[b, l + 1]`."""
-        any_of = cond["text"] if self.text_vocab else cond["label"]
+        """Prefix as features `[b, p, d]`, and which positions of it are visible `[b, p]`."""
+        if self.prefixed == "codes":
+            ids = cond["label"][:, None] if self.classes else cond["cond_tokens"]  # b p
+            return self.tokens(ids), jnp.ones(ids.shape, bool)
+        given = {"class": "label", "caption": "text_features", "start": "text" if self.text_vocab else "label"}
+        any_of = cond[given[self.prefixed]]
         drop = cond.get("drop", jnp.zeros(any_of.shape[:1], bool))  # b
+        if self.prefixed == "caption":
+            # where dropped the prompt's own padding stays hidden, as in official code
+            return self.caption(any_of, drop), cond["text_features_mask"]
         kind = cond["label"] if self.classes else jnp.full(drop.shape, self.classes)
-        start = self.start(jnp.where(drop, self.classes + 1, kind))[:, None]  # b 1 d
+        null = self.classes + (self.prefixed == "start")
+        start = self.start(jnp.where(drop, null, kind))[:, None]  # b 1 d
         seen = jnp.ones((drop.shape[0], 1), bool)
         if not self.text_vocab:
             return start, seen
@@ -102,35 +151,56 @@ class Raster(nn.Module):
         return jnp.concatenate([text, start], 1), jnp.concatenate([mask, seen], 1)
 
     def rotary(self) -> Any:
+        head_width = self.width // self.heads
+        if self.positions == "learned":
+            return None
+        if self.positions == "image":
+            # LlamaGen fills up its table with zeros for cosine and sine: queries and keys of the prefix vanish
+            table = rotary(grid_positions(*self.grid), head_width, self.rope_base)
+            return tuple(jnp.pad(part, ((self.prefix + 1, 0), (0, 0))) for part in table)
         # the start position takes the last place on the text's diagonal
-        return rotary(grid_positions(*self.grid, prefix=self.prefix + 1), self.width // self.heads)
+        return rotary(grid_positions(*self.grid, prefix=self.prefix + 1), head_width, self.rope_base)
 
     def mask(self, valid: jax.Array | None = None) -> Mask:
-        return Mask("prefix" if self.prefix_mask and self.prefix else "causal", self.prefix, valid)
+        square = self.unmasked or (self.prefix if self.prefix_mask else 0)
+        return Mask("prefix" if square else "causal", square, valid, own=self.own_seen)
 
-    def __call__(self, tokens: jax.Array, cond: dict) -> jax.Array:
-        """Hidden states `[b, n, d]` from which token i is predicted; `tokens [b, n]` (the last is not read)."""
+    def entered(self, x: jax.Array, at: jax.Array | int = 0, keys: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """`x [b, t, d]` from position `at` on as it enters the blocks, and its rotary table."""
+        t, table = x.shape[1], self.rotary()
+        if self.positions == "learned":
+            x = x + self.position(at + jnp.arange(t))
+        elif isinstance(at, int):
+            table = tuple(part[:t] for part in table)
+        else:
+            table = tuple(jax.lax.dynamic_slice_in_dim(part, at, t) for part in table)
+        return dropped(x, keys, "tokens", rate=self.token_dropout), table
+
+    def __call__(self, tokens: jax.Array, cond: dict, keys: jax.Array | None = None) -> jax.Array:
+        """Hidden states `[b, n, d]` from which token i is predicted; `tokens [b, n]` (the last is not read).
+
+        `keys [b]`: of the dropout.
+        """
         prefix, seen = self.condition(cond)
-        x = jnp.concatenate([prefix, self.tokens(tokens[:, :-1])], 1)  # b l+n d
+        x = jnp.concatenate([prefix, self.tokens(tokens[:, :-1])], 1)  # b p+n-1 d
         valid = jnp.pad(seen, ((0, 0), (0, x.shape[1] - seen.shape[1])), constant_values=True)
-        cos, sin = self.rotary()
-        x, _ = self.blocks(x, self.mask(valid), rotary=(cos[: x.shape[1]], sin[: x.shape[1]]))
+        x, table = self.entered(x, keys=keys)
+        x, _ = self.blocks(x, self.mask(valid), rotary=table, keys=keys)
         return self.norm(x[:, self.prefix :])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         logits = self.head(hidden)
         return shard(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
 
-    def forward(self, tokens: jax.Array, cond: dict) -> jax.Array:
-        return self.logits(self(tokens, cond))
+    def forward(self, tokens: jax.Array, cond: dict, keys: jax.Array | None = None) -> jax.Array:
+        return self.logits(self(tokens, cond, keys))
 
     def cached(self, cache: kv.Cache, x: jax.Array, seen: jax.Array) -> tuple[jax.Array, kv.Cache]:
         """Hidden states `[b, t, d]` of a chunk `x [b, t, d]` that continues the cache."""
-        t = x.shape[1]
-        cos, sin = (jax.lax.dynamic_slice_in_dim(table, cache["index"], t) for table in self.rotary())
+        x, table = self.entered(x, cache["index"])
         cache = kv.admit(cache, seen)
-        x, cache = self.blocks(x, self.mask(), rotary=(cos, sin), cache=cache)
-        return self.norm(x), kv.advance(cache, t)
+        x, cache = self.blocks(x, self.mask(), rotary=table, cache=cache)
+        return self.norm(x), kv.advance(cache, seen.shape[1])
 
     def prefill(self, cond: dict) -> tuple[jax.Array, kv.Cache]:
         """Logits of the first token `[b, v]`, and the cache."""
@@ -148,23 +218,28 @@ class Raster(nn.Module):
 
 
 def build(config: Any) -> Raster:
-    return Raster(**config)
+    model = Raster(**config)
+    known = {"prefixed": conditions.PREFIXES, "positions": ("plane", "image", "learned")}
+    for name, kinds in known.items():
+        if getattr(model, name) not in kinds:
+            raise UserError(f"{name} {getattr(model, name)!r} is not one of {', '.join(map(repr, kinds))}")
+    if model.prefixed == "class" and not model.classes:
+        raise UserError("a prefix of a class needs 'classes', which is 0")
+    if model.places and model.places < model.prefix + model.length:
+        raise UserError(f"{model.prefix + model.length} positions do not fit a table of {model.places}")
+    return model
 
 
 def init(model: Raster, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     del specs, parts
     tokens = jnp.zeros((1, model.length), jnp.int32)
-    cond = {"label": jnp.zeros((1,), jnp.int32)}
-    if model.text_vocab:
-        cond |= {"text": jnp.zeros((1, model.text_length), jnp.int32)}
-        cond |= {"text_mask": jnp.ones((1, model.text_length), bool)}
-    return {"params": model.init(key, tokens, cond, method="forward")["params"], "extra": {}}
+    params = model.init(key, tokens, conditions.example(model), method="forward")["params"]
+    return {"params": conditions.redrawn(params, key, model.std, model.zero_head) if model.std else params, "extra": {}}
 
 
-def condition(model: Raster, batch: dict) -> dict:
-    """The entries of a batch that this prior is conditioned on."""
-    names = (("text", "text_mask") if model.text_vocab else ()) + (("label",) if model.classes else ())
-    return {name: batch[name] for name in names}
+def condition(model: Raster, batch: dict, parts: Any = None) -> dict:
+    """The entries of a batch that this prior is conditioned on; of a caption, its features by the part "text"."""
+    return conditions.asked(model, batch, parts or {})
 
 
 def tokens_of(batch: dict, parts: Any) -> jax.Array:
@@ -178,13 +253,16 @@ def loss(
     model: Raster, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
     """Next-token cross-entropy in nats a token."""
-    del step
-    tokens = tokens_of(batch, parts)  # b n
-    cond = condition(model, batch)
-    if train and model.drop:
-        keys = rng.sample_keys(key, batch["id"])
+    del step, extra
+    tokens = read = tokens_of(batch, parts)  # b n
+    cond = condition(model, batch, parts)
+    keys = rng.sample_keys(key, batch["id"]) if train else None  # b
+    if train and model.drop and model.unconditional:
         cond["drop"] = rng.bernoulli(rng.named(keys, "drop"), model.drop)
-    logits = score(model, params, extra, tokens, cond)
+    if train and model.keep < 1:
+        kept = rng.bernoulli(rng.named(keys, "keep"), model.keep, tokens.shape[1:])  # b n
+        read = jnp.where(kept, tokens, rng.randint(rng.named(keys, "random"), tokens.shape[1:], 0, model.vocab))
+    logits = model.apply({"params": params}, read, cond, keys, method="forward")
     each = cross_entropy(logits, tokens)  # b n
     scalar, weight = weighted(each, rows(batch, each))
     accuracy, _ = weighted((logits.argmax(-1) == tokens).astype(each.dtype), rows(batch, each))
@@ -224,6 +302,8 @@ def plan(
     """
     scale = options.get("guidance", 1.0)
     if guidance.is_on(scale):
+        if not model.unconditional:
+            raise UserError(f"this prior knows no dropped condition: guidance must be 1, and is {scale}")
         cond = guidance.repeat(cond, 2)
         b = keys.shape[0]
         cond = cond | {"drop": jnp.arange(2 * b) >= b}
@@ -244,7 +324,7 @@ def sample(
     if "tokens" in cond:
         out = {"tokens": cond["tokens"]}
     else:
-        tokens, logprob = plan(model, params, extra, condition(model, cond), keys, options.get("prior", {}))
+        tokens, logprob = plan(model, params, extra, condition(model, cond, parts), keys, options.get("prior", {}))
         out = {"tokens": tokens, "logprob": logprob}
     if "tokenizer" in parts:
         codes = parts["tokenizer"].call("embed", out["tokens"])

@@ -7,20 +7,27 @@ correction of it: at initialisation the decoder is the tokenizer's, and training
 tokens are corrupted and dropped at random, so that it forgives a prior's mistakes.
 
 cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask" (with "features" b l d, if they are known already),
-"label", and "drop_plan", "drop_text" b bool.
+"label", and "drop_plan", "drop_text", "drop_label" b bool.
+
+With `timesteps` it is the network of a discrete process, told whole timesteps, that may say the variance of its steps
+too (variance.py): with blocks and positions set as there, the published DiT.
 
 Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, d width.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
 
 from hybridgen import rng
 from hybridgen.errors import UserError
-from hybridgen.models.diffusion import process
+from hybridgen.models.diffusion import process, variance
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.models.parts import Parts, need
 from hybridgen.models.text.transformer import TextTower, round_up
@@ -50,6 +57,14 @@ class DiT(nn.Module):
     text_length: int = 0
     text_depth: int = 1
     classes: int = 0
+    block: Mapping = FrozenDict()  # options of nn.stack.Block that are not its defaults
+    position: str = "rows"  # fixed table, rows first; "columns": columns first; "stored": an array that does not train
+    rotary: bool = True
+    time_shift: float = 0.0  # of the frequencies that t is told in, see nn.timestep
+    own_embedders: bool = False  # every block has its own of time and label (diffusers repeats them)
+    outputs: int = 0  # channels of what it says; twice `channels`: variances behind the prediction; 0: `channels`
+    timesteps: int = 0  # of a discrete process; 0: times are continuous
+    variance: str = "large"  # of ancestral steps along timesteps, where it is not said: "large" (beta) or "small"
     kind: str = "x"
     loss_kind: str = "velocity"
     schedule: str = "flow"
@@ -86,10 +101,8 @@ class DiT(nn.Module):
         draft = self.seen_draft(cond) if self.draft else None
         pixels = x if draft is None else jnp.concatenate([x, draft.astype(x.dtype)], -1)
         y = Linear(self.width, bias=True, dtype=self.dtype, name="patches")(patchify(pixels, self.patch))
-        y = y + cast(
-            jnp.asarray(sincos_2d(self.side, self.side, self.width)).reshape(self.side, self.side, -1), self.dtype
-        )
-        vector = TimestepEmbed(self.width, dtype=self.dtype, name="time")(t)  # b d
+        y = y + cast(self._positions(), self.dtype).reshape(self.side, self.side, -1)
+        vector = self._told(t, cond)  # b d, or l b d
         context = None
         if self.plan_width:
             on_grid, pooled, plan = self._plan(cond)
@@ -98,10 +111,6 @@ class DiT(nn.Module):
         if self.text_vocab:
             features = cond["features"] if "features" in cond else self.read(cond)  # b l d
             context = self._join(context, features, cond["text_mask"] & ~self._dropped(cond, "text", b)[:, None])
-        if self.classes:
-            dropped = cond.get("drop_label", jnp.zeros((b,), bool))
-            label = jnp.where(dropped, self.classes, cond["label"])
-            vector = vector + Embed(self.classes + 1, self.width, self.dtype, name="labels")(label)
         y = y.reshape(b, self.side**2, self.width)  # b n d
         options = {
             "heads": self.heads,
@@ -109,15 +118,45 @@ class DiT(nn.Module):
             "hidden": self.hidden or round_up(self.width * 8 / 3),
             "modulated": True,
             "dtype": self.dtype,
-        }
+        } | dict(self.block)
         stack = Stack(self.depth, tuple(options.items()), remat=self.remat, unroll=self.unroll, name="blocks")
-        table = rotary(grid_positions(self.side, self.side), self.width // self.heads)
+        table = rotary(grid_positions(self.side, self.side), self.width // self.heads) if self.rotary else None
         y, _ = stack(y, Mask(), rotary=table, condition=vector, context=context)
-        ends = Linear((2, self.width), bias=True, dtype=self.dtype, init=zeros, name="modulation")(nn.silu(vector))
-        y = modulate(Norm(affine=False, name="norm")(y), ends[:, 0, None], ends[:, 1, None])
-        y = Linear(self.channels * self.patch**2, bias=True, dtype=self.dtype, init=zeros, name="pixels")(y)
+        ends = Linear((2, self.width), bias=True, dtype=self.dtype, init=zeros, name="modulation")(
+            nn.silu(vector[0] if self.own_embedders else vector)  # the last layer has the first block's
+        )
+        y = modulate(Norm(options.get("norm", "rms"), affine=False, name="norm")(y), ends[:, 0, None], ends[:, 1, None])
+        said = (self.outputs or self.channels) * self.patch**2
+        y = Linear(said, bias=True, dtype=self.dtype, init=zeros, name="pixels")(y)
         y = unpatchify(y.reshape(b, self.side, self.side, -1), self.patch).astype(wide)
         return y + draft if draft is not None and self.kind == "x" else y
+
+    def _positions(self) -> jax.Array:
+        """Where each patch is, `[n, d]`."""
+        if self.position not in ("rows", "columns", "stored"):
+            raise UserError(f"model.position {self.position!r} is not one of 'rows', 'columns', 'stored'")
+        table = sincos_2d(self.side, self.side, self.width)
+        if self.position != "rows":
+            table = np.roll(table, self.width // 2, -1)
+        if self.position != "stored":
+            return jnp.asarray(table)
+        return jax.lax.stop_gradient(self.param("position", lambda key, shape: jnp.asarray(table), table.shape))
+
+    def _told(self, t: jax.Array, cond: dict) -> jax.Array:
+        """Time and label, `[b, d]`; `[l, b, d]` for each block."""
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+        own = functools.partial(nn.vmap, **axes, axis_size=self.depth) if self.own_embedders else lambda layer: layer
+        options = {"scale": 1.0 if self.timesteps else 1000.0, "shift": self.time_shift, "dtype": self.dtype}
+        vector = own(TimestepEmbed)(self.width, **options, name="time")(t)
+        if not self.classes:
+            return vector
+        label = cond["label"]
+        if "drop_label" in cond:
+            if not self.drop_text:
+                raise UserError("labels are never dropped (model.drop_text is 0): there is no guidance against them")
+            label = jnp.where(cond["drop_label"], self.classes, label)
+        known = self.classes + (self.drop_text > 0)  # the last one stands for none
+        return vector + own(Embed)(known, self.width, self.dtype, name="labels")(label)
 
     def _dropped(self, cond: dict, name: str, b: int) -> jax.Array:
         return cond.get(f"drop_{name}", jnp.zeros((b,), bool))
@@ -158,7 +197,11 @@ class DiT(nn.Module):
 
 
 def build(config: Any) -> DiT:
-    return DiT(**config)
+    model = DiT(**config)
+    if model.outputs not in (0, model.channels) and (model.draft or not model.timesteps):
+        sizes = f"model.outputs is {model.outputs} and model.channels {model.channels}"
+        raise UserError(f"{sizes}: variances are said along discrete timesteps (model.timesteps) and without a draft")
+    return model
 
 
 def init(model: DiT, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:
@@ -175,9 +218,9 @@ def init(model: DiT, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any
 
 
 def predict(model: DiT, params: Any, extra: Any, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
-    """The network's prediction, in the parameterisation `model.kind`."""
+    """The network's prediction at `t [b]` in [0, 1], in the parameterisation `model.kind`."""
     del extra
-    return model.apply({"params": params}, x, t, cond)
+    return model.apply({"params": params}, x, variance.timestep(model, t) if model.timesteps else t, cond)
 
 
 def clean(model: DiT, batch: dict, parts: Parts) -> jax.Array:
@@ -233,7 +276,7 @@ def judged(
     if train:
         cond |= {"drop_plan": rng.bernoulli(rng.named(keys, "drop plan"), model.drop_plan)}
         told = rng.bernoulli(rng.named(keys, "drop text"), model.drop_text)
-        cond |= {"drop_text": told, "drop_label": told}
+        cond |= {"drop_text": told} | ({"drop_label": told} if model.drop_text else {})
     each, metrics = process.errors(
         model, lambda x, t, cond: predict(model, params, {}, x, t, cond), clean(model, batch, parts), keys, cond
     )
@@ -269,7 +312,7 @@ def draw(model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts
     x = process.render(model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options)
     if "autoencoder" in parts:
         x = parts["autoencoder"].call("decode", x)
-    return jnp.clip(x, -1, 1)
+    return jnp.clip(x, -1, 1)[..., :3]  # of latents nobody decodes, three channels as colours
 
 
 def sample(

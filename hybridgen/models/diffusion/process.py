@@ -2,6 +2,7 @@
 
 A decoder's module carries the options `schedule`, `kind` (what the network says), `loss_kind` (what it is judged in:
 "x" predicted and "velocity" judged is JiT, Li & He 2025), `time_mean, time_std, time_min` (logit-normal times, SD3).
+One with `timesteps` has the discrete process of variance.py.
 
 Letters: b batch, H W picture or latent, c channels.
 """
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from hybridgen import rng
 from hybridgen.errors import UserError
+from hybridgen.models.diffusion import variance
 from hybridgen.models.losses import per_sample
 from hybridgen.sampling import guidance, schedules
 from hybridgen.sampling.solvers import SOLVERS
@@ -23,6 +25,8 @@ Network = Callable[[jax.Array, jax.Array, dict], jax.Array]  # (x_t b H W c, t b
 
 def errors(model: Any, network: Network, x: jax.Array, keys: jax.Array, cond: dict) -> tuple[jax.Array, dict]:
     """Squared error of the prediction `[b]` at random times, and metrics `[b]`; `x [b, H, W, c]` is clean."""
+    if getattr(model, "timesteps", 0):
+        return variance.errors(model, network, x, keys, cond)
     t = schedules.logit_normal(rng.normal(rng.named(keys, "time")), model.time_mean, model.time_std)  # b
     t = jnp.maximum(t, model.time_min)
     level = schedules.schedule(model.schedule)(t)
@@ -41,9 +45,10 @@ def render(
 ) -> jax.Array:
     """Draws `[b, *shape]` by a solver. `cond` holds b rows; guided branches repeat them with conditions dropped.
 
-    options: "solver", "steps", "shift", "spacing", "guidance" (a scale by condition, {"plan": s, "text": s}, see
-    sampling.guidance; a bare scale is that of the first of plan, text and label that there is). A condition "x" is
-    dropped through the entry `drop_x [b] bool` of `cond`.
+    options: "solver", "steps", "shift", "spacing" (of discrete timesteps: see variance.render), "guidance" (a scale by
+    condition, {"plan": s, "text": s}, see sampling.guidance; a bare scale is that of the first of plan, text and label
+    that there is), "guidance_channels" (how many of the channels are guided; 0: all). A condition "x" is dropped
+    through the entry `drop_x [b] bool` of `cond`.
     """
     known = [name for name in ("plan", "text", "label") if name in cond]
     spec = options.get("guidance", 1.0)
@@ -57,12 +62,15 @@ def render(
     for name in {name for branch in branches for name in branch}:
         full[f"drop_{name}"] = jnp.concatenate([jnp.full((b,), name in branch) for branch in branches])
 
-    grid = schedules.times(
-        options.get("steps", 8), shift=options.get("shift", 1.0), spacing=options.get("spacing", "uniform")
-    )
-    levels = schedules.schedule(model.schedule)(grid)
-    call = guidance.guided(lambda x, t: network(x, t, full), spec)
-    predict = schedules.predictor(call, model.kind)
+    channels = options.get("guidance_channels", 0) or shape[-1]  # never what a network says about its variance
+    call = guidance.guided(lambda x, t: network(x, t, full), spec, channels)
     noise = rng.normal(rng.named(keys, "noise"), shape)  # b H W c: at t = 1 sigma is 1
     with jax.named_scope("render"):
+        if getattr(model, "timesteps", 0):
+            return variance.render(model, call, noise, rng.named(keys, "solver"), options)
+        grid = schedules.times(
+            options.get("steps", 8), shift=options.get("shift", 1.0), spacing=options.get("spacing", "uniform")
+        )
+        levels = schedules.schedule(model.schedule)(grid)
+        predict = schedules.predictor(call, model.kind)
         return SOLVERS[options.get("solver", "euler")](predict, noise, levels, rng.named(keys, "solver"))

@@ -1,0 +1,42 @@
+"""The transformer of VQGAN (Esser et al. 2021), with learned positions, over the tokens of a trained tokenizer.
+
+    python -m hybridgen.train --config configs/ar/taming.py:imagenet --workdir runs/gpt \
+        --config.parts.tokenizer=runs/vqgan --config.data.source=...
+
+`imagenet`: from a class, 1.4B parameters, 256 tokens of 16384. `base`: without a condition, 310M parameters, the size
+published for faces. A class is a token of the same vocabulary, in front; there is no guidance. Imported weights fit the
+model options here (`hybridgen convert taming_gpt`).
+
+The published recipe: AdamW, a constant 4.5e-6 times the batch, a decay of 0.01 on matrices alone. `model.keep` is its
+`pkeep`: with less than 1, that share of the tokens that are read stays and the others are random ones.
+
+`tiny`: seconds on a CPU. It ends at least `MARGIN` nats a token below the entropy of its tokens' frequencies.
+"""
+
+from configs import common
+
+MARGIN = 0.3
+SIZES = {"imagenet": (48, 24, 1536), "base": (24, 16, 1024), "tiny": (2, 2, 64)}  # layers, heads, width
+OFFICIAL = {"prefixed": "codes", "positions": "learned", "prefix_mask": False, "drop": 0.0, "norm_kind": "layer"}
+OFFICIAL |= {"norm_eps": 1e-5, "mlp": "gelu_exact", "bias": True, "keep": 1.0, "std": 0.02}
+
+
+def get_config(variant: str = "imagenet"):
+    variant = variant or "imagenet"
+    if variant not in SIZES:
+        raise common.unknown(variant, *SIZES)
+    tiny = variant == "tiny"
+    depth, heads, width = SIZES[variant]
+    model = {"vocab": "auto", "grid": "auto", "width": width, "depth": depth, "heads": heads, "hidden": 4 * width}
+    model |= {"classes": {"imagenet": 1000, "base": 0, "tiny": 10}[variant]} | OFFICIAL
+    model |= {"remat": "none" if tiny else "full", "unroll": -1 if tiny else 1}
+    model |= {"dtype": "float32" if tiny else "bfloat16"}
+    batch = 16 if tiny else 64
+    changes = {"steps": 60 if tiny else 1_000_000, "batch": batch, "optim__lr": 5e-3 if tiny else 4.5e-6 * batch}
+    changes |= {"optim__schedule": "constant", "optim__warmup": 0, "optim__decay": 0.01, "optim__decay_on": "kernel$"}
+    config = common.stage("ar.raster", model, common.shapes(resolution=32 if tiny else 256), **changes)
+    config.optim.clip = 1.0 if tiny else 0.0
+    config.parts.tokenizer = "../tokenizer"
+    draw = {"guidance": 1.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 600, "top_p": 0.92}
+    config.sample.options = {"prior": draw}
+    return config

@@ -1,0 +1,100 @@
+"""CLIP's text tower (Radford et al. 2021): a causal transformer with learned positions, as diffusion models read it.
+
+Role: `encode(text, mask) -> features b l d, mask`, of the last layer behind the final norm, or of one `skip` layers
+before it without that norm (SDXL and SD3 take `skip` 1); `pooled(text, mask) -> b p`: the state at the end token,
+behind the norm and, where the tower has one, a map into the space that it shares with pictures.
+
+A text is seen whole, also its padding, unless a mask is given: official pipelines give none.
+
+Letters: b batch, l text positions, d width, p width of the pooled vector.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hybridgen.errors import UserError
+from hybridgen.nn.attention import Mask
+from hybridgen.nn.linear import Embed, Linear, cast
+from hybridgen.nn.norm import Norm
+from hybridgen.nn.stack import Stack
+
+
+class CLIPText(nn.Module):
+    """`text [b, l] int -> [b, l, d]`, the final norm's; `states` and `pooled` are the other outputs."""
+
+    vocab: int = 49408
+    length: int = 77  # the longest text
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    projection: int = 0  # width of the pooled vector; 0: no map, it is that of the tower
+    end: int = -1  # id of the end token, whose first place is pooled; -1: the largest id in the text is
+    skip: int = 0  # layers that `encode` leaves out at the end
+    unroll: int = 1
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"width {self.width} does not divide over {self.heads} heads")
+        if not 0 <= self.skip <= self.depth:
+            raise UserError(f"skip {self.skip} is not within 0 and the {self.depth} layers")
+        self.words = Embed(self.vocab, self.width, self.dtype)
+        self.position = self.param("position", nn.initializers.normal(0.01), (self.length, self.width))
+        block = {"heads": self.heads, "head_width": self.width // self.heads, "hidden": self.hidden}
+        block |= {"mlp": self.activation, "norm": "layer", "norm_eps": self.norm_eps, "bias": True}
+        self.blocks = Stack(self.depth, tuple({**block, "dtype": self.dtype}.items()), unroll=self.unroll)
+        self.norm = Norm("layer", self.norm_eps)
+        if self.projection:
+            self.project = Linear(self.projection, dtype=self.dtype)
+
+    def enter(self, text: jax.Array) -> jax.Array:
+        if text.shape[1] > self.length:
+            raise UserError(f"text of {text.shape[1]} positions for a tower of {self.length}")
+        return self.words(text) + cast(self.position, self.dtype)[: text.shape[1]]  # b l d
+
+    def states(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """What enters the layers, and the output of each: `[depth + 1, b, l, d]`."""
+        x = self.enter(text)
+        return jnp.concatenate([x[None], self.blocks(x, Mask("causal", valid=mask), every=True)[0]])
+
+    def __call__(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        return self.norm(self.blocks(self.enter(text), Mask("causal", valid=mask))[0])
+
+    def features(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        return self.states(text, mask)[-1 - self.skip] if self.skip else self(text, mask)
+
+    def pooled(self, text: jax.Array, mask: jax.Array | None = None, mapped: bool = True) -> jax.Array:
+        """`[b, p]`; `mapped=False`: before the map, `[b, d]`."""
+        place = text.argmax(-1) if self.end < 0 else (text == self.end).argmax(-1)  # b
+        x = jnp.take_along_axis(self(text, mask), place[:, None, None], 1)[:, 0]  # b d
+        return self.project(x) if self.projection and mapped else x
+
+
+def build(config: Any) -> CLIPText:
+    return CLIPText(**config)
+
+
+def init(model: CLIPText, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
+    del specs, parts
+    return {"params": model.init(key, jnp.zeros((1, 1), jnp.int32), method="pooled")["params"], "extra": {}}
+
+
+def encode(
+    model: CLIPText, params: Any, extra: Any, text: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Features `[b, l, d]` and the mask of the positions that mean something; without a mask, all do."""
+    del extra
+    seen = jnp.ones(text.shape, bool) if mask is None else mask
+    return model.apply({"params": params}, text, mask, method="features"), seen
+
+
+def pooled(model: CLIPText, params: Any, extra: Any, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """One vector a text, `[b, p]`."""
+    del extra
+    return model.apply({"params": params}, text, mask, method="pooled")
