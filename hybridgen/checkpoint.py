@@ -321,6 +321,11 @@ class Checkpointer:
         """Raises UserError naming every key, but for `allow`, in which a step's fingerprint is not this run's."""
         identity.check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)
 
+    def check_model(self, step: int, config: Mapping) -> None:
+        """Raises UserError naming the keys in which this config's model is not the one that a step was saved with."""
+        if saved := self._about(step)["fingerprint"].get("config"):
+            identity.check_model(f"checkpoint {self._folder(step)}", saved, config)
+
     def _about(self, step: int) -> dict:
         self._check(step)
         return rundir.read_json(self._folder(step) / "about" / "metadata")

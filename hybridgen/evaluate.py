@@ -69,6 +69,8 @@ def measure(
     loaded: Loaded, items: list[dict], batch: int, seed: int, picture: Path, label: str, compare: Any = None
 ) -> dict:
     """Judge, PSNR and distances of all the family draws for `items`, by name ("image", "draft"), and the sheet."""
+    if "image" not in items[0]:
+        raise UserError("these records keep no pictures to compare with: cache them with --pictures")
     true = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1  # b H W 3
     captions = [item["text"] for item in items]
     scenes = [item["scene"] for item in items] if "scene" in items[0] else None
@@ -167,6 +169,8 @@ def code_use(loaded: Loaded, batch: int, count: int = 4096) -> dict | None:
         return None
     source = sources.build(loaded.config.data, "train")
     items = pipeline.examples(source, range(min(count, len(source))))
+    if "image" not in items[0]:
+        return None
     images = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1
     uses = np.bincount(loaded.tokens(images, batch).reshape(-1), minlength=tokenizer.model.vocab)
     p = uses[uses > 0] / uses.sum()

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from hybridgen import bundle, checkpoint, pictures, sharding, trees
 from hybridgen import config as config_lib
+from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, find
@@ -56,6 +57,8 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         for other, digest in run.part_digests.items():
             if seen.setdefault(other, digest) != digest:
                 raise UserError(f"the parts were trained with different {other}s: {place} does not fit the others")
+    if source is not None:
+        sources.fits(source, digests)
     for name, digest in seen.items():
         if digests.get(name, digest) != digest:
             raise UserError(
@@ -113,19 +116,20 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
         bundle.check_parts(folder, config.parts)
         if step not in (None, made.step):
             raise UserError(f"the bundle {folder} is of step {made.step}, there is no {step} in it")
-    arrays, part_digests, found = made or _checkpoint(folder, step, report)
+    arrays, part_digests, found = made or _checkpoint(folder, step, config, report)
     part = Part(arrays["params"], arrays["extra"], config.family, model)
     text_file = folder / "text.json"
     text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
     return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled)
 
 
-def _checkpoint(folder: Path, step: int | None, report: Any) -> tuple[dict, dict[str, str], int]:
+def _checkpoint(folder: Path, step: int | None, config: Any, report: Any) -> tuple[dict, dict[str, str], int]:
     """(arrays {"params", "extra"}, digests of the parts, step) of a run folder."""
     saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
     found = saved.newest_good(report) if step is None else step
     if found is None:
         raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}")
+    saved.check_model(found, config_lib.plain(config))
     state = saved.restore_params(found)
     part_digests = saved.meta(found).get("parts", {})
     saved.close()

@@ -11,17 +11,28 @@ from hybridgen.errors import UserError
 
 def check_fingerprint(old: Mapping, new: Mapping, allow: Collection[str] = ()) -> None:
     """Raises UserError naming every dotted key in which two nested dicts differ; `allow`: keys or branches."""
+    if differ := _differences(old, new, allow):
+        says, keys = "; ".join(differ.values()), ",".join(differ)
+        raise UserError(f"another run than the checkpoint's: {says} (--allow {keys})")
+
+
+def check_model(what: str, saved: Mapping, config: Mapping) -> None:
+    """Raises UserError naming the keys in which family and model of a config are not those that were saved."""
+    old, new = ({name: one[name] for name in ("family", "model") if name in one} for one in (saved, config))
+    if differ := _differences(old, new):
+        raise UserError(f"{what} is of another config: {'; '.join(differ.values())}")
+
+
+def _differences(old: Mapping, new: Mapping, allow: Collection[str] = ()) -> dict[str, str]:
+    """{dotted key: how it differs}."""
     was, now = _dotted(old), _dotted(json.loads(json.dumps(new)))  # as JSON gives it back: tuples are lists
-    missing = object()
-    differ = []
+    missing, differ = object(), {}
     for key in sorted(was.keys() | now.keys()):
         a, b = was.get(key, missing), now.get(key, missing)
         if a != b and not any(key == name or key.startswith(f"{name}.") for name in allow):
             a, b = ("nothing" if value is missing else json.dumps(value)[:80] for value in (a, b))
-            differ.append((key, f"{key} was {a} and is {b}"))
-    if differ:
-        keys = ",".join(key for key, _ in differ)
-        raise UserError(f"another run than the checkpoint's: {'; '.join(line for _, line in differ)} (--allow {keys})")
+            differ[key] = f"{key} was {a} and is {b}"
+    return differ
 
 
 def _dotted(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -85,6 +85,8 @@ def read_config(about: tables.About, given: str | None, where: Path) -> dict[str
     if given is None:
         given = str((where if where.is_dir() else where.parent) / "config.json")
         if not Path(given).is_file():
+            if len(about.presets) == 1:
+                return dict(next(iter(about.presets.values())))
             presets = f" or one of the presets {', '.join(about.presets)}" if about.presets else ""
             raise UserError(f"no {given}: give --config FILE{presets}")
     elif not Path(given).is_file():

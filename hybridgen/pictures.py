@@ -145,7 +145,7 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
             return draw(params, extra, experiment.parts, cond, keys)
 
         (out,) = draw_all(program, cond, seed, count, put)
-        strips = [cond["image"], *(out[name] for name in ("draft", "image") if name in out)]
+        strips = [given[name] for given in (cond, out) for name in ("draft", "image") if name in given]
         return np.asarray(sheet(np.concatenate(strips, 2), captions, cell=96 * len(strips)))
 
     return grid

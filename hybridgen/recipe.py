@@ -89,7 +89,8 @@ def measure(stage: Any, place: Path) -> None:
     loaded = restore(find_run(stage.evaluate, place), {})
     splits, compare = tuple(stage.splits), None
     if stage.get("features"):
-        about = (stage.features, stage.get("reference", "train"), stage.count, stage.get("reference_count", stage.count))
+        most = stage.get("reference_count", stage.count)
+        about = (stage.features, stage.get("reference", "train"), stage.count, most)
         compare = distances.build(loaded, *about, splits, stage.batch, stage.seed)
     report = evaluate.evaluate(loaded, splits, stage.count, stage.batch, stage.seed, place, compare)
     print(evaluate.markdown(report))

@@ -235,6 +235,22 @@ def test_runs_that_are_damaged(tiny_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
+    """Neither where the config was changed under it, nor where it was put into another run."""
+    tokenizer, prior = (tiny_run(f"configs/{name}.py").folder for name in ("tokenizers/vq", "ar/raster"))
+    run = shutil.copytree(prior, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["width"] *= 2
+    (run / "config.json").write_text(json.dumps(config))
+    words = ["--run", run, "--out", tmp_path / "out"]
+    for main, more in ((sample.main, ["--prompt", "a red circle"]), (evaluate.main, [])):
+        assert "is of another config: model.width was 64 and is 128" in refused(main, *words, *more)
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(tokenizer / "checkpoints", run / "checkpoints")
+    assert "family was \"tokenizers.vq\" and is \"ar.raster\"; model.attention was" in refused(evaluate.main, *words)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- what is wrong in a prompt, an option, an output
 
 
