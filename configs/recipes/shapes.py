@@ -46,10 +46,10 @@ def get_config(variant: str = ""):
 def _cpu(tokenizer, prior, decoder, cascade):
     # local tokens compose: with global ones a prior learns each pair of objects anew
     tokenizer.model.update(local=True, entropy=0.02, fill=0.72)
-    tokenizer.steps, tokenizer.optim.lr = 800, 5e-3
-    prior.steps, prior.optim.lr = 950, 3e-3
+    tokenizer.steps, tokenizer.optim.lr = 850, 5e-3
+    prior.steps, prior.optim.lr = 1150, 3e-3
     decoder.model.update(depth=3)
-    decoder.steps, decoder.optim.lr = 220, 2e-3
+    decoder.steps, decoder.optim.lr = 300, 2e-3
 
 
 def _cpu_long(tokenizer, prior, decoder, cascade):
