@@ -8,8 +8,8 @@ The data here are shapes at the right size, which have one class. For a folder w
     def get_config(variant=""):
         config = dit_official.get_config(variant)
         options = {"path": "FOLDER", "label_key": "label", "text_key": None}
-        data = {"source": "folder", "options": options, "resolution": 256, "flip": True}
-        config.data = data | {"workers": 4, "threads": 1}
+        config.data = {"source": "folder", "options": options, "resolution": 256, "flip": True}
+        config.data.update(workers=4, threads=1)
         return config  # and --config.model.classes=auto
 
 `s`, `b`, `l`, `xl`: the paper's sizes, 33, 130, 458 and 675 M parameters, at patch 2 (`--config.model.patch=4`, or 8)
