@@ -60,7 +60,7 @@ def test_sizes_that_are_published_roughly():
 @pytest.mark.parametrize(
     ("source", "preset", "variant"),
     [
-        ("llamagen_gpt", "c2i-XL-256", "llamagen.py:xl"),
+        *(("llamagen_gpt", f"c2i-{size}-256", f"llamagen.py:{size.lower()}") for size in ("B", "L", "XL", "XXL", "3B")),
         ("llamagen_gpt", "t2i-XL-256", "llamagen.py:t2i_xl"),
         ("taming_gpt", "imagenet-class", "taming.py:imagenet"),
     ],
@@ -134,6 +134,27 @@ def test_configs_that_are_refused(source, changes, said):
     with pytest.raises(UserError) as error:
         importing.load(about, config | changes, state)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_the_published_yaml_says_of_the_condition():
+    def model(block, **net):
+        gpt = {"vocab_size": 30, "block_size": block, "n_layer": 1, "n_head": 2, "n_embd": 8}
+        config = {"transformer_config": {"target": "taming.modules.transformer.mingpt.GPT", "params": gpt}, "pkeep": 1.0}
+        made = tables.find("taming_gpt").plan(config | net, {}).model
+        return made["classes"], made["cond_length"], made["grid"]
+
+    classes = {"target": "taming.modules.util.Labelator", "params": {"n_classes": 10}}
+    assert model(16, cond_stage_config=classes) == (10, 1, (4, 4))
+    assert model(32, cond_stage_config={"target": "taming.models.vqgan.VQModel", "params": {}}) == (0, 16, (4, 4))
+    assert model(16, cond_stage_config={"target": "taming.modules.util.SOSProvider"}) == (0, 1, (4, 4))
+    for net, said in [
+        ({"permuter_config": {"target": "taming.modules.transformer.permuter.ZCurve"}}, "permuter_config is not built"),
+        ({"sos_token": 3}, "sos_token 3 is not built, only 0"),
+        ({"downsample": 3}, "has the key 'downsample', which is not understood"),
+        ({"cond_stage_config": classes | {"params": {"n_classes": 31}}}, "31 classes are no tokens of a vocabulary of 30"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            model(16, **{"cond_stage_config": classes} | net)
 
 
 # ---------------------------------------------------------------- from files to pictures
