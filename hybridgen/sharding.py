@@ -45,7 +45,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"conv\w*/kernel$", (None, None, None, "embed")),
     (r"codebook$", (None, "embed")),
     (r"relative$", (None, "heads")),
-    (r"(position|null\w*)$", (None, None)),
+    (r"position$", (None, "embed")),
+    (r"null\w*$", (None, None)),
     (r"kernel$", ("embed", None)),
     (r"(scale|bias)$", (None,)),
 )

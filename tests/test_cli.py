@@ -59,7 +59,7 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (VQ, "data.text.kind=letters", "'letters'"),
         (VQ, "optim.kind=sgd", "optim.kind 'sgd' is not one of adamw, adafactor"),
         (VQ, "optim.schedule=step", "optim.schedule 'step' is not one of"),
-        (f"{VQ}y", "steps=1", "unknown variant 'tinyy': one of tiny, vq"),
+        (f"{VQ}y", "steps=1", "unknown variant 'tinyy': one of tiny, "),
         (VQ.replace("vq.py", "vqq.py"), "steps=1", "no config file"),
         ("configs/common.py", "steps=1", "is not a config"),
         ("configs", "steps=1", "no config file"),

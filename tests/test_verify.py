@@ -16,7 +16,7 @@ from hybridgen.replays import SYSTEMS
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
-HERE = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+HERE = sorted(path.parent.name for path in GOLDEN.glob("*/io.npz"))
 
 
 @pytest.mark.parametrize("system", HERE)
