@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 ADAMW = {
-    "kind": "adamw",  # adamw | adafactor
+    "kind": "adamw",  # adamw | adafactor | muon (with AdamW for what is no hidden matrix)
     "lr": 1e-3,
     "schedule": "cosine",  # constant | cosine | linear, after a linear warm-up of `warmup` updates
     "warmup": 50,
