@@ -261,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show sources, licences and sizes")
     args = parser.parse_args(argv)
     if args.list:
-        print(listing())
+        with contextlib.suppress(BrokenPipeError):
+            print(listing())
         return 0
     if args.out is None:
         parser.error("three things are asked for: SOURCE IN OUT")
