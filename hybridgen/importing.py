@@ -209,7 +209,8 @@ def read_run(folder: Path) -> dict[str, np.ndarray]:
     state = saved.restore_params(step)
     saved.close()
     params = inference_params(state.get("params", {}), state.get("ema", {}))
-    return trees.flatten({"params": params, "extra": state.get("extra", {})})
+    flat = trees.flatten({"params": params, "extra": state.get("extra", {})})
+    return {path: leaf for path, leaf in flat.items() if not path.startswith("params/disc/")}  # a judge of training
 
 
 def _official(source: tables.Source, folder: Path, given: str | None) -> tuple[Mapping, Mapping]:

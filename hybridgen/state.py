@@ -125,6 +125,8 @@ def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
     flat = trees.flatten(tree)
     here = {path for path in flat if not prefix or path.startswith(f"{prefix}/")}
     given = {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in trees.flatten(arrays).items()}
+    if not prefix and not any(path.startswith("disc/") for path in given):
+        here = {path for path in here if not path.startswith("disc/")}  # imported: its judge starts anew
     if odd := sorted(here ^ set(given)):
         raise UserError(f"init_from[{prefix!r}]: {len(odd)} arrays stand on one side only, such as {odd[0]!r}")
     for path, leaf in given.items():

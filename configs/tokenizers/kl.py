@@ -24,9 +24,9 @@ PUBLISHED = {
     "f16": F16 | {"residual": {"attend": (4,), "decoder_attend": ()}},
 }
 PUBLISHED["f8_wide"]["residual"] = {"quant": 0, "post_quant": False}
-TINY = {"channels": (16, 32), "width": 4, "residual": {"groups": 8}}
+TINY = {"channels": (8, 16), "width": 4, "residual": {"groups": 4}}
 GAME = {"weight": 0.5, "start": 50_001, "adaptive": True, "width": 64, "depth": 3, "groups": 32}
-MARGIN = 1.5  # dB
+MARGIN = 1.0  # dB
 
 
 def get_config(variant: str = "f8"):
@@ -43,9 +43,9 @@ def get_config(variant: str = "f8"):
     config = common.stage("tokenizers.kl", model, common.shapes(resolution=256), **changes)
     if variant == "tiny":
         config.model.update(perceptual=0.0, dtype="float32")
-        config.model.adversarial.update(weight=0.1, start=40, width=16, depth=2, groups=8)
+        config.model.adversarial.update(weight=0.1, start=30, width=8, depth=2, groups=4)
         config.data.resolution = 32
-        config.update(steps=80, batch=8)
-        config.optim.update(lr=3e-3, b1=0.9, b2=0.95, clip=1.0, schedule="cosine")
+        config.update(steps=60, batch=8)
+        config.optim.update(lr=5e-3, b1=0.9, b2=0.95, clip=1.0, schedule="cosine")
         config.optim.groups.disc.lr = 1e-3
     return config

@@ -6,10 +6,10 @@
 compare at equal steps; `autoencoder`: none. For pictures at 256: `f16`, 256 tokens of 16,384 codes (as LlamaGen's), and
 `f8_latent`, a latent of 32 x 32 x 4.
 
-After 400 steps (--config.steps=400 --config.eval.every=400 --config.eval.batches=8; about a minute each on two cores),
-usage, perplexity as a share of the codebook, and dB of 512 validation pictures: fsq 1.00, 0.73, 24.9; lfq 1.00, 0.94,
-23.1; vq 1.00, 0.69, 25.2; vq_gradient 1.00, 0.95, 23.6; gumbel 0.73, 0.13, 18.3: drawn codes take longer to be told
-apart.
+After 400 steps (--config.steps=400 --config.eval.every=400 --config.eval.batches=8; one to two minutes each on two
+cores), usage, perplexity as a share of the codebook, and dB of 512 validation pictures: fsq 1.00, 0.73, 24.9; lfq 1.00,
+0.94, 23.1; vq 1.00, 0.69, 25.2; vq_gradient 1.00, 0.95, 23.6; gumbel 0.73, 0.13, 18.3: drawn codes take longer to be
+told apart.
 """
 
 from configs import common

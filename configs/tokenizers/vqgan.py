@@ -25,10 +25,10 @@ PUBLISHED = {
     "llamagen_f16": {"channels": (128, 128, 256, 256, 512), "z": 256, "attend": (4,), "codes": 16384, "width": 8},
     "llamagen_f8": {"channels": (128, 256, 256, 512), "z": 256, "attend": (3,), "codes": 16384, "width": 8},
 }
-TINY = {"channels": (16, 32), "z": 16, "attend": (1,), "codes": 64, "width": 8, "l2": True, "groups": 8}
+TINY = {"channels": (8, 16), "z": 16, "attend": (1,), "codes": 64, "width": 8, "l2": True, "groups": 4}
 GAME = {"weight": 0.8, "start": 250_001, "adaptive": True, "width": 64, "depth": 3, "groups": 32}
 LLAMAGEN = GAME | {"weight": 0.5, "start": 20_000, "adaptive": False}
-MARGIN = 1.5  # dB
+MARGIN = 1.0  # dB
 
 
 def get_config(variant: str = "f16"):
@@ -54,9 +54,9 @@ def get_config(variant: str = "f16"):
         config.model.update(divergence=1e-8, cooling=100_000)
     elif variant == "tiny":
         config.model.update(perceptual=0.0, dtype="float32")
-        config.model.adversarial.update(weight=0.1, start=40, width=16, depth=2, groups=8)
+        config.model.adversarial.update(weight=0.1, start=30, width=8, depth=2, groups=4)
         config.data.resolution = 32
-        config.update(steps=80, batch=8)
-        config.optim.update(lr=3e-3, b1=0.9, b2=0.95, clip=1.0, schedule="cosine")
+        config.update(steps=60, batch=8)
+        config.optim.update(lr=5e-3, b1=0.9, b2=0.95, clip=1.0, schedule="cosine")
         config.optim.groups.disc.lr = 1e-3
     return config
