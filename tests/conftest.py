@@ -6,6 +6,7 @@ every device there is, so eight of them here would make data-parallel programs o
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # tests compile much and compute little: quick compilation, slower programs
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# who starts them in the background has Ctrl-C ignored, by them and by every process of theirs
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "configs/tokenizers/vq.py"
 

@@ -19,7 +19,12 @@ SHARED = Path(__file__).parents[2] / "shared" / "golden"
 HERE = sorted(path.parent.name for path in GOLDEN.glob("*/io.npz"))
 
 
-@pytest.mark.parametrize("system", HERE)
+LONG = ("taming_gumbel", "taming_gpt_codes", "llama_lm_linear")  # and told by others
+
+
+@pytest.mark.parametrize(
+    "system", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in HERE]
+)
 def test_recorded_outputs_are_reproduced(system):
     lines = []
     assert verify.verify(f"{system}-variant", GOLDEN / system, lines.append), "\n".join(lines)
