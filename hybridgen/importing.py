@@ -100,7 +100,8 @@ def read_config(about: tables.About, given: str | None, where: Path) -> dict[str
 def run_config(plan: tables.Plan, parts: Mapping[str, experiment.Run], places: Mapping[str, str]) -> dict[str, Any]:
     """The config of a run folder: what reading it back asks for. `places`: of the parts, as seen from that folder."""
     data = {"source": "shapes", "options": {}, "flip": False, "workers": 0, "threads": 1}
-    sized = parts["tokenizer"].config.data.resolution if "tokenizer" in parts else plan.inputs["image"][0]
+    sizes = plan.inputs.get("image", (32,))  # what reads text alone is asked for none
+    sized = parts["tokenizer"].config.data.resolution if "tokenizer" in parts else sizes[0]
     data["resolution"] = sized
     sample = {"every": 0, "count": 16, "options": dict(plan.sample)}
     rest = {"parts": dict(places), "init_from": {}, "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1}}

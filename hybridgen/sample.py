@@ -34,6 +34,8 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     with jax.set_mesh(loaded.mesh):
         pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="drawing"):
+            if "image" not in piece:
+                raise UserError(f"a run of {loaded.config.family} draws no pictures")
             shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
             kept.append(np.concatenate(shown, 2))
             for image in piece["image"] if writes else ():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_autoencoders import drawn
 
-from hybridgen import importing, sharding, trees
+from hybridgen import experiment, importing, sharding, trees
 from hybridgen.convert import rules, tables
 from hybridgen.convert.files import open_weights
 from hybridgen.errors import UserError
@@ -55,6 +55,16 @@ def returned(source, config, state):
     """(the part, the exported tensors) of a state dict."""
     goal, arrays = importing.load(tables.find(source), config, state)
     return importing.part(goal, arrays), rules.export(trees.flatten(arrays), goal.plan.rules)
+
+
+@pytest.mark.parametrize("name", ("clip_text", "t5_encoder", "llama_lm"))
+def test_by_command_to_a_run_and_back(name, tmp_path):
+    """The run is read as a part is, and its export is the file that it came from."""
+    assert importing.main([name, str(GOLDEN / name), str(tmp_path / "run")]) == 0
+    assert experiment.load(tmp_path / "run").part.family.startswith("text.")
+    assert importing.main([name, str(tmp_path / "run"), str(tmp_path / "back.safetensors"), "--export"]) == 0
+    there, back = (open_weights(path) for path in (GOLDEN / name, tmp_path / "back.safetensors"))
+    assert there.keys() == back.keys() and all(np.array_equal(there[key], back[key]) for key in there)
 
 
 @pytest.mark.parametrize("name", HERE)
