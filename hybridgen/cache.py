@@ -78,8 +78,10 @@ def _latents(part: Part, image: jax.Array) -> dict[str, jax.Array]:
 
 
 def _features(part: Part, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    features, seen, *pooled = part.call("encode", ids, mask)
-    out = {"text_features": features, "text_features_mask": seen} | ({"text_pooled": pooled[0]} if pooled else {})
+    features, seen = part.call("encode", ids, mask)
+    out = {"text_features": features, "text_features_mask": seen}
+    if hasattr(find(part.family), "pooled"):
+        out["text_pooled"] = part.call("pooled", ids, mask)
     return {name: x.astype("float32") if x.dtype == "bfloat16" else x for name, x in out.items()}
 
 
@@ -140,12 +142,9 @@ def _run(one: Encoder, group: list, mesh: Any, batch: int) -> dict[str, np.ndarr
     else:
         pairs = [one.text.encode(text) for _, _, texts in group for text in texts]
         inputs = [np.stack(part) for part in zip(*pairs, strict=True)]  # r*k l
-    total, size, pieces = len(inputs[0]), sharding.padded(mesh, batch), []
-    for start in range(0, total, size):
-        places = np.minimum(np.arange(start, start + size), total - 1)
-        put = sharding.spread({str(i): x[places] for i, x in enumerate(inputs)}, mesh)
-        pieces.append(sharding.whole(one.run(*(put[str(i)] for i in range(len(inputs))))))
-    out = {name: np.concatenate([piece[name] for piece in pieces])[:total] for name in pieces[0]}
+    given = {str(i): x for i, x in enumerate(inputs)}
+    pieces = list(sharding.by_batches(lambda given: one.run(*given.values()), given, batch, mesh))
+    out = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     return {name: value.reshape(len(group), -1, *value.shape[1:]) for name, value in out.items()}
 
 

@@ -83,18 +83,20 @@ class Comparison:
 def build(
     loaded: experiment.Loaded,
     features: str,
-    against: str,
-    count: int,
-    most: int,
     splits: tuple[str, ...],
+    count: int,
     batch: int,
     seed: int,
+    against: str | None = None,
+    most: int | None = None,
 ) -> Comparison:
     """The comparison of `count` pictures with `most` of the reference `against`, on the network of the run `features`.
 
-    `splits` are those that are measured: a reference that is one of them begins behind the pictures that are drawn.
+    Without a reference it is the split "train"; without `most`, `count`. `splits` are those that are measured: a
+    reference that is one of them begins behind the pictures that are drawn.
     Raises UserError for what cannot be compared, before anything is computed.
     """
+    against, most = "train" if against is None else against, count if most is None else most
     for name, value in (("count", count), ("reference-count", most)):
         if value < LEAST:
             raise UserError(f"distances need at least {LEAST} pictures, --{name} is {value}")
@@ -118,9 +120,9 @@ def _encoder(part: Any, loaded: experiment.Loaded, batch: int) -> Callable[[np.n
     program = jax.jit(lambda part, image: part.call("encode", image))
 
     def encode(pictures: np.ndarray) -> np.ndarray:
-        rows = np.minimum(np.arange(batch), len(pictures) - 1)
-        given = loaded.put({"image": transforms.to_float(pictures[rows])})
-        return sharding.whole(program(placed, given["image"]))[: len(pictures)]
+        given = {"image": transforms.to_float(pictures)}
+        run = sharding.by_batches(lambda given: program(placed, given["image"]), given, batch, loaded.mesh)
+        return np.concatenate(list(run))
 
     return encode
 

@@ -27,7 +27,6 @@ from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.metrics import progress
-from hybridgen.models.parts import find
 
 CALLED = (("image", "render"), ("draft", "draft"))
 
@@ -246,15 +245,14 @@ def main(argv: list[str] | None = None) -> int:
     distributed.start(args)
     folder = find_run(args.run, None)
     loaded = restore(folder, pictures.changes(args), args.checkpoint)
-    if not hasattr(find(loaded.config.family), "sample"):
+    if not loaded.draws:
         raise UserError(f"{args.run} cannot be measured: {loaded.config.family} draws no pictures")
     out = args.out or folder / "evaluation"
     splits = tuple(args.splits.split(","))
     compare = None
     if args.features is not None:
-        against = "train" if args.reference is None else args.reference
-        most = args.count if args.reference_count is None else args.reference_count
-        compare = distances.build(loaded, args.features, against, args.count, most, splits, args.batch, args.seed)
+        about = (splits, args.count, args.batch, args.seed)
+        compare = distances.build(loaded, args.features, *about, args.reference, args.reference_count)
     report = evaluate(loaded, splits, args.count, args.batch, args.seed, out, compare)
     print(markdown(report))
     print(f"report {out / 'report.md'}, pictures {', '.join(str(out / f'{s}.png') for s in report['splits'])}")

@@ -116,20 +116,23 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
         bundle.check_parts(folder, config.parts)
         if step not in (None, made.step):
             raise UserError(f"the bundle {folder} is of step {made.step}, there is no {step} in it")
-    arrays, part_digests, found = made or _checkpoint(folder, step, config, report)
+    arrays, part_digests, found = made or saved_arrays(folder, step, config, report)
     part = Part(arrays["params"], arrays["extra"], config.family, model)
     text_file = folder / "text.json"
     text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
     return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled)
 
 
-def _checkpoint(folder: Path, step: int | None, config: Any, report: Any) -> tuple[dict, dict[str, str], int]:
-    """(arrays {"params", "extra"}, digests of the parts, step) of a run folder."""
+def saved_arrays(
+    folder: Path, step: int | None = None, config: Any = None, report: Any = print
+) -> tuple[dict, dict[str, str], int]:
+    """(arrays {"params", "extra"}, digests of the parts, step) of a run folder, which must be those of `config`."""
     saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
     found = saved.newest_good(report) if step is None else step
     if found is None:
         raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}")
-    saved.check_model(found, config_lib.plain(config))
+    if config is not None:
+        saved.check_model(found, config_lib.plain(config))
     state = saved.restore_params(found)
     part_digests = saved.meta(found).get("parts", {})
     saved.close()
@@ -212,17 +215,19 @@ class Loaded(NamedTuple):
     classes: int  # 0: takes no label
 
     @property
+    def draws(self) -> bool:
+        """Whether its family makes pictures: text models and networks of features do not."""
+        return self.config.family.partition(".")[0] not in ("text", "features")
+
+    @property
     def generates(self) -> bool:
         """Whether it draws from a caption or a class alone."""
         return self.plans or ((self.reads or self.classes > 0) and self.tokenizer is None)
 
     def tokens(self, images: Any, batch: int) -> np.ndarray:
         """Tokens `[b, n]` of pictures `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
-        out, batch = [], sharding.padded(self.mesh, batch)
-        for start in range(0, len(images), batch):
-            rows = np.minimum(np.arange(start, start + batch), len(images) - 1)
-            out.append(sharding.whole(self.encode(self.put({"image": images[rows]})["image"]))[: len(images) - start])
-        return np.concatenate(out)
+        run = sharding.by_batches(lambda given: self.encode(given["image"]), {"image": images}, batch, self.mesh)
+        return np.concatenate(list(run))
 
 
 def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -> Loaded:

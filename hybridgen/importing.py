@@ -23,13 +23,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hybridgen import checkpoint, experiment, manifest, rundir, trees
+from hybridgen import experiment, manifest, rundir, trees
 from hybridgen.cli import make_parser
 from hybridgen.convert import rules, safetensors, tables
 from hybridgen.convert.files import open_weights
 from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, find
-from hybridgen.state import inference_params
 
 
 class Target(NamedTuple):
@@ -203,14 +202,7 @@ def write_official(source: tables.Source, folder: Path, given: str | None, out: 
 
 def read_run(folder: Path) -> dict[str, np.ndarray]:
     """The newest good arrays of a run, {"params/..": array, "extra/..": array}. Raises UserError if there are none."""
-    saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
-    step = saved.newest_good()
-    if step is None:
-        raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}")
-    state = saved.restore_params(step)
-    saved.close()
-    params = inference_params(state.get("params", {}), state.get("ema", {}))
-    flat = trees.flatten({"params": params, "extra": state.get("extra", {})})
+    flat = trees.flatten(experiment.saved_arrays(folder)[0])
     return {path: leaf for path, leaf in flat.items() if not path.startswith("params/disc/")}  # a judge of training
 
 

@@ -8,6 +8,7 @@ A recipe is a config with `order`, the names of its stages, and `stages`, their 
 `evaluate` measures the run that it names, each time, and writes report and contact sheets.
 """
 
+import json
 import signal
 import sys
 import time
@@ -71,15 +72,22 @@ def placed(stage: Any, place: Path) -> Any:
 
 def check_stages(config: Any) -> None:
     """Raises UserError, before the first stage is trained, for what a later one would stumble over."""
+    known: dict[str, Any] = {}
+
+    def source(data: Any, split: str) -> Any:
+        """Stages mostly read the same data, and a large folder takes long to go through."""
+        key = json.dumps([config_lib.plain(data), split], sort_keys=True)
+        return known[key] if key in known else known.setdefault(key, sources.build(data, split))
+
     for name in config.order:
         stage = config.stages[name]
         try:
             if "family" in stage and not awaited(stage):
-                resume.checked(stage)
+                resume.checked(stage, source)
             measured = config.stages.get(Path(stage.get("evaluate", "")).name)
             if measured and not awaited(measured):
                 for split in stage.splits:
-                    sources.build(measured.data, split)
+                    source(measured.data, split)
         except UserError as error:
             raise UserError(f"stage {name!r}: {error}") from None
 
@@ -89,9 +97,9 @@ def measure(stage: Any, place: Path) -> None:
     loaded = restore(find_run(stage.evaluate, place), {})
     splits, compare = tuple(stage.splits), None
     if stage.get("features"):
-        most = stage.get("reference_count", stage.count)
-        about = (stage.features, stage.get("reference", "train"), stage.count, most)
-        compare = distances.build(loaded, *about, splits, stage.batch, stage.seed)
+        about = (splits, stage.count, stage.batch, stage.seed)
+        reference = (stage.get("reference"), stage.get("reference_count"))
+        compare = distances.build(loaded, stage.features, *about, *reference)
     report = evaluate.evaluate(loaded, splits, stage.count, stage.batch, stage.seed, place, compare)
     print(evaluate.markdown(report))
     print(f"report {place / 'report.md'}")

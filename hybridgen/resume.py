@@ -14,14 +14,17 @@ from hybridgen.experiment import Experiment, earlier
 from hybridgen.models.parts import find
 
 
-def checked(config: Any) -> Any:
-    """The training data of a config. Raises UserError, before any work, for what a run would stumble over later."""
+def checked(config: Any, source: Callable = sources.build) -> Any:
+    """The training data of a config, `source(config.data, split)`.
+
+    Raises UserError, before any work, for what a run would stumble over later.
+    """
     find(config.family)
     sharding.check_batch(sharding.make_mesh(config.mesh), config.batch, config.accumulate)
     pictures.checked(config.sample.options)
     if config.eval.every or config.sample.every:
-        sources.build(config.data, "validation")
-    return sources.build(config.data, "train")
+        source(config.data, "validation")
+    return source(config.data, "train")
 
 
 def beginning(

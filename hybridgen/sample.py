@@ -34,8 +34,6 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     with jax.set_mesh(loaded.mesh):
         pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="drawing"):
-            if "image" not in piece:
-                raise UserError(f"a run of {loaded.config.family} draws no pictures")
             shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
             kept.append(np.concatenate(shown, 2))
             for image in piece["image"] if writes else ():
@@ -56,6 +54,8 @@ def words(asked: Asked) -> str:
 def conditions(loaded: Loaded, asked: list[Asked]) -> dict[str, np.ndarray]:
     """Prompts and classes as model input. Raises UserError for what the run does not take, or lacks."""
     kind, (text, label) = loaded.config.family, asked[0]
+    if not loaded.draws:
+        raise UserError(f"a {kind} run draws no pictures")
     if not loaded.generates:
         raise UserError(f"a {kind} run takes no prompts")
     if (text is not None) != loaded.reads:

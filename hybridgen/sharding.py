@@ -7,7 +7,7 @@ axis in front is never sharded. Every parameter must match a rule. Activations a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -183,6 +183,18 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays, rows over the data axes, from all rows of each entry, which every process has."""
     return put(dict(batch), batch_sharding(mesh))
+
+
+def by_batches(program: Callable, arrays: Mapping[str, np.ndarray], batch: int, mesh: Mesh) -> Iterator[Any]:
+    """What `program` makes of all rows of `arrays`, at least `batch` at a time and in one shape: trees of numpy arrays.
+
+    The last rows are filled up with copies of the very last, which are cut off again.
+    """
+    count, batch = len(next(iter(arrays.values()))), padded(mesh, batch)
+    for start in range(0, count, batch):
+        rows = np.minimum(np.arange(start, start + batch), count - 1)
+        out = whole(program(spread({name: x[rows] for name, x in arrays.items()}, mesh)))
+        yield jax.tree.map(lambda x, kept=count - start: x[:kept], out)
 
 
 def put(tree: Any, places: Any) -> Any:

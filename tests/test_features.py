@@ -248,7 +248,7 @@ def test_a_report_with_distances(tiny_run, lite, tmp_path, capsys):
 def measured(tiny_run, lite):
     """(the run, what its features of true pictures are, those pictures as bytes)."""
     loaded = restore(tiny_run(VQ).folder, {})
-    compare = distances.build(loaded, str(lite), "train", 16, 16, (), 6, 0)
+    compare = distances.build(loaded, str(lite), (), 16, 6, 0, "train", 16)
     size = loaded.config.data.resolution
     pixels = np.random.default_rng(3).integers(0, 256, (16, size, size, 3)).astype(np.uint8)
     with jax.set_mesh(loaded.mesh):
@@ -272,7 +272,7 @@ def test_references_of_every_kind(measured, lite, tmp_path):
     images[0] = np.nan  # a picture that failed is black, and counts
     found = {}
     for name in ("pictures", "pictures.npz", "both.npz", "statistics.npz"):
-        compare = distances.build(loaded, str(lite), str(tmp_path / name), 14, 16, ("validation",), 6, 0)
+        compare = distances.build(loaded, str(lite), ("validation",), 14, 6, 0, str(tmp_path / name), 16)
         with jax.set_mesh(loaded.mesh):
             found[name] = compare(images, name)
             rows = np.concatenate([compare.encode(_bytes(images[i : i + 6])) for i in range(0, 14, 6)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_autoencoders import drawn
 
-from hybridgen import experiment, importing, sharding, trees
+from hybridgen import cache, experiment, importing, sample, sharding, trees
 from hybridgen.convert import rules, tables
 from hybridgen.convert.files import open_weights
 from hybridgen.errors import UserError
@@ -23,6 +23,25 @@ CLIP = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "nu
 CLIP |= {"max_position_embeddings": 6, "eos_token_id": 19, "projection_dim": 5}
 T5 = {"d_model": 8, "d_kv": 3, "num_heads": 2, "d_ff": 12, "num_layers": 2, "vocab_size": 20}
 LLAMA = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 20}
+
+
+def test_a_text_model_draws_no_pictures(tmp_path):
+    assert importing.main(["llama_lm", str(GOLDEN / "llama_lm"), str(tmp_path / "run")]) == 0
+    with pytest.raises(UserError, match="a text.lm run draws no pictures"):
+        sample.main(["--run", str(tmp_path / "run"), "--prompt", "a circle", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "more"), [("clip_text", {"text_pooled"}), ("t5_encoder", set())])
+def test_what_a_cache_has_of_a_tower(name, more):
+    """Features, mask and, where the tower pools, its vector."""
+    part = imported(name)
+    ids, seen = np.load(GOLDEN / name / "io.npz")["in_ids"], np.ones((2, 1), bool)
+    made = cache._features(part, ids, seen & (ids >= 0))
+    assert made.keys() == {"text_features", "text_features_mask"} | more
+    for entry in more:
+        np.testing.assert_array_equal(made[entry], part.call("pooled", ids, seen & (ids >= 0)))
+
 
 # ---------------------------------------------------------------- sizes
 

@@ -61,7 +61,7 @@ def captions(model: Any, batch: dict, parts: Parts) -> dict:
         features, mask = batch["text_features"], batch["text_features_mask"]
     else:
         tower = need(parts, "text", "a prior on text features")
-        features, mask, *_ = tower.call("encode", batch["text"], batch["text_mask"])
+        features, mask = tower.call("encode", batch["text"], batch["text_mask"])
     features = jax.lax.stop_gradient(features)
     if features.shape[1:] != (model.text_length, model.text_width):
         given, wanted = "x".join(map(str, features.shape[1:])), f"{model.text_length}x{model.text_width}"
