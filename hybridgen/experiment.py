@@ -22,7 +22,7 @@ from hybridgen import config as config_lib
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
-from hybridgen.models.parts import Part, find
+from hybridgen.models.parts import Part, Shape, find, sized
 from hybridgen.rundir import read_json
 from hybridgen.state import inference_params
 
@@ -73,6 +73,8 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         check_arrays(place, part, parts, config.data.resolution)
     family = find(config.family)
     model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
+    for shape in getattr(source, "shapes", ()):
+        sized(family, model, parts, shape)  # refused before anything is compiled
     parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
 
@@ -206,13 +208,14 @@ class Loaded(NamedTuple):
     mesh: Mesh
     step: int
     draw: Any
-    drawer: Any  # changes to the sampling options -> another `draw`
+    drawer: Any  # changes to the sampling options, and the shape of pictures if it is another -> another `draw`
     put: Any
     tokenizer: Part | None
     encode: Any  # images -> tokens, compiled
     plans: bool  # draws tokens of its own
     reads: bool  # text
     classes: int  # 0: takes no label
+    shapes: tuple[Shape, ...]  # of the pictures that it was trained on, where they had several
 
     @property
     def draws(self) -> bool:
@@ -238,6 +241,8 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
     run = load(folder, step)
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
+        if hasattr(config.data.get("options"), "items"):
+            config.data.options.pop(sources.BUCKETS, None)  # what it is compared with is square
         try:
             sharding.make_mesh(config.mesh)
         except UserError:  # trained on another machine
@@ -251,10 +256,10 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
                 raise UserError(f"the part {name!r} is not the one that the bundle {folder} was made with")
     own = sharding.put(run.part, part_shardings(run.part, experiment.mesh))
 
-    def drawer(changes: Mapping[str, Any]) -> Any:
+    def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
         options = config.sample.options.copy_and_resolve_references()
         _change(options, changes)
-        program = pictures.sampler(experiment.family, experiment.model, options)
+        program = pictures.sampler(experiment.family, experiment.model, options, shape)
         return lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys)
 
     members = getattr(experiment.family, "members", lambda model: ())(run.part.model)
@@ -273,6 +278,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),
         "text" in experiment.parts or any(getattr(model, "text_vocab", 0) for model in networks),
         max(getattr(model, "classes", 0) for model in networks),
+        config.data.get("shapes", ()),
     )
 
 

@@ -53,6 +53,8 @@ def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, d
     """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
     resolved, model = config_lib.plain(config), experiment.model
     resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
+    if hasattr(source, "occurring"):
+        resolved["data"]["shapes"] = config_lib.plain(source.occurring(config.batch, True))  # what was trained
     return resolved, {
         "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
         "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),

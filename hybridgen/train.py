@@ -39,9 +39,12 @@ from hybridgen import (
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
 from hybridgen.cli import command, make_parser
+from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, build
+from hybridgen.models.parts import sized
 from hybridgen.pictures import sample_grid
+from hybridgen.warmup import shaped
 
 
 class Rule(NamedTuple):
@@ -54,16 +57,22 @@ class Rule(NamedTuple):
     seed: int
     accumulate: int
     spike: float  # a gradient norm this many times the usual one is skipped
+    shaped: bool = False  # pictures are of several shapes, those of a batch of one
+
+    def fitted(self, batch: dict, parts: Any) -> tuple[Any, Any]:
+        """Model and parts for a batch of this shape."""
+        return sized(self.family, self.model, parts, batch["image"].shape[1:3]) if self.shaped else (self.model, parts)
 
 
 def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
     """(state, batch) -> (state, metrics). A step whose gradient is not finite, or explodes, only counts itself."""
     key = rng.step_key(jax.random.key(rule.seed), state["step"], "loss")
     trainable, frozen = rule.which.split(state["params"])
+    model, parts = rule.fitted(batch, parts)
 
     def weighted_loss(trainable: Any, batch: dict) -> tuple[jax.Array, tuple]:
         loss, aux = rule.family.loss(
-            rule.model,
+            model,
             trees.join(trainable, frozen),
             batch,
             key,
@@ -90,7 +99,7 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
         extra = old["extra"]
         if hasattr(rule.family, "merge"):
             key = rng.step_key(jax.random.key(rule.seed), state["step"], "merge")
-            extra = rule.family.merge(rule.model, extra, extra_sums, key, state["step"])
+            extra = rule.family.merge(model, extra, extra_sums, key, state["step"])
         return {"params": trees.join(new, frozen), "opt": optim.pack(opt), "ema": ema, "extra": extra}
 
     old = {name: state[name] for name in ("params", "opt", "ema", "extra")}
@@ -134,8 +143,9 @@ def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
     """Weighted sums of the metrics of one batch, with averaged parameters."""
     params = state_lib.inference_params(state["params"], state["ema"])
     key = rng.step_key(jax.random.key(rule.seed), 0, "eval")
+    model, parts = rule.fitted(batch, parts)
     options = {"parts": parts, "extra": state["extra"], "step": state["step"], "train": False}
-    loss, aux = rule.family.loss(rule.model, params, batch, key, **options)
+    loss, aux = rule.family.loss(model, params, batch, key, **options)
     return jax.tree.map(lambda x: x * aux["weight"], aux["metrics"] | {"loss": loss, "weight": 1.0})
 
 
@@ -149,10 +159,9 @@ def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
 
     with jax.set_mesh(experiment.mesh):
         abstract, make = state_lib.create(experiment, config.seed, specs, rule_of)
-    which = state_lib.trainable_of(config)
-    rule = Rule(
-        experiment.family, experiment.model, built[0], which, config.seed, config.accumulate, config.health.spike
-    )
+    which, shaped = state_lib.trainable_of(config), bool(config.data.get("options", {}).get(sources.BUCKETS))
+    options = built[0], which, config.seed, config.accumulate, config.health.spike, shaped
+    rule = Rule(experiment.family, experiment.model, *options)
     places = jax.tree.map(lambda s: s.sharding, abstract)
     step = jax.jit(functools.partial(train_step, rule), donate_argnums=0, out_shardings=(places, None))
     return rule, step, abstract, make
@@ -307,11 +316,13 @@ def prepare(
             timer=timer,
         )
         undo.pop_all()
+    beat, evaluate = functools.partial(watchdog.beat, start or 0, "compile"), jax.jit(functools.partial(eval_step, rule))
+    step, evaluate = shaped(config, source, step, evaluate, beat, writer.line)
     job = Job(
         experiment,
         step,
         jax.jit(skipping.jump, donate_argnums=0, out_shardings=places),
-        stream.evaluation(jax.jit(functools.partial(eval_step, rule)), experiment, read, put),
+        stream.evaluation(evaluate, experiment, read, put),
         stream.training(read, put, source, writer),
         state_at,
         saved,
