@@ -3,7 +3,7 @@
 A config is plain data (an `ml_collections.ConfigDict` from `get_config(arg)`): strings name things, tuples hold lists.
 Unknown keys and values of another type are refused with the nearest known key. Four groups are open, what a user adds
 to them is new: `parts.NAME=RUN`, `init_from.SUBTREE=RUN[:SUBTREE]`, `optim.groups.NAME.OPTION=VALUE` and
-`data.options.NAME=VALUE`, of a recipe those of all stages with its first source; what the source knows it checks itself.
+`data.options.NAME=VALUE` (of a recipe: of all stages with its first source), which the source itself checks.
 
 A value is a Python literal, or one of the words true, false, none. An option that holds text takes its value as it is
 written, so `model.quantizer=none` is the word; but an option of a data source (`data.options.NAME`, or an entry that
@@ -230,7 +230,7 @@ def _add(config: ConfigDict, known: Mapping, key: str, text: str) -> None:
 
 
 def _option_groups(config: ConfigDict, known: Mapping, group: str, name: str) -> list[str]:
-    """The groups of source options that get a new one: that of the key or, of a recipe's `data`, those of its stages."""
+    """The groups of source options that a new one goes to: the key's own or, of a recipe's `data`, those of stages."""
     stages = [f"stages.{stage}.data" for stage in config.get("order", ()) if f"stages.{stage}.data.source" in known]
     several = "data" not in config and group == "data.options"
     datas = [data for data in stages if known[f"{data}.source"] == known[f"{stages[0]}.source"]] if several else []

@@ -122,6 +122,10 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     part = Part(arrays["params"], arrays["extra"], config.family, model)
     text_file = folder / "text.json"
     text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
+    if sources.BUCKETS in (config.data.get("options") or {}):
+        config = config.copy_and_resolve_references()  # what it is compared with, or cached, is square
+        with config.unlocked():
+            del config.data.options[sources.BUCKETS]
     return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled)
 
 
@@ -241,8 +245,6 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
     run = load(folder, step)
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
-        if hasattr(config.data.get("options"), "items"):
-            config.data.options.pop(sources.BUCKETS, None)  # what it is compared with is square
         try:
             sharding.make_mesh(config.mesh)
         except UserError:  # trained on another machine

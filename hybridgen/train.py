@@ -306,18 +306,12 @@ def prepare(
             if experiment.text is not None:
                 rundir.write_json(folder / "text.json", experiment.text.to_json())
         state = state_at(start)
-        writer = metrics.Writer(
-            folder,
-            start_step=start or 0,
-            total_steps=config.steps,
-            every=config.log.every,
-            batch=config.batch,
-            label=label,
-            timer=timer,
-        )
+        options = {"start_step": start or 0, "total_steps": config.steps, "batch": config.batch}
+        writer = metrics.Writer(folder, every=config.log.every, label=label, timer=timer, **options)
+        programs = step, jax.jit(functools.partial(eval_step, rule))
+        beat = functools.partial(watchdog.beat, start or 0, "compile")
+        step, evaluate = shaped(config, source, programs, beat, writer.line)
         undo.pop_all()
-    beat, evaluate = functools.partial(watchdog.beat, start or 0, "compile"), jax.jit(functools.partial(eval_step, rule))
-    step, evaluate = shaped(config, source, step, evaluate, beat, writer.line)
     job = Job(
         experiment,
         step,
@@ -381,8 +375,9 @@ def main(argv: list[str] | None = None) -> int:
     config = config_lib.load(args.config, overrides)
     if "family" not in config:
         raise UserError(f"{args.config} has no family to train; a recipe is run by hybridgen recipe")
+    allow = resume.allowed(args.allow, [(config, args.workdir)])
     distributed.start(args)
-    done = run(config, args.workdir, allow=tuple(filter(None, args.allow.split(","))))
+    done = run(config, args.workdir, allow=allow)
     return 0 if done else 130
 
 

@@ -1,4 +1,4 @@
-"""Programs over pictures of several shapes (data/buckets.py): one executable a shape, all compiled before one is called.
+"""Training on pictures of several shapes (data/buckets.py): one executable a shape, all compiled before the first step.
 
 XLA compiles for shapes: a step that meets a new one would wait for a compilation, amid the run and on every host.
 """
@@ -14,40 +14,45 @@ from hybridgen.models.parts import Shape
 
 
 class Shaped:
-    """`program(state, batch, parts)`, jitted, for batches of `shapes()`; the first call compiles it for all of them.
+    """Train step and evaluation, jitted programs of (state, batch, parts); the first step compiles both for all shapes.
 
-    beat: is told before each, that the run lives; say: is told which there are and how long it took.
+    trained, seen: the shapes that they meet. beat: called before each compilation; say: told what was compiled.
     """
 
-    def __init__(self, program: Any, shapes: Callable[[], list[Shape]], what: str, beat: Callable, say: Callable):
-        self._program, self._shapes, self._what, self._beat, self._say = program, shapes, what, beat, say
-        self._compiled: dict[Shape, Any] = {}
+    def __init__(self, programs: tuple, trained: list[Shape], seen: list[Shape], beat: Callable, say: Callable):
+        self._programs, self._shapes, self._beat, self._say = programs, (trained, seen), beat, say
+        self._compiled: dict[tuple[int, Shape], Any] = {}
 
-    def __call__(self, state: dict, batch: dict, parts: Any) -> Any:
+    def step(self, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
+        """A train step."""
         if not self._compiled:
             self._compile(state, batch, parts)
-        return self._compiled[batch["image"].shape[1:3]](state, batch, parts)
+        return self._compiled[0, batch["image"].shape[1:3]](state, batch, parts)
+
+    def evaluate(self, state: dict, batch: dict, parts: Any) -> dict:
+        """Metrics of a batch of an evaluation, which is after a step."""
+        return self._compiled[1, batch["image"].shape[1:3]](state, batch, parts)
 
     def _compile(self, state: dict, batch: dict, parts: Any) -> None:
         started, image = time.monotonic(), batch["image"]
-        for shape in self._shapes():
-            self._beat()
-            spec = jax.ShapeDtypeStruct((image.shape[0], *shape, 3), image.dtype, sharding=image.sharding)
-            self._compiled[shape] = self._program.lower(state, batch | {"image": spec}, parts).compile()
-        sizes = ", ".join("{} x {}".format(*shape) for shape in self._compiled)
+        valid = jax.ShapeDtypeStruct(batch["id"].shape, bool, sharding=batch["id"].sharding)
+        for number, given in enumerate((batch, batch | {"valid": valid})):
+            for shape in self._shapes[number]:
+                self._beat()
+                spec = jax.ShapeDtypeStruct((len(image), *shape, 3), image.dtype, sharding=image.sharding)
+                lowered = self._programs[number].lower(state, given | {"image": spec}, parts)
+                self._compiled[number, shape] = lowered.compile()
+        trained, seen = self._shapes
+        sizes = ", ".join("{} x {}".format(*shape) for shape in trained)
+        also = f" and the evaluation for {len(seen)}" * bool(seen)
         seconds = time.monotonic() - started
-        self._say(f"compiled {self._what} for each of {len(self._compiled)} shapes in {seconds:.0f} s: {sizes}")
+        self._say(f"compiled the step for {len(trained)} shapes ({sizes}){also} in {seconds:.0f} s")
 
 
-def shaped(config: Any, source: Any, step: Any, evaluate: Any, beat: Callable, say: Callable) -> tuple[Any, Any]:
-    """(train step, evaluation) for the shapes of their batches; as they are where a source has one shape only."""
+def shaped(config: Any, source: Any, programs: tuple[Any, Any], beat: Callable, say: Callable) -> tuple[Any, Any]:
+    """`programs` (train step, evaluation) for all shapes of the data; as they are where there is only one."""
     if not hasattr(source, "occurring"):
-        return step, evaluate
-
-    def seen() -> list[Shape]:
-        return sources.build(config.data, "validation").occurring(config.batch, False)
-
-    return (
-        Shaped(step, lambda: source.occurring(config.batch, True), "the step", beat, say),
-        Shaped(evaluate, seen, "the evaluation", beat, say),
-    )
+        return programs
+    seen = sources.build(config.data, "validation").occurring(config.batch, False) if config.eval.every else []
+    both = Shaped(programs, source.occurring(config.batch, True), seen, beat, say)
+    return both.step, both.evaluate

@@ -4,8 +4,9 @@
 
 The command reads the headers of a folder's pictures and writes an index table: a few shapes of about the same area, and
 which of them each record has. A config then has `data.options.buckets = "buckets.json"`, and every batch is of one
-shape (of a command: --config.data.options.buckets=buckets.json). Batch k is a function of (seed, k): an epoch has floor(n / B) batches of a bucket with n records, in a seeded
-order, of a seeded permutation of its records; what is left over is another rest in each epoch.
+shape (on a command line: --config.data.options.buckets=buckets.json). Batch k is a function of (seed, k): an epoch has
+floor(n / B) batches of a bucket with n records, in a seeded order, of a seeded permutation of its records; what is left
+over is another rest in each epoch. A sequential pass has all records, the batches of all buckets evenly mixed.
 
 Letters: B rows of a global batch, N sample numbers, n records of a bucket, m batches of an epoch.
 """

@@ -16,10 +16,11 @@ With `buckets`, a table of data/buckets.py, in its options a folder has batches 
 keeps those that it was trained on as `shapes`.
 
 A record that cannot be read raises `BrokenRecord`; `pipeline.read` replaces it by a fixed rule. What else a source may
-have: `shapes` ((height, width) of its batches, where they differ), `class_names`, `captions()`, `words` (its vocabulary, counted), `digest()`, `view(index, own)` (a record with
+have: `class_names`, `captions()`, `words` (its vocabulary, counted), `digest()`, `view(index, own)` (a record with
 several views: the one that a sample's own number picks), `arrange(positions, batch, seed, shuffle)` (an order of its
-own), `batches_once(batch)` (how many a sequential pass has) and `after(index, step)` (what stands in for a broken
-record).
+own), `batches_once(batch)` (how many a sequential pass has), `after(index, step)` (what stands in for a broken record)
+and, where batches have several shapes, `shapes` ((height, width) of each) and `occurring(batch, whole)` (those that
+whole batches, or batches at all, have).
 """
 
 import inspect
