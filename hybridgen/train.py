@@ -61,7 +61,12 @@ class Rule(NamedTuple):
 
     def fitted(self, batch: dict, parts: Any) -> tuple[Any, Any]:
         """Model and parts for a batch of this shape."""
-        return sized(self.family, self.model, parts, batch["image"].shape[1:3]) if self.shaped else (self.model, parts)
+        shape = self.shape(batch)
+        return sized(self.family, self.model, parts, shape) if shape else (self.model, parts)
+
+    def shape(self, batch: dict) -> tuple[int, int] | None:
+        """(height, width) of a batch, where others have other shapes."""
+        return batch["image"].shape[1:3] if self.shaped else None
 
 
 def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
