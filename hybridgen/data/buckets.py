@@ -160,7 +160,8 @@ def largest(source, batch: int):
     if not isinstance(source, Buckets):
         return source
     only = copy.copy(source)
-    only.shape = max(source.occurring(batch, True) or source.shapes, key=lambda shape: (shape[0] * shape[1], shape))
+    found = source.occurring(batch, True) or source.occurring(1, True)
+    only.shape = max(found, key=lambda shape: (shape[0] * shape[1], shape))
     only._members = [members if shape == only.shape else members[:0]
                      for shape, members in zip(source.shapes, source._members, strict=True)]
     return only
