@@ -74,9 +74,10 @@ def allowed(words: str, runs: list[tuple[Any, Path]]) -> tuple[str, ...]:
         for file in sorted(folder.glob("checkpoints/*/about/metadata")) if wanted else ():
             with contextlib.suppress(UserError, AttributeError):  # a damaged one is told of when it is read
                 keys |= set(config_lib.flatten(rundir.read_json(file).get("fingerprint", {})))
+    groups = ("config", "data", "parts")
     for word in wanted:
-        if not any(key == word or key.startswith(f"{word}.") for key in keys):
-            near = config_lib.hint(word, [*keys, "config", "data", "parts"])
+        if word not in groups and not any(key == word or key.startswith(f"{word}.") for key in keys):
+            near = config_lib.hint(word, [*keys, *groups])
             raise UserError(f"--allow {word!r} is no key{near} (keys, or groups of them: {', '.join(sorted(keys))})")
     return wanted
 
