@@ -199,17 +199,23 @@ def test_a_prior_of_another_grid_draws_what_it_scores():
     assert np.abs(whole[:, 5:] - turned[:, 5:]).max() > 1e-3
 
 
-def test_a_decoder_renders_and_learns_at_any_shape():
-    options = tiny.DECODER | {"draft": False, "classes": tiny.CLASSES, "depth": 1}
-    part = tiny.part("diffusion.dit", options)
-    model, _ = parts_lib.sized(dit, part.model, {}, TALL)
+def test_a_decoder_with_a_plan_renders_and_learns_at_any_shape():
+    """The plan's learned positions are read between their places: at the corners they are what they were."""
+    tokenizer = {"tokenizer": tiny.tokenizer()}
+    part = tiny.part("diffusion.dit", tiny.decoder_options(tokenizer["tokenizer"], depth=1), parts=tokenizer)
+    model, parts = parts_lib.sized(dit, part.model, tokenizer, TALL)
+    table = part.params["plan_position"]
+    square, double = (np.asarray(dit.on_grid(table, *grid)) for grid in ((4, 4), (8, 8)))
+    np.testing.assert_array_equal(square.reshape(16, -1), table)
+    np.testing.assert_allclose(double[::7, ::7], square[::3, ::3], rtol=1e-6)
+    np.testing.assert_allclose(double[3:5].mean(0)[0], square[1:3].mean(0)[0], rtol=1e-5, atol=1e-6)
     batch = tiny.batch(2) | {"image": np.random.default_rng(0).uniform(-1, 1, (2, *TALL, 3)).astype(np.float32)}
     keys = rng.sample_keys(jax.random.key(0), np.arange(2))
 
     @jax.jit
     def run(batch):
-        image = dit.sample(model, part.params, batch, keys, parts={}, extra={}, options={"decoder": {"steps": 1}})
-        asked = {"parts": {}, "extra": {}, "step": 0, "train": True}
+        image = dit.sample(model, part.params, batch, keys, parts=parts, extra={}, options={"decoder": {"steps": 1}})
+        asked = {"parts": parts, "extra": {}, "step": 0, "train": True}
         return image["image"], dit.loss(model, part.params, batch, jax.random.key(1), **asked)[0]
 
     image, loss = run(batch)
@@ -222,7 +228,6 @@ REFUSED = {
     "indivisible": (vq, tiny.FSQ, (10, 20), "tokenizers.vq .* 10 x 20: its sides do not divide by 4"),
     "table": (raster, {"vocab": 12, "grid": (4, 4), "positions": "learned"}, WIDE, "model.positions 'learned'"),
     "no tokenizer": (raster, {"vocab": 12, "grid": (4, 4)}, WIDE, "needs the part 'tokenizer'"),
-    "plan": (dit, tiny.DECODER | {"plan_width": 4}, WIDE, "diffusion.dit .* model.plan_width 4 brings a table"),
     "stored": (dit, tiny.DECODER | {"position": "stored"}, WIDE, "model.position 'stored'"),
     "patches": (dit, tiny.DECODER, (18, 20), "do not divide by 4"),
     "family": (lm, {"text_vocab": 16, "text_length": 8}, WIDE, "text.lm takes pictures of one shape"),

@@ -65,11 +65,11 @@ Shape = tuple[int, int]  # height, width
 
 def sized(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> tuple[nn.Module, dict]:
     """A model and its parts for pictures of `shape`. UserError naming a family that has one shape only."""
-    ready = {}
-    for name, part in parts.items():
-        module = find(part.family)
+    ready: dict[str, Part] = {}
+    for name in sorted(parts, key=lambda name: (name not in ("tokenizer", "autoencoder"), name)):  # others need these
+        part, module = parts[name], find(parts[name].family)
         draws = hasattr(module, "sized") or hasattr(part.model, "grid")  # towers and feature networks have no shape
-        ready[name] = dataclasses.replace(part, model=_sized(module, part.model, {}, shape)) if draws else part
+        ready[name] = dataclasses.replace(part, model=_sized(module, part.model, ready, shape)) if draws else part
     return _sized(family, model, ready, shape), ready
 
 
@@ -81,6 +81,11 @@ def _sized(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shap
         return family.sized(model, tuple(shape), parts)
     except UserError as error:
         raise UserError(f"{name} cannot take pictures of {size}: {error}") from None
+
+
+def sides(resolution: int | Shape) -> Shape:
+    """(height, width) of a model's pictures: an option that is a square's side, or both."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 def divided(shape: Shape, by: int) -> Shape:

@@ -16,6 +16,7 @@ Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, d
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.diffusion import process, variance
 from hybridgen.models.losses import per_sample, rows, weighted
-from hybridgen.models.parts import Parts, Shape, divided, need
+from hybridgen.models.parts import Parts, Shape, divided, need, sides
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.conv import patchify, unpatchify
@@ -88,7 +89,7 @@ class DiT(nn.Module):
     @property
     def shape(self) -> Shape:
         """(H, W) of what is rendered."""
-        return (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution
+        return sides(self.resolution)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -179,8 +180,10 @@ class DiT(nn.Module):
         null = self.param("null_plan", nn.initializers.normal(0.02), (1, self.width))
         dropped = self._dropped(cond, "plan", b)[:, None, None, None]
         plan = jnp.where(dropped, cast(null, self.dtype), plan)
-        spot = self.param("plan_position", nn.initializers.normal(0.02), (h * w, self.width))
-        placed = plan + cast(spot, self.dtype).reshape(h, w, d)
+        made = self.has_variable("params", "plan_position")
+        count = self.get_variable("params", "plan_position").shape[0] if made else h * w
+        spot = self.param("plan_position", nn.initializers.normal(0.02), (count, self.width))
+        placed = plan + cast(on_grid(spot, h, w), self.dtype)
         pooled = Linear(self.width, bias=True, dtype=self.dtype, name="plan_pool")(
             Norm(name="plan_norm")(nn.silu(placed)).mean((1, 2))
         )
@@ -201,6 +204,14 @@ class DiT(nn.Module):
         return jnp.concatenate([plan, features], 1), jnp.concatenate([seen, mask], 1)
 
 
+def on_grid(table: jax.Array, h: int, w: int) -> jax.Array:
+    """A learned table of positions `[n, d]` as `[h, w, d]`, resized where it is of another, square grid."""
+    side = math.isqrt(len(table))  # a config's own pictures are square
+    if side**2 != len(table) or (h, w) == (side, side):
+        return table.reshape(h, w, -1)
+    return jax.image.resize(table.reshape(side, side, -1), (h, w, table.shape[1]), "linear")
+
+
 def build(config: Any) -> DiT:
     model = DiT(**config)
     if model.outputs not in (0, model.channels) and (model.draft or not model.timesteps):
@@ -211,9 +222,8 @@ def build(config: Any) -> DiT:
 
 def sized(model: DiT, shape: Shape, parts: Parts) -> DiT:
     """The model for pictures of `shape`, on the same arrays."""
-    for name, table in (("position", model.position == "stored"), ("plan_width", model.plan_width)):
-        if table:
-            raise UserError(f"model.{name} {getattr(model, name)!r} brings a table of positions of one grid")
+    if model.position == "stored":
+        raise UserError("model.position 'stored' is an array of one grid, 'rows' and 'columns' are not")
     shape = parts["autoencoder"].model.grid if "autoencoder" in parts else shape
     divided(shape, model.patch)
     return model.clone(resolution=shape)

@@ -27,7 +27,7 @@ from flax.core import FrozenDict
 from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
-from hybridgen.models.parts import Parts, Shape, divided
+from hybridgen.models.parts import Parts, Shape, divided, sides
 from hybridgen.models.tokenizers import judging
 from hybridgen.nn import quantize
 from hybridgen.nn.autoencoder import Autoencoder
@@ -102,7 +102,7 @@ class VQ(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w): the token grid of a picture."""
-        height, width = (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution
+        height, width = sides(self.resolution)
         return height // self.reduction, width // self.reduction
 
     @property
