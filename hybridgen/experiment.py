@@ -21,6 +21,7 @@ from hybridgen import bundle, checkpoint, pictures, sharding, trees
 from hybridgen import config as config_lib
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
+from hybridgen.data.buckets import LARGEST
 from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, Shape, find, sized
 from hybridgen.rundir import read_json
@@ -122,7 +123,8 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     part = Part(arrays["params"], arrays["extra"], config.family, model)
     text_file = folder / "text.json"
     text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
-    if sources.BUCKETS in (config.data.get("options") or {}):
+    options = config.data.get("options")
+    if hasattr(options, "items") and sources.BUCKETS in options:
         config = config.copy_and_resolve_references()  # what it is compared with, or cached, is square
         with config.unlocked():
             del config.data.options[sources.BUCKETS]
@@ -280,8 +282,18 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),
         "text" in experiment.parts or any(getattr(model, "text_vocab", 0) for model in networks),
         max(getattr(model, "classes", 0) for model in networks),
-        config.data.get("shapes", ()),
+        _shapes(config.data.get("shapes", ()), folder),
     )
+
+
+def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:
+    """The shapes that a run says it was trained on. UserError for what is none: the file may be anybody's."""
+    for pair in found if isinstance(found, tuple) else (found,):
+        numbers = isinstance(pair, tuple) and [type(side) for side in pair] == [int, int]
+        if not numbers or not 1 <= min(pair) <= max(pair) <= LARGEST:
+            text = f"{str(pair)[:80]!a}, which is no height and width from 1 to {LARGEST}"
+            raise UserError(f"{folder / 'config.json'} is not the config of a run: data.shapes has {text}")
+    return found
 
 
 def _change(options: Any, changes: Mapping[str, Any]) -> None:

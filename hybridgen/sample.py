@@ -32,10 +32,10 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     prompts = [words(one) for one in asked for _ in range(count)]
     batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
     rundir.make(out)
-    if older := len(list(out.glob("[0-9]*.png"))):
+    kept, number, writes = [], 0, jax.process_index() == 0
+    if writes and (older := len(list(out.glob("[0-9]*.png")))):
         text = f"warning: {older} older pictures are in {out}; those of the same number are written over"
         print(text, file=sys.stderr)
-    kept, number, writes = [], 0, jax.process_index() == 0
     with jax.set_mesh(loaded.mesh):
         pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="drawing"):

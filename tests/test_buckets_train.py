@@ -14,7 +14,7 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from hybridgen import config, metrics, rng, sample, train
+from hybridgen import config, experiment, metrics, rng, sample, train
 from hybridgen.data import buckets, sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import load
@@ -276,6 +276,12 @@ def test_a_run_of_one_shape_has_that_size_only(run, prior):
     assert sample.sized(loaded, "32x32") is loaded is sample.sized(loaded, None)
     with pytest.raises(UserError, match="--size 32x48: this ar.raster run was trained on pictures of 32x32"):
         sample.sized(loaded, "32x48")
+
+
+@pytest.mark.parametrize("shapes", [3, "x", [[4]], [[4, "4"]], [[0, 4]], [[4, 10**6]], [[4, 4, 4]], [[True, 4]], None])
+def test_shapes_of_somebody_are_refused(shapes, tmp_path):
+    with pytest.raises(UserError, match="config.json is not the config of a run: data.shapes has"):
+        experiment._shapes(config.from_plain({"shapes": shapes}).shapes, tmp_path)
 
 
 def test_a_run_read_back_needs_no_table(prior):

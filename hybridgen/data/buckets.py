@@ -30,6 +30,7 @@ from hybridgen.data.shuffle import order
 from hybridgen.errors import UserError
 
 FORMAT = 1
+LARGEST = 4096  # pixels of a side
 
 
 def shapes(resolution: int, step: int, aspect: float) -> list[tuple[int, int]]:
@@ -79,7 +80,7 @@ class Buckets:
             self._of = np.asarray(table["splits"][split]["bucket"], np.int64)  # the bucket of each record
             fits = table["format"] == FORMAT and self._of.shape == (len(source),)
             fits = fits and ((0 <= self._of) & (self._of < len(self.shapes))).all()
-            fits = fits and all(0 < side <= 4096 for shape in self.shapes for side in shape)
+            fits = fits and all(0 < side <= LARGEST for shape in self.shapes for side in shape)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no table of buckets with the split {split!r}: {type(error).__name__}: {error}"
                             ) from None
