@@ -145,8 +145,10 @@ def test_resumed_is_uninterrupted_bit_for_bit(run, data, tmp_path):
     assert fault_cases.state_of(folder, STEPS)["step"] == STEPS
     whole, resumed = (fault_cases.state_of(place, STEPS) for place in (run.folder, folder))
     assert tiny.same(whole, resumed)
-    losses = [[(line["step"], line["loss"]) for line in fault_cases.log_of(place) if "loss" in line]
-              for place in (run.folder, folder)]
+    losses = [
+        [(line["step"], line["loss"]) for line in fault_cases.log_of(place) if "loss" in line]
+        for place in (run.folder, folder)
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
 

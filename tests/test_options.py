@@ -57,8 +57,10 @@ def test_a_member_of_a_mixture_takes_one(folder):
 
 
 REFUSED = {
-    "option": (["data.options.labelkey=class"], "'folder': 'labelkey'; the nearest known one is 'label_key' .known: .*"
-               "text_weights.*buckets"),
+    "option": (
+        ["data.options.labelkey=class"],
+        "'folder': 'labelkey'; the nearest known one is 'label_key' .known: .*text_weights.*buckets",
+    ),
     "of another": (["data.options.templates=2"], "unknown option of the source 'folder': 'templates'"),
     "float": (["data.options.validation=much"], "data.options.validation takes float, such as 0.02, and was given 'mu"),
     "int": (["data.options.max_bytes=True"], "data.options.max_bytes takes int, such as 67108864, and was given True"),
@@ -95,8 +97,9 @@ def test_allow_takes_keys_and_groups_of_the_run(tmp_path):
         resume.allowed(words, [(config, tmp_path)])
     about = tmp_path / "checkpoints" / "3" / "about"
     about.mkdir(parents=True)  # what a checkpoint has, and the config no more
-    about.joinpath("metadata").write_text(json.dumps({"fingerprint": {"config": {"model": {"codes": 3}},
-                                                                      "parts": {"old": "ab"}}}))
+    about.joinpath("metadata").write_text(
+        json.dumps({"fingerprint": {"config": {"model": {"codes": 3}}, "parts": {"old": "ab"}}})
+    )
     assert resume.allowed(words, [(config, tmp_path)]) == tuple(words.split(","))
     assert resume.allowed("", [(ConfigDict({"data": {}, "parts": {}}), tmp_path)]) == ()
 
