@@ -20,7 +20,7 @@ QUANTIZERS = {
     "lfq": {"quantizer": "lfq", "bits": 10, "entropy": 0.05, "softness": 0.5, "diversity": 2.0},
     "vq": FAIR | {"quantizer": "vq"},
     "vq_gradient": FAIR | {"quantizer": "vq", "moving": False, "entropy": 0.02, "softness": 0.01},
-    "gumbel": FAIR | {"quantizer": "gumbel", "divergence": 0.0, "entropy": 0.02, "softness": 1.0, "cooling": 300},
+    "gumbel": FAIR | {"quantizer": "gumbel", "sharpness": 30.0, "divergence": 0.0, "entropy": 0.02, "softness": 1.0},
     "autoencoder": {"quantizer": "none", "width": 8},
 }
 
