@@ -261,7 +261,7 @@ def test_captions_are_padded_on_the_left():
     draw = np.random.default_rng(0)
     features, lengths = draw.normal(size=(B, 5, 8)).astype(np.float32), np.array([1, 5, 3, 2])
     right = np.arange(5) < lengths[:, None]
-    cond = raster.condition(part.model, {"text_features": features, "text_features_mask": right})
+    cond = raster.condition(part.model, {"text_features": features, "text_features_mask": right}, {})
     assert (np.asarray(cond["text_features_mask"]) == right[:, ::-1]).all()
     for row, length in enumerate(lengths):
         moved = np.asarray(cond["text_features"])[row, 5 - length :]
@@ -271,14 +271,14 @@ def test_captions_are_padded_on_the_left():
     tokens = batch()["tokens"]
     assert tiny.same(run(tokens, cond), run(tokens, cond | {"text_features": hidden}))  # padding says nothing
     with pytest.raises(UserError, match="text features are 4x8, positions by width, and this prior takes 5x8"):
-        raster.condition(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]})
+        raster.condition(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]}, {})
 
 
 @pytest.mark.parametrize("kind", ["codes", "class"])
 def test_cached_is_the_full_forward_for_any_chunks(kind):
     part = prior(kind, **({"cond_length": 3, "unmasked": 3, "places": 30} if kind == "codes" else {}))
     tokens = jnp.asarray(batch()["tokens"])
-    cond = raster.condition(part.model, batch() | {"cond_tokens": tokens[:, :3]})
+    cond = raster.condition(part.model, batch() | {"cond_tokens": tokens[:, :3]}, {})
     full = jax.jit(lambda tokens, cond: part.call("score", tokens, cond))(tokens, cond)
     logits, cache = jax.jit(lambda cond: part.call("prefill", cond))(cond)
     step, out, at = jax.jit(lambda cache, chunk: part.call("step", cache, chunk)), [logits[:, None]], 0
@@ -293,7 +293,7 @@ def test_guidance_needs_a_dropped_condition():
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(B))
     with pytest.raises(UserError, match="knows no dropped condition"):
         part = prior("codes")
-        part.call("plan", raster.condition(part.model, batch()), keys, {"guidance": 2.0})
+        part.call("plan", raster.condition(part.model, batch(), {}), keys, {"guidance": 2.0})
     assert guidance.until(3.0, -1, 16) == guidance.until(3.0, 14, 16) == 3.0
     scale = guidance.until(3.0, 4, 16)  # runs 0 to 4 over the cache give tokens 1 to 5, prefill token 0
     assert [float(guidance.at(scale, jnp.float32(i) / 15)) for i in range(16)] == [3.0] * 6 + [1.0] * 10

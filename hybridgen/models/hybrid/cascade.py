@@ -99,7 +99,7 @@ def loss(
     tokenizer = need(parts, "tokenizer", "a cascade")
     keys = rng.sample_keys(key, batch["id"])
     tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])  # b n
-    asked = find(prior.family).condition(prior.model, batch)
+    asked = find(prior.family).condition(prior.model, batch, parts)
     dropped = rng.bernoulli(rng.named(keys, "drop"), prior.model.drop if train and model.prior else 0.0)
     cond = asked | {"drop": dropped}
     logits = prior.call("score", tokens, cond)  # b n v
@@ -178,7 +178,7 @@ def sample(
     """
     prior, decoder = (member(model, name, params, parts) for name in ("prior", "decoder"))
     tokenizer = need(parts, "tokenizer", "a cascade")
-    asked = find(prior.family).condition(prior.model, cond)
+    asked = find(prior.family).condition(prior.model, cond, parts)
     if "tokens" in cond:
         tokens, logprob = cond["tokens"], jnp.zeros(cond["tokens"].shape)
     else:
