@@ -6,8 +6,8 @@ A family is a module under `hybridgen.models` with the functions `build, init, l
 
 Roles, the functions by which hybrids use any family; each takes (model, params, extra, ...) unless it says otherwise:
 
-    tokenizer   encode(image) -> tokens or latent; embed(tokens) -> codes b h w d; decode(codes or latent) -> image;
-                model: grid, length, vocab, code_width
+    tokenizer   encode(image) -> tokens or latent (of a model with `moments`, with keys=: a draw); embed(tokens) ->
+                codes b h w d; decode(codes or latent) -> image; model: grid, length, vocab, code_width
     text        encode(text, mask) -> features b l d, mask b l; and, where the tower has such a vector, pooled(text,
                 mask) -> b p. Published towers take no mask too (None): every position is seen
     prior       condition(model, batch, parts) -> cond; prefill(cond) -> (logits, cache); step(cache, chunk) ->
