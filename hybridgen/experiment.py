@@ -62,7 +62,8 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
             raise UserError(
                 f"part {name!r} ({config.parts[name]}) is not the one that the other parts were trained with"
             )
-    text = text or read_by(runs, config.data)
+    known = read_by(runs, config.data)
+    text = text or known
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     for place, part in bundled:
@@ -82,7 +83,7 @@ def read_by(runs: Mapping[str, "Run"], data: Any) -> Any:
     texts = {name: run.text for name, run in runs.items() if run.text and name in own}
     if "text" in texts and not hasattr(runs["text"].part.model, "length"):
         lengths = [getattr(run.part.model, "text_length", 0) for run in runs.values()]
-        lengths += [data.text.get("length", 0)] if data.get("text") else []
+        lengths += [data["text"].get("length", 0)] if data.get("text") else []
         texts["text"] = text_lib.resized(texts["text"], next(filter(None, lengths), texts["text"].length))
     if len({text_lib.digest(text) for text in texts.values()}) > 1:
         raise UserError(f"the parts {' and '.join(texts)} read text differently: they were trained on other captions")
