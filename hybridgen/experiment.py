@@ -79,8 +79,7 @@ def read_by(runs: Mapping[str, "Run"], data: Any) -> Any:
 
     A tower that has no longest text reads as much as the other parts do, or as `data.text.length` says.
     """
-    own = {name for name, run in runs.items() if name == "text" or getattr(run.part.model, "text_vocab", 0)}
-    texts = {name: run.text for name, run in runs.items() if run.text and name in own}
+    texts = {name: run.text for name, run in runs.items() if run.text and _reads(name, run)}
     if "text" in texts and not hasattr(runs["text"].part.model, "length"):
         lengths = [getattr(run.part.model, "text_length", 0) for run in runs.values()]
         lengths += [data["text"].get("length", 0)] if data.get("text") else []
@@ -88,6 +87,11 @@ def read_by(runs: Mapping[str, "Run"], data: Any) -> Any:
     if len({text_lib.digest(text) for text in texts.values()}) > 1:
         raise UserError(f"the parts {' and '.join(texts)} read text differently: they were trained on other captions")
     return next(iter(texts.values()), None)
+
+
+def _reads(name: str, run: "Run") -> bool:
+    """Whether a part reads text: it is a tower, has one of its own, or was trained with one."""
+    return name == "text" or bool(getattr(run.part.model, "text_vocab", 0)) or "text" in run.part_digests
 
 
 def part_shardings(part: Part, mesh: Mesh) -> Part:

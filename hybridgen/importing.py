@@ -146,12 +146,20 @@ def read_text(goal: Target, parts: Mapping[str, experiment.Run], folder: Path | 
         length = getattr(goal.model, "text_length", 0)
         return text_lib.resized(parts["text"].text, length) if "text" in parts and length else None
     try:
-        return Published.read(str(folder), min(goal.plan.inputs["text"][0], PROMPT)) if folder else None
+        return _fitting(goal.model, folder, min(goal.plan.inputs["text"][0], PROMPT)) if folder else None
     except UserError as error:
         if asked:
             raise
         print(f"this run cannot read prompts yet, only ids: {error}")
         return None
+
+
+def _fitting(model: Any, folder: Path, length: int) -> Published:
+    """The tokenizer in a folder. Raises UserError where its ids are more than the model's."""
+    text, vocab = Published.read(str(folder), length), getattr(model, "text_vocab", 0) or model.vocab
+    if text.vocab_size > vocab:
+        raise UserError(f"the tokenizer in {folder} has {text.vocab_size} ids, the model {vocab}")
+    return text
 
 
 def write_run(

@@ -3,6 +3,7 @@
 The tower is an imported T5 with a published tokenizer, so that nothing here reads text in any other way.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def test_the_tower_is_a_part_of_the_cascade_and_the_one_that_the_prior_knows(run
         experiment.find(config.family).sample(
             loaded.model, {}, cond, jax.random.split(jax.random.key(0), 1), parts=parts, extra={}, options={}
         )
+    shutil.copytree(runs / "text", tmp_path / "copy")
+    about = read_json(runs / "text" / "text.json")
+    about["tokenizer"]["model"]["vocab"][5][0] = "▁greens"
+    (tmp_path / "copy" / "text.json").write_text(json.dumps(about))
+    with config.unlocked():
+        config.parts.text = str(tmp_path / "copy")
+    with pytest.raises(UserError, match="the parts prior and text read text differently"):
+        experiment.build(config, runs / "cascade")
     weights = GOLDEN / "t5_encoder_relu"
     assert importing.main(["t5_encoder", str(weights), str(tmp_path / "other"), "--text", str(runs / "t5")]) == 0
     with config.unlocked():
