@@ -17,6 +17,8 @@ from PIL import Image
 import hybridgen
 from hybridgen import config as config_lib
 from hybridgen import experiment, export, importing, programs, sample, trees
+from hybridgen.convert import safetensors
+from hybridgen.convert.files import open_weights
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
 from hybridgen.models.ar import raster
@@ -83,8 +85,11 @@ def test_the_tower_is_a_part_of_the_cascade_and_the_one_that_the_prior_knows(run
         config.parts.text = str(tmp_path / "copy")
     with pytest.raises(UserError, match="the parts prior and text read text differently"):
         experiment.build(config, runs / "cascade")
-    weights = GOLDEN / "t5_encoder_relu"
-    assert importing.main(["t5_encoder", str(weights), str(tmp_path / "other"), "--text", str(runs / "t5")]) == 0
+    state = {name: tensor.read() for name, tensor in open_weights(runs / "t5" / "weights.safetensors").items()}
+    state["encoder.final_layer_norm.weight"] = state["encoder.final_layer_norm.weight"] + 1
+    shutil.copytree(runs / "t5", tmp_path / "t5", ignore=shutil.ignore_patterns("*.safetensors"))
+    safetensors.write(tmp_path / "t5" / "weights.safetensors", state)
+    assert importing.main(["t5_encoder", str(tmp_path / "t5"), str(tmp_path / "other")]) == 0
     with config.unlocked():
         config.parts.text = str(tmp_path / "other")
     with pytest.raises(UserError, match=r"part 'text' \(.*other\) is not the one that the other parts were trained"):
