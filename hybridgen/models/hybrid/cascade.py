@@ -3,7 +3,8 @@
 Written on roles only, so that any prior and any decoder fit. A member is either a part (trained apart, frozen) or, if
 `prior` or `decoder` names a family and its options, trained here, jointly and in one step. What flows between them is
 `mode`: "tokens" (no gradient to the prior), "soft" (expected codes under the prior's distribution) or "features" (the
-prior's hidden states). `own` is the share of pictures whose plan is the prior's own, drawn in parallel from its
+prior's hidden states). What a member needs itself, such as the tower of a prior on text features, is a part of the
+cascade by the same name. `own` is the share of pictures whose plan is the prior's own, drawn in parallel from its
 teacher-forced logits, or, every `rollout_every` steps, by a true rollout: so the decoder learns to forgive. In mode
 "soft" these are told as codes of the drawn tokens, the others as expected codes.
 
