@@ -137,9 +137,10 @@ def _bytes_of_step(part: Part, cache: dict, guided: int, mesh: jax.sharding.Mesh
     flat = trees.flatten(part.params)
     used = [leaf.size for path, leaf in flat.items() if not path.endswith("table") and not path.startswith("text")]
     width = 2 if getattr(part.model, "dtype", "float32") == "bfloat16" else 4
-    layers, rows, length, heads = cache["k"].shape
+    length = cache["valid"].shape[1]
     filled = length - (part.model.length - 1) / 2  # positions of them, on average
-    held = 2 * layers * guided * rows * filled * heads * cache["k"].dtype.itemsize
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache["k"], cache["v"])))
+    held = guided * whole * filled / length
     return sum(used) * width / mesh.shape["tensor"] + held / mesh.devices.size
 
 
