@@ -238,9 +238,9 @@ def init(model: Raster, key: jax.Array, specs: dict, parts: Any) -> dict[str, An
     return {"params": conditions.redrawn(params, key, model.std, model.zero_head) if model.std else params, "extra": {}}
 
 
-def condition(model: Raster, batch: dict, parts: Any = None) -> dict:
+def condition(model: Raster, batch: dict, parts: Any) -> dict:
     """The entries of a batch that this prior is conditioned on; of a caption, its features by the part "text"."""
-    return conditions.asked(model, batch, parts or {})
+    return conditions.asked(model, batch, parts)
 
 
 def tokens_of(batch: dict, parts: Any) -> jax.Array:

@@ -156,9 +156,9 @@ def init(model: LM, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     return {"params": model.init(key, jnp.zeros((1, 1), jnp.int32), method="forward")["params"], "extra": {}}
 
 
-def condition(model: LM, batch: dict) -> dict:
+def condition(model: LM, batch: dict, parts: Any) -> dict:
     """The prompt among the entries of a batch."""
-    del model
+    del model, parts
     return {name: batch[name] for name in ("text", "text_mask")}
 
 
@@ -231,6 +231,5 @@ def sample(
     model: LM, params: Any, cond: dict, keys: jax.Array, *, parts: Any, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
     """Continuations of prompts."""
-    del parts
-    text, logprob = plan(model, params, extra, condition(model, cond), keys, options.get("prior", {}))
+    text, logprob = plan(model, params, extra, condition(model, cond, parts), keys, options.get("prior", {}))
     return {"text": text, "logprob": logprob}
