@@ -11,7 +11,7 @@ The published recipe: AdamW, a constant 1e-4 without warm-up, decay on all matri
 ImageNet, dropout, one condition in ten dropped, no average of the parameters.
 
 `tiny`: seconds on a CPU. It ends at least `MARGIN` nats a token below the entropy of its tokens' frequencies. So does
-`t2i_tiny`, from captions as a small language model reads them (`--config.parts.text=` a run of configs/text/lm.py:tiny).
+`t2i_tiny`, from captions as a small language model reads them (`--config.parts.text=RUN` of configs/text/lm.py:tiny).
 """
 
 from configs import common
