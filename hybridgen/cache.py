@@ -5,7 +5,8 @@
 The source "records" gives batches with them, so that a prior or a decoder trains without the tokenizer's forward pass
 (and refuses to train with another tokenizer than theirs). A run with a codebook gives `tokens`, one with a continuous
 latent `latent` (of a Gaussian one mean and deviation: training draws from it by the sample's own number, an evaluation
-takes the mean), a text tower `text_features`, `text_features_mask` and, where it has one, `text_pooled`.
+takes the mean), a text tower `text_features`, `text_features_mask` and, where it has one, `text_pooled`, of as many
+positions as it reads, or, where it has no bound, as `data.text.length` says.
 
 Views of a picture: "one"; "flip", also mirrored; "ten", the corners and the centre of the picture `crop` times as large
 and each mirrored (Krizhevsky et al. 2012; LlamaGen, Sun et al. 2024, with the crops 1.1 and 1.05). Captions: the first
@@ -31,7 +32,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.data import records, sources, transforms
 from hybridgen.data import write as write_lib
 from hybridgen.errors import UserError
-from hybridgen.experiment import Run, find_run, load, part_shardings
+from hybridgen.experiment import Run, find_run, load, part_shardings, read_by
 from hybridgen.metrics import progress
 from hybridgen.models.parts import Part, find
 
@@ -50,8 +51,8 @@ class Encoder(NamedTuple):
     digest: str
 
 
-def encoder(run: Run, mesh: Any) -> Encoder:
-    """The encoder in a run. Raises UserError for a run that encodes nothing."""
+def encoder(run: Run, mesh: Any, data: Mapping) -> Encoder:
+    """The encoder in a run, for `data`. Raises UserError for a run that encodes nothing."""
     family, model, part = find(run.part.family), run.part.model, run.part
     placed = sharding.put(part, part_shardings(part, mesh))
     if hasattr(family, "decode") and hasattr(model, "vocab"):
@@ -60,7 +61,8 @@ def encoder(run: Run, mesh: Any) -> Encoder:
     if hasattr(family, "encode") and not hasattr(model, "grid"):
         if run.text is None:
             raise UserError(f"the {run.part.family} run has no text tokenizer (text.json), so it cannot read captions")
-        return Encoder("text", "text_features", functools.partial(jax.jit(_features), placed), run.text, run.digest)
+        text, features = read_by({"text": run}, data), functools.partial(jax.jit(_features), placed)
+        return Encoder("text", "text_features", features, text, run.digest)
     raise UserError(f"a {run.part.family} run encodes neither pictures nor text: there is nothing of it to cache")
 
 
@@ -152,7 +154,7 @@ def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, th
     """Caches what `runs` make of `data` (None: that of the first run). What is there and fits is left as it is."""
     options, mesh = checked(options), sharding.make_mesh({"data": -1})
     data = runs[0].config.data if data is None else data
-    encoders = [encoder(run, mesh) for run in runs]
+    encoders = [encoder(run, mesh, data) for run in runs]
     if len({one.entry for one in encoders}) < len(encoders):
         raise UserError(f"the runs give {', '.join(one.entry for one in encoders)}: each entry can come from one only")
     for run in runs:

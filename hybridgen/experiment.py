@@ -46,15 +46,13 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     Otherwise it is that of the parts that read text, and if none does it is made from `source` as the config says.
     """
     mesh = sharding.make_mesh(config.mesh)
-    parts, digests, texts, bundled = {}, {}, {}, []
+    parts, digests, runs, bundled = {}, {}, {}, []
     seen: dict[str, str] = {}
     for name, path in config.parts.items():
         place = find_run(path, folder)
-        run = load(place)
+        run = runs[name] = load(place)
         parts[name], digests[name] = run.part, run.digest
         bundled += [(place, run.part)] if run.bundled else []
-        if run.text and (name == "text" or getattr(run.part.model, "text_vocab", 0)):
-            texts[name] = run.text
         for other, digest in run.part_digests.items():
             if seen.setdefault(other, digest) != digest:
                 raise UserError(f"the parts were trained with different {other}s: {place} does not fit the others")
@@ -65,9 +63,8 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
             raise UserError(
                 f"part {name!r} ({config.parts[name]}) is not the one that the other parts were trained with"
             )
-    if len({text_lib.digest(other) for other in texts.values()}) > 1:
-        raise UserError(f"the parts {' and '.join(texts)} read text differently: they were trained on other captions")
-    text = text or next(iter(texts.values()), None)
+    known = read_by(runs, config.data)
+    text = text or known
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     for place, part in bundled:
@@ -78,6 +75,26 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         sized(family, model, parts, shape)  # refused before anything is compiled
     parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
+
+
+def read_by(runs: Mapping[str, "Run"], data: Any) -> Any:
+    """The text tokenizer of the parts that read text, or None. Raises UserError where they read it differently.
+
+    A tower that has no longest text reads as much as the other parts do, or as `data.text.length` says.
+    """
+    texts = {name: run.text for name, run in runs.items() if run.text and _reads(name, run)}
+    if "text" in texts and not hasattr(runs["text"].part.model, "length"):
+        lengths = [getattr(run.part.model, "text_length", 0) for run in runs.values()]
+        lengths += [data["text"].get("length", 0)] if data.get("text") else []
+        texts["text"] = text_lib.resized(texts["text"], next(filter(None, lengths), texts["text"].length))
+    if len({text_lib.digest(text) for text in texts.values()}) > 1:
+        raise UserError(f"the parts {' and '.join(texts)} read text differently: they were trained on other captions")
+    return next(iter(texts.values()), None)
+
+
+def _reads(name: str, run: "Run") -> bool:
+    """Whether a part reads text: it is a tower, has one of its own, or was trained with one."""
+    return name == "text" or bool(getattr(run.part.model, "text_vocab", 0)) or "text" in run.part_digests
 
 
 def part_shardings(part: Part, mesh: Mesh) -> Part:

@@ -8,7 +8,8 @@
 A run folder made so is like one that training wrote, at step 0: it can be a part of another config, the start of one
 (`init_from`), sampled and evaluated. `official.json` in it keeps source and official config for the way back. The
 official config is that of --config (a JSON file or the name of a preset), otherwise `config.json` beside the weights.
-A model that needs others to draw pictures (a tokenizer, a text tower) is told their runs by --part.
+A model that needs others to draw pictures (a tokenizer, a text tower) is told their runs by --part. A text model brings
+the text tokenizer that lies beside its weights, or in the folder --text.
 """
 
 import contextlib
@@ -27,8 +28,12 @@ from hybridgen import experiment, manifest, rundir, trees
 from hybridgen.cli import make_parser
 from hybridgen.convert import rules, safetensors, tables
 from hybridgen.convert.files import open_weights
+from hybridgen.data import text as text_lib
+from hybridgen.data.published import Published
 from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, find
+
+PROMPT = 512  # positions of a prompt, where a model does not say fewer
 
 
 class Target(NamedTuple):
@@ -119,13 +124,42 @@ def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, experiment.
                 where = given["tokenizer"]
                 raise UserError(f"the model has the {name} {ours}, the tokenizer in {where} has {theirs}")
     if "text" in parts:
-        text, length = parts["text"].text, getattr(model, "text_length", 0)
+        text, tower, where = parts["text"].text, parts["text"].part.model, given["text"]
+        length, width = getattr(model, "text_length", 0), getattr(model, "text_width", 0)
         if text is None:
-            raise UserError(f"the text tower in {given['text']} has no text tokenizer (text.json)")
-        if length and text.length != length:
-            where = given["text"]
+            raise UserError(f"the text tower in {where} has no text tokenizer (text.json): convert it with --text")
+        if length and text.length != length and hasattr(tower, "length"):
             raise UserError(f"the model reads {length} text positions, the tower in {where} gives {text.length}")
+        if width and tower.width != width:
+            raise UserError(f"the model reads text features of width {width}, the tower in {where} gives {tower.width}")
     return parts
+
+
+def read_text(goal: Target, parts: Mapping[str, experiment.Run], folder: Path | None, asked: bool) -> Any:
+    """The text tokenizer of a run, or None: that in `folder` of a text model, or that of the tower among its parts.
+
+    Raises UserError for one that was `asked` for and cannot be had; otherwise it is said.
+    """
+    if not goal.plan.family.startswith("text."):
+        if asked:
+            raise UserError(f"--text is for text models, and this is a {goal.plan.family}: give its tower by --part")
+        length = getattr(goal.model, "text_length", 0)
+        return text_lib.resized(parts["text"].text, length) if "text" in parts and length else None
+    try:
+        return _fitting(goal.model, folder, min(goal.plan.inputs["text"][0], PROMPT)) if folder else None
+    except UserError as error:
+        if asked:
+            raise
+        print(f"this run cannot read prompts yet, only ids: {error}")
+        return None
+
+
+def _fitting(model: Any, folder: Path, length: int) -> Published:
+    """The tokenizer in a folder. Raises UserError where its ids are more than the model's."""
+    text, vocab = Published.read(str(folder), length), getattr(model, "text_vocab", 0) or model.vocab
+    if text.vocab_size > vocab:
+        raise UserError(f"the tokenizer in {folder} has {text.vocab_size} ids, the model {vocab}")
+    return text
 
 
 def write_run(
@@ -134,15 +168,19 @@ def write_run(
     config: Mapping[str, Any],
     weights: Mapping[str, Any],
     given: Mapping[str, Path] | None = None,
+    text: Path | None = None,
+    asked: bool = False,
 ) -> int:
     """Imports into a new run folder, with the runs `given` as parts; the number of parameters.
 
-    Nothing is left of a run that could not be made.
+    text: where the text tokenizer of a text model may be, and must be if it is `asked` for. Nothing is left of a run
+    that could not be made.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: give a new folder")
     goal, arrays = load(source, config, weights)
     parts = read_parts(goal, given or {})
+    reader = read_text(goal, parts, text, asked)
     places = {name: os.path.relpath(path.resolve(), folder.resolve()) for name, path in (given or {}).items()}
     there = folder.exists()
     rundir.make(folder)
@@ -150,9 +188,11 @@ def write_run(
         count = _save(folder / "checkpoints" / "0", arrays, {name: run.digest for name, run in parts.items()})
         shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
         rundir.write_json(folder / "official.json", {"source": source.name, "config": dict(config), "shapes": shapes})
+        if reader is not None:
+            rundir.write_json(folder / "text.json", reader.to_json())
         rundir.write_json(folder / "config.json", run_config(goal.plan, parts, places))
     except BaseException:
-        for name in ("checkpoints", "official.json", "config.json"):
+        for name in ("checkpoints", "official.json", "text.json", "config.json"):
             shutil.rmtree(folder / name, ignore_errors=True)
             with contextlib.suppress(OSError):
                 (folder / name).unlink()
@@ -251,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", nargs="?", type=Path, help="new run folder; with --export a .safetensors file")
     parser.add_argument("--config", help="official config: a JSON file or a preset (default: config.json there)")
     parser.add_argument("--part", action="append", default=[], metavar="NAME=RUN", help="a run that it is used with")
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="text tokenizer (default: beside the weights)")
     parser.add_argument("--export", action="store_true", help="from a run folder to official weights")
     parser.add_argument("--list", action="store_true", help="show sources, licences and sizes")
     args = parser.parse_args(argv)
@@ -267,6 +308,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     weights = open_weights(args.input)
     config = read_config(source.about, args.config, args.input)
-    count = write_run(args.out, source, config, weights, named_runs(args.part))
+    beside = args.input if args.input.is_dir() else args.input.parent
+    asked = args.text is not None
+    count = write_run(args.out, source, config, weights, named_runs(args.part), args.text or beside, asked)
     print(f"{count:,} parameters in {args.out}")
     return 0

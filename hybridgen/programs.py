@@ -21,7 +21,7 @@ from hybridgen import flops, pictures, rng, rundir, sharding, trees
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
-from hybridgen.experiment import Experiment, context, find_run, part_shardings
+from hybridgen.experiment import Experiment, Run, context, find_run, part_shardings, read_by
 from hybridgen.experiment import load as load_run
 from hybridgen.models.parts import Part, find
 from hybridgen.sampling import guidance
@@ -29,7 +29,8 @@ from hybridgen.state import inference_params
 from hybridgen.train import Rule, program, specs_of
 
 WHAT = ("train", "sample")
-CACHED = {"tokenizer": "tokens", "autoencoder": "latent"}  # part: what a batch may hold in place of its encoding
+# part: what a batch may hold in place of its encoding
+CACHED = {"tokenizer": "tokens", "autoencoder": "latent", "text": "text_features"}
 
 
 class Programs(NamedTuple):
@@ -60,12 +61,16 @@ class Programs(NamedTuple):
 
         def plan(params: Any, extra: Any, parts: Any, cond: dict, keys: Any) -> Any:
             part = prior(params, extra, parts)
-            return part.call("plan", find(part.family).condition(part.model, cond), keys, options)[0]
+            return part.call("plan", find(part.family).condition(part.model, cond, parts), keys, options)[0]
 
         params, extra, parts, cond, _ = self.sample_arguments()
         part = jax.eval_shape(prior, params, extra, parts)
-        asked = find(part.family).condition(part.model, cond)
-        cache = jax.eval_shape(lambda part, asked: part.call("prefill", asked)[1], part, asked)
+        cache = jax.eval_shape(
+            lambda part, cond, parts: part.call("prefill", find(part.family).condition(part.model, cond, parts))[1],
+            part,
+            cond,
+            parts,
+        )
         guided = 2 if guidance.is_on(options.get("guidance", 1.0)) else 1
         return Decoding(jax.jit(plan), part.model.length - 1, _bytes_of_step(part, cache, guided, self.experiment.mesh))
 
@@ -132,9 +137,10 @@ def _bytes_of_step(part: Part, cache: dict, guided: int, mesh: jax.sharding.Mesh
     flat = trees.flatten(part.params)
     used = [leaf.size for path, leaf in flat.items() if not path.endswith("table") and not path.startswith("text")]
     width = 2 if getattr(part.model, "dtype", "float32") == "bfloat16" else 4
-    layers, rows, length, heads = cache["k"].shape
+    length = cache["valid"].shape[1]
     filled = length - (part.model.length - 1) / 2  # positions of them, on average
-    held = 2 * layers * guided * rows * filled * heads * cache["k"].dtype.itemsize
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache["k"], cache["v"])))
+    held = guided * whole * filled / length
     return sum(used) * width / mesh.shape["tensor"] + held / mesh.devices.size
 
 
@@ -180,18 +186,23 @@ def build(
         raise UserError(f"mesh {dict(config.mesh)} cannot be laid on these devices: {error}") from None
     sharding.check_batch(mesh, config.batch, config.accumulate)
     source = sources.build(config.data, "train")
-    text = text_lib.build(config.data, source) if config.data.get("text") else None
+    runs = {name: _run(name, path) for name, path in config.parts.items() if _is_run(path, stages)}
+    text = read_by(runs, config.data)
+    if text is None and config.data.get("text"):
+        text = text_lib.build(config.data, source)
     read = functools.partial(pipeline.batches, source, text, seed=config.seed, threads=0)
     specs = specs_of(next(read(batch=config.batch, rows=[0])), config.batch)
-    unmade = {name: _part(name, path, config.data, text, specs, stages) for name, path in config.parts.items()}
+    unmade = {name: _part(name, path, config.data, text, specs, stages, runs) for name, path in config.parts.items()}
     parts = {name: part for name, (part, _) in unmade.items()}
     family = find(config.family)
     model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
     by_row = sharding.batch_sharding(mesh)
     places = {name: part_shardings(part, mesh) for name, part in parts.items()}
     experiment = Experiment(config, family, model, _placed(parts, places), {}, text, mesh)
-    encoders = {entry: parts[name] for name, entry in CACHED.items() if cached and name in parts}
-    batch = specs | {entry: jax.eval_shape(_encode, part, specs["image"]) for entry, part in encoders.items()}
+    encoders = [name for name in CACHED if cached and name in parts]
+    batch = dict(specs)
+    for name in encoders:
+        batch |= jax.eval_shape(functools.partial(_encoded, name), parts[name], specs)
     rule, step, state, make_state = program(experiment, batch)
     count = sharding.padded(mesh, count or config.sample.count)
     asked = [name for name in ("text", "text_mask", "label", "image") if name in specs]
@@ -203,8 +214,8 @@ def build(
         pipeline.take_broken(rows)
         real = {name: jax.device_put(made(), places[name]) for name, (_, made) in unmade.items()}
         batch = sharding.to_global({name: x[: config.batch] for name, x in rows.items()}, mesh)
-        named = {entry: name for name, entry in CACHED.items()}
-        batch |= {entry: jax.jit(_encode)(real[named[entry]], batch["image"]) for entry in encoders}
+        for name in encoders:
+            batch |= jax.jit(functools.partial(_encoded, name))(real[name], batch)
         told = sharding.to_global({name: rows[name][:count] for name in cond}, mesh)
         drawn = jax.device_put(pictures.keys_for(config.seed, np.arange(count)), by_row)
         with jax.set_mesh(mesh):
@@ -226,26 +237,40 @@ def _unbroken(batch: dict) -> dict:
     return batch
 
 
-def _encode(part: Part, image: Any) -> Any:
-    return part.call("encode", image)
+def _encoded(name: str, part: Part, batch: dict) -> dict:
+    """What a batch holds of a part's encoding."""
+    if name != "text":
+        return {CACHED[name]: part.call("encode", batch["image"])}
+    features, mask = part.call("encode", batch["text"], batch["text_mask"])
+    return {CACHED[name]: features, f"{CACHED[name]}_mask": mask}
 
 
 def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
-def _part(name: str, path: str, data: Any, text: Any, specs: dict, stages: Mapping) -> tuple[Part, Callable]:
-    """(the abstract part, function that makes it) of a run, a config file or a stage."""
-    stage = stages.get(Path(path).name)
-    if stage is None and ".py" not in path:
-        try:
-            part = load_run(find_run(path, None)).part
-        except UserError as error:
-            hint = f"to compile or time without one, name a config: --config.parts.{name}=configs/FILE.py:VARIANT"
-            raise UserError(f"part {name!r}: {error}; {hint}") from None
+def _is_run(path: str, stages: Mapping) -> bool:
+    return Path(path).name not in stages and ".py" not in path
+
+
+def _run(name: str, path: str) -> Run:
+    """The run of a part. Raises UserError that says how to do without."""
+    try:
+        return load_run(find_run(path, None))
+    except UserError as error:
+        hint = f"to compile or time without one, name a config: --config.parts.{name}=configs/FILE.py:VARIANT"
+        raise UserError(f"part {name!r}: {error}; {hint}") from None
+
+
+def _part(
+    name: str, path: str, data: Any, text: Any, specs: dict, stages: Mapping, runs: Mapping[str, Run]
+) -> tuple[Part, Callable]:
+    """(the abstract part, function that makes it) of a run (of `runs`, if it is read already), a config or a stage."""
+    if _is_run(path, stages):
+        part = (runs.get(name) or _run(name, path)).part
         return jax.eval_shape(lambda: part), lambda: part
-    config = stage or config_lib.load(path)
-    inner = {other: _part(other, where, data, text, specs, stages)[0] for other, where in config.parts.items()}
+    config = stages.get(Path(path).name) or config_lib.load(path)
+    inner = {other: _part(other, where, data, text, specs, stages, {})[0] for other, where in config.parts.items()}
     family = find(config.family)
     model = family.build(config_lib.resolve(config.model, context(data, inner, text)))
 

@@ -102,6 +102,13 @@ def logical_spec(*names: str | None) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+def platform() -> str:
+    """Where the program will run ("cpu", "tpu", "gpu"): that of the mesh in force, else of this machine."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device  # what is compiled for may not be what is here
+    return device.platform if device else jax.default_backend()
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrain an activation to the mesh in force, by logical axis names, one a dimension; without a mesh, nothing."""
     mesh = jax.sharding.get_abstract_mesh()

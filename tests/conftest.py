@@ -19,7 +19,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # who starts them in the background has Ctrl-C ignored, by them and by every process of theirs
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
-TOKENIZER = "configs/tokenizers/vq.py"
+PARTS = {"tokenizer": "configs/tokenizers/vq.py", "text": "configs/text/lm.py"}
 
 
 class TinyRun(NamedTuple):
@@ -29,26 +29,29 @@ class TinyRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Callable[[str], TinyRun]:
-    """Config file -> the run of its `tiny` variant, trained the first time it is asked for, on one tokenizer."""
+    """Config file -> the run of its `tiny` variant (or of FILE:VARIANT), trained the first time it is asked for.
+
+    All on the same tokenizer and the same reader of captions.
+    """
     runs: dict[str, TinyRun] = {}
 
     def get(path: str) -> TinyRun:
         if path not in runs:
-            tokenizer = None if path == TOKENIZER else get(TOKENIZER).folder
-            runs[path] = _train(path, tmp_path_factory.mktemp("runs") / Path(path).stem, tokenizer)
+            named = path if ":" in path else f"{path}:tiny"
+            runs[path] = _train(named, tmp_path_factory.mktemp("runs") / Path(path).stem, get)
         return runs[path]
 
     return get
 
 
-def _train(path: str, folder: Path, tokenizer: Path | None) -> TinyRun:
+def _train(path: str, folder: Path, get: Callable[[str], TinyRun]) -> TinyRun:
     from hybridgen import config, train
 
-    tiny = config.load(f"{ROOT / path}:tiny", ["log.every=1"]).copy_and_resolve_references()
+    tiny = config.load(f"{ROOT / path}", ["log.every=1"]).copy_and_resolve_references()
     with tiny.unlocked():
         for name in tiny.parts:
-            assert name == "tokenizer", f"{path}:tiny has a part {name!r}, which this fixture cannot give it"
-            tiny.parts[name] = str(tokenizer)
+            assert name in PARTS, f"{path} has a part {name!r}, which this fixture cannot give it"
+            tiny.parts[name] = str(get(PARTS[name]).folder)
     assert train.run(tiny, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

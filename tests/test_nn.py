@@ -14,7 +14,7 @@ from hybridgen.nn.linear import Embed, Linear
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import GroupNorm, Norm
 from hybridgen.nn.position import grid_positions, rotary, rotate
-from hybridgen.nn.stack import Block, Stack
+from hybridgen.nn.stack import Block, Stack, apart
 
 
 @pytest.fixture
@@ -180,10 +180,17 @@ ONES = (1,) * 8
 
 
 @pytest.mark.parametrize(
-    ("kind", "chunks", "unroll"),
-    [("causal", (12,), 1), ("causal", (5, 1, 1, 2, 3), 1), ("prefix", (5, 4, 3), 1), ("prefix", (4, *ONES), -1)],
+    ("kind", "chunks", "unroll", "platform"),
+    [
+        ("causal", (12,), 1, "cpu"),
+        ("causal", (5, 1, 1, 2, 3), 1, "cpu"),
+        ("prefix", (5, 4, 3), 1, "cpu"),
+        ("prefix", (4, *ONES), -1, "cpu"),
+        ("causal", (5, 1, 1, 2, 3), -1, "tpu"),  # the layout of its cache alone
+    ],
 )
-def test_cached_equals_uncached(kind, chunks, unroll):
+def test_cached_equals_uncached(monkeypatch, kind, chunks, unroll, platform):
+    monkeypatch.setattr(kv, "platform", lambda: platform)
     b, prefix = 3, 4
     x = draw(0, b, LENGTH, WIDTH)
     valid = np.ones((b, LENGTH), bool)
@@ -192,15 +199,17 @@ def test_cached_equals_uncached(kind, chunks, unroll):
     params = init(model, x)
     full = apply(model, params, x, Mask(kind, prefix, jnp.asarray(valid)), rotary=TABLE)
 
+    params = {"params": apart(params, unroll)}
+
     @jax.jit
     def chunk(cache, x, valid):
         t = x.shape[1]
         table = tuple(jax.lax.dynamic_slice_in_dim(part, cache["index"], t) for part in TABLE)
         cache = kv.admit(cache, valid)
-        y, cache = model.apply({"params": params}, x, Mask(kind, prefix), rotary=table, cache=cache)
+        y, cache = model.apply(params, x, Mask(kind, prefix), rotary=table, cache=cache)
         return y, kv.advance(cache, t)
 
-    cache, parts, start = kv.empty(DEPTH, b, LENGTH + 3, 2 * 8), [], 0
+    cache, parts, start = kv.empty(DEPTH, b, LENGTH + 3, 2, 8, apart=unroll < 0), [], 0
     for t in chunks:
         part, cache = chunk(cache, x[:, start : start + t], jnp.asarray(valid[:, start : start + t]))
         parts.append(part)

@@ -3,6 +3,7 @@ pictures by ordinary commands, and how they train. That they compute the same, t
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -212,25 +213,48 @@ def test_from_a_class_to_pictures(place, capsys):
 
 
 def test_from_a_text_to_pictures(place, capsys):
-    """The tower is a stand-in of one layer in the place of T5: any family with the role will do."""
+    """T5 with the tokenizer beside its weights, which reads as many positions as the prior does."""
     folder, vocab = place
-    tower = {"vocab": 7, "length": 6, "width": 16, "depth": 1, "heads": 1}
-    part = tiny.part("text.transformer", tower)
-    importing._save(folder / "tower" / "checkpoints" / "0", {"params": part.params, "extra": {}}, {})
-    sections = {"family": "text.transformer", "model": tower, "data": {"resolution": 16}, "mesh": {"data": -1}}
-    (folder / "tower" / "config.json").write_text(json.dumps(sections | {"parts": {}, "sample": {"options": {}}}))
-    words = text_lib.Words(["a", "red", "circle", "blue", "square"], 6)
-    (folder / "tower" / "text.json").write_text(json.dumps(words.to_json()))
-
-    changes = {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 16}
+    for file in (*(GOLDEN / "t5_encoder").iterdir(), *(GOLDEN / "tokenizers" / "t5").iterdir()):
+        (folder / "flan").mkdir(exist_ok=True)
+        shutil.copy(file, folder / "flan")
+    assert convert("t5_encoder", folder / "flan", folder / "tower") == 0
+    changes = {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 32}
     weights, config = checkpoint_of(folder, vocab, **changes)
     parts = ["--part", f"tokenizer={folder / 'vq'}", "--part", f"text={folder / 'tower'}"]
     assert convert("llamagen_gpt", weights, folder / "t2i", "--config", config, *parts) == 0
     draw = ["--run", str(folder / "t2i"), "--prompt", "a red circle", "--prompt", "a blue square"]
     assert sample.main([*draw, "--out", str(folder / "texts")]) == 0
     assert len(list((folder / "texts").glob("0*.png"))) == 2
+    with pytest.raises(UserError, match="this model reads at most 5"):  # and the end mark
+        sample.main([*draw, "--prompt", "a red circle of a green picture"])
+    capsys.readouterr()
+    weights, config = checkpoint_of(folder, vocab, **changes | {"caption_dim": 16})
+    assert convert("llamagen_gpt", weights, folder / "narrow", "--config", config, *parts) == 2
+    assert "the model reads text features of width 16, the tower in" in capsys.readouterr().err
+    assert convert("llamagen_gpt", weights, folder / "no", "--config", config, "--text", folder / "flan") == 2
+    assert "--text is for text models, and this is a ar.raster" in capsys.readouterr().err
+    assert not (folder / "no").exists()
+
+
+def test_a_tower_of_one_length_is_read_at_that(place, capsys):
+    """A stand-in of one layer in the place of T5: any family with the role will do."""
+    folder, vocab = place
+    tower = {"vocab": 7, "length": 6, "width": 16, "depth": 1, "heads": 1}
+    part = tiny.part("text.transformer", tower)
+    importing._save(folder / "small" / "checkpoints" / "0", {"params": part.params, "extra": {}}, {})
+    sections = {"family": "text.transformer", "model": tower, "data": {"resolution": 16}, "mesh": {"data": -1}}
+    (folder / "small" / "config.json").write_text(json.dumps(sections | {"parts": {}, "sample": {"options": {}}}))
+    changes = {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 16}
+    weights, config = checkpoint_of(folder, vocab, **changes)
+    parts = ["--part", f"tokenizer={folder / 'vq'}", "--part", f"text={folder / 'small'}"]
+    assert convert("llamagen_gpt", weights, folder / "words", "--config", config, *parts) == 2
+    assert "has no text tokenizer (text.json): convert it with --text" in capsys.readouterr().err
+    words = text_lib.Words(["a", "red", "circle", "blue", "square"], 6)
+    (folder / "small" / "text.json").write_text(json.dumps(words.to_json()))
+    assert convert("llamagen_gpt", weights, folder / "words", "--config", config, *parts) == 0
     with pytest.raises(UserError, match="does not know the word 'green'"):
-        sample.main([*draw, "--prompt", "a green circle"])
+        sample.main(["--run", str(folder / "words"), "--prompt", "a green circle"])
     capsys.readouterr()
     weights, config = checkpoint_of(folder, vocab, **changes | {"cls_token_num": 5})
     assert convert("llamagen_gpt", weights, folder / "short", "--config", config, *parts) == 2
@@ -261,7 +285,7 @@ def test_captions_are_padded_on_the_left():
     draw = np.random.default_rng(0)
     features, lengths = draw.normal(size=(B, 5, 8)).astype(np.float32), np.array([1, 5, 3, 2])
     right = np.arange(5) < lengths[:, None]
-    cond = raster.condition(part.model, {"text_features": features, "text_features_mask": right})
+    cond = raster.condition(part.model, {"text_features": features, "text_features_mask": right}, {})
     assert (np.asarray(cond["text_features_mask"]) == right[:, ::-1]).all()
     for row, length in enumerate(lengths):
         moved = np.asarray(cond["text_features"])[row, 5 - length :]
@@ -271,14 +295,14 @@ def test_captions_are_padded_on_the_left():
     tokens = batch()["tokens"]
     assert tiny.same(run(tokens, cond), run(tokens, cond | {"text_features": hidden}))  # padding says nothing
     with pytest.raises(UserError, match="text features are 4x8, positions by width, and this prior takes 5x8"):
-        raster.condition(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]})
+        raster.condition(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]}, {})
 
 
 @pytest.mark.parametrize("kind", ["codes", "class"])
 def test_cached_is_the_full_forward_for_any_chunks(kind):
     part = prior(kind, **({"cond_length": 3, "unmasked": 3, "places": 30} if kind == "codes" else {}))
     tokens = jnp.asarray(batch()["tokens"])
-    cond = raster.condition(part.model, batch() | {"cond_tokens": tokens[:, :3]})
+    cond = raster.condition(part.model, batch() | {"cond_tokens": tokens[:, :3]}, {})
     full = jax.jit(lambda tokens, cond: part.call("score", tokens, cond))(tokens, cond)
     logits, cache = jax.jit(lambda cond: part.call("prefill", cond))(cond)
     step, out, at = jax.jit(lambda cache, chunk: part.call("step", cache, chunk)), [logits[:, None]], 0
@@ -293,7 +317,7 @@ def test_guidance_needs_a_dropped_condition():
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(B))
     with pytest.raises(UserError, match="knows no dropped condition"):
         part = prior("codes")
-        part.call("plan", raster.condition(part.model, batch()), keys, {"guidance": 2.0})
+        part.call("plan", raster.condition(part.model, batch(), {}), keys, {"guidance": 2.0})
     assert guidance.until(3.0, -1, 16) == guidance.until(3.0, 14, 16) == 3.0
     scale = guidance.until(3.0, 4, 16)  # runs 0 to 4 over the cache give tokens 1 to 5, prefill token 0
     assert [float(guidance.at(scale, jnp.float32(i) / 15)) for i in range(16)] == [3.0] * 6 + [1.0] * 10

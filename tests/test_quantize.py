@@ -1,4 +1,5 @@
-"""Lookup-free quantisation and the entropies that keep codebooks in use, against what defines them.
+"""Lookup-free quantisation, codes drawn by cosine, and the entropies that keep codebooks in use, against what defines
+them.
 
 Letters: n tokens, d bits, v = 2^d codes.
 """
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from scipy.special import ive
 
 from hybridgen.errors import UserError
 from hybridgen.models.tokenizers import vq
 from hybridgen.nn import quantize
 
+GUMBEL = {"quantizer": "gumbel", "codes": 16, "width": 4, "divergence": 0.0}
 DRAW = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
 
 
@@ -72,7 +75,7 @@ def test_soft_codes_by_distance_have_the_entropies_of_their_softmax():
 OPTIONS = {
     "lfq": {"quantizer": "lfq", "bits": 4, "entropy": 0.5, "diversity": 2.0, "softness": 0.7},
     "vq": {"quantizer": "vq", "codes": 16, "width": 4, "moving": False, "entropy": 0.5, "softness": 0.1},
-    "gumbel": {"quantizer": "gumbel", "codes": 16, "width": 4, "divergence": 0.0, "entropy": 0.5, "softness": 1.0},
+    "gumbel": GUMBEL | {"entropy": 0.5, "softness": 1.0},
 }
 
 
@@ -119,6 +122,59 @@ def test_a_tokenizer_of_signs_encodes_embeds_and_decodes():
     np.testing.assert_allclose(quantised, codes, atol=1e-6)  # training decodes what sampling will decode
     with pytest.raises(UserError, match="bits 25: a code has 1 to 24"):
         tiny.part("tokenizers.vq", tiny.VQ | {"quantizer": "lfq", "bits": 25})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_expected_code_by_cosines_moves_as_the_output_does(temperature):
+    """On a circle of many codes, by the Bessel functions of the sharpness: nearly straight-through, whatever it is."""
+    turn = 2 * jnp.pi * jnp.arange(256) / 256
+    codes, z = jnp.stack([jnp.cos(turn), jnp.sin(turn)], -1), jnp.asarray([0.6, 0.8])
+
+    def expected(z):
+        scores = quantize.cosine_scores(z, codes, 20.0)
+        return quantize.gumbel(scores, jnp.zeros(256), temperature)[0] @ codes
+
+    along = jnp.asarray([0.8, -0.6])  # the sphere
+    want = ive(1, 20.0 / temperature) / ive(0, 20.0 / temperature)
+    np.testing.assert_allclose(jax.jit(lambda z: jax.jvp(expected, (z,), (along,))[1])(z), want * along, atol=1e-4)
+    assert 0.97 < want < 1
+
+
+def test_the_temperature_falls_from_its_first_step_to_its_last():
+    steps = jnp.asarray([0, 100, 150, 300, 400])
+    want = [1, 0.765625, 0.53125, 0.0625, 0.0625]
+    np.testing.assert_allclose(quantize.cooled(steps, 1.0, 0.0625, 300), want, rtol=1e-6)
+    assert quantize.cooled(steps, 1.0, 0.0625, 0) == 1  # no steps: it stays
+
+
+def test_codes_drawn_by_cosine_are_told_apart_from_the_first_step():
+    """A fresh map's scores are alike beside the noise; cosines point at the nearest codes, and all of them learn."""
+    image, doubt = jnp.asarray(tiny.batch(16)["image"]), {}
+
+    def loss(params, part):
+        batch, options = {"id": jnp.arange(16), "image": image}, {"parts": {}, "extra": part.extra, "step": 0}
+        return vq.loss(part.model, params, batch, jax.random.key(0), **options, train=True)[0]
+
+    @jax.jit
+    def look(part):
+        z = part.model.apply({"params": part.params}, image, method="features")
+        scores = vq.logits(part.model, part.params, part.extra, z)
+        tokens = part.call("encode", image)
+        slope = jax.grad(loss)(part.params, part) if part.model.sharpness else None
+        return np.log(64) - quantize.prior_divergence(scores, 64).mean(), z, tokens, part.call("embed", tokens), slope
+
+    for sharpness in (0.0, 30.0):
+        options = GUMBEL | {"codes": 64, "sharpness": sharpness}
+        part = tiny.part("tokenizers.vq", tiny.VQ | options)
+        assert ("score" in part.params) == (not sharpness)
+        doubt[sharpness], z, tokens, embedded, slope = look(part)
+    assert doubt[30.0] < 0.4 * np.log(64) < 0.9 * np.log(64) < doubt[0.0], doubt
+    codes = np.asarray(part.params["codebook"])
+    codes = codes / np.linalg.norm(codes, axis=-1, keepdims=True)
+    np.testing.assert_allclose(np.linalg.norm(z, axis=-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(tokens.ravel(), (np.asarray(z).reshape(-1, 4) @ codes.T).argmax(-1))
+    np.testing.assert_allclose(embedded.reshape(-1, 4), codes[tokens.ravel()], atol=1e-6)
+    assert np.abs(slope["codebook"]).max(-1).min() > 0 and np.abs(slope["encoder"]["project"]["kernel"]).min() > 0
 
 
 @pytest.mark.parametrize("name", ["lfq", "vq"])

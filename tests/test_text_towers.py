@@ -86,6 +86,22 @@ def test_by_command_to_a_run_and_back(name, tmp_path):
     assert set(there) == set(back) and all(np.array_equal(there[key], back[key]) for key in there)
 
 
+def test_the_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(tmp_path, capsys):
+    """What cannot be read is said, and refused where it was asked for."""
+    folders = {name: str(GOLDEN / "tokenizers" / name) for name in ("t5", "gpt2")}
+    run = [str(GOLDEN / "t5_encoder"), str(tmp_path / "run")]
+    assert importing.main(["t5_encoder", *run]) == 0 and not (tmp_path / "run" / "text.json").exists()
+    assert "this run cannot read prompts yet, only ids: no tokenizer in" in capsys.readouterr().out
+    run[1] = str(tmp_path / "new")
+    for folder, said in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, the model 99")):
+        with pytest.raises(UserError, match=said):
+            importing.main(["t5_encoder", *run, "--text", folder])
+        assert not (tmp_path / "new").exists()
+    assert importing.main(["t5_encoder", *run, "--text", folders["t5"]]) == 0
+    text = experiment.load(tmp_path / "new").text
+    assert text.kind == "published" and text.length == importing.PROMPT
+
+
 @pytest.mark.parametrize("name", HERE)
 def test_recorded_weights_come_back_bit_equal(name):
     weights = open_weights(GOLDEN / name / "weights.safetensors")

@@ -10,7 +10,8 @@ model options here (`hybridgen convert llamagen_gpt`), so that `init_from` conti
 The published recipe: AdamW, a constant 1e-4 without warm-up, decay on all matrices and tables, batch 256, 300 epochs of
 ImageNet, dropout, one condition in ten dropped, no average of the parameters.
 
-`tiny`: seconds on a CPU. It ends at least `MARGIN` nats a token below the entropy of its tokens' frequencies.
+`tiny`: seconds on a CPU. It ends at least `MARGIN` nats a token below the entropy of its tokens' frequencies. So does
+`t2i_tiny`, from captions as a small language model reads them (`--config.parts.text=RUN` of configs/text/lm.py:tiny).
 """
 
 from configs import common
@@ -29,14 +30,14 @@ OFFICIAL |= {"dropout": 0.1, "token_dropout": 0.1, "std": 0.02, "zero_head": Tru
 
 def get_config(variant: str = "b"):
     variant = variant or "b"
-    if variant not in ("tiny", "t2i_xl", *SIZES):
-        raise common.unknown(variant, "tiny", *SIZES, "t2i_xl")
-    text = variant == "t2i_xl"
+    if variant not in ("tiny", "t2i_tiny", *SIZES, "t2i_xl"):
+        raise common.unknown(variant, "tiny", "t2i_tiny", *SIZES, "t2i_xl")
+    text, tiny = variant.startswith("t2i"), variant.endswith("tiny")
     depth, heads, width, hidden = SIZES.get(variant, SIZES["xl"])
     model = {"vocab": "auto", "grid": "auto", "width": width, "depth": depth, "heads": heads, "hidden": hidden}
-    model |= {"prefixed": "class", "classes": 10 if variant == "tiny" else 1000} | OFFICIAL
+    model |= {"prefixed": "class", "classes": 10 if tiny else 1000} | OFFICIAL
     model |= {"remat": "full", "unroll": 1, "dtype": "bfloat16"}
-    data = common.shapes(resolution=256, length=120) if text else common.shapes(resolution=256)
+    data = common.shapes(resolution=256, length=120 if variant == "t2i_xl" else 16)
     changes = {"steps": 1_500_000, "batch": 256, "optim__lr": 1e-4, "optim__schedule": "constant", "optim__warmup": 0}
     changes |= {"optim__decay": 0.05, "optim__decay_on": "(kernel|table)$", "optim__clip": 1.0}
     config = common.stage("ar.raster", model, data, **changes)
@@ -46,11 +47,14 @@ def get_config(variant: str = "b"):
         config.model.update(prefixed="caption", classes=0, text_length=120, text_width=2048, null_length=120)
         config.parts.text = "../text"
         draw |= {"guidance": 7.5, "top_k": 1000}
-    elif variant == "tiny":
+    if tiny:
         config.model.update(width=64, depth=2, heads=1, hidden=192, remat="none", unroll=-1)
         config.model.update(dtype="float32", dropout=0.0, token_dropout=0.0)  # too few steps to overfit
         config.data.resolution = 32
         config.update(steps=200, batch=16)
         config.optim.lr = 5e-3
+        if text:
+            config.model.update(text_length=16, null_length=16, text_width=64)  # of that language model
+            draw |= {"guidance": 2.0, "top_k": 0}
     config.sample.options = {"prior": draw}
     return config

@@ -1,4 +1,5 @@
-"""Tokenizers of published checkpoints, from their folders: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
+"""Tokenizers of published checkpoints, from their folders: `tokenizer.json`, or the files of CLIP (`vocab.json` and
+`merges.txt`) or T5 (`spiece.model`).
 
     tokenizer = Published.read("FOLDER", length=77)          # data.text = {"kind": "published", "path": "FOLDER", ...}
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen.data import text_steps
+from hybridgen.data import spiece, text_steps
 from hybridgen.data.bpe import KEPT, KEPT_LENGTH, merge
 from hybridgen.data.files import read_json
 from hybridgen.data.prompts import check_prompt, checked_length, fit
@@ -113,8 +114,11 @@ class Published:
             about = read_json(folder / "tokenizer.json")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             about = _clip(read_json(folder / "vocab.json"), folder / "merges.txt")
+        elif (folder / "spiece.model").is_file():
+            about = spiece.read(folder / "spiece.model", _extra(folder / "tokenizer_config.json"))
         else:
-            raise UserError(f"no tokenizer in {path}: it has neither tokenizer.json nor vocab.json and merges.txt")
+            files = "neither tokenizer.json nor vocab.json and merges.txt nor spiece.model"
+            raise UserError(f"no tokenizer in {path}: it has {files}")
         if not isinstance(about, dict):
             raise UserError(f"{folder} has no tokenizer: its file is a JSON {type(about).__name__}")
         try:
@@ -131,6 +135,15 @@ def _kind(spec: Any, known: Mapping, what: str) -> str:
     if kind not in known:
         raise UserError(f"the tokenizer's {what} {kind!r} is not built; there are {', '.join(known)}")
     return kind
+
+
+def _extra(file: Path) -> int:
+    """How many extra ids there are behind T5's pieces: what tokenizer_config.json says; else 100."""
+    config = read_json(file) if file.is_file() else {}
+    count = config.get("extra_ids", 100) if isinstance(config, dict) else 100
+    if type(count) is not int or not 0 <= count <= 10_000:
+        raise UserError(f"{file}: extra_ids is {str(count)[:40]}, it must be a whole number between 0 and 10000")
+    return count
 
 
 def _pad(folder: Path, about: Mapping) -> int:

@@ -34,7 +34,7 @@ from hybridgen.data.published import Published
 from hybridgen.errors import UserError
 
 __all__ = ["MAX_PROMPT_BYTES", "PAD", "UNKNOWN", "Bytes", "Words", "build", "count_words", "digest", "from_json",
-           "split", "words_of"]
+           "resized", "split", "words_of"]
 
 UNKNOWN = 1
 MAX_WORDS = 16_384
@@ -136,6 +136,11 @@ def from_json(data: dict) -> Tokenizer:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"not a description of a text tokenizer: {reprlib.repr(data)}")
     return Words(words, data.get("length"))
+
+
+def resized(tokenizer: Tokenizer, length: int) -> Tokenizer:
+    """The same tokenizer for prompts of `length`."""
+    return tokenizer if tokenizer.length == length else from_json(tokenizer.to_json() | {"length": length})
 
 
 def digest(tokenizer: Tokenizer) -> str:

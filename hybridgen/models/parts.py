@@ -6,12 +6,12 @@ A family is a module under `hybridgen.models` with the functions `build, init, l
 
 Roles, the functions by which hybrids use any family; each takes (model, params, extra, ...) unless it says otherwise:
 
-    tokenizer   encode(image) -> tokens or latent; embed(tokens) -> codes b h w d; decode(codes or latent) -> image;
-                model: grid, length, vocab, code_width
+    tokenizer   encode(image) -> tokens or latent (of a model with `moments`, with keys=: a draw); embed(tokens) ->
+                codes b h w d; decode(codes or latent) -> image; model: grid, length, vocab, code_width
     text        encode(text, mask) -> features b l d, mask b l; and, where the tower has such a vector, pooled(text,
                 mask) -> b p. Published towers take no mask too (None): every position is seen
-    prior       condition(model, batch) -> cond; prefill(cond) -> (logits, cache); step(cache, chunk) -> (logits,
-                cache); score(tokens, cond) -> logits; features(tokens, cond) -> hidden states;
+    prior       condition(model, batch, parts) -> cond; prefill(cond) -> (logits, cache); step(cache, chunk) ->
+                (logits, cache); score(tokens, cond) -> logits; features(tokens, cond) -> hidden states;
                 plan(cond, keys, options) -> (tokens, log-probabilities); model: width, length, drop
     decoder     condition(model, batch, parts, tokens) -> cond; planned(model, codes, parts) -> its entries that follow
                 from a plan; corrupted(tokens, keys, vocab, most) -> tokens; judged(model, params, batch, cond, keys,
@@ -20,6 +20,9 @@ Roles, the functions by which hybrids use any family; each takes (model, params,
 
 Families whose pictures may have several shapes also offer sized(model, (height, width), parts) -> the model for
 pictures of that shape, on the same arrays; its parts are sized already.
+
+`parts` are those of the whole config, by name. A part has none of its own: what a prior needs (a text tower) is the
+part of that name of whoever uses the prior, and must be the one that the prior was trained with, by its digest.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ from hybridgen.nn.flash import flash_attention
 from hybridgen.nn.linear import Linear, affine, cast, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary, rotate
-from hybridgen.sharding import shard
+from hybridgen.sharding import platform, shard
 
 
 class Mask(NamedTuple):
@@ -89,17 +89,15 @@ def attend(
 
 
 def pick(q: jax.Array, k: jax.Array, mask: Mask) -> str:
-    """The kernel for these shapes where the program will run: that of the mesh in force, else of this machine."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device  # what is compiled for may not be what is here
-    platform = device.platform if device else jax.default_backend()
-    if platform in ("gpu", "cuda"):
+    """The kernel for these shapes where the program will run."""
+    place = platform()
+    if place in ("gpu", "cuda"):
         fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[1] > 1 and mask.kind != "prefix"
         return "cudnn" if fits else "xla"
     # below this the weights fit on the chip, and one product over all heads fills the matrix unit better
     large = q.shape[1] >= 128 and q.shape[1] * k.shape[1] >= 256 * 256
     fits = large and q.dtype in (jnp.bfloat16, jnp.float32) and isinstance(mask.offset, int)
-    return "splash" if fits and platform == "tpu" else "xla"
+    return "splash" if fits and place == "tpu" else "xla"
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, interpret: bool) -> jax.Array:

@@ -1,43 +1,72 @@
 """The KV cache: a pytree that takes chunks of any length (prefill, one token, a whole scale, a speculative draft).
 
-`{"k", "v": [layers, b, s, h*k], "valid": [b, s] bool, "index": int32 scalar}`; heads and head width are stored as one
-axis (a head of 64 alone would be padded to 128 on a TPU). It is carried through the layer scan and written at
-(layer, position): as scanned input and output it would exist twice.
+`{"k", "v", "valid": [b, s] bool, "index": int32 scalar}`. For a scan over layers "k" and "v" are `[l, b, s, h*k]`: they
+are carried through the scan and written at (layer, position), since as its input and output they would exist twice.
+For layers that run one by one ("apart") they are lists of an array a layer: a step copies none of it. Heads and head
+width are stored as one axis (a head of 64 alone would be padded to 128 on a TPU); on a CPU, where nothing is padded,
+those of layers apart are `[b, h, s, k]`, as attention reads them.
 
-Letters: b batch, s cached positions, t new positions, h heads, k head width.
+Letters: l layers, b batch, s cached positions, t new positions, h heads, k head width.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hybridgen.sharding import shard
+from hybridgen.sharding import platform, shard
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]
 
 
-def empty(layers: int, b: int, length: int, width: int, dtype: str = "float32") -> Cache:
-    """A cache of `length` positions; `width` is kv heads x head width."""
-    return {
-        "k": jnp.zeros((layers, b, length, width), dtype),
-        "v": jnp.zeros((layers, b, length, width), dtype),
-        "valid": jnp.zeros((b, length), bool),
-        "index": jnp.zeros((), jnp.int32),
-    }
+def empty(
+    layers: int, b: int, length: int, heads: int, width: int, dtype: str = "float32", *, apart: bool = False
+) -> Cache:
+    """A cache of `length` positions, for `heads` key heads of `width`; `apart`: for layers that run one by one."""
+    shape = (b, heads, length, width) if apart and platform() == "cpu" else (b, length, heads * width)
+
+    def made() -> Any:
+        return [jnp.zeros(shape, dtype) for _ in range(layers)] if apart else jnp.zeros((layers, *shape), dtype)
+
+    return {"k": made(), "v": made(), "valid": jnp.zeros((b, length), bool), "index": jnp.zeros((), jnp.int32)}
 
 
 def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
     """Stores `k, v [b, t, h, k]` of one layer at the cache's index; returns the cache and all keys and values of it."""
-    b, t, h, width = k.shape
     new = dict(cache)
+    store = _apart if isinstance(cache["k"], list) else _stacked
     out = []
-    start = [jnp.asarray(place, jnp.int32) for place in (layer, 0, cache["index"], 0)]  # all of one type
     for name, chunk in (("k", k), ("v", v)):
-        chunk = chunk.reshape(1, b, t, h * width).astype(cache[name].dtype)
-        grown = jax.lax.dynamic_update_slice(cache[name], chunk, start)
-        new[name] = shard(grown, None, "batch", None, "heads")
-        rows = jax.lax.dynamic_index_in_dim(new[name], layer, 0, keepdims=False)  # b s hk
-        out.append(rows.reshape(b, rows.shape[1], h, width))
+        new[name], rows = store(cache[name], layer, cache["index"], chunk)
+        out.append(rows)
     return new, out[0], out[1]
+
+
+def _stacked(
+    held: jax.Array, layer: jax.Array | int, index: jax.Array, chunk: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    b, t, h, width = chunk.shape
+    start = [jnp.asarray(place, jnp.int32) for place in (layer, 0, index, 0)]  # all of one type
+    held = jax.lax.dynamic_update_slice(held, chunk.reshape(1, b, t, h * width).astype(held.dtype), start)
+    held = shard(held, None, "batch", None, "heads")
+    rows = jax.lax.dynamic_index_in_dim(held, layer, 0, keepdims=False)  # b s hk
+    return held, rows.reshape(b, -1, h, width)
+
+
+def _apart(held: list, layer: int, index: jax.Array, chunk: jax.Array) -> tuple[list, jax.Array]:
+    b, t, h, width = chunk.shape
+    rows = held[layer]
+    if rows.ndim == 4:
+        chunk = chunk.swapaxes(1, 2).astype(rows.dtype)  # b h t k
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, chunk, index, 2)
+        rows = shard(rows, "batch", "heads", None, None)
+        seen = rows.swapaxes(1, 2)
+    else:
+        chunk = chunk.reshape(b, t, h * width).astype(rows.dtype)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, chunk, index, 1)
+        rows = shard(rows, "batch", None, "heads")
+        seen = rows.reshape(b, -1, h, width)
+    return [*held[:layer], rows, *held[layer + 1 :]], seen
 
 
 def admit(cache: Cache, valid: jax.Array) -> Cache:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from hybridgen.sharding import shard
 
 Init = Callable[..., jax.Array]
+FEW = 64  # rows of a step of decoding, not of training
 
 
 def cast(x: jax.Array, dtype: str) -> jax.Array:
@@ -59,6 +60,7 @@ class Linear(nn.Module):
 
     `parts` cuts the last but one feature axis: the result is then a list of arrays, each from a product of its own. One
     product whose result is cut is slower: in the gradient every part is padded to the whole, and the wholes are summed.
+    For a FEW rows it is one product all the same: reading the kernel is then the work, and cutting it would copy it.
     """
 
     features: int | tuple[int, ...]
@@ -76,6 +78,9 @@ class Linear(nn.Module):
         x = cast(x, self.dtype)
         if not self.parts:
             return affine(x, kernel, bias, self.wide)
+        if x.size <= FEW * x.shape[-1]:
+            y = affine(x, kernel, bias, self.wide)
+            return jax.lax.split(y, self.parts, y.ndim - 2)
         kernels = jax.lax.split(kernel, self.parts, kernel.ndim - 2)
         biases = [None] * len(kernels) if bias is None else jax.lax.split(bias, self.parts, bias.ndim - 2)
         return [affine(x, *pair) for pair in zip(kernels, biases, strict=True)]

@@ -146,6 +146,21 @@ def gumbel(logits: jax.Array, noise: jax.Array, temperature: jax.Array) -> tuple
     return soft + jax.lax.stop_gradient(jax.nn.one_hot(ids, logits.shape[-1], dtype=soft.dtype) - soft), ids
 
 
+def cosine_scores(z: jax.Array, codebook: jax.Array, sharpness: float) -> jax.Array:
+    """Logits of codes by their cosines with outputs, `z [..., d]` and `codebook [v, d]` of unit rows: `[..., v]`.
+
+    The likeliest code is the nearest one, and every code is the likeliest somewhere. Where codes lie densely the
+    expected one moves as z does: it hands z nearly the straight-through gradient, at any temperature.
+    """
+    return sharpness * jnp.einsum("...d,vd->...v", z, codebook)
+
+
+def cooled(step: jax.Array, warm: float, cold: float, steps: int) -> jax.Array:
+    """Temperature at `step` of half a cosine from `warm` to `cold` over `steps`; 0 steps: `warm` throughout."""
+    done = jnp.clip(step / steps, 0.0, 1.0) if steps else 0.0
+    return cold + (warm - cold) * (1 + jnp.cos(jnp.pi * done)) / 2
+
+
 def prior_divergence(logits: jax.Array, size: int) -> jax.Array:
     """KL in nats of the codes' distribution from the even one over `size` codes: `logits [..., v]` -> `[...]`."""
     p = jax.nn.softmax(logits, -1)

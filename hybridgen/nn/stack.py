@@ -3,8 +3,9 @@
 One block serves language models and diffusion transformers: pre-norm attention and feed-forward, with options that a
 config sets. With `modulated`, a condition vector gives shift, scale and gate of both branches (adaLN-zero, Peebles &
 Xie 2022). Layers are stacked on a leading axis of every parameter; `unroll` layers run per iteration of the scan (all
-of them: a plain loop, faster to run and slower to compile), and `remat` recomputes activations in the backward pass.
-With `dropout` and one key a sample, both branches lose some of their outputs (Srivastava et al. 2014).
+of them: faster to run and slower to compile), and `remat` recomputes activations in the backward pass. For decoding
+the layers may also stand `apart`, each with parameters and a cache of its own, and run one by one. With `dropout` and
+one key a sample, both branches lose some of their outputs (Srivastava et al. 2014).
 
 Letters: b batch, t positions, s context positions, d width, l layers, h key heads, g queries per key head.
 """
@@ -171,6 +172,12 @@ class Stack(nn.Module):
             )
             return (x, cache), x if every else None
 
+        if self.has_variable("params", "layer_0"):  # of `apart`
+            each = []
+            for layer in range(self.depth):
+                (x, cache), y = body(Block(**options, name=f"layer_{layer}"), (x, cache), layer)
+                each.append(y)
+            return jnp.stack(each) if every else x, cache
         if self.remat != "none":
             body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scan = nn.scan(
@@ -182,3 +189,16 @@ class Stack(nn.Module):
         )
         (x, cache), each = scan(Block(**options, name="layers"), (x, cache), jnp.arange(self.depth))
         return each if every else x, cache
+
+
+def apart(params: Any, unroll: int) -> Any:
+    """Parameters for decoding: where layers are not scanned (`unroll` < 0), those of each an entry of their own.
+
+    To be called outside of the loop over tokens, so that its body does not cut the layers out of the stacks anew.
+    """
+    if unroll >= 0:
+        return params
+    if "layers" in params:
+        depth = jax.tree.leaves(params["layers"])[0].shape[0]
+        return {f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(depth)}
+    return {name: apart(value, unroll) if hasattr(value, "items") else value for name, value in params.items()}

@@ -65,7 +65,8 @@ def captions(model: Any, batch: dict, parts: Parts) -> dict:
     features = jax.lax.stop_gradient(features)
     if features.shape[1:] != (model.text_length, model.text_width):
         given, wanted = "x".join(map(str, features.shape[1:])), f"{model.text_length}x{model.text_width}"
-        raise UserError(f"text features are {given}, positions by width, and this prior takes {wanted}")
+        hint = "" if features.shape[1] == model.text_length else " (positions: data.text.length)"
+        raise UserError(f"text features are {given}, positions by width, and this prior takes {wanted}{hint}")
     order = jnp.argsort(mask, axis=1, stable=True)  # b l: padding first, both in their order
     moved = jnp.take_along_axis(features, order[..., None], 1)
     return {"text_features": moved, "text_features_mask": jnp.take_along_axis(mask, order, 1)}

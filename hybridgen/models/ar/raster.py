@@ -29,7 +29,7 @@ from hybridgen.nn.attention import Mask
 from hybridgen.nn.linear import Embed, Linear, fan_in, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
-from hybridgen.nn.stack import Stack, dropped
+from hybridgen.nn.stack import Stack, apart, dropped
 from hybridgen.sampling import decode, guidance
 from hybridgen.sharding import shard
 
@@ -205,9 +205,10 @@ class Raster(nn.Module):
     def prefill(self, cond: dict) -> tuple[jax.Array, kv.Cache]:
         """Logits of the first token `[b, v]`, and the cache."""
         prefix, seen = self.condition(cond)
-        width = (self.kv_heads or self.heads) * (self.width // self.heads)
+        heads = self.kv_heads or self.heads, self.width // self.heads
         dtype = self.dtype if self.dtype == "bfloat16" else prefix.dtype
-        cache = kv.empty(self.depth, prefix.shape[0], self.prefix + self.length, width, dtype)
+        length = self.prefix + self.length
+        cache = kv.empty(self.depth, prefix.shape[0], length, *heads, dtype, apart=self.unroll < 0)
         hidden, cache = self.cached(cache, prefix, seen)
         return self.logits(hidden[:, -1]), cache
 
@@ -245,9 +246,9 @@ def init(model: Raster, key: jax.Array, specs: dict, parts: Any) -> dict[str, An
     return {"params": conditions.redrawn(params, key, model.std, model.zero_head) if model.std else params, "extra": {}}
 
 
-def condition(model: Raster, batch: dict, parts: Any = None) -> dict:
+def condition(model: Raster, batch: dict, parts: Any) -> dict:
     """The entries of a batch that this prior is conditioned on; of a caption, its features by the part "text"."""
-    return conditions.asked(model, batch, parts or {})
+    return conditions.asked(model, batch, parts)
 
 
 def tokens_of(batch: dict, parts: Any) -> jax.Array:
@@ -294,13 +295,13 @@ def features(model: Raster, params: Any, extra: Any, tokens: jax.Array, cond: di
 def prefill(model: Raster, params: Any, extra: Any, cond: dict) -> tuple[jax.Array, kv.Cache]:
     """(logits of the first token `[b, v]`, cache)."""
     del extra
-    return model.apply({"params": params}, cond, method="prefill")
+    return model.apply({"params": apart(params, model.unroll)}, cond, method="prefill")
 
 
 def step(model: Raster, params: Any, extra: Any, cache: kv.Cache, chunk: jax.Array) -> tuple[jax.Array, kv.Cache]:
     """(logits `[b, t, v]`, cache) after `chunk [b, t]`."""
     del extra
-    return model.apply({"params": params}, cache, chunk, method="step")
+    return model.apply({"params": apart(params, model.unroll)}, cache, chunk, method="step")
 
 
 def plan(
@@ -317,6 +318,7 @@ def plan(
         cond = guidance.repeat(cond, 2)
         b = keys.shape[0]
         cond = cond | {"drop": jnp.arange(2 * b) >= b}
+    params = apart(params, model.unroll)  # outside of the loop
     logits, cache = prefill(model, params, extra, cond)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:

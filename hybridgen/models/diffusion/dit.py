@@ -76,6 +76,7 @@ class DiT(nn.Module):
     drop_text: float = 0.1
     relative: bool = False  # errors count in units of the draft's, so that wrong drafts do not drown the fine work
     corrupt: float = 0.0  # each picture's tokens are replaced at a rate drawn from [0, corrupt]
+    posterior: str = "mean"  # of what an autoencoder sees, a Gaussian, training takes the "mean", or a "sample"
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -214,6 +215,8 @@ def on_grid(table: jax.Array, h: int, w: int) -> jax.Array:
 
 def build(config: Any) -> DiT:
     model = DiT(**config)
+    if model.posterior not in ("mean", "sample"):
+        raise UserError(f"model.posterior {model.posterior!r} is not one of 'mean', 'sample'")
     if model.outputs not in (0, model.channels) and (model.draft or not model.timesteps):
         sizes = f"model.outputs is {model.outputs} and model.channels {model.channels}"
         raise UserError(f"{sizes}: variances are said along discrete timesteps (model.timesteps) and without a draft")
@@ -248,13 +251,20 @@ def predict(model: DiT, params: Any, extra: Any, x: jax.Array, t: jax.Array, con
     return model.apply({"params": params}, x, variance.timestep(model, t) if model.timesteps else t, cond)
 
 
-def clean(model: DiT, batch: dict, parts: Parts) -> jax.Array:
-    """What is rendered, clean `[b, H, W, c]`: the cached latent, an autoencoder's latent, or the picture."""
+def clean(model: DiT, batch: dict, parts: Parts, keys: jax.Array | None = None) -> jax.Array:
+    """What is rendered, clean `[b, H, W, c]`: the cached latent, an autoencoder's latent, or the picture.
+
+    keys `[b]`: the latent is drawn, if `model.posterior` says so; a cached one its source has drawn already.
+    """
     if "latent" in batch:
         return batch["latent"]
-    if "autoencoder" in parts:
-        return jax.lax.stop_gradient(parts["autoencoder"].call("encode", batch["image"]))
-    return batch["image"]
+    if "autoencoder" not in parts:
+        return batch["image"]
+    auto, draws = parts["autoencoder"], model.posterior == "sample" and keys is not None
+    if draws and not hasattr(auto.model, "moments"):
+        raise UserError(f"model.posterior is 'sample', and a {auto.family} sees no Gaussian: set it to 'mean'")
+    noise = {"keys": rng.named(keys, "posterior")} if draws else {}
+    return jax.lax.stop_gradient(auto.call("encode", batch["image"], **noise))
 
 
 def condition(model: DiT, batch: dict, parts: Parts, tokens: jax.Array | None = None) -> dict:
@@ -302,23 +312,22 @@ def judged(
         cond |= {"drop_plan": rng.bernoulli(rng.named(keys, "drop plan"), model.drop_plan)}
         told = rng.bernoulli(rng.named(keys, "drop text"), model.drop_text)
         cond |= {"drop_text": told} | ({"drop_label": told} if model.drop_text else {})
-    each, metrics = process.errors(
-        model, lambda x, t, cond: predict(model, params, {}, x, t, cond), clean(model, batch, parts), keys, cond
-    )
+    x = clean(model, batch, parts, keys if train else None)
+    each, metrics = process.errors(model, lambda x, t, cond: predict(model, params, {}, x, t, cond), x, keys, cond)
     if model.relative:
-        each = each / (draft_error(model, batch, cond, parts) + 1e-4)
+        each = each / (draft_error(model, x, cond) + 1e-4)
     valid = rows(batch, each)
     scalar, weight = weighted(each, valid)
     report = {name: weighted(value, valid)[0] for name, value in metrics.items()}
     return scalar, {"metrics": report, "weight": weight, "extra": {}}
 
 
-def draft_error(model: DiT, batch: dict, cond: dict, parts: Parts) -> jax.Array:
-    """Squared error `[b]` of what the decoder starts from: the draft, or nothing where the plan is dropped."""
+def draft_error(model: DiT, x: jax.Array, cond: dict) -> jax.Array:
+    """Squared error `[b]` of what the decoder starts from, the draft, or nothing where the plan is dropped, to `x`."""
     if not model.draft:
         raise UserError("model.relative needs model.draft: errors are measured in units of the draft's")
     draft = model.seen_draft(cond)
-    return jax.lax.stop_gradient(per_sample(jnp.square(draft - clean(model, batch, parts))))
+    return jax.lax.stop_gradient(per_sample(jnp.square(draft - x)))
 
 
 def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> jax.Array:

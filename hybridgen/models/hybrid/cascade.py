@@ -3,7 +3,8 @@
 Written on roles only, so that any prior and any decoder fit. A member is either a part (trained apart, frozen) or, if
 `prior` or `decoder` names a family and its options, trained here, jointly and in one step. What flows between them is
 `mode`: "tokens" (no gradient to the prior), "soft" (expected codes under the prior's distribution) or "features" (the
-prior's hidden states). `own` is the share of pictures whose plan is the prior's own, drawn in parallel from its
+prior's hidden states). What a member needs itself, such as the tower of a prior on text features, is a part of the
+cascade by the same name. `own` is the share of pictures whose plan is the prior's own, drawn in parallel from its
 teacher-forced logits, or, every `rollout_every` steps, by a true rollout: so the decoder learns to forgive. In mode
 "soft" these are told as codes of the drawn tokens, the others as expected codes.
 
@@ -99,7 +100,7 @@ def loss(
     tokenizer = need(parts, "tokenizer", "a cascade")
     keys = rng.sample_keys(key, batch["id"])
     tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])  # b n
-    asked = find(prior.family).condition(prior.model, batch)
+    asked = find(prior.family).condition(prior.model, batch, parts)
     dropped = rng.bernoulli(rng.named(keys, "drop"), prior.model.drop if train and model.prior else 0.0)
     cond = asked | {"drop": dropped}
     logits = prior.call("score", tokens, cond)  # b n v
@@ -178,7 +179,7 @@ def sample(
     """
     prior, decoder = (member(model, name, params, parts) for name in ("prior", "decoder"))
     tokenizer = need(parts, "tokenizer", "a cascade")
-    asked = find(prior.family).condition(prior.model, cond)
+    asked = find(prior.family).condition(prior.model, cond, parts)
     if "tokens" in cond:
         tokens, logprob = cond["tokens"], jnp.zeros(cond["tokens"].shape)
     else:

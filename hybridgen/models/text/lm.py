@@ -26,7 +26,7 @@ from hybridgen.nn.attention import Mask
 from hybridgen.nn.linear import Embed, Linear, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import rotary
-from hybridgen.nn.stack import Stack
+from hybridgen.nn.stack import Stack, apart
 from hybridgen.sampling import decode
 from hybridgen.sharding import shard
 
@@ -124,7 +124,8 @@ class LM(nn.Module):
         """Logits `[b, v]` behind the last real token of a prompt, and a cache of `length` positions."""
         x, seen = self.enter(cond["text"]), cond["text_mask"]
         dtype = self.dtype if self.dtype == "bfloat16" else x.dtype
-        cache = kv.empty(self.depth, x.shape[0], length, (self.kv_heads or self.heads) * self.key_width, dtype)
+        heads = self.kv_heads or self.heads, self.key_width
+        cache = kv.empty(self.depth, x.shape[0], length, *heads, dtype, apart=self.unroll < 0)
         hidden, cache = self.cached(cache, x, seen)
         return self.logits(last(hidden, seen)), cache
 
@@ -155,9 +156,9 @@ def init(model: LM, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     return {"params": model.init(key, jnp.zeros((1, 1), jnp.int32), method="forward")["params"], "extra": {}}
 
 
-def condition(model: LM, batch: dict) -> dict:
+def condition(model: LM, batch: dict, parts: Any) -> dict:
     """The prompt among the entries of a batch."""
-    del model
+    del model, parts
     return {name: batch[name] for name in ("text", "text_mask")}
 
 
@@ -198,7 +199,7 @@ def features(model: LM, params: Any, extra: Any, tokens: jax.Array, cond: dict) 
 def prefill(model: LM, params: Any, extra: Any, cond: dict, length: int = 0) -> tuple[jax.Array, kv.Cache]:
     """(logits of the first token behind the prompt `[b, v]`, cache of `length` positions, or the model's)."""
     del extra
-    return model.apply({"params": params}, cond, length or model.length, method="prefill")
+    return model.apply({"params": apart(params, model.unroll)}, cond, length or model.length, method="prefill")
 
 
 def step(
@@ -206,7 +207,7 @@ def step(
 ) -> tuple[jax.Array, kv.Cache]:
     """(logits `[b, t, v]`, cache) after a chunk of ids `[b, t]` or embeddings; `seen [b, t]`: which of it is real."""
     del extra
-    return model.apply({"params": params}, cache, chunk, seen, method="step")
+    return model.apply({"params": apart(params, model.unroll)}, cache, chunk, seen, method="step")
 
 
 def plan(model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict) -> tuple[jax.Array, jax.Array]:
@@ -215,6 +216,7 @@ def plan(model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, option
     options: also "temperature", "top_k", "top_p".
     """
     count = options.get("steps", model.length)
+    params = apart(params, model.unroll)  # outside of the loop
     logits, cache = prefill(model, params, extra, cond, cond["text"].shape[1] + count)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:
@@ -229,6 +231,5 @@ def sample(
     model: LM, params: Any, cond: dict, keys: jax.Array, *, parts: Any, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
     """Continuations of prompts."""
-    del parts
-    text, logprob = plan(model, params, extra, condition(model, cond), keys, options.get("prior", {}))
+    text, logprob = plan(model, params, extra, condition(model, cond, parts), keys, options.get("prior", {}))
     return {"text": text, "logprob": logprob}

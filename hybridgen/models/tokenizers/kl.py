@@ -1,10 +1,10 @@
 """KL autoencoder: pictures to a grid of continuous latents and back (Rombach et al. 2022, latent diffusion).
 
 The encoder gives mean and log-variance of a Gaussian over each latent, the loss draws from it and pulls it weakly to a
-standard normal. What a diffusion model sees is `(latent - shift) * scale`: `encode` gives the mean so, and `decode`
-takes it so. Stable Diffusion's autoencoders (also those of SD3 and Flux) and MAR's are this family with the options
-that their tables in convert/ set; the convolutions are those of nn/autoencoder.py. With `adversarial` a discriminator
-judges the pictures (judging.py).
+standard normal. What a diffusion model sees is `(latent - shift) * scale`: `encode` gives the mean so or, with keys, a
+draw, and `decode` takes it so. Stable Diffusion's autoencoders (also those of SD3 and Flux) and MAR's are this family
+with the options that their tables in convert/ set; the convolutions are those of nn/autoencoder.py. With `adversarial`
+a discriminator judges the pictures (judging.py).
 
 Letters: b batch, H W picture, h w grid, d channels of the latent.
 """
@@ -144,10 +144,13 @@ def loss(
     return scalar, {"metrics": metrics, "weight": weight, "extra": {}}
 
 
-def encode(model: KL, params: Any, extra: Any, image: jax.Array) -> jax.Array:
-    """`image [b, H, W, 3]` -> the mean latent `[b, h, w, d]`, shifted and scaled."""
+def encode(model: KL, params: Any, extra: Any, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    """`image [b, H, W, 3]` -> latent `[b, h, w, d]`, shifted and scaled: the mean, or with `keys [b]` a draw."""
     del extra
-    return scaled(model, model.apply({"params": params}, image, method="moments")[0])
+    mean, spread = model.apply({"params": params}, image, method="moments")
+    if keys is None:
+        return scaled(model, mean)
+    return scaled(model, drawn(mean, spread, rng.normal(keys, mean.shape[1:], mean.dtype)))
 
 
 def decode(model: KL, params: Any, extra: Any, latent: jax.Array) -> jax.Array:

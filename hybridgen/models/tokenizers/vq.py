@@ -59,6 +59,9 @@ class VQ(nn.Module):
     legacy: bool = False  # vq: VQGAN's loss, whose two weights are swapped
     used: int = 0  # vq by gradient, gumbel: tokens number so many rows of the codebook (VQGAN's remap); 0: all
     divergence: float = 5e-4  # gumbel: weight of the distance of a token's distribution from an even one
+    # gumbel: scores are so many times the cosines of an output and the codes; 0: an own linear map (the official form).
+    # Of an own map a code's score and its place have nothing to do with each other until training has joined them.
+    sharpness: float = 0.0
     temperature: tuple[float, float] = (1.0, 0.0625)  # gumbel: from, to ...
     cooling: int = 0  # ... over so many steps; 0: it stays
     decay: float = 0.99
@@ -96,14 +99,13 @@ class VQ(nn.Module):
             self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.width))
         elif self.used:
             raise UserError(f"used {self.used} rows: only a codebook that learns by gradient has rows that are not")
-        if self.quantizer == "gumbel":
+        if self.quantizer == "gumbel" and not self.sharpness:
             self.score = Linear(self.codes, bias=True, wide=True)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w): the token grid of a picture."""
-        height, width = sides(self.resolution)
-        return height // self.reduction, width // self.reduction
+        return tuple(side // self.reduction for side in sides(self.resolution))
 
     @property
     def reduction(self) -> int:
@@ -145,8 +147,8 @@ class VQ(nn.Module):
         return "net/decoder/conv_out/kernel" if self.residual else "decoder/head_pixels/kernel"
 
     def on_sphere(self, x: jax.Array) -> jax.Array:
-        """Codes or outputs as they are compared: vq with `l2` on the unit sphere."""
-        if self.quantizer != "vq" or not self.l2:
+        """Codes or outputs as they are compared: vq with `l2` and gumbel by cosines on the unit sphere."""
+        if not {"vq": self.l2, "gumbel": self.sharpness}.get(self.quantizer):
             return x
         return quantize.unit(x) if self.exact else quantize.normalise(x)
 
@@ -158,7 +160,9 @@ class VQ(nn.Module):
         return self.on_sphere(self.raw(image))
 
     def logits(self, z: jax.Array) -> jax.Array:
-        return self.score(z)  # b h w codes
+        if not self.sharpness:
+            return self.score(z)  # b h w codes
+        return quantize.cosine_scores(z, self.on_sphere(self.codebook), self.sharpness)
 
     def picture(self, codes: jax.Array) -> jax.Array:
         return (self.net.decode if self.residual else self.decoder)(codes).astype(codes.dtype)  # b H W 3
@@ -299,9 +303,7 @@ def _drawn(
     scores = logits(model, params, extra, z)  # b h w v
     u = rng.uniform(rng.sample_keys(key, batch["id"]), scores.shape[1:])
     noise = -jnp.log(-jnp.log(jnp.clip(u, 1e-20, 1 - 1e-7)))
-    warm, cold = model.temperature
-    done = jnp.clip(step / model.cooling, 0.0, 1.0) if model.cooling else 0.0
-    temperature = cold + (warm - cold) * (1 + jnp.cos(jnp.pi * done)) / 2
+    temperature = quantize.cooled(step, *model.temperature, model.cooling)
     one_hot, ids = quantize.gumbel(scores, noise.astype(scores.dtype), temperature)
     return jnp.einsum("...v,vd->...d", one_hot, _codebook(model, params, extra)), ids
 
