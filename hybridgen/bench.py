@@ -11,8 +11,9 @@ machine: the fraction of its matmul rate is the median over turns; decode takes 
 counted from the trace (hybridgen.flops), without what remat adds. Parts that name a config are used untrained. Nothing
 is written but FILE, and compiled programs in a temporary folder, to time how soon they are back.
 
-JSON: {"config", "family", "platform", "device", "devices", "batch", "dtype", "parameters", "load" (of the machine in
-the minute before, in busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "copy": {"bytes_per_s":
+JSON: {"config", "family", "platform", "device", "devices", "batch", "shape": height and width of the pictures, the
+largest of several shapes (null: there is one), "dtype", "parameters", "load" (of the machine in the minute before, in
+busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "copy": {"bytes_per_s":
 median of one device, read and written together}, "chip": {"flops_per_s" in this dtype, "bytes_per_s"} by
 hybridgen.chips, or null, "train" and "sample": {
   "seconds" of a step or call: {"median", "q1", "q3", "min", "runs"}, "images" of a step or call, "images_per_s",
@@ -67,6 +68,7 @@ def bench(built: programs.Programs, what: tuple[str, ...], runs: int, rival: boo
         "device": device.device_kind,
         "devices": mesh.devices.size,
         "batch": config.batch,
+        "shape": built.rule.shape(built.batch),
         "dtype": built.dtype,
         "parameters": trees.count(built.state["params"]),
         "load": os.getloadavg()[0],
@@ -266,6 +268,8 @@ def headline(report: dict) -> str:
         f"{report['family']}: {report['parameters']:,} parameters, batch {report['batch']}, {report['dtype']}, "
         f"on {report['devices']} {report['device']} device{'s' * (report['devices'] > 1)}"
     )
+    if report["shape"]:
+        text += "\npictures of {} x {}, the largest of several shapes".format(*report["shape"])
     if report["platform"] == "cpu" and report["load"] > 0.5:
         text += f"\nthe load of this machine is {report['load']:.1f}: what else runs makes the numbers noisy"
     return text

@@ -1,8 +1,9 @@
 """Configs: load `file.py:variant,key=value`, override `--config.a.b=value`, resolve "auto", compare.
 
 A config is plain data (an `ml_collections.ConfigDict` from `get_config(arg)`): strings name things, tuples hold lists.
-Unknown keys and values of another type are refused with the nearest known key. Three groups are open, what a user adds
-to them is new: `parts.NAME=RUN`, `init_from.SUBTREE=RUN[:SUBTREE]` and `optim.groups.NAME.OPTION=VALUE`.
+Unknown keys and values of another type are refused with the nearest known key. Four groups are open, what a user adds
+to them is new: `parts.NAME=RUN`, `init_from.SUBTREE=RUN[:SUBTREE]`, `optim.groups.NAME.OPTION=VALUE` and
+`data.options.NAME=VALUE` (of a recipe: of all stages with its first source), which the source itself checks.
 
 A value is a Python literal, or one of the words true, false, none. An option that holds text takes its value as it is
 written, so `model.quantizer=none` is the word; but an option of a data source (`data.options.NAME`, or an entry that
@@ -66,7 +67,8 @@ PATTERN = re.compile(r"optim\.decay_on|optim\.groups\.[^.]+\.(match|decay_on)|em
 STAGE = r"(?:stages\.[^.]+\.)?"
 OPEN = re.compile(rf"({STAGE}parts)\.([^.]+)|({STAGE}init_from)\.(.+)")
 GROUP = re.compile(rf"({STAGE}optim)\.groups\.([^.]+)\.([^.]+)")
-SOURCE_OPTION = re.compile(rf"{STAGE}data\.options\.[^.]+")
+MEMBER = r"(?:sources\.[^.]+\.options\.)?"  # of a mixture
+SOURCE_OPTION = re.compile(rf"({STAGE}data\.options)\.({MEMBER}[^.]+)")
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +208,13 @@ def _add(config: ConfigDict, known: Mapping, key: str, text: str) -> None:
             with node.unlocked():
                 node[name.replace(".", "/")] = text  # a path in the parameters
             return
+    elif match := SOURCE_OPTION.fullmatch(key):
+        if groups := _option_groups(config, known, *match.groups()):
+            for group in groups:
+                node, name = _node(config, f"{group}.{match[2]}")
+                with node.unlocked(), node.ignore_type():
+                    node[name] = _convert(key, text, None)
+            return
     elif match := GROUP.fullmatch(key):
         optim, name, option = match.groups()
         options = known.get(optim, {})
@@ -218,6 +227,16 @@ def _add(config: ConfigDict, known: Mapping, key: str, text: str) -> None:
             return
         known = [f"{optim}.groups.{name}.{option}" for option in ("match", *options)]
     raise UserError(f"unknown config key {key!r}{hint(key, known)}")
+
+
+def _option_groups(config: ConfigDict, known: Mapping, group: str, name: str) -> list[str]:
+    """The groups of source options that a new one goes to: the key's own or, of a recipe's `data`, those of stages."""
+    stages = [f"stages.{stage}.data" for stage in config.get("order", ()) if f"stages.{stage}.data.source" in known]
+    several = "data" not in config and group == "data.options"
+    datas = [data for data in stages if known[f"{data}.source"] == known[f"{stages[0]}.source"]] if several else []
+    inside = f".{name}".rpartition(".")[0]
+    groups = [f"{data}.options" for data in datas] if several else [group]
+    return [group for group in groups if f"{group}{inside}" in known]
 
 
 def _node(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:

@@ -21,8 +21,9 @@ from hybridgen import bundle, checkpoint, pictures, sharding, trees
 from hybridgen import config as config_lib
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
+from hybridgen.data.buckets import LARGEST
 from hybridgen.errors import UserError
-from hybridgen.models.parts import Part, find
+from hybridgen.models.parts import Part, Shape, find, sized
 from hybridgen.rundir import read_json
 from hybridgen.state import inference_params
 
@@ -70,6 +71,8 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         check_arrays(place, part, parts, config.data.resolution)
     family = find(config.family)
     model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
+    for shape in getattr(source, "shapes", ()):
+        sized(family, model, parts, shape)  # refused before anything is compiled
     parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
 
@@ -137,6 +140,11 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     part = Part(arrays["params"], arrays["extra"], config.family, model)
     text_file = folder / "text.json"
     text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
+    options = config.data.get("options")
+    if hasattr(options, "items") and sources.BUCKETS in options:
+        config = config.copy_and_resolve_references()  # what it is compared with, or cached, is square
+        with config.unlocked():
+            del config.data.options[sources.BUCKETS]
     return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled)
 
 
@@ -223,13 +231,14 @@ class Loaded(NamedTuple):
     mesh: Mesh
     step: int
     draw: Any
-    drawer: Any  # changes to the sampling options -> another `draw`
+    drawer: Any  # changes to the sampling options, and the shape of pictures if it is another -> another `draw`
     put: Any
     tokenizer: Part | None
     encode: Any  # images -> tokens, compiled
     plans: bool  # draws tokens of its own
     reads: bool  # text
     classes: int  # 0: takes no label
+    shapes: tuple[Shape, ...]  # of the pictures that it was trained on, where they had several
 
     @property
     def draws(self) -> bool:
@@ -268,10 +277,10 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
                 raise UserError(f"the part {name!r} is not the one that the bundle {folder} was made with")
     own = sharding.put(run.part, part_shardings(run.part, experiment.mesh))
 
-    def drawer(changes: Mapping[str, Any]) -> Any:
+    def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
         options = config.sample.options.copy_and_resolve_references()
         _change(options, changes)
-        program = pictures.sampler(experiment.family, experiment.model, options)
+        program = pictures.sampler(experiment.family, experiment.model, options, shape)
         return lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys)
 
     members = getattr(experiment.family, "members", lambda model: ())(run.part.model)
@@ -290,7 +299,18 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),
         "text" in experiment.parts or any(getattr(model, "text_vocab", 0) for model in networks),
         max(getattr(model, "classes", 0) for model in networks),
+        _shapes(config.data.get("shapes", ()), folder),
     )
+
+
+def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:
+    """The shapes that a run says it was trained on. UserError for what is none: the file may be anybody's."""
+    for pair in found if isinstance(found, tuple) else (found,):
+        numbers = isinstance(pair, tuple) and [type(side) for side in pair] == [int, int]
+        if not numbers or not 1 <= min(pair) <= max(pair) <= LARGEST:
+            text = f"{str(pair)[:80]!a}, which is no height and width from 1 to {LARGEST}"
+            raise UserError(f"{folder / 'config.json'} is not the config of a run: data.shapes has {text}")
+    return found
 
 
 def _change(options: Any, changes: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from hybridgen import rng, sharding
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
 from hybridgen.evals.sheet import sheet
+from hybridgen.models.parts import Shape, sized
 from hybridgen.sampling import guidance
 from hybridgen.sampling.solvers import SOLVERS
 
@@ -84,13 +85,14 @@ def _in_range(name: str, where: str, value: Any) -> Any:
     return kind(value)
 
 
-def sampler(family: Any, model: Any, options: Mapping) -> Callable:
-    """The jitted program: (params, extra, parts, cond, keys) -> {"image", ...}."""
+def sampler(family: Any, model: Any, options: Mapping, shape: Shape | None = None) -> Callable:
+    """The jitted program: (params, extra, parts, cond, keys) -> {"image", ...}; `shape`: another than the model's."""
     ready = checked(options)
 
     @jax.jit
     def draw(params: Any, extra: Any, parts: Any, cond: dict, keys: jax.Array) -> dict[str, jax.Array]:
-        return family.sample(model, params, cond, keys, parts=parts, extra=extra, options=ready)
+        fitted, parts = sized(family, model, parts, shape) if shape else (model, parts)
+        return family.sample(fitted, params, cond, keys, parts=parts, extra=extra, options=ready)
 
     return draw
 
@@ -134,9 +136,11 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     count = sharding.padded(experiment.mesh, min(count, len(source)))
     batch = next(pipeline.batches(source, experiment.text, batch=count, seed=config.seed, shuffle=False))
     pipeline.take_broken(batch)
-    captions = [item["text"] for item in pipeline.examples(source, np.arange(count) % len(source))]
+    indices, _ = pipeline.arrange(source, np.arange(count), count, config.seed, shuffle=False)
+    captions = [item["text"] for item in pipeline.examples(source, indices)]
     cond = {name: value for name, value in batch.items() if name in ("text", "text_mask", "label", "image")}
-    draw = sampler(experiment.family, experiment.model, config.sample.options)
+    shape = batch["image"].shape[1:3] if hasattr(source, "occurring") else None
+    draw = sampler(experiment.family, experiment.model, config.sample.options, shape)
     put = functools.partial(sharding.spread, mesh=experiment.mesh)
     seed = config.seed
 

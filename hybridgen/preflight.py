@@ -15,8 +15,9 @@ is told to spend less time on speed (`--exact`: as the run itself will): a 3B pr
 not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
 
 JSON: {"config", "family", "topology" (null: this machine), "slices", "device", "devices", "mesh", "batch", "count"
-(pictures drawn at a time), "dtype", "parameters", "fits", "capacity": bytes a device that a program may use (null: not
-known), "train" and "sample": {
+(pictures drawn at a time), "shape": height and width of the pictures, the largest of several shapes (null: there is
+one), "dtype", "parameters", "fits", "capacity": bytes a device that a program may use (null: not known), "train" and
+"sample": {
   "fits", "spare": bytes a device that are left (negative: over by; null: not known),
   "changes": what to change if it does not fit, the first thing first,
   "memory": bytes a device {"arguments", "outputs", "aliased", "temporaries", "peak"} (null if it did not compile),
@@ -107,6 +108,7 @@ def preflight(
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "batch": config.batch,
         "count": built.keys.shape[0],
+        "shape": built.rule.shape(built.batch),
         "dtype": built.dtype,
         "parameters": trees.count(built.state["params"]),
         "capacity": room,
@@ -175,10 +177,11 @@ def _bytes(number: str, prefix: str) -> float:
 def headline(report: dict) -> str:
     """The first line of the report."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one device"
+    several = ", pictures of {} x {}, the largest of several shapes".format(*report["shape"]) if report["shape"] else ""
     room = f", {report['capacity'] / GIB:.2f} GiB each" if report["capacity"] else ""
     return (
         f"{report['family']}: {report['parameters']:,} parameters, batch {report['batch']}, draws {report['count']}, "
-        f"on {report['devices']} x {report['device']}{room}, mesh {mesh}"
+        f"on {report['devices']} x {report['device']}{room}, mesh {mesh}{several}"
     )
 
 

@@ -115,10 +115,13 @@ def main(argv: list[str] | None = None) -> int:
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
     config = config_lib.load(args.config, overrides)
+    check(config)
+    stages = [(config.stages[name], args.workdir / name) for name in config.order if "family" in config.stages[name]]
+    allow = resume.allowed(args.allow, stages)
     distributed.start(args)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # training has a handler of its own
     try:
-        done = run(config, args.workdir, tuple(filter(None, args.allow.split(","))))
+        done = run(config, args.workdir, allow)
     except KeyboardInterrupt:
         print("the same command goes on from what is saved", file=sys.stderr)
         raise

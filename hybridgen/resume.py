@@ -1,15 +1,17 @@
 """How a run begins or goes on: the state it starts from, and what must be as it was when that state was saved."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from hybridgen import checkpoint, metrics, pictures, sharding
+from hybridgen import checkpoint, metrics, pictures, rundir, sharding
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
 from hybridgen.data import pipeline, sources
+from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, earlier
 from hybridgen.models.parts import find
 
@@ -53,6 +55,8 @@ def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, d
     """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
     resolved, model = config_lib.plain(config), experiment.model
     resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
+    if hasattr(source, "occurring"):
+        resolved["data"]["shapes"] = config_lib.plain(source.occurring(config.batch, True))  # what was trained
     return resolved, {
         "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
         "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
@@ -60,5 +64,26 @@ def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, d
     }
 
 
+def allowed(words: str, runs: list[tuple[Any, Path]]) -> tuple[str, ...]:
+    """The keys of `--allow KEY,...`. UserError for one that no run (config, folder) has."""
+    wanted, keys = tuple(filter(None, words.split(","))), set(DATA)
+    for config, folder in runs:
+        keys |= {f"config.{key}" for key in config_lib.flatten(config) if key.split(".")[0] not in NOT_FINGERPRINTED}
+        keys |= {f"data.source.options.{name}" for name in config_lib.flatten(config.data.get("options", {}))}
+        keys |= {f"parts.{name}" for name in config.parts}
+        for file in sorted(folder.glob("checkpoints/*/about/metadata")) if wanted else ():
+            with contextlib.suppress(UserError, AttributeError):  # a damaged one is told of when it is read
+                keys |= set(config_lib.flatten(rundir.read_json(file).get("fingerprint", {})))
+    groups = ("config", "data", "parts")
+    for word in wanted:
+        if word not in groups and not any(key == word or key.startswith(f"{word}.") for key in keys):
+            near = config_lib.hint(word, [*keys, *groups])
+            raise UserError(f"--allow {word!r} is no key{near} (keys, or groups of them: {', '.join(sorted(keys))})")
+    return wanted
+
+
+# of the fingerprint of data, besides options
+DATA = tuple(f"data.{name}" for name in ("batch", "seed", "flip", "text.kind", "text.length", "text.digest"))
+DATA += tuple(f"data.source.{name}" for name in ("kind", "length", "resolution", "records", "encoders"))
 # what may differ when a run is resumed: it changes neither the samples nor the arithmetic of a step
 NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data", "health")

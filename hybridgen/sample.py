@@ -7,6 +7,8 @@ Writes numbered PNGs and a captioned grid. Picture i of a seed is the same whate
 
 import argparse
 import itertools
+import re
+import sys
 from pathlib import Path
 
 import jax
@@ -31,6 +33,9 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
     rundir.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
+    if writes and (older := len(list(out.glob("[0-9]*.png")))):
+        text = f"warning: {older} older pictures are in {out}; those of the same number are written over"
+        print(text, file=sys.stderr)
     with jax.set_mesh(loaded.mesh):
         pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="drawing"):
@@ -67,6 +72,24 @@ def conditions(loaded: Loaded, asked: list[Asked]) -> dict[str, np.ndarray]:
     return cond | ({"label": np.asarray([n for _, n in asked], np.int32)} if loaded.classes else {})
 
 
+def sized(loaded: Loaded, size: str | None) -> Loaded:
+    """The run drawing pictures of "HxW", one of the shapes that it was trained on; without, of the most square of them.
+
+    UserError for another one.
+    """
+    if size is None and not loaded.shapes:
+        return loaded
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if size else None
+    if size and not found:
+        raise UserError(f"--size {size!r} is no height and width, such as 256x384")
+    shape = (int(found[1]), int(found[2])) if found else min(loaded.shapes, key=lambda shape: max(shape) / min(shape))
+    known = loaded.shapes or ((loaded.config.data.resolution,) * 2,)
+    if tuple(shape) not in map(tuple, known):
+        names = ", ".join("{}x{}".format(*one) for one in known)
+        raise UserError(f"--size {size}: this {loaded.config.family} run was trained on pictures of {names}")
+    return loaded._replace(draw=loaded.drawer({}, tuple(shape))) if loaded.shapes else loaded
+
+
 def read_asked(args: argparse.Namespace) -> list[Asked]:
     """Prompts of the command line and of the file, a line each, each with every class that was given."""
     prompts = list(args.prompt)
@@ -92,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, help="a text file with a prompt a line")
     parser.add_argument("--label", action="append", type=int, help="a class, for a class-conditional run")
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
+    parser.add_argument("--size", metavar="HxW", help="of the pictures: one of the shapes of a run with buckets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for PNGs and grid.png")
@@ -102,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     pictures.check_arguments(args)
     asked = read_asked(args)
     distributed.start(args)
-    loaded = restore(find_run(args.run, None), pictures.changes(args), args.checkpoint)
+    loaded = sized(restore(find_run(args.run, None), pictures.changes(args), args.checkpoint), args.size)
     grid = sample(loaded, asked, args.count, args.seed, args.batch, args.out, args.draft)
     print(f"{len(asked) * args.count} pictures in {args.out}, grid {grid}")
     return 0

@@ -39,9 +39,12 @@ from hybridgen import (
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
 from hybridgen.cli import command, make_parser
+from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, build
+from hybridgen.models.parts import sized
 from hybridgen.pictures import sample_grid
+from hybridgen.warmup import shaped
 
 
 class Rule(NamedTuple):
@@ -54,16 +57,27 @@ class Rule(NamedTuple):
     seed: int
     accumulate: int
     spike: float  # a gradient norm this many times the usual one is skipped
+    shaped: bool = False  # pictures are of several shapes, those of a batch of one
+
+    def fitted(self, batch: dict, parts: Any) -> tuple[Any, Any]:
+        """Model and parts for a batch of this shape."""
+        shape = self.shape(batch)
+        return sized(self.family, self.model, parts, shape) if shape else (self.model, parts)
+
+    def shape(self, batch: dict) -> tuple[int, int] | None:
+        """(height, width) of a batch, where others have other shapes."""
+        return batch["image"].shape[1:3] if self.shaped else None
 
 
 def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
     """(state, batch) -> (state, metrics). A step whose gradient is not finite, or explodes, only counts itself."""
     key = rng.step_key(jax.random.key(rule.seed), state["step"], "loss")
     trainable, frozen = rule.which.split(state["params"])
+    model, parts = rule.fitted(batch, parts)
 
     def weighted_loss(trainable: Any, batch: dict) -> tuple[jax.Array, tuple]:
         loss, aux = rule.family.loss(
-            rule.model,
+            model,
             trees.join(trainable, frozen),
             batch,
             key,
@@ -90,7 +104,7 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
         extra = old["extra"]
         if hasattr(rule.family, "merge"):
             key = rng.step_key(jax.random.key(rule.seed), state["step"], "merge")
-            extra = rule.family.merge(rule.model, extra, extra_sums, key, state["step"])
+            extra = rule.family.merge(model, extra, extra_sums, key, state["step"])
         return {"params": trees.join(new, frozen), "opt": optim.pack(opt), "ema": ema, "extra": extra}
 
     old = {name: state[name] for name in ("params", "opt", "ema", "extra")}
@@ -134,8 +148,9 @@ def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
     """Weighted sums of the metrics of one batch, with averaged parameters."""
     params = state_lib.inference_params(state["params"], state["ema"])
     key = rng.step_key(jax.random.key(rule.seed), 0, "eval")
+    model, parts = rule.fitted(batch, parts)
     options = {"parts": parts, "extra": state["extra"], "step": state["step"], "train": False}
-    loss, aux = rule.family.loss(rule.model, params, batch, key, **options)
+    loss, aux = rule.family.loss(model, params, batch, key, **options)
     return jax.tree.map(lambda x: x * aux["weight"], aux["metrics"] | {"loss": loss, "weight": 1.0})
 
 
@@ -149,10 +164,9 @@ def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
 
     with jax.set_mesh(experiment.mesh):
         abstract, make = state_lib.create(experiment, config.seed, specs, rule_of)
-    which = state_lib.trainable_of(config)
-    rule = Rule(
-        experiment.family, experiment.model, built[0], which, config.seed, config.accumulate, config.health.spike
-    )
+    which, shaped = state_lib.trainable_of(config), bool(config.data.get("options", {}).get(sources.BUCKETS))
+    options = built[0], which, config.seed, config.accumulate, config.health.spike, shaped
+    rule = Rule(experiment.family, experiment.model, *options)
     places = jax.tree.map(lambda s: s.sharding, abstract)
     step = jax.jit(functools.partial(train_step, rule), donate_argnums=0, out_shardings=(places, None))
     return rule, step, abstract, make
@@ -297,21 +311,17 @@ def prepare(
             if experiment.text is not None:
                 rundir.write_json(folder / "text.json", experiment.text.to_json())
         state = state_at(start)
-        writer = metrics.Writer(
-            folder,
-            start_step=start or 0,
-            total_steps=config.steps,
-            every=config.log.every,
-            batch=config.batch,
-            label=label,
-            timer=timer,
-        )
+        options = {"start_step": start or 0, "total_steps": config.steps, "batch": config.batch}
+        writer = metrics.Writer(folder, every=config.log.every, label=label, timer=timer, **options)
+        programs = step, jax.jit(functools.partial(eval_step, rule))
+        beat = functools.partial(watchdog.beat, start or 0, "compile")
+        step, evaluate = shaped(config, source, programs, beat, writer.line)
         undo.pop_all()
     job = Job(
         experiment,
         step,
         jax.jit(skipping.jump, donate_argnums=0, out_shardings=places),
-        stream.evaluation(jax.jit(functools.partial(eval_step, rule)), experiment, read, put),
+        stream.evaluation(evaluate, experiment, read, put),
         stream.training(read, put, source, writer),
         state_at,
         saved,
@@ -370,8 +380,9 @@ def main(argv: list[str] | None = None) -> int:
     config = config_lib.load(args.config, overrides)
     if "family" not in config:
         raise UserError(f"{args.config} has no family to train; a recipe is run by hybridgen recipe")
+    allow = resume.allowed(args.allow, [(config, args.workdir)])
     distributed.start(args)
-    done = run(config, args.workdir, allow=tuple(filter(None, args.allow.split(","))))
+    done = run(config, args.workdir, allow=allow)
     return 0 if done else 130
 
 

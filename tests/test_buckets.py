@@ -89,7 +89,19 @@ def test_a_sequential_pass_sees_all(data):
     assert len(batches) == 2 + 2 + 3
     seen = [i for batch in batches for i, valid in zip(numbers(batch), batch["valid"], strict=True) if valid]
     assert sorted(seen) == list(range(22))
+    assert len({batch["image"].shape for batch in batches[:3]}) == 3  # an evaluation of a few batches tells of all
 
+
+def test_the_largest_shape_alone(data):
+    """What bench and preflight compile for: batches of any size are of that shape."""
+    source = sources.build(data, "train")
+    assert source.occurring(4, True) == source.shapes and source.occurring(8, True) == [(16, 16), (12, 20)]
+    only = buckets.largest(source, 4)
+    assert only.shape == (16, 16) and only.occurring(1, True) == [(16, 16)] and len(source._members[0]) > 0
+    for batch in (2, 4, 9):
+        indices, _ = only.arrange(np.arange(batch), batch, 0, True)
+        assert {source.shapes[source._of[index]] for index in indices} == {(16, 16)}
+    assert buckets.largest(source.source, 4) is source.source
 
 def test_a_broken_record_is_replaced_from_its_bucket(data):
     source = sources.build(data, "train")

@@ -4,13 +4,15 @@
 
 The command reads the headers of a folder's pictures and writes an index table: a few shapes of about the same area, and
 which of them each record has. A config then has `data.options.buckets = "buckets.json"`, and every batch is of one
-shape. Batch k is a function of (seed, k): an epoch has floor(n / B) batches of a bucket with n records, in a seeded
-order, of a seeded permutation of its records; what is left over is another rest in each epoch.
+shape (on a command line: --config.data.options.buckets=buckets.json). Batch k is a function of (seed, k): an epoch has
+floor(n / B) batches of a bucket with n records, in a seeded order, of a seeded permutation of its records; what is left
+over is another rest in each epoch. A sequential pass has all records, the batches of all buckets evenly mixed.
 
 Letters: B rows of a global batch, N sample numbers, n records of a bucket, m batches of an epoch.
 """
 
 import bisect
+import copy
 import hashlib
 import itertools
 import json
@@ -28,6 +30,7 @@ from hybridgen.data.shuffle import order
 from hybridgen.errors import UserError
 
 FORMAT = 1
+LARGEST = 4096  # pixels of a side
 
 
 def shapes(resolution: int, step: int, aspect: float) -> list[tuple[int, int]]:
@@ -77,7 +80,7 @@ class Buckets:
             self._of = np.asarray(table["splits"][split]["bucket"], np.int64)  # the bucket of each record
             fits = table["format"] == FORMAT and self._of.shape == (len(source),)
             fits = fits and ((0 <= self._of) & (self._of < len(self.shapes))).all()
-            fits = fits and all(0 < side <= 4096 for shape in self.shapes for side in shape)
+            fits = fits and all(0 < side <= LARGEST for shape in self.shapes for side in shape)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no table of buckets with the split {split!r}: {type(error).__name__}: {error}"
                             ) from None
@@ -119,23 +122,50 @@ class Buckets:
         """How many batches a sequential pass over all records has."""
         return sum(self._counts(batch, False))
 
+    def occurring(self, batch: int, whole: bool) -> list[tuple[int, int]]:
+        """The shapes that batches have, in training (whole ones) or in a pass over all."""
+        counts = self._counts(batch, whole)
+        return [shape for shape, count in zip(self.shapes, counts, strict=True) if count]
+
+    def _mixed(self, batch: int) -> np.ndarray:
+        """The m batches of a sequential pass as (bucket, number in it) `[m, 2]`: the first few are of all shapes."""
+        counts = np.asarray(self._counts(batch, False))
+        bucket = np.repeat(np.arange(len(counts)), counts)  # m
+        inner = np.concatenate([np.arange(count) for count in counts])
+        return np.stack([bucket, inner], 1)[np.lexsort((bucket, (inner + 0.5) / counts[bucket]))]
+
     def arrange(self, positions: np.ndarray, batch: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
         """N sample numbers, all of one global batch -> (N indices, N bool: not yet seen in a sequential pass)."""
         positions = np.asarray(positions, np.int64)
         number, rows = int(positions[0]) // batch, positions % batch
-        counts = self._counts(batch, shuffle)
+        if not shuffle:
+            mixed = self._mixed(batch)
+            bucket, own = mixed[number % len(mixed)].tolist()
+            members, inner = self._members[bucket], own * batch + rows
+            return members[inner % len(members)], inner < len(members)
+        counts = self._counts(batch, True)
         total = sum(counts)  # m
         if not total:
             raise UserError(f"no bucket has the {batch} records of a batch; the largest has "
                             f"{max(map(len, self._members))}")
-        slot = int(order(np.asarray([number]), total, seed)[0]) if shuffle else number % total
+        slot = int(order(np.asarray([number]), total, seed)[0])
         starts = [0, *itertools.accumulate(counts)]
         bucket = bisect.bisect_right(starts, slot) - 1
         members, inner = self._members[bucket], (slot - starts[bucket]) * batch + rows
-        if not shuffle:
-            return members[inner % len(members)], inner < len(members)
         places = order(number // total * len(members) + inner, len(members), seed + 7919 * (bucket + 1))
         return members[places], np.ones(len(rows), bool)
+
+
+def largest(source, batch: int):
+    """A source as it is; of one with buckets the records of the largest shape that a whole batch has, named `shape`."""
+    if not isinstance(source, Buckets):
+        return source
+    only = copy.copy(source)
+    found = source.occurring(batch, True) or source.occurring(1, True)
+    only.shape = max(found, key=lambda shape: (shape[0] * shape[1], shape))
+    only._members = [members if shape == only.shape else members[:0]
+                     for shape, members in zip(source.shapes, source._members, strict=True)]
+    return only
 
 
 def build(options: Mapping, resolution: int, step: int, aspect: float, least: int) -> dict:
@@ -167,7 +197,7 @@ def _sizes(source: Folder) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from hybridgen.data import write  # it imports this file
+    from hybridgen.data import sources, write  # they import this file
 
     parser = make_parser("data.buckets", __doc__)
     config_lib.add_argument(parser)
@@ -185,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     data = write.data_of(config_lib.load(args.config, overrides), args.stage)
     if data.source != "folder":
         raise UserError(f"data.source is {data.source!r}: buckets are of a folder, whose pictures have many shapes")
-    options = {name: value for name, value in data.options.items() if name != "buckets"}
+    options = {name: value for name, value in sources.checked("folder", data.options).items() if name != "buckets"}
     table = build(options, data.resolution, args.step, args.aspect, args.least)
     temporary = args.out.with_name(f".{args.out.name}.tmp")
     temporary.write_text(json.dumps(table, separators=(",", ":")) + "\n")

@@ -12,14 +12,19 @@
     {"source": "tfds", "options": {"path": "prepared data set", "text_key": "caption"}, ...}
     {"source": "mixture", "options": {"sources": {"a": {"source": ..., "options": ..., "weight": 3}, "b": ...}}, ...}
 
+With `buckets`, a table of data/buckets.py, in its options a folder has batches of several shapes; a run's config.json
+keeps those that it was trained on as `shapes`.
+
 A record that cannot be read raises `BrokenRecord`; `pipeline.read` replaces it by a fixed rule. What else a source may
 have: `class_names`, `captions()`, `words` (its vocabulary, counted), `digest()`, `view(index, own)` (a record with
 several views: the one that a sample's own number picks), `arrange(positions, batch, seed, shuffle)` (an order of its
-own), `batches_once(batch)` (how many a sequential pass has) and `after(index, step)` (what stands in for a broken
-record).
+own), `batches_once(batch)` (how many a sequential pass has), `after(index, step)` (what stands in for a broken record)
+and, where batches have several shapes, `shapes` ((height, width) of each) and `occurring(batch, whole)` (those that
+whole batches, or batches at all, have).
 """
 
 import inspect
+from collections.abc import Mapping
 
 from hybridgen.data.buckets import Buckets
 from hybridgen.data.folder import MAX_LINE, MAX_TEXT, BrokenRecord, Folder, header_size, known
@@ -31,7 +36,8 @@ from hybridgen.errors import UserError
 
 __all__ = ["MAX_LINE", "MAX_TEXT", "BrokenRecord", "Folder", "build", "describe", "encoders", "fits", "header_size"]
 
-KEYS = ("source", "options", "resolution", "text", "flip", "workers", "threads")
+KEYS = ("source", "options", "resolution", "text", "flip", "workers", "threads", "shapes")
+BUCKETS = "buckets"  # option of a folder: the table of data/buckets.py
 KINDS = {"shapes": Shapes, "folder": Folder, "records": Records, "tfds": Tfds, "mixture": Mixture}
 
 
@@ -51,19 +57,42 @@ def build(data_config, split: str):
 
 
 def _build(kind: str, options: dict, split: str, resolution: int, where: str):
-    known(f"{where}.source", [kind], tuple(KINDS))
-    cls = KINDS[kind]
-    names = [name for name in inspect.signature(cls).parameters if name not in ("split", "resolution")]
-    table = options.pop("buckets", None) if kind == "folder" else None  # shapes and batches by aspect ratio
-    known(f"option of the source {kind!r}:", options, names)
-    if "path" in names and not options.get("path"):
-        what = {"folder": "the folder of pictures", "records": "the folder of records"}.get(kind, "the data set")
-        raise UserError(f"{where}.options.path is missing: {what}")
+    options = checked(kind, options, where)
+    table = options.pop(BUCKETS, None)  # shapes and batches by aspect ratio
     if kind == "mixture":
         options["sources"] = {name: _member(name, entry, split, resolution)
                               for name, entry in options.get("sources", {}).items()}
-    source = cls(split=split, resolution=resolution, **options)
+    source = KINDS[kind](split=split, resolution=resolution, **options)
     return Buckets(source, table, split) if table else source
+
+
+def checked(kind: str, options: Mapping, where: str = "data") -> dict:
+    """Options as a source takes them; UserError for one that it does not know, or of another type than its default."""
+    known(f"{where}.source", [kind], tuple(KINDS))
+    takes = {name: parameter for name, parameter in inspect.signature(KINDS[kind]).parameters.items()
+             if name not in ("split", "resolution")}
+    known(f"option of the source {kind!r}:", options, [*takes, *((BUCKETS,) if kind == "folder" else ())])
+    if "path" in takes and not options.get("path"):
+        what = {"folder": "the folder of pictures", "records": "the folder of records"}.get(kind, "the data set")
+        raise UserError(f"{where}.options.path is missing: {what}")
+    return {name: _fitting(f"{where}.options.{name}", value, takes[name]) if name in takes else value
+            for name, value in options.items()}
+
+
+def _fitting(where: str, value, parameter: inspect.Parameter):
+    """The value of an option, a single one as a tuple where the source takes several."""
+    default, plain = parameter.default, not isinstance(value, bool)
+    if isinstance(default, tuple):
+        return tuple(value) if isinstance(value, (tuple, list, range)) else (value,)
+    fits = {bool: isinstance(value, bool), int: isinstance(value, int) and plain,
+            float: isinstance(value, (int, float)) and plain}
+    if default is None and parameter.annotation is inspect.Parameter.empty:
+        good, such = value is None or fits[int], "a whole number or none"
+    else:
+        good, such = fits.get(type(default), True), f"{type(default).__name__}, such as {default!r}"
+    if not good:
+        raise UserError(f"{where} takes {such}, and was given {value!r}")
+    return value
 
 
 def _member(name: str, entry, split: str, resolution: int) -> tuple:
@@ -74,7 +103,10 @@ def _member(name: str, entry, split: str, resolution: int) -> tuple:
     known(f"key of {where}:", entry.keys(), ("source", "options", "weight"))
     if "source" not in entry.keys() or entry["source"] == "mixture":
         raise UserError(f"{where}.source is {entry.get('source')!r}, it must be a source and no mixture")
-    return _build(entry["source"], dict(entry.get("options", {})), split, resolution, where), entry.get("weight", 1)
+    options = dict(entry.get("options", {}))
+    if options.get(BUCKETS):
+        raise UserError(f"{where}.options.{BUCKETS}: a mixture has batches of one shape, buckets are of a folder alone")
+    return _build(entry["source"], options, split, resolution, where), entry.get("weight", 1)
 
 
 def describe(data_config, source) -> dict:
@@ -90,7 +122,7 @@ def describe(data_config, source) -> dict:
 
 def _placeless(options) -> dict:
     return {key: _placeless(value) if hasattr(value, "items") else value
-            for key, value in options.items() if key not in ("path", "buckets")}
+            for key, value in options.items() if key not in ("path", BUCKETS)}
 
 
 def encoders(source) -> dict[str, str]:

@@ -18,6 +18,9 @@ Roles, the functions by which hybrids use any family; each takes (model, params,
                 parts, train) -> (loss, aux); predict(x, t, cond); draw(cond, keys, parts, options) -> image;
                 model: kind (what it predicts), corrupt
 
+Families whose pictures may have several shapes also offer sized(model, (height, width), parts) -> the model for
+pictures of that shape, on the same arrays; its parts are sized already.
+
 `parts` are those of the whole config, by name. A part has none of its own: what a prior needs (a text tower) is the
 part of that name of whoever uses the prior, and must be the one that the prior was trained with, by its digest.
 """
@@ -60,6 +63,39 @@ class Part:
 
 
 Parts = Mapping[str, Part]
+Shape = tuple[int, int]  # height, width
+
+
+def sized(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> tuple[nn.Module, dict]:
+    """A model and its parts for pictures of `shape`. UserError naming a family that has one shape only."""
+    ready: dict[str, Part] = {}
+    for name in sorted(parts, key=lambda name: (name not in ("tokenizer", "autoencoder"), name)):  # others need these
+        part, module = parts[name], find(parts[name].family)
+        draws = hasattr(module, "sized") or hasattr(part.model, "grid")  # towers and feature networks have no shape
+        ready[name] = dataclasses.replace(part, model=_sized(module, part.model, ready, shape)) if draws else part
+    return _sized(family, model, ready, shape), ready
+
+
+def _sized(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> nn.Module:
+    name, size = family.__name__.removeprefix("hybridgen.models."), "{} x {}".format(*shape)
+    if not hasattr(family, "sized"):
+        raise UserError(f"{name} takes pictures of one shape, and these are of several, such as {size}")
+    try:
+        return family.sized(model, tuple(shape), parts)
+    except UserError as error:
+        raise UserError(f"{name} cannot take pictures of {size}: {error}") from None
+
+
+def sides(resolution: int | Shape) -> Shape:
+    """(height, width) of a model's pictures: an option that is a square's side, or both."""
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def divided(shape: Shape, by: int) -> Shape:
+    """The grid of a picture whose sides are reduced by a factor. UserError where they do not divide."""
+    if any(side % by for side in shape):
+        raise UserError(f"its sides do not divide by {by}")
+    return shape[0] // by, shape[1] // by
 
 
 def need(parts: Parts, name: str, why: str) -> Part:

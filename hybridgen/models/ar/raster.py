@@ -22,7 +22,7 @@ from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.ar import conditions
 from hybridgen.models.losses import cross_entropy, rows, weighted
-from hybridgen.models.parts import need
+from hybridgen.models.parts import Parts, Shape, need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
@@ -229,6 +229,14 @@ def build(config: Any) -> Raster:
     if model.places and model.places < model.prefix + model.length:
         raise UserError(f"{model.prefix + model.length} positions do not fit a table of {model.places}")
     return model
+
+
+def sized(model: Raster, shape: Shape, parts: Parts) -> Raster:
+    """The model for pictures of `shape`, on the same arrays: its grid is the tokenizer's."""
+    del shape
+    if model.positions == "learned":
+        raise UserError("model.positions 'learned' is a table of one grid, 'plane' and 'image' are not")
+    return model.clone(grid=need(parts, "tokenizer", "a prior on pictures of several shapes").model.grid)
 
 
 def init(model: Raster, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:

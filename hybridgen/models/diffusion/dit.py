@@ -16,6 +16,7 @@ Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, d
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.diffusion import process, variance
 from hybridgen.models.losses import per_sample, rows, weighted
-from hybridgen.models.parts import Parts, need
+from hybridgen.models.parts import Parts, Shape, divided, need, sides
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.conv import patchify, unpatchify
@@ -43,7 +44,7 @@ from hybridgen.nn.timestep import TimestepEmbed
 class DiT(nn.Module):
     """`(x [b, H, W, c], t [b], cond) -> prediction [b, H, W, c]`, in the parameterisation `kind`."""
 
-    resolution: int = 32  # of the picture, or of the latent
+    resolution: int | Shape = 32  # of the picture, or of the latent: of a square, or height and width
     channels: int = 3
     patch: int = 4
     width: int = 192
@@ -87,14 +88,19 @@ class DiT(nn.Module):
             self.text = TextTower(*size, heads, dtype=self.dtype)
 
     @property
-    def side(self) -> int:
-        """Patches along a side."""
-        return self.resolution // self.patch
+    def shape(self) -> Shape:
+        """(H, W) of what is rendered."""
+        return sides(self.resolution)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.shape[0] // self.patch, self.shape[1] // self.patch
 
     @property
     def length(self) -> int:
         """Patches n."""
-        return self.side**2
+        return self.sides[0] * self.sides[1]
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
@@ -102,7 +108,7 @@ class DiT(nn.Module):
         draft = self.seen_draft(cond) if self.draft else None
         pixels = x if draft is None else jnp.concatenate([x, draft.astype(x.dtype)], -1)
         y = Linear(self.width, bias=True, dtype=self.dtype, name="patches")(patchify(pixels, self.patch))
-        y = y + cast(self._positions(), self.dtype).reshape(self.side, self.side, -1)
+        y = y + cast(self._positions(), self.dtype).reshape(*self.sides, -1)
         vector = self._told(t, cond)  # b d, or l b d
         context = None
         if self.plan_width:
@@ -112,7 +118,7 @@ class DiT(nn.Module):
         if self.text_vocab:
             features = cond["features"] if "features" in cond else self.read(cond)  # b l d
             context = self._join(context, features, cond["text_mask"] & ~self._dropped(cond, "text", b)[:, None])
-        y = y.reshape(b, self.side**2, self.width)  # b n d
+        y = y.reshape(b, self.length, self.width)  # b n d
         options = {
             "heads": self.heads,
             "head_width": self.width // self.heads,
@@ -121,7 +127,7 @@ class DiT(nn.Module):
             "dtype": self.dtype,
         } | dict(self.block)
         stack = Stack(self.depth, tuple(options.items()), remat=self.remat, unroll=self.unroll, name="blocks")
-        table = rotary(grid_positions(self.side, self.side), self.width // self.heads) if self.rotary else None
+        table = rotary(grid_positions(*self.sides), self.width // self.heads) if self.rotary else None
         y, _ = stack(y, Mask(), rotary=table, condition=vector, context=context)
         ends = Linear((2, self.width), bias=True, dtype=self.dtype, init=zeros, name="modulation")(
             nn.silu(vector[0] if self.own_embedders else vector)  # the last layer has the first block's
@@ -129,14 +135,14 @@ class DiT(nn.Module):
         y = modulate(Norm(options.get("norm", "rms"), affine=False, name="norm")(y), ends[:, 0, None], ends[:, 1, None])
         said = (self.outputs or self.channels) * self.patch**2
         y = Linear(said, bias=True, dtype=self.dtype, init=zeros, name="pixels")(y)
-        y = unpatchify(y.reshape(b, self.side, self.side, -1), self.patch).astype(wide)
+        y = unpatchify(y.reshape(b, *self.sides, -1), self.patch).astype(wide)
         return y + draft if draft is not None and self.kind == "x" else y
 
     def _positions(self) -> jax.Array:
         """Where each patch is, `[n, d]`."""
         if self.position not in ("rows", "columns", "stored"):
             raise UserError(f"model.position {self.position!r} is not one of 'rows', 'columns', 'stored'")
-        table = sincos_2d(self.side, self.side, self.width)
+        table = sincos_2d(*self.sides, self.width)
         if self.position != "rows":
             table = np.roll(table, self.width // 2, -1)
         if self.position != "stored":
@@ -175,14 +181,16 @@ class DiT(nn.Module):
         null = self.param("null_plan", nn.initializers.normal(0.02), (1, self.width))
         dropped = self._dropped(cond, "plan", b)[:, None, None, None]
         plan = jnp.where(dropped, cast(null, self.dtype), plan)
-        spot = self.param("plan_position", nn.initializers.normal(0.02), (h * w, self.width))
-        placed = plan + cast(spot, self.dtype).reshape(h, w, d)
+        made = self.has_variable("params", "plan_position")
+        count = self.get_variable("params", "plan_position").shape[0] if made else h * w
+        spot = self.param("plan_position", nn.initializers.normal(0.02), (count, self.width))
+        placed = plan + cast(on_grid(spot, h, w), self.dtype)
         pooled = Linear(self.width, bias=True, dtype=self.dtype, name="plan_pool")(
             Norm(name="plan_norm")(nn.silu(placed)).mean((1, 2))
         )
-        if (h, w) != (self.side, self.side):
-            method = "nearest" if h <= self.side else "linear"
-            plan = jax.image.resize(plan, (b, self.side, self.side, d), method)
+        if (h, w) != self.sides:
+            method = "nearest" if h <= self.sides[0] else "linear"
+            plan = jax.image.resize(plan, (b, *self.sides, d), method)
         return plan, pooled, placed.reshape(b, h * w, d)
 
     def read(self, cond: dict) -> jax.Array:
@@ -197,6 +205,14 @@ class DiT(nn.Module):
         return jnp.concatenate([plan, features], 1), jnp.concatenate([seen, mask], 1)
 
 
+def on_grid(table: jax.Array, h: int, w: int) -> jax.Array:
+    """A learned table of positions `[n, d]` as `[h, w, d]`, resized where it is of another, square grid."""
+    side = math.isqrt(len(table))  # a config's own pictures are square
+    if side**2 != len(table) or (h, w) == (side, side):
+        return table.reshape(h, w, -1)
+    return jax.image.resize(table.reshape(side, side, -1), (h, w, table.shape[1]), "linear")
+
+
 def build(config: Any) -> DiT:
     model = DiT(**config)
     if model.posterior not in ("mean", "sample"):
@@ -207,16 +223,25 @@ def build(config: Any) -> DiT:
     return model
 
 
+def sized(model: DiT, shape: Shape, parts: Parts) -> DiT:
+    """The model for pictures of `shape`, on the same arrays."""
+    if model.position == "stored":
+        raise UserError("model.position 'stored' is an array of one grid, 'rows' and 'columns' are not")
+    shape = parts["autoencoder"].model.grid if "autoencoder" in parts else shape
+    divided(shape, model.patch)
+    return model.clone(resolution=shape)
+
+
 def init(model: DiT, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:
-    side, c = model.resolution, model.channels
+    shape = (1, *model.shape, model.channels)
     cond = {"label": jnp.zeros((1,), jnp.int32)}
     if model.plan_width:
         h, w = need(parts, "tokenizer", "a decoder with a plan").model.grid
-        cond |= {"plan": jnp.zeros((1, h, w, model.plan_width)), "draft": jnp.zeros((1, side, side, c))}
+        cond |= {"plan": jnp.zeros((1, h, w, model.plan_width)), "draft": jnp.zeros(shape)}
     if model.text_vocab:
         text = jnp.zeros((1, model.text_length), jnp.int32)
         cond |= {"text": text, "text_mask": text == 0}
-    params = model.init(key, jnp.zeros((1, side, side, c)), jnp.zeros((1,)), cond)["params"]
+    params = model.init(key, jnp.zeros(shape), jnp.zeros((1,)), cond)["params"]
     return {"params": params, "extra": {}}
 
 
@@ -315,7 +340,7 @@ def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> ja
 
 def draw(model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict) -> jax.Array:
     """Renders `[b, H, W, 3]` in [-1, 1] from cond."""
-    shape = (model.resolution, model.resolution, model.channels)
+    shape = (*model.shape, model.channels)
     if model.text_vocab:
         cond = cond | {"features": model.apply({"params": params}, cond, method="read")}
     x = process.render(model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options)

@@ -27,6 +27,7 @@ from flax.core import FrozenDict
 from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
+from hybridgen.models.parts import Parts, Shape, divided, sides
 from hybridgen.models.tokenizers import judging
 from hybridgen.nn import quantize
 from hybridgen.nn.autoencoder import Autoencoder
@@ -40,7 +41,7 @@ POOL = 1024  # least slots for encoder outputs that dead codes may be reborn at
 class VQ(nn.Module):
     """`features`: image -> grid of raw codes; `picture`: grid of quantised codes -> image."""
 
-    resolution: int = 32
+    resolution: int | Shape = 32  # of a square, or height and width
     patch: int = 4
     channels: tuple[int, ...] = (128, 256)
     blocks: int = 1
@@ -104,8 +105,12 @@ class VQ(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w): the token grid of a picture."""
-        side = self.resolution // (self.patch * 2 ** (len(self.channels) - 1))
-        return side, side
+        return tuple(side // self.reduction for side in sides(self.resolution))
+
+    @property
+    def reduction(self) -> int:
+        """Pixels along a side of a token."""
+        return self.patch * 2 ** (len(self.channels) - 1)
 
     @property
     def length(self) -> int:
@@ -174,6 +179,16 @@ class VQ(nn.Module):
 
 def build(config: Any) -> VQ:
     return VQ(**config)
+
+
+def sized(model: VQ, shape: Shape, parts: Parts) -> VQ:
+    """The model for pictures of `shape`, on the same arrays."""
+    del parts
+    for name in ("local", "attention"):
+        if getattr(model, name) and not model.residual:
+            raise UserError(f"model.{name} has a table of positions of one grid, set it to False")
+    divided(shape, model.reduction)
+    return model.clone(resolution=shape)
 
 
 def init(model: VQ, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
