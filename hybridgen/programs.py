@@ -20,6 +20,7 @@ from hybridgen import config as config_lib
 from hybridgen import flops, pictures, rng, rundir, sharding, trees
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
+from hybridgen.data.buckets import largest
 from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, Run, context, find_run, part_shardings, read_by
 from hybridgen.experiment import load as load_run
@@ -85,10 +86,11 @@ class Programs(NamedTuple):
         """The loss as a function of the trainable parameters and of its other arguments, and those, abstract."""
         rule, (state, batch, parts) = self.rule, self.train_arguments()
         trainable, frozen = rule.which.split(state["params"])
+        model, parts = rule.fitted(batch, parts)
 
         def loss(trainable: Any, frozen: Any, batch: dict, parts: Any, extra: Any, step: Any) -> Any:
             options = {"parts": parts, "extra": extra, "step": step, "train": True}
-            return rule.family.loss(rule.model, trees.join(trainable, frozen), batch, jax.random.key(0), **options)[0]
+            return rule.family.loss(model, trees.join(trainable, frozen), batch, jax.random.key(0), **options)[0]
 
         return loss, (trainable, frozen, batch, parts, state["extra"], state["step"])
 
@@ -119,7 +121,7 @@ class Programs(NamedTuple):
 
     def tokens(self) -> int:
         """Image tokens of a picture, or patches; 0 where the model has no such thing."""
-        model, parts = self.experiment.model, self.experiment.parts
+        model, parts = self.rule.fitted(self.batch, self.experiment.parts)
         length = getattr(model, "length", 0)
         return length or (parts["tokenizer"].model.length if "tokenizer" in parts else 0)
 
@@ -185,7 +187,7 @@ def build(
     except NotImplementedError as error:  # of JAX: an axis that no sides of the torus make up
         raise UserError(f"mesh {dict(config.mesh)} cannot be laid on these devices: {error}") from None
     sharding.check_batch(mesh, config.batch, config.accumulate)
-    source = sources.build(config.data, "train")
+    source = largest(sources.build(config.data, "train"), max(config.batch, count or config.sample.count))
     runs = {name: _run(name, path) for name, path in config.parts.items() if _is_run(path, stages)}
     text = read_by(runs, config.data)
     if text is None and config.data.get("text"):
@@ -227,7 +229,7 @@ def build(
         host = pipeline.batches(source, text, workers=config.data.workers, **options)
         return pipeline.prefetch(map(_unbroken, host), functools.partial(sharding.to_global, mesh=mesh))
 
-    draw = pictures.sampler(family, model, config.sample.options)
+    draw = pictures.sampler(family, model, config.sample.options, rule.shape(batch))
     inputs = (_placed(x, jax.tree.map(lambda _: by_row, x)) for x in (batch, cond, keys))
     return Programs(experiment, rule, step, draw, state, *inputs, make, None if encoders else stream)
 

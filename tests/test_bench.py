@@ -4,9 +4,11 @@ import json
 
 import jax
 import pytest
+from PIL import Image
 
-from hybridgen import bench, cli, programs
+from hybridgen import bench, cli, preflight, programs
 from hybridgen import config as config_lib
+from hybridgen.data import buckets
 from hybridgen.errors import UserError
 
 PRIOR = ["--config", "configs/ar/raster.py:tiny", "--config.parts.tokenizer=configs/tokenizers/vq.py:tiny"]
@@ -97,3 +99,21 @@ def test_wrong_arguments_exit_with_2(argument, capsys):
 def test_nothing_trains_in_an_assembled_cascade(capsys):
     with pytest.raises(UserError, match="no training steps"):
         bench.main(["--config", "configs/recipes/shapes.py:tiny", "--stage", "cascade", "--what", "train"])
+
+
+def test_of_several_shapes_the_largest_is_compiled(tmp_path, capsys):
+    """Pictures of two ratios, and of training and drawing the programs that the larger shape has."""
+    for i in range(12):
+        Image.new("RGB", (60, 30) if i % 3 else (30, 50), (i, i, i)).save(tmp_path / f"{i}.png")
+    options = {"path": str(tmp_path), "validation": 0}
+    (tmp_path / "table").write_text(json.dumps(buckets.build(options, 16, 4, aspect=2, least=4)))
+    words = ["--config", "configs/tokenizers/vq.py:tiny,model.channels=(16,),model.attention=False,batch=2"]
+    words += ["--config.data.source=folder", "--config.data.resolution=16", "--count", "3"]
+    words += [f"--config.data.options.{name}={value}" for name, value in options.items()]
+    words += [f"--config.data.options.buckets={tmp_path / 'table'}", "--json", str(tmp_path / "report.json")]
+    assert bench.main([*words, "--steps", "1", "--what", "train"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["shape"] == [20, 12] and "pictures of 20 x 12, the largest of several" in capsys.readouterr().out
+    assert report["train"]["tokens_per_s"] == pytest.approx(15 * report["train"]["images_per_s"])  # a 5 x 3 grid
+    assert preflight.main(words) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["shape"] == [20, 12]

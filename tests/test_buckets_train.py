@@ -21,8 +21,9 @@ from hybridgen.experiment import load
 from hybridgen.models import parts as parts_lib
 from hybridgen.models.ar import raster
 from hybridgen.models.diffusion import dit
+from hybridgen.models.hybrid import cascade
 from hybridgen.models.text import lm
-from hybridgen.models.tokenizers import vq
+from hybridgen.models.tokenizers import kl, vq
 from hybridgen.state import spec_of
 
 STEPS, EVERY, B = 8, 4, 4
@@ -167,6 +168,7 @@ def test_models_of_all_shapes_have_the_same_arrays():
     tokenizer = {"tokenizer": tiny.tokenizer()}
     decoder = tiny.DECODER | {"draft": False, "classes": tiny.CLASSES}
     cases = (vq, tiny.FSQ, {}), (raster, tiny.prior_options(tokenizer["tokenizer"]), tokenizer), (dit, decoder, {})
+    cases += ((kl, {"channels": (8, 16), "residual": {"groups": 4}}, {}),)
     for module, options, parts in cases:
         model = module.build(options)
         assert shapes_at(module, model, parts, WIDE) == shapes_at(module, model, parts, (16, 16))
@@ -222,6 +224,20 @@ def test_a_decoder_with_a_plan_renders_and_learns_at_any_shape():
 
     image, loss = run(batch)
     assert image.shape == (2, *TALL, 3) and np.isfinite(loss) and np.std(image) > 0
+
+
+def test_a_joint_cascade_draws_and_learns_at_any_shape():
+    tokenizer = {"tokenizer": tiny.tokenizer()}
+    options = tiny.cascade_options(tokenizer["tokenizer"], {"depth": 1}, {"depth": 1})
+    part = tiny.part("hybrid.cascade", options, parts=tokenizer)
+    model, parts = parts_lib.sized(cascade, part.model, tokenizer, WIDE)
+    batch = tiny.batch(2) | {"image": np.random.default_rng(0).uniform(-1, 1, (2, *WIDE, 3)).astype(np.float32)}
+    keys = rng.sample_keys(jax.random.key(0), np.arange(2))
+    asked = {"parts": parts, "extra": {}, "step": 0, "train": True}
+    loss = jax.jit(lambda batch: cascade.loss(model, part.params, batch, jax.random.key(1), **asked)[0])(batch)
+    drawing = {"parts": parts, "extra": {}, "options": {"prior": {}, "decoder": {"steps": 1}}}
+    out = jax.jit(lambda batch: cascade.sample(model, part.params, batch, keys, **drawing))(batch)
+    assert np.isfinite(loss) and out["image"].shape == (2, *WIDE, 3) and out["tokens"].shape == (2, 15)
 
 
 REFUSED = {

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from hybridgen import rng
 from hybridgen.errors import UserError
 from hybridgen.models.losses import cross_entropy, rows, weighted
-from hybridgen.models.parts import Part, Parts, find, need
+from hybridgen.models.parts import Part, Parts, Shape, find, need
 from hybridgen.nn.linear import at_least_float32
 
 MODES = ("tokens", "soft", "features")
@@ -39,6 +39,7 @@ class Cascade(nn.Module):
     rollout_every: int = 0
     prior_weight: float = 1.0
     decoder_weight: float = 1.0
+    shape: tuple[int, ...] = ()  # of the pictures, where it is not the members' own
 
 
 def build(config: Any) -> Cascade:
@@ -50,6 +51,17 @@ def build(config: Any) -> Cascade:
     if model.mode not in MODES:
         raise UserError(f"cascade mode {model.mode!r} is not one of {', '.join(MODES)}")
     return model
+
+
+def sized(model: Cascade, shape: Shape, parts: Parts) -> Cascade:
+    """The model for pictures of `shape`, on the same arrays: members trained here are of it, as parts are."""
+    for name in ("prior", "decoder"):
+        if getattr(model, name):
+            family, network = _trained(model, name, parts)
+            if not hasattr(find(family), "sized"):
+                raise UserError(f"its {name}, {family}, takes pictures of one shape")
+            find(family).sized(network, shape, parts)
+    return model.clone(shape=shape)
 
 
 def members(model: Cascade) -> list[nn.Module]:
@@ -68,8 +80,10 @@ def _trained(model: Cascade, name: str, parts: Parts) -> tuple[str, nn.Module]:
     """(family, model) of a member trained here; told hidden states, a decoder has a plan as wide as the prior."""
     if name == "decoder" and model.mode == "features":
         prior = _network(model.prior)[1] if model.prior else need(parts, "prior", "a cascade").model
-        return _network(model.decoder, plan_width=prior.width)
-    return _network(getattr(model, name))
+        family, network = _network(model.decoder, plan_width=prior.width)
+    else:
+        family, network = _network(getattr(model, name))
+    return family, find(family).sized(network, model.shape, parts) if model.shape else network
 
 
 def member(model: Cascade, name: str, params: Any, parts: Parts) -> Part:

@@ -9,6 +9,7 @@ a discriminator judges the pictures (judging.py).
 Letters: b batch, H W picture, h w grid, d channels of the latent.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from flax.core import FrozenDict
 
 from hybridgen import rng
 from hybridgen.models.losses import rows, weighted
+from hybridgen.models.parts import Parts, Shape, divided, sides
 from hybridgen.models.tokenizers import judging
 from hybridgen.nn.autoencoder import Autoencoder
 
@@ -28,7 +30,7 @@ LAST = "net/decoder/conv_out/kernel"  # the decoder's last kernel
 class KL(nn.Module):
     """`moments`: image -> mean and log-variance; `picture`: latent as drawn from them -> image."""
 
-    resolution: int = 32
+    resolution: int | Shape = 32  # of a square, or height and width
     channels: tuple[int, ...] = (128, 256)
     blocks: int = 2
     attention: bool = True  # in the middle
@@ -54,8 +56,13 @@ class KL(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w) of the latent."""
-        side = self.resolution // 2 ** (len(self.channels) - 1)
-        return side, side
+        height, width = sides(self.resolution)
+        return height // self.reduction, width // self.reduction
+
+    @property
+    def reduction(self) -> int:
+        """Pixels along a side of a place."""
+        return 2 ** (len(self.channels) - 1)
 
     @property
     def length(self) -> int:
@@ -74,7 +81,7 @@ class KL(nn.Module):
     @property
     def judge(self) -> judging.Judge:
         """What a picture is judged by; the published objective sums over a picture's values."""
-        game, values = judging.game(self.adversarial), 3 * self.resolution**2
+        game, values = judging.game(self.adversarial), 3 * math.prod(sides(self.resolution))
         return judging.Judge(self.l1, self.l2, self.perceptual, game, values, self.dtype)
 
     def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
@@ -97,6 +104,13 @@ class KL(nn.Module):
 
 def build(config: Any) -> KL:
     return KL(**config)
+
+
+def sized(model: KL, shape: Shape, parts: Parts) -> KL:
+    """The model for pictures of `shape`, on the same arrays."""
+    del parts
+    divided(shape, model.reduction)
+    return model.clone(resolution=shape)
 
 
 def init(model: KL, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
