@@ -24,7 +24,7 @@ from hybridgen.data import transforms
 from hybridgen.errors import UserError
 from hybridgen.evals import sheet
 from hybridgen.experiment import Loaded, find_run, restore
-from hybridgen.sample import conditions, words
+from hybridgen.sample import conditions, shape_of, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Model:
 
     def __init__(self, loaded: Loaded):
         self._loaded = loaded
-        self._drawer = functools.lru_cache(maxsize=4)(lambda changes: loaded.drawer(dict(changes)))  # programs
+        # programs by options and shape
+        self._drawer = functools.lru_cache(maxsize=4)(lambda changes, shape: loaded.drawer(dict(changes), shape))
 
     @property
     def config(self) -> Any:
@@ -77,20 +78,22 @@ class Model:
         seed: int = 0,
         count: int = 1,
         batch: int = 16,
+        size: str | None = None,
         **options: Any,
     ) -> Samples:
         """Draws `count` pictures a prompt, at most `batch` at a time.
 
-        Class-conditional models take `labels`, one a prompt where they read text too. `options`, otherwise as the
-        model's config has them: guidance, guidance_schedule, temperature, top_k, top_p (of the prior),
+        Class-conditional models take `labels`, one a prompt where they read text too. `size`, such as "24x40", is one
+        of the shapes of a run that was trained on several (default: the most square of them). `options`, otherwise as
+        the model's config has them: guidance, guidance_schedule, temperature, top_k, top_p (of the prior),
         decoder_guidance, steps, solver (of the decoder). The first call with a set of options compiles.
 
-        Raises UserError for a prompt, label or option that this model does not take.
+        Raises UserError for a prompt, label, size or option that this model does not take.
         """
         asked = _asked(prompts, labels)
         for name, value in (("count", count), ("batch", batch), ("seed", seed)):
             pictures.check_number(name, value)
-        loaded, draw = self._loaded, self._drawn_by(options)
+        loaded, draw = self._loaded, self._drawn_by(options, size)
         repeated = [one for one in asked for _ in range(count)]
         cond = conditions(loaded, repeated)
         batch = sharding.padded(loaded.mesh, min(batch, len(repeated)))
@@ -100,13 +103,14 @@ class Model:
         draft = transforms.to_uint8(out["draft"]) if "draft" in out else None
         return Samples(transforms.to_uint8(out["image"]), draft, out.get("tokens"), tuple(map(words, repeated)))
 
-    def _drawn_by(self, options: dict[str, Any]) -> Callable:
-        """The program with these options. Raises UserError for one that there is not."""
+    def _drawn_by(self, options: dict[str, Any], size: str | None) -> Callable:
+        """The program with these options for this size. Raises UserError for one that there is not."""
         if odd := sorted(options.keys() - pictures.GIVEN.keys()):
             raise UserError(f"unknown option {odd[0]!r}; known are {', '.join(pictures.GIVEN)}")
         changes = {pictures.GIVEN[name]: value for name, value in options.items() if value is not None}
+        shape = shape_of(self._loaded, size)
         try:
-            return self._drawer(tuple(sorted(changes.items()))) if changes else self._loaded.draw
+            return self._drawer(tuple(sorted(changes.items())), shape) if changes or shape else self._loaded.draw
         except TypeError:  # a value that cannot be hashed is no number and no name
             raise UserError(f"options are numbers and names, not {options}") from None
 

@@ -22,6 +22,7 @@ from hybridgen.errors import UserError
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.metrics import progress
+from hybridgen.models.parts import Shape
 
 Asked = tuple[str | None, int | None]  # a prompt, a class
 
@@ -72,13 +73,13 @@ def conditions(loaded: Loaded, asked: list[Asked]) -> dict[str, np.ndarray]:
     return cond | ({"label": np.asarray([n for _, n in asked], np.int32)} if loaded.classes else {})
 
 
-def sized(loaded: Loaded, size: str | None) -> Loaded:
-    """The run drawing pictures of "HxW", one of the shapes that it was trained on; without, of the most square of them.
+def shape_of(loaded: Loaded, size: str | None) -> Shape | None:
+    """The shape "HxW" to draw, one that the run was trained on; without, the most square of them; None: its only one.
 
     UserError for another one.
     """
     if size is None and not loaded.shapes:
-        return loaded
+        return None
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if size else None
     if size and not found:
         raise UserError(f"--size {size!r} is no height and width, such as 256x384")
@@ -87,7 +88,7 @@ def sized(loaded: Loaded, size: str | None) -> Loaded:
     if tuple(shape) not in map(tuple, known):
         names = ", ".join("{}x{}".format(*one) for one in known)
         raise UserError(f"--size {size}: this {loaded.config.family} run was trained on pictures of {names}")
-    return loaded._replace(draw=loaded.drawer({}, tuple(shape))) if loaded.shapes else loaded
+    return tuple(shape) if loaded.shapes else None
 
 
 def read_asked(args: argparse.Namespace) -> list[Asked]:
@@ -126,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     pictures.check_arguments(args)
     asked = read_asked(args)
     distributed.start(args)
-    loaded = sized(restore(find_run(args.run, None), pictures.changes(args), args.checkpoint), args.size)
+    loaded = restore(find_run(args.run, None), pictures.changes(args), args.checkpoint)
+    if shape := shape_of(loaded, args.size):
+        loaded = loaded._replace(draw=loaded.drawer({}, shape))
     grid = sample(loaded, asked, args.count, args.seed, args.batch, args.out, args.draft)
     print(f"{len(asked) * args.count} pictures in {args.out}, grid {grid}")
     return 0

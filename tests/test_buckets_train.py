@@ -14,6 +14,7 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+import hybridgen
 from hybridgen import config, experiment, metrics, rng, sample, train
 from hybridgen.data import buckets, sources
 from hybridgen.errors import UserError
@@ -284,6 +285,10 @@ def test_sample_draws_one_of_the_shapes(prior, tmp_path, capsys):
     assert sample.main(words) == 0  # without --size, the first of the most square ones
     assert Image.open(tmp_path / "00001.png").size == (12, 20)
     assert f"warning: 2 older pictures are in {tmp_path}" in capsys.readouterr().err
+    model = hybridgen.load(prior)
+    for size in ("20x12", None):  # the same in Python
+        drawn = model.sample("a wide one", count=2, size=size)
+        np.testing.assert_array_equal(drawn[1], np.asarray(Image.open(tmp_path / "00001.png")))
     for size, says in (("16x16", "was trained on pictures of 20x12, 12x20"), ("12", "no height and width")):
         with pytest.raises(UserError, match=says):
             sample.main([*words, "--size", size])
@@ -291,9 +296,9 @@ def test_sample_draws_one_of_the_shapes(prior, tmp_path, capsys):
 
 def test_a_run_of_one_shape_has_that_size_only(run, prior):
     loaded = SimpleNamespace(shapes=(), config=config.load(f"{tiny.ROOT}/configs/ar/raster.py:tiny"), drawer=None)
-    assert sample.sized(loaded, "32x32") is loaded is sample.sized(loaded, None)
+    assert sample.shape_of(loaded, "32x32") is None is sample.shape_of(loaded, None)
     with pytest.raises(UserError, match="--size 32x48: this ar.raster run was trained on pictures of 32x32"):
-        sample.sized(loaded, "32x48")
+        sample.shape_of(loaded, "32x48")
 
 
 @pytest.mark.parametrize("shapes", [3, "x", [[4]], [[4, "4"]], [[0, 4]], [[4, 10**6]], [[4, 4, 4]], [[True, 4]], None])
