@@ -8,18 +8,18 @@ Times the programs that `train` and `sample` run, on one batch of the config's d
 draws tokens over a cache, that alone too (decode); and training from the loader, for what it waits. Runs of a program
 take turns with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see the same
 machine: the fraction of its matmul rate is the median over turns; decode takes turns with a large copy. FLOPs are
-counted from the trace (hybridgen.flops), without what remat adds. Parts that name a config are used untrained. Nothing
+counted from the trace (cost/flops.py), without what remat adds. Parts that name a config are used untrained. Nothing
 is written but FILE, and compiled programs in a temporary folder, to time how soon they are back.
 
 JSON: {"config", "family", "platform", "device", "devices", "batch", "shape": height and width of the pictures, the
 largest of several shapes (null: there is one), "dtype", "parameters", "load" (of the machine in the minute before, in
 busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "copy": {"bytes_per_s":
 median of one device, read and written together}, "chip": {"flops_per_s" in this dtype, "bytes_per_s"} by
-hybridgen.chips, or null, "train" and "sample": {
+cost/chips.py, or null, "train" and "sample": {
   "seconds" of a step or call: {"median", "q1", "q3", "min", "runs"}, "images" of a step or call, "images_per_s",
   "tokens_per_s" (image tokens, or patches), "flops" of a step or call: {"matmul", "attention", "convolution", "total"},
   "flops_per_s", "matmul_fraction", "mfu": share of the chip's peak (null: chip not known),
-  "memory_bytes": read and written by a device as compiled (hybridgen.hlo), "copy_fraction": that of the copy's rate,
+  "memory_bytes": read and written by a device as compiled (cost/hlo.py), "copy_fraction": that of the copy's rate,
   "lower_s" (trace and lower), "compile_s" from nothing, "warm_compile_s" from the compile cache,
   "memory" a device as compiled: {"arguments", "outputs", "aliased", "temporaries", "peak"} in bytes,
   "measured_peak": bytes in use at most so far, a device's or, on a CPU, this process's,
@@ -27,7 +27,7 @@ hybridgen.chips, or null, "train" and "sample": {
   in "sample" "decode": null, or {"seconds": as above, "steps" of the prior, "tokens_per_s", "bytes": that a device must
     read in a step (parameters in their dtype of use and the filled cache), "copy_fraction": these of the copy's rate,
     "bandwidth_fraction": of the chip's (null: not known), "compile_s", ...}},
-  and with --against torch (hybridgen.against) "against": {"torch": its version, "threads", "train" and "decode":
+  and with --against torch (cost/against.py) "against": {"torch": its version, "threads", "train" and "decode":
     {"ours" and "theirs": median seconds, "ratio": theirs / ours, "cpu_ratio", "seconds", "load"}}}
 """
 
@@ -45,9 +45,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from hybridgen import against, chips, hlo, programs, roofline, rundir, trees
 from hybridgen import config as config_lib
+from hybridgen import rundir, trees
 from hybridgen.cli import command, make_parser
+from hybridgen.cost import against, chips, hlo, programs, roofline
 from hybridgen.state import inference_params
 
 FED = 8  # steps on what the loader gives, at most

@@ -6,11 +6,11 @@
     python -m hybridgen.preflight --config configs/recipes/shapes.py:cpu --stage decoder --json FILE   # this machine
 
 Says for each program whether it fits a device's memory, by how much, and what to change if not; what its collectives
-move, and the roofline (hybridgen.roofline). Nothing is run. Exit code 1 if a program does not fit. A topology needs the
+move, and the roofline (cost/roofline.py). Nothing is run. Exit code 1 if a program does not fit. A topology needs the
 extra `tpu` (libtpu), and no TPU. Parts that name a config are taken untrained: nothing has to be trained before.
 
 `--suggest` looks through shapes of the mesh, remat policies and batches, estimates all and compiles the promising ones
-(hybridgen.suggest). `--slices N`: so many such slices, data parallel between them (mesh axis `dcn`). For a topology XLA
+(cost/suggest.py). `--slices N`: so many such slices, data parallel between them (mesh axis `dcn`). For a topology XLA
 is told to spend less time on speed (`--exact`: as the run itself will): a 3B prior then compiles in half a minute and
 not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
 
@@ -41,9 +41,10 @@ from typing import Any
 
 import jax
 
-from hybridgen import chips, hlo, programs, roofline, rundir, suggest, trees
 from hybridgen import config as config_lib
+from hybridgen import rundir, trees
 from hybridgen.cli import command, make_parser
+from hybridgen.cost import chips, hlo, programs, roofline, suggest
 from hybridgen.errors import UserError
 
 GIB = 2**30

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import against, bench, programs
+from hybridgen import bench
 from hybridgen import config as config_lib
+from hybridgen.cost import against, programs
 from hybridgen.errors import UserError
 from hybridgen.models.ar import raster
 

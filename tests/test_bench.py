@@ -6,8 +6,9 @@ import jax
 import pytest
 from PIL import Image
 
-from hybridgen import bench, cli, preflight, programs
+from hybridgen import bench, cli, preflight
 from hybridgen import config as config_lib
+from hybridgen.cost import programs
 from hybridgen.data import buckets
 from hybridgen.errors import UserError
 

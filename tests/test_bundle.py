@@ -13,9 +13,10 @@ import saved_runs
 import tiny
 
 import hybridgen
-from hybridgen import bundle, checkpoint, experiment, export, manifest, programs, sample, trees
+from hybridgen import bundle, checkpoint, experiment, export, manifest, sample, trees
 from hybridgen import config as config_lib
 from hybridgen.convert import safetensors
+from hybridgen.cost import programs
 from hybridgen.data import sources
 from hybridgen.errors import UserError
 

@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 from hybridgen import config as config_lib
-from hybridgen import experiment, pictures, programs, recipe, sharding, trees
+from hybridgen import experiment, pictures, recipe, sharding, trees
+from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import restore

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridgen import flops
+from hybridgen.cost import flops
 from hybridgen.models.ar import raster
 from hybridgen.models.diffusion import dit
 from hybridgen.models.parts import Part

@@ -28,7 +28,7 @@ ALLOWED = {
     "rng": ALONE,
     "metrics": ALONE,
     "profiling": ALONE,
-    "flops": ALONE,
+    "cost.flops": ALONE,
     "config": ALONE,
     "optim": ("errors", "trees"),
     "state": ("errors", "optim", "rng", "sharding", "trees"),

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hybridgen import chips, cli, hlo, preflight, programs, roofline, suggest
+from hybridgen import cli, preflight
 from hybridgen import config as config_lib
+from hybridgen.cost import chips, hlo, programs, roofline, suggest
 from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,8 @@ SCANNED = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from hybridgen import hlo, sharding
+from hybridgen import sharding
+from hybridgen.cost import hlo
 
 mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
 def place(shape, *spec):
@@ -152,7 +154,8 @@ def test_suggestions_on_this_machine(tmp_path, monkeypatch):
 
 SUGGESTED = """
 import json, sys
-from hybridgen import preflight, suggest
+from hybridgen import preflight
+from hybridgen.cost import suggest
 
 suggest.COMPILED = 3
 prior, file = sys.argv[1:-1], sys.argv[-1]

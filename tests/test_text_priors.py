@@ -16,9 +16,10 @@ from PIL import Image
 
 import hybridgen
 from hybridgen import config as config_lib
-from hybridgen import experiment, export, importing, programs, sample, trees
+from hybridgen import experiment, export, importing, sample, trees
 from hybridgen.convert import safetensors
 from hybridgen.convert.files import open_weights
+from hybridgen.cost import programs
 from hybridgen.data import text as text_lib
 from hybridgen.errors import UserError
 from hybridgen.models.ar import raster

@@ -41,7 +41,7 @@ def flash_attention(
     """`q [b, t, h, g, k]`, `k, v [b, s, h, k]`, `valid [b, s]` -> `[b, t, h, g, k]`.
 
     `kind`, `prefix` and `offset` are those of attention.Mask; `seen [b, t]` says which rows see any key (None: all).
-    Counted by hybridgen.flops under the name of this function. interpret: run by the interpreter, on any device.
+    Counted by hybridgen.cost.flops under the name of this function. interpret: run by the interpreter, on any device.
     """
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:

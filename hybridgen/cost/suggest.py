@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybridgen import chips, programs, roofline, sharding, trees
+from hybridgen import sharding, trees
+from hybridgen.cost import chips, programs, roofline
 from hybridgen.errors import UserError
 
 POLICIES = ("none", "dots", "full")  # of nn.stack, by how much they keep

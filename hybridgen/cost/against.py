@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import pictures, programs, trees
+from hybridgen import pictures, trees
+from hybridgen.cost import programs
 from hybridgen.errors import UserError
 from hybridgen.sampling import guidance
 from hybridgen.state import inference_params

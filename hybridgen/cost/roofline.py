@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from hybridgen import programs
-from hybridgen.chips import Chip
+from hybridgen.cost import programs
+from hybridgen.cost.chips import Chip
 
 GIB = 2**30
 # bytes through a device's links, in units of a collective's size, for a group that is large

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from hybridgen import config as config_lib
-from hybridgen import flops, pictures, rng, rundir, sharding, trees
+from hybridgen import pictures, rng, rundir, sharding, trees
+from hybridgen.cost import flops
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.buckets import largest
