@@ -8,10 +8,9 @@ places of 8 values and 64 of 4, whose prior is a diffusion (DiT) conditioned on 
 the runs logged and reported; `--config.order="('table',)"` makes it anew, also while points are missing.
 
 Equal in all: pictures (the demo's), batch, steps, rates and seed; width and depth of the priors and of the DiT.
-Different is what makes a point, and the width of the tokenizers, so that their steps cost about the same: twice as wide
-where the grid is half as wide, and for 256 tokens one level in place of two. A prior's step costs what its sequence
-does: at 256 tokens nine times that at 16. Steps are few: the table shows how fast a prior learns each code as much as
-what it could reach.
+Different is what makes a point, and the tokenizers: at 64 tokens half as wide as at 4 and 16, and at 256 with one level
+in place of two, so that their steps cost about the same. A prior's step costs what its sequence does: at 256 tokens
+nine times that at 16. Steps are few: the table shows how fast a prior learns each code as much as what it could reach.
 
 `tiny`: a smoke test of three points. `cpu`: the README's table.
 """
@@ -25,7 +24,7 @@ from configs.tokenizers import kl, vq
 
 VARIANTS = ("tiny", "cpu")
 # side of the token grid: patch and channels of the tokenizer
-GRIDS = {2: (8, (128, 256)), 4: (4, (64, 128)), 8: (2, (32, 64)), 16: (2, (64,))}
+GRIDS = {2: (8, (64, 128)), 4: (4, (64, 128)), 8: (2, (32, 64)), 16: (2, (64,))}
 LEVELS = {64: (4, 4, 4), 240: (8, 6, 5), 1000: (8, 5, 5, 5), 4375: (7, 5, 5, 5, 5)}
 # side of the latent's grid: channels of the autoencoder
 LATENTS = {4: (16, 32, 64, 64), 8: (16, 32, 64)}
