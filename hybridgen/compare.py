@@ -11,7 +11,7 @@ beside the size of the code. One on latents is a diffusion: its loss is an error
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def stage(config: Any, place: Path) -> None:
     if not points:
         raise UserError(f"there is nothing to compare yet: {next(iter(missing.values()), 'no points')}")
     points = dict(sorted(points.items(), key=lambda item: _size(item[1])))
-    text = markdown(points, missing)
+    text = markdown(points, list(missing))
     if jax.process_index() == 0:
         rundir.make(place)
         rundir.write_json(place / "table.json", {"split": config.split, "points": points, "missing": missing})
@@ -114,7 +114,7 @@ def pictures(folder: Path, split: str) -> dict[str, Any]:
     return out
 
 
-def markdown(points: Mapping[str, Mapping], missing: Mapping[str, str]) -> str:
+def markdown(points: Mapping[str, Mapping], missing: Sequence[str]) -> str:
     """The table, and what is not in it."""
     lines = [_row(HEAD), _row(["---"] * len(HEAD))]
     for name, point in points.items():
@@ -132,7 +132,7 @@ def markdown(points: Mapping[str, Mapping], missing: Mapping[str, str]) -> str:
         lines.append(_row("" if value is None else form.format(_share(value)) for value, form in known))
     if any("error" in point for point in points.values()):
         lines += ["", "In brackets: squared error a value, of a diffusion on latents. It does not compare with nats."]
-    lines += ["", *(f"- not measured yet: {name} ({why})" for name, why in missing.items())] if missing else []
+    lines += ["", f"Not measured yet: {', '.join(missing)}."] if missing else []
     return "\n".join([*lines, ""])
 
 
