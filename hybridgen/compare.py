@@ -99,6 +99,8 @@ def pictures(folder: Path, split: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no report in {folder} yet")
     report, out = rundir.read_json(file), {}
+    if split not in report["splits"]:
+        raise UserError(f"the report in {folder} is not of the split {split!r}, but of {', '.join(report['splits'])}")
     for kind, drawn in report["splits"][split].items():
         name = "drawn" if kind == "from captions" else "reconstructed"
         if "render" not in drawn:
