@@ -23,7 +23,7 @@ from hybridgen.errors import UserError
 from hybridgen.experiment import find_run
 
 HEAD = ("point", "code, bits", "perplexity, of the codebook", "PSNR", "right, reconstructed", "prior's loss")
-HEAD += ("nats a picture", "bits a picture", "right, from captions")
+HEAD += ("nats a picture", "bits a picture", "right, from captions", "by objects")
 
 
 def runs(point: Any) -> tuple[str, ...]:
@@ -109,8 +109,10 @@ def pictures(folder: Path, split: str) -> dict[str, Any]:
         if "psnr" in render:
             out["psnr"] = render["psnr"]
         if "judge" in render:
-            share, count = render["judge"]["all"]["all_right"], render["judge"]["all"]["pictures"]
+            shares = {group: means["all_right"] for group, means in render["judge"].items()}
+            share, count = shares.pop("all"), render["judge"]["all"]["pictures"]
             out[name] = {"right": share, "standard_error": math.sqrt(share * (1 - share) / count), "pictures": count}
+            out[name]["by_objects"] = shares
     if "codes" in report:
         out["perplexity"] = report["codes"]["perplexity"]
     return out
@@ -130,6 +132,7 @@ def markdown(points: Mapping[str, Mapping], missing: Sequence[str]) -> str:
             (point.get("nats_a_picture"), "{:.1f}"),
             (point.get("bits_a_picture"), "{:.1f}"),
             (point.get("drawn"), "{}"),
+            (_by_objects(point.get("drawn", {})), "{}"),
         ]
         lines.append(_row("" if value is None else form.format(_share(value)) for value, form in known))
     if any("error" in point for point in points.values()):
@@ -142,6 +145,10 @@ def _share(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     return f"{100 * value['right']:.1f} % (s.e. {100 * value['standard_error']:.1f})"
+
+
+def _by_objects(drawn: Mapping) -> str:
+    return ", ".join(f"{number}: {100 * share:.1f} %" for number, share in drawn.get("by_objects", {}).items())
 
 
 def _row(cells: Iterable) -> str:

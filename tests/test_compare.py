@@ -54,15 +54,16 @@ def test_the_table_has_the_numbers_of_the_runs(points, tmp_path, capsys):
     # of a picture: times its tokens, by the last evaluation; and the same in bits
     assert (codes["nats_a_token"], codes["nats_a_picture"], codes["prior_step"]) == (1.5, 12.0, 7)
     assert codes["bits_a_picture"] == pytest.approx(math.log2(math.exp(12.0)))
-    assert codes["drawn"] == {"right": 0.25, "standard_error": 0.0625, "pictures": 48}
+    assert codes["drawn"] == {"right": 0.25, "standard_error": 0.0625, "pictures": 48, "by_objects": {"1": 1.0}}
     assert latents["code_bits"] == pytest.approx(20) and latents["error"] == 0.125
     assert not latents.keys() & {"nats_a_token", "nats_a_picture", "bits_a_picture", "perplexity"}
     text = (tmp_path / "table" / "table.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {len(compare.HEAD)}
     assert rows[2] == ["8x512", "72", "50 %", "20.5", "75.0 % (s.e. 6.2)", "1.50 a token", "12.0", "17.3",
-                       "25.0 % (s.e. 6.2)"]  # fmt: skip
-    assert rows[3] == ["16x8", "20", "", "31.0", "75.0 % (s.e. 6.2)", "(0.125)", "", "", "25.0 % (s.e. 6.2)"]
+                       "25.0 % (s.e. 6.2)", "1: 100.0 %"]  # fmt: skip
+    assert rows[3][:8] == ["16x8", "20", "", "31.0", "75.0 % (s.e. 6.2)", "(0.125)", "", ""]
+    assert rows[3][8:] == ["25.0 % (s.e. 6.2)", "1: 100.0 %"]
     assert "does not compare with nats" in text and "Not measured" not in text and text in capsys.readouterr().out
 
 
