@@ -12,8 +12,8 @@ Different is what makes a point, and the tokenizers: at 64 tokens half as wide a
 in place of two, so that their steps cost about the same. A prior's step costs what its sequence does: at 256 tokens
 nine times that at 16. Steps are few: the table shows how fast a prior learns each code as much as what it could reach.
 
-`tiny`: a smoke test of three points. `cpu`: the README's table; its stages took 112 minutes in all on two cores that
-other programs kept busy, half of it 256 tokens.
+`tiny`: a smoke test of three points. `cpu`: the README's table; training took 112 minutes, added up over the
+stages, on two cores that other programs kept busy; 48 of them for 256 tokens.
 """
 
 from ml_collections import ConfigDict
