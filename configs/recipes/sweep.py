@@ -7,13 +7,14 @@ A point is a tokenizer and a prior on it, which draws the validation captions th
 places of 8 values and 64 of 4, whose prior is a diffusion (DiT) conditioned on the caption alone. `table` reads what
 the runs logged and reported; `--config.order="('table',)"` makes it anew, also while points are missing.
 
-Equal in all: pictures (the demo's), batch, steps, rates and seed; width and depth of the priors and of the DiT.
-Different is what makes a point, and the tokenizers: at 64 tokens half as wide as at 4 and 16, and at 256 with one level
-in place of two, so that their steps cost about the same. A prior's step costs what its sequence does: at 256 tokens
-nine times that at 16. Steps are few: the table shows how fast a prior learns each code as much as what it could reach.
+Equal in all: pictures (the demo's), batch, steps and seed; width and depth of the priors and of the DiT; the rates of
+all points of codes, and of both of latents. Different is what makes a point, and the tokenizers: at 64 tokens half as
+wide as at 4 and 16, and at 256 with one level in place of two, so that the arithmetic of a step is about the same (at 4
+a quarter). A prior's step costs what its sequence does: at 256 tokens nine times that at 16. Steps are few: the table
+shows how fast a prior learns each code as much as what it could reach.
 
-`tiny`: a smoke test of three points. `cpu`: the README's table; training took 112 minutes, added up over the
-stages, on two cores that other programs kept busy; 48 of them for 256 tokens.
+`tiny`: a smoke test of three points. `cpu`: the README's table; training took 112 minutes, added up over the stages, on
+two cores that other programs kept busy; 48 of them for 256 tokens.
 """
 
 from ml_collections import ConfigDict
