@@ -5,7 +5,8 @@
 A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. A stage with a
 `family` is trained in WORKDIR/name; one with `cache` writes there, once, what the run that it names makes of the data
 (see cache.py), and a stage behind it reads that as {"source": "records", "options": {"path": "../NAME"}}; one with
-`evaluate` measures the run that it names, each time, and writes report and contact sheets.
+`evaluate` measures the run that it names, each time, and writes report and contact sheets; one with `compare` makes a
+table of what stages before it measured (see compare.py).
 """
 
 import json
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridgen import cache, distances, distributed, evaluate, resume, rundir, train
+from hybridgen import cache, compare, distances, distributed, evaluate, resume, rundir, train
 from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
 from hybridgen.data import sources
@@ -36,6 +37,8 @@ def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
             measure(stage, place)
         elif "cache" in stage:
             cache.stage(stage, place)
+        elif "compare" in stage:
+            compare.stage(stage, place)
         elif not train.run(stage, place, allow=allow, label=name):
             return False
     print(f"done in {time.monotonic() - started:.0f} s")
@@ -52,6 +55,8 @@ def check(config: Any) -> None:
     for name in config.order:
         if name not in config.stages:
             raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")
+        if "compare" in config.stages[name]:
+            compare.check(config.stages[name], list(config.stages))
 
 
 def awaited(stage: Any) -> bool:

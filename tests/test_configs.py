@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
+from hybridgen import compare, experiment, pictures, recipe, sharding, trees
 from hybridgen import config as config_lib
-from hybridgen import experiment, pictures, recipe, sharding, trees
 from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
 from hybridgen.errors import UserError
@@ -90,7 +90,9 @@ def test_recipes_fit_together(path):
         known = list(config.order)
         for number, name in enumerate(known):
             stage = config.stages[name]
-            needs = [stage.evaluate] if "evaluate" in stage else stage.parts.values()
+            points = stage.get("compare", {}).values()
+            needs = [stage.evaluate] if "evaluate" in stage else stage.get("parts", {}).values()
+            needs = [*needs, *(run for point in points for run in compare.runs(point))]
             assert all(need.removeprefix("../") in known[:number] for need in needs), (variant, name)
 
 

@@ -1,0 +1,105 @@
+"""What tokens cost and bring: their number, the size of the codebook, continuous latents; one table of all points.
+
+    python -m hybridgen.recipe --config configs/recipes/sweep.py:cpu --workdir runs/sweep
+
+A point is a tokenizer and a prior on it, which draws the validation captions through that tokenizer. The points are 4,
+16, 64 and 256 tokens of 1000 codes; 16 tokens of 64, 240, 1000 and 4375 codes; and latents of a KL autoencoder, 16
+places of 8 values and 64 of 4, whose prior is a diffusion (DiT) conditioned on the caption alone. `table` reads what
+the runs logged and reported; `--config.order="('table',)"` makes it anew, also while points are missing.
+
+Equal in all: pictures (the demo's), batch, steps and seed; width and depth of the priors and of the DiT; the rates of
+all points of codes, and of both of latents. Different is what makes a point, and the tokenizers: at 64 tokens half as
+wide as at 4 and 16, and at 256 with one level in place of two, so that the arithmetic of a step is about the same (at 4
+a quarter). A prior's step costs what its sequence does: at 256 tokens nine times that at 16. Steps are few: the table
+shows how fast a prior learns each code as much as what it could reach.
+
+`tiny`: a smoke test of three points. `cpu`: the README's table; training took 112 minutes, added up over the stages, on
+two cores that other programs kept busy; 48 of them for 256 tokens.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.ar import raster
+from configs.diffusion import dit
+from configs.tokenizers import kl, vq
+
+VARIANTS = ("tiny", "cpu")
+# side of the token grid: patch and channels of the tokenizer
+GRIDS = {2: (8, (64, 128)), 4: (4, (64, 128)), 8: (2, (32, 64)), 16: (2, (64,))}
+LEVELS = {64: (4, 4, 4), 240: (8, 6, 5), 1000: (8, 5, 5, 5), 4375: (7, 5, 5, 5, 5)}
+# side of the latent's grid: channels of the autoencoder
+LATENTS = {4: (16, 32, 64, 64), 8: (16, 32, 64)}
+# (side, codes, 0) or (side, 0, values a place)
+POINTS = {"tiny": ((2, 64, 0), (4, 64, 0), (4, 0, 8))}
+POINTS["cpu"] = ((4, 1000, 0), (2, 1000, 0), (4, 64, 0), (8, 1000, 0), (4, 0, 8), (4, 4375, 0))
+POINTS["cpu"] += ((16, 1000, 0), (8, 0, 4), (4, 240, 0))
+STEPS = {"tokenizer": 800, "prior": 800}
+
+
+def get_config(variant: str = ""):
+    variant = variant or "cpu"
+    if variant not in VARIANTS:
+        raise common.unknown(variant, *VARIANTS)
+    count = 16 if variant == "tiny" else 256
+    stages, points = {}, {}
+    for side, codes, width in POINTS[variant]:
+        label = f"{side**2}x{codes}" if codes else f"{side**2}x{width}_latent"
+        names = {role: f"{role}_{label}" for role in ("tokenizer", "prior", "reconstructed", "drawn")}
+        tokenizer, prior = _codes(side, codes) if codes else _latent(side, width)
+        prior.parts = ConfigDict({"tokenizer" if codes else "autoencoder": f"../{names['tokenizer']}"})
+        stages |= {names["tokenizer"]: tokenizer, names["prior"]: prior}
+        measured = {"drawn": "prior"} | ({"reconstructed": "tokenizer"} if width else {})
+        for role, run in measured.items():
+            stages[names[role]] = {"evaluate": f"../{names[run]}", "splits": ("validation",), "count": count}
+            stages[names[role]] |= {"seed": 0, "batch": min(count, 64)}
+        points[label] = {"tokenizer": f"../{names['tokenizer']}", "prior": f"../{names['prior']}"}
+        points[label]["pictures"] = tuple(f"../{names[role]}" for role in measured)
+    for name, stage in stages.items():
+        if "family" in stage:
+            _finish(stage, variant, name.partition("_")[0])
+    stages["table"] = {"compare": points, "split": "validation"}
+    config = ConfigDict()
+    config.order = tuple(stages)
+    config.stages = ConfigDict(stages, convert_dict=True)
+    return config
+
+
+def _codes(side: int, codes: int):
+    """Tokenizer and prior of side x side tokens."""
+    tokenizer, prior = vq.get_config(), raster.get_config()
+    patch, channels = GRIDS[side]
+    tokenizer.model.update(patch=patch, channels=channels, levels=LEVELS[codes], local=True, entropy=0.02, fill=0.72)
+    tokenizer.optim.lr = 5e-3
+    prior.model.update(width=128, heads=2)
+    prior.optim.lr = 3e-3
+    return tokenizer, prior
+
+
+def _latent(side: int, width: int):
+    """Autoencoder and DiT of a latent of side x side places of `width` values."""
+    autoencoder, prior = kl.get_config("tiny"), dit.get_config()
+    # squared error and twice its variance: an evidence bound at 33 dB, which also brings the latents to unit variance
+    autoencoder.model.update(channels=LATENTS[side], width=width, l1=0.0, l2=1.0, divergence=4e-3)
+    autoencoder.model.residual.groups = 8
+    del autoencoder.model.adversarial
+    autoencoder.optim.groups = ConfigDict()
+    autoencoder.optim.update(lr=3e-3, warmup=50)
+    prior.model.update(channels=width, patch=1, draft=False, relative=False, corrupt=0.0, width=128, heads=2)
+    prior.model.update(kind="velocity", loss_kind="velocity", time_min=0.0)
+    with prior.model.ignore_type():  # no plan; of the latent, not of the data; and text, of which the decoder has none
+        prior.model.update(plan_width=0, resolution=side, text_vocab="auto", text_length="auto")
+    prior.sample.options.decoder.guidance = 2.0  # as the other priors
+    return autoencoder, prior
+
+
+def _finish(stage, variant: str, role: str):
+    stage.data = ConfigDict(common.shapes(**common.DEMO), convert_dict=True)
+    stage.batch, stage.steps = 32, STEPS[role]
+    if variant == "tiny":
+        stage.batch, stage.steps = 8, 20
+        if stage.family == "tokenizers.vq":
+            stage.model.channels = (32, 32)
+        elif role == "prior":
+            stage.model.update(width=64, depth=2, heads=1)
+    stage.eval.every, stage.eval.batches = stage.steps, 16 if variant == "cpu" else 2

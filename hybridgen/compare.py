@@ -1,0 +1,155 @@
+"""One table of a recipe's points, each a tokenizer and a prior on it: what their runs logged and reported.
+
+A stage of a recipe: {"compare": {NAME: {"tokenizer": run, "prior": run, "pictures": (evaluations,)}}, "split": name}.
+Nothing is computed anew. A point that is not measured yet is named below the table.
+
+The size of the code in bits is tokens times log2 of the codebook, or the mean divergence of a KL autoencoder. A prior
+on tokens is told in nats a token and, as that depends on how many there are, a picture; in bits a picture it stands
+beside the size of the code. One on latents is a diffusion: its loss is an error a value, and compares with neither.
+"""
+
+import json
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hybridgen import config as config_lib
+from hybridgen import rundir
+from hybridgen.errors import UserError
+from hybridgen.experiment import find_run
+
+HEAD = ("point", "code, bits", "perplexity, of the codebook", "PSNR", "right, reconstructed", "prior's loss")
+HEAD += ("nats a picture", "bits a picture", "right, from captions", "by objects")
+
+
+def runs(point: Any) -> tuple[str, ...]:
+    """What a point names: its runs, and the folders of its evaluations."""
+    return (point.tokenizer, point.prior, *point.pictures)
+
+
+def check(stage: Any, known: Collection[str]) -> None:
+    """Raises UserError if a point names what is no stage of the recipe, `known`."""
+    for name, point in stage.compare.items():
+        for other in (Path(path).name for path in runs(point)):
+            if other not in known:
+                raise UserError(f"point {name!r}: there is no stage {other!r}{config_lib.hint(other, known)}")
+
+
+def stage(config: Any, place: Path) -> None:
+    """Writes table.json and table.md into `place` and prints the table. UserError if no point is measured."""
+    points, missing = {}, {}
+    for name, point in config.compare.items():
+        try:
+            points[name] = measured(point, config.split, place)
+        except UserError as error:
+            missing[name] = str(error)
+    if not points:
+        raise UserError(f"there is nothing to compare yet: {next(iter(missing.values()), 'no points')}")
+    points = dict(sorted(points.items(), key=lambda item: _size(item[1])))
+    text = markdown(points, list(missing))
+    if jax.process_index() == 0:
+        rundir.make(place)
+        rundir.write_json(place / "table.json", {"split": config.split, "points": points, "missing": missing})
+        (place / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"table  {place / 'table.md'}")
+
+
+def measured(point: Any, split: str, place: Path) -> dict[str, Any]:
+    """A point's numbers, as found in its runs. Raises UserError for what is not there yet."""
+    tokenizer, prior = (find_run(point[role], place) for role in ("tokenizer", "prior"))
+    model = config_lib.read(prior / "config.json").model
+    said, told = last_evaluation(tokenizer), last_evaluation(prior)
+    steps = {"tokenizer_step": said["step"], "prior_step": told["step"]}
+    if "vocab" in model:
+        tokens = math.prod(model.grid)
+        out = {"tokens": tokens, "codes": model.vocab, "code_bits": tokens * math.log2(model.vocab)}
+        out |= {"nats_a_token": told["eval/nll"], "nats_a_picture": tokens * told["eval/nll"]}
+        out |= {"bits_a_picture": out["nats_a_picture"] / math.log(2)}
+    else:
+        out = {"places": model.resolution**2, "values": model.channels, "error": told["eval/loss"]}
+        if "eval/divergence" in said:
+            out["code_bits"] = said["eval/divergence"] / math.log(2)
+    for path in point.pictures:
+        out |= pictures(Path(os.path.normpath(place / path)), split)
+    return out | steps
+
+
+def _size(point: Mapping) -> tuple:
+    """What rows are sorted by: codes before latents, then places, then what a place may say."""
+    return "error" in point, point.get("tokens", point.get("places")), point.get("codes", point.get("values"))
+
+
+def last_evaluation(run: Path) -> dict[str, Any]:
+    """The last line of a run's log that has an evaluation."""
+    log = run / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    for line in reversed([json.loads(line) for line in lines if '"eval/' in line]):
+        return {name: value if name == "step" else float(value) for name, value in line.items()}
+    raise UserError(f"{run} has logged no evaluation yet")
+
+
+def pictures(folder: Path, split: str) -> dict[str, Any]:
+    """Shares of right pictures, with their standard errors, PSNR and perplexity in an evaluation's report."""
+    file = folder / "report.json"
+    if not file.is_file():
+        raise UserError(f"no report in {folder} yet")
+    report, out = rundir.read_json(file), {}
+    if split not in report["splits"]:
+        raise UserError(f"the report in {folder} is not of the split {split!r}, but of {', '.join(report['splits'])}")
+    for kind, drawn in report["splits"][split].items():
+        name = "drawn" if kind == "from captions" else "reconstructed"
+        if "render" not in drawn:
+            continue
+        render = drawn["render"]
+        if "psnr" in render:
+            out["psnr"] = render["psnr"]
+        if "judge" in render:
+            shares = {group: means["all_right"] for group, means in render["judge"].items()}
+            share, count = shares.pop("all"), render["judge"]["all"]["pictures"]
+            out[name] = {"right": share, "standard_error": math.sqrt(share * (1 - share) / count), "pictures": count}
+            out[name]["by_objects"] = shares
+    if "codes" in report:
+        out["perplexity"] = report["codes"]["perplexity"]
+    return out
+
+
+def markdown(points: Mapping[str, Mapping], missing: Sequence[str]) -> str:
+    """The table, and what is not in it."""
+    lines = [_row(HEAD), _row(["---"] * len(HEAD))]
+    for name, point in points.items():
+        known = [
+            (name, "{}"),
+            (point.get("code_bits"), "{:.0f}"),
+            (100 * point["perplexity"] if "perplexity" in point else None, "{:.0f} %"),
+            (point.get("psnr"), "{:.1f}"),
+            (point.get("reconstructed"), "{}"),
+            *([(point["nats_a_token"], "{:.2f} a token")] if "codes" in point else [(point["error"], "({:.3f})")]),
+            (point.get("nats_a_picture"), "{:.1f}"),
+            (point.get("bits_a_picture"), "{:.1f}"),
+            (point.get("drawn"), "{}"),
+            (_by_objects(point.get("drawn", {})), "{}"),
+        ]
+        lines.append(_row("" if value is None else form.format(_share(value)) for value, form in known))
+    if any("error" in point for point in points.values()):
+        lines += ["", "In brackets: squared error a value, of a diffusion on latents. It does not compare with nats."]
+    lines += ["", f"Not measured yet: {', '.join(missing)}."] if missing else []
+    return "\n".join([*lines, ""])
+
+
+def _share(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return f"{100 * value['right']:.1f} % (s.e. {100 * value['standard_error']:.1f})"
+
+
+def _by_objects(drawn: Mapping) -> str:
+    return ", ".join(f"{number}: {100 * share:.1f} %" for number, share in drawn.get("by_objects", {}).items())
+
+
+def _row(cells: Iterable) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
