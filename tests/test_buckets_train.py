@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fault_cases
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -25,11 +26,12 @@ from hybridgen.models.diffusion import dit
 from hybridgen.models.hybrid import cascade
 from hybridgen.models.text import lm
 from hybridgen.models.tokenizers import kl, vq
+from hybridgen.nn.position import learned
 from hybridgen.state import spec_of
 
 STEPS, EVERY, B = 8, 4, 4
 WIDE, TALL = (12, 20), (20, 12)
-SMALL = ["data.resolution=16", "model.channels=(16,)", "model.attention=False", f"batch={B}", "log.every=1"]
+SMALL = ["data.resolution=16", "model.channels=(16,)", f"batch={B}", "log.every=1"]
 SMALL += [f"steps={STEPS}", f"checkpoint.every={EVERY}", f"eval.every={EVERY}", "eval.batches=99", "sample.every=8"]
 
 
@@ -175,6 +177,40 @@ def test_models_of_all_shapes_have_the_same_arrays():
         assert shapes_at(module, model, parts, WIDE) == shapes_at(module, model, parts, (16, 16))
 
 
+class Places(nn.Module):
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(self):
+        return learned(self, "places", 1.0, self.grid, 6)
+
+
+def test_learned_positions_are_read_between_their_places():
+    """At the corners of another grid they are what they were."""
+    params = Places((4, 4)).init(jax.random.key(0))
+    table = params["params"]["places"]
+    square, double, wide = (np.asarray(Places(grid).apply(params)) for grid in ((4, 4), (8, 8), (3, 5)))
+    np.testing.assert_array_equal(square.reshape(16, -1), table)
+    np.testing.assert_allclose(double[::7, ::7], square[::3, ::3], rtol=1e-6)
+    np.testing.assert_allclose(double[3:5].mean(0)[0], square[1:3].mean(0)[0], rtol=1e-5, atol=1e-6)
+    assert wide.shape == (3, 5, 6)
+
+
+@pytest.mark.parametrize("options", [{"attention": True}, {"local": True}])
+def test_a_tokenizer_that_knows_its_places_takes_any_shape(options):
+    part = tiny.tokenizer(tiny.FSQ | options)
+    model, _ = parts_lib.sized(vq, part.model, {}, WIDE)
+    image = np.random.default_rng(0).uniform(-1, 1, (2, *WIDE, 3)).astype(np.float32)
+
+    @jax.jit
+    def there_and_back(image):
+        tokens = vq.encode(model, part.params, part.extra, image)
+        return tokens, vq.decode(model, part.params, part.extra, vq.embed(model, part.params, part.extra, tokens))
+
+    tokens, seen = there_and_back(image)
+    assert tokens.shape == (2, 15) and seen.shape == image.shape and len(np.unique(tokens)) > 1
+
+
 def test_a_latent_has_the_shape_that_its_autoencoder_gives_it():
     autoencoder = tiny.tokenizer(tiny.VQ | {"quantizer": "none", "width": 4})
     model, parts = parts_lib.sized(dit, dit.build({"channels": 4, "patch": 1}), {"autoencoder": autoencoder}, TALL)
@@ -205,15 +241,9 @@ def test_a_prior_of_another_grid_draws_what_it_scores():
 
 
 def test_a_decoder_with_a_plan_renders_and_learns_at_any_shape():
-    """The plan's learned positions are read between their places: at the corners they are what they were."""
     tokenizer = {"tokenizer": tiny.tokenizer()}
     part = tiny.part("diffusion.dit", tiny.decoder_options(tokenizer["tokenizer"], depth=1), parts=tokenizer)
     model, parts = parts_lib.sized(dit, part.model, tokenizer, TALL)
-    table = part.params["plan_position"]
-    square, double = (np.asarray(dit.on_grid(table, *grid)) for grid in ((4, 4), (8, 8)))
-    np.testing.assert_array_equal(square.reshape(16, -1), table)
-    np.testing.assert_allclose(double[::7, ::7], square[::3, ::3], rtol=1e-6)
-    np.testing.assert_allclose(double[3:5].mean(0)[0], square[1:3].mean(0)[0], rtol=1e-5, atol=1e-6)
     batch = tiny.batch(2) | {"image": np.random.default_rng(0).uniform(-1, 1, (2, *TALL, 3)).astype(np.float32)}
     keys = rng.sample_keys(jax.random.key(0), np.arange(2))
 
@@ -242,8 +272,6 @@ def test_a_joint_cascade_draws_and_learns_at_any_shape():
 
 
 REFUSED = {
-    "attention": (vq, tiny.FSQ | {"attention": True}, WIDE, "tokenizers.vq cannot take .* 12 x 20: model.attention"),
-    "local": (vq, tiny.FSQ | {"local": True}, WIDE, "model.local has a table"),
     "indivisible": (vq, tiny.FSQ, (10, 20), "tokenizers.vq .* 10 x 20: its sides do not divide by 4"),
     "table": (raster, {"vocab": 12, "grid": (4, 4), "positions": "learned"}, WIDE, "model.positions 'learned'"),
     "no tokenizer": (raster, {"vocab": 12, "grid": (4, 4)}, WIDE, "needs the part 'tokenizer'"),
@@ -261,8 +289,8 @@ def test_what_cannot_take_several_shapes_says_so(case):
 
 
 def test_a_run_is_refused_before_anything_is_made(data, tmp_path):
-    with pytest.raises(UserError, match="tokenizers.vq cannot take pictures of 20 x 12: model.attention"):
-        train.run(configured(data, "configs/tokenizers/vq.py", *SMALL, "model.attention=True"), tmp_path / "run")
+    with pytest.raises(UserError, match="tokenizers.vq cannot take pictures of 20 x 12: its sides do not"):
+        train.run(configured(data, "configs/tokenizers/vq.py", *SMALL, "model.patch=8"), tmp_path / "run")
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 

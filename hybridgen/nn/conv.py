@@ -18,6 +18,7 @@ from hybridgen.errors import UserError
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Init, Linear, cast, fan_in, zeros
 from hybridgen.nn.norm import GroupNorm, Norm
+from hybridgen.nn.position import learned
 from hybridgen.sharding import shard
 
 
@@ -89,18 +90,15 @@ class ResBlock(nn.Module):
 class GridAttention(nn.Module):
     """Full self-attention over the grid `[b, h, w, c]`, with learned positions: every place sees the whole picture."""
 
-    grid: tuple[int, int]
     head_width: int = 64
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        if (h, w) != tuple(self.grid):
-            raise ValueError(f"a grid of {h} x {w} where the attention was built for {self.grid[0]} x {self.grid[1]}")
-        position = self.param("position", nn.initializers.normal(0.02), (h * w, c))
         flat = x.reshape(b, h * w, c)
-        y = Norm(name="norm")(flat + cast(position, self.dtype))
+        position = learned(self, "position", 0.02, (h, w), c)
+        y = Norm(name="norm")(flat + cast(position, self.dtype).reshape(h * w, c))
         heads = max(c // self.head_width, 1)
         y, _ = Attention(heads, c // heads, dtype=self.dtype, out_scale=0.1, name="attention")(y, Mask())
         return (flat + y).reshape(x.shape)
@@ -117,8 +115,8 @@ class Encoder(nn.Module):
     channels: tuple[int, ...]
     patch: int = 1
     blocks: int = 2
-    attention_grid: tuple[int, int] | None = None
-    local: tuple[int, int] | None = None  # the grid of a local encoder
+    attention: bool = False
+    local: bool = False
     dtype: str = "float32"
 
     @nn.compact
@@ -132,16 +130,15 @@ class Encoder(nn.Module):
                 x = ResBlock(width, dtype=self.dtype, name=f"block_{level}_{i}")(x)
         if self.local:
             return self._place(x)
-        if self.attention_grid:
-            x = GridAttention(self.attention_grid, dtype=self.dtype, name="mix")(x)
+        if self.attention:
+            x = GridAttention(dtype=self.dtype, name="mix")(x)
             x = ResBlock(x.shape[-1], dtype=self.dtype, name="last")(x)
         x = nn.silu(GroupNorm(16, name="norm")(x))
         return Linear(self.features, bias=True, dtype=self.dtype, name="project")(x)
 
     def _place(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
-        position = self.param("position", nn.initializers.normal(0.5), (self.local[0] * self.local[1], c))
-        x = Norm(name="norm")(x) + cast(position, self.dtype).reshape(*self.local, c)
+        x = Norm(name="norm")(x) + cast(learned(self, "position", 0.5, x.shape[1:3], c), self.dtype)
         x = nn.silu(Linear(2 * c, bias=True, dtype=self.dtype, name="hidden")(x))
         return Linear(self.features, bias=True, dtype=self.dtype, name="project")(x)
 
@@ -153,16 +150,16 @@ class Decoder(nn.Module):
     channels: tuple[int, ...]
     patch: int = 1
     blocks: int = 2
-    attention_grid: tuple[int, int] | None = None
+    attention: bool = False
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         channels = tuple(reversed(self.channels))
         x = Linear(channels[0], bias=True, dtype=self.dtype, name="project")(z)
-        if self.attention_grid:
+        if self.attention:
             x = ResBlock(x.shape[-1], dtype=self.dtype, name="first")(x)
-            x = GridAttention(self.attention_grid, dtype=self.dtype, name="mix")(x)
+            x = GridAttention(dtype=self.dtype, name="mix")(x)
         for level, width in enumerate(channels):
             if level:
                 x = unpatchify(Linear(4 * width, bias=True, dtype=self.dtype, name=f"up_{level}")(x), 2)

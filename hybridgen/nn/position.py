@@ -8,8 +8,11 @@ the text ends, so that every position has one place in the plane.
 Letters: b batch, n tokens, h heads, k head width, d width.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +28,20 @@ def grid_positions(height: int, width: int, prefix: int = 0) -> np.ndarray:
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     grid = np.stack([rows.reshape(-1), columns.reshape(-1)], -1) + prefix
     return np.concatenate([text, grid]).astype(np.int32)
+
+
+def learned(module: Any, name: str, std: float, grid: tuple[int, int], width: int) -> jax.Array:
+    """A learned table of positions, the parameter `name [n, width]` of `module`, as `[h, w, width]`.
+
+    It is made for the grid of a config's own pictures, which are square; on other grids it is resized.
+    """
+    made = module.has_variable("params", name)
+    n = module.get_variable("params", name).shape[0] if made else math.prod(grid)
+    table = module.param(name, nn.initializers.normal(std), (n, width))
+    side = math.isqrt(n)
+    if side**2 != n or tuple(grid) == (side, side):
+        return table.reshape(*grid, width)
+    return jax.image.resize(table.reshape(side, side, width), (*grid, width), "linear")
 
 
 def rotary(

@@ -16,7 +16,6 @@ Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, d
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ from hybridgen.nn.attention import Mask
 from hybridgen.nn.conv import patchify, unpatchify
 from hybridgen.nn.linear import Embed, Linear, cast, zeros
 from hybridgen.nn.norm import Norm
-from hybridgen.nn.position import grid_positions, rotary, sincos_2d
+from hybridgen.nn.position import grid_positions, learned, rotary, sincos_2d
 from hybridgen.nn.stack import Stack, modulate
 from hybridgen.nn.timestep import TimestepEmbed
 
@@ -181,10 +180,7 @@ class DiT(nn.Module):
         null = self.param("null_plan", nn.initializers.normal(0.02), (1, self.width))
         dropped = self._dropped(cond, "plan", b)[:, None, None, None]
         plan = jnp.where(dropped, cast(null, self.dtype), plan)
-        made = self.has_variable("params", "plan_position")
-        count = self.get_variable("params", "plan_position").shape[0] if made else h * w
-        spot = self.param("plan_position", nn.initializers.normal(0.02), (count, self.width))
-        placed = plan + cast(on_grid(spot, h, w), self.dtype)
+        placed = plan + cast(learned(self, "plan_position", 0.02, (h, w), self.width), self.dtype)
         pooled = Linear(self.width, bias=True, dtype=self.dtype, name="plan_pool")(
             Norm(name="plan_norm")(nn.silu(placed)).mean((1, 2))
         )
@@ -203,14 +199,6 @@ class DiT(nn.Module):
         plan, _ = context
         seen = jnp.ones(plan.shape[:2], bool)
         return jnp.concatenate([plan, features], 1), jnp.concatenate([seen, mask], 1)
-
-
-def on_grid(table: jax.Array, h: int, w: int) -> jax.Array:
-    """A learned table of positions `[n, d]` as `[h, w, d]`, resized where it is of another, square grid."""
-    side = math.isqrt(len(table))  # a config's own pictures are square
-    if side**2 != len(table) or (h, w) == (side, side):
-        return table.reshape(h, w, -1)
-    return jax.image.resize(table.reshape(side, side, -1), (h, w, table.shape[1]), "linear")
 
 
 def build(config: Any) -> DiT:

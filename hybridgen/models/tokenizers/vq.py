@@ -92,8 +92,8 @@ class VQ(nn.Module):
                 raise UserError(f"patch {self.patch}, local {self.local}: the residual autoencoder has 1 and False")
             self.net = Autoencoder(code=self.code_width, middle=self.attention, **options, **self.residual)
         else:
-            options |= {"patch": self.patch, "attention_grid": self.grid if self.attention else None}
-            self.encoder = Encoder(self.code_width, local=self.grid if self.local else None, **options)
+            options |= {"patch": self.patch, "attention": self.attention}
+            self.encoder = Encoder(self.code_width, local=self.local, **options)
             self.decoder = Decoder(3, **options)
         if self.learned:
             self.codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.width))
@@ -184,9 +184,6 @@ def build(config: Any) -> VQ:
 def sized(model: VQ, shape: Shape, parts: Parts) -> VQ:
     """The model for pictures of `shape`, on the same arrays."""
     del parts
-    for name in ("local", "attention"):
-        if getattr(model, name) and not model.residual:
-            raise UserError(f"model.{name} has a table of positions of one grid, set it to False")
     divided(shape, model.reduction)
     return model.clone(resolution=shape)
 
