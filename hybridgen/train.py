@@ -162,9 +162,13 @@ def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
         built[:] = [optim.build(config.optim, max(config.steps, 1), trainable)]
         return built[0]
 
+    shaped = bool(config.data.get("options", {}).get(sources.BUCKETS))
+    if shaped:  # whatever the first batch's shape: tables of positions are of the square
+        image, side = specs["image"], config.data.resolution
+        specs = specs | {"image": jax.ShapeDtypeStruct((image.shape[0], side, side, 3), image.dtype)}
     with jax.set_mesh(experiment.mesh):
         abstract, make = state_lib.create(experiment, config.seed, specs, rule_of)
-    which, shaped = state_lib.trainable_of(config), bool(config.data.get("options", {}).get(sources.BUCKETS))
+    which = state_lib.trainable_of(config)
     options = built[0], which, config.seed, config.accumulate, config.health.spike, shaped
     rule = Rule(experiment.family, experiment.model, *options)
     places = jax.tree.map(lambda s: s.sharding, abstract)

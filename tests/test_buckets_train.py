@@ -338,3 +338,8 @@ def test_shapes_of_somebody_are_refused(shapes, tmp_path):
 def test_a_run_read_back_needs_no_table(prior):
     loaded = load(prior)
     assert sources.BUCKETS not in loaded.config.data.options and loaded.config.data.shapes == (TALL, WIDE)
+
+
+def test_tables_are_of_the_square_whatever_the_first_batch_is(run):
+    """Of 16 x 16 pictures a grid of 4 x 4, where all batches have one of 15 places."""
+    assert load(run.folder).part.params["encoder"]["mix"]["position"].shape[0] == 16
