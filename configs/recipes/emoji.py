@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
         raise common.unknown(variant, *VARIANTS)
     config = shapes.get_config(variant)
     config.path = "emoji"
-    config.length = 20
+    config.length = 16  # the longest caption
     options = {"path": config.get_ref("path"), "text_key": ("text", "text_zh"), "style_key": "style"}
     options |= {"split_key": "split"}
     for name in ("tokenizer", "prior", "decoder", "cascade"):
@@ -51,14 +51,14 @@ def _tiny(tokenizer, prior, decoder):
 
 def _cpu(tokenizer, prior, decoder):
     # as many tokens as patches: 8 x 8
-    tokenizer.model.update(patch=4, channels=(64, 128), l1=0.5)
+    tokenizer.model.update(patch=4, channels=(64, 128), levels=(8, 8, 8, 5), fill=0.75, l1=0.5)
     decoder.model.patch = 8
-    tokenizer.steps, prior.steps, decoder.steps = 4000, 6000, 3000
+    tokenizer.steps, prior.steps, decoder.steps = 900, 6000, 3000
     prior.model.update(width=192, heads=3)
     decoder.model.update(width=192, heads=3, depth=4)
     for stage in (tokenizer, prior, decoder):
-        stage.ema.decay = 0.999
-        stage.eval.every, stage.sample.every = 500, 1000
+        stage.ema.decay = 0.995
+        stage.eval.every, stage.sample.every = 300, 900
 
 
 def _base(tokenizer, prior, decoder):
