@@ -10,9 +10,9 @@ epoch, and the style. Validation has concepts that are in training in neither st
 `config.path` and `config.length` (prompt tokens) reach every stage.
 
 `cpu` took 14, 51 and 33 minutes of two cores that a dozen other programs kept busy (prior and decoder at the same
-time), and 3.7 GiB. Loss of the prior 0.05 nats a token in training, 9.6 in validation, where it is least, 5.6, after 300
-of the 1,200 steps: it learns its pictures by heart, and is drawn from greedily. PSNR from true tokens in validation:
-draft 22.2, render 21.6 (sharper, and 1,200 steps are few); all of the 2,560 codes in use, perplexity 77 % of them.
+time), and 3.7 GiB. Loss of the prior at the end: 0.05 nats a token in training, 9.6 in validation (5.6 after 300 of its
+1,200 steps): it learns its pictures by heart, and is drawn from greedily. PSNR from true tokens in validation: draft
+22.2, render 21.6 (sharper; 1,200 steps are few); all of the 2,560 codes in use, perplexity 77 % of them.
 """
 
 from ml_collections import ConfigDict
@@ -61,7 +61,7 @@ def _tiny(tokenizer, prior, decoder):
 
 
 def _cpu(tokenizer, prior, decoder):
-    # as many tokens as patches, 8 x 8; Muon knows 3,450 pictures by heart in twenty epochs
+    # as many tokens as patches, 8 x 8; Muon knows 3,458 pictures by heart in twenty epochs
     tokenizer.model.update(patch=4, channels=(64, 128), levels=(8, 8, 8, 5), fill=0.75, l1=0.5)
     decoder.model.patch = 8
     tokenizer.steps, prior.steps, decoder.steps = 900, 1200, 1200
@@ -74,7 +74,7 @@ def _cpu(tokenizer, prior, decoder):
 
 
 def _base(tokenizer, prior, decoder):
-    # 16 x 16 tokens; 3,450 pictures are soon known by heart: few steps, decay and dropped captions
+    # 16 x 16 tokens; 3,458 pictures are soon known by heart: few steps, decay and dropped captions
     tokenizer.model.update(patch=2, l1=0.5)
     decoder.model.patch = 4
     prior.model.update(width=384, depth=8, heads=6, drop=0.15)
