@@ -56,7 +56,9 @@ def folder(packages, tmp_path_factory):
 def test_the_folder(folder):
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == 62 and {line["concept"] for line in lines} == {*CONCEPTS, "2764-fe0f"}
-    assert [line["file_name"] for line in lines] == sorted(line["file_name"] for line in lines)
+    assert all((a["concept"], a["style"], b["style"]) == (b["concept"], "noto", "twemoji")
+               for a, b in zip(lines[::2], lines[1::2], strict=True))
+    assert lines[::2] != sorted(lines[::2], key=lambda line: line["file_name"])  # kinds of concepts are mixed
     heart = next(line for line in lines if line["concept"] == "2764-fe0f")
     assert (heart["text"], heart["text_zh"], heart["keywords"]) == ("face red", "脸red", [])
     image = np.asarray(Image.open(folder / heart["file_name"]))

@@ -6,8 +6,13 @@
 Captions are "red heart, noto" and "红心, twemoji": each picture's name in one of the two languages, chosen anew every
 epoch, and the style. Validation has concepts that are in training in neither style.
 
-`tiny`: a smoke test. `cpu`: 64 tokens a picture, some hours on two cores. `base`: 256 tokens, for an accelerator.
+`tiny`: a smoke test. `cpu`: 64 tokens a picture. `base`: 256 tokens, for an accelerator; not yet run at length.
 `config.path` and `config.length` (prompt tokens) reach every stage.
+
+`cpu` took 14, 51 and 33 minutes of two cores that a dozen other programs kept busy (prior and decoder at the same
+time), and 3.7 GiB. Loss of the prior at the end: 0.05 nats a token in training, 9.6 in validation (5.6 after 300 of its
+1,200 steps): it learns its pictures by heart, and is drawn from greedily. PSNR from true tokens in validation: draft
+22.2, render 21.6 (sharper; 1,200 steps are few); all of the 2,560 codes in use, perplexity 77 % of them.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +29,7 @@ def get_config(variant: str = ""):
         raise common.unknown(variant, *VARIANTS)
     config = shapes.get_config(variant)
     config.path = "emoji"
-    config.length = 20
+    config.length = 16  # the longest caption
     options = {"path": config.get_ref("path"), "text_key": ("text", "text_zh"), "style_key": "style"}
     options |= {"split_key": "split"}
     for name in ("tokenizer", "prior", "decoder", "cascade"):
@@ -41,7 +46,13 @@ def get_config(variant: str = ""):
             }
         )
     {"tiny": _tiny, "cpu": _cpu, "base": _base}[variant](**{name: config.stages[name] for name in config.order[:3]})
-    config.stages.evaluation.splits = ("validation",)
+    if variant == "cpu":
+        for name in ("prior", "cascade"):
+            # pictures known by heart: behind one wrong token a prior goes on from a picture that there is not
+            config.stages[name].sample.options.prior.update(guidance=1.0, temperature=0.0)
+        for name in ("decoder", "cascade"):
+            config.stages[name].sample.options.decoder.steps = 4
+    config.stages.evaluation.splits = ("validation", "train")
     return config
 
 
@@ -50,19 +61,20 @@ def _tiny(tokenizer, prior, decoder):
 
 
 def _cpu(tokenizer, prior, decoder):
-    # as many tokens as patches: 8 x 8
-    tokenizer.model.update(patch=4, channels=(64, 128), l1=0.5)
+    # as many tokens as patches, 8 x 8; Muon knows 3,458 pictures by heart in twenty epochs
+    tokenizer.model.update(patch=4, channels=(64, 128), levels=(8, 8, 8, 5), fill=0.75, l1=0.5)
     decoder.model.patch = 8
-    tokenizer.steps, prior.steps, decoder.steps = 4000, 6000, 3000
+    tokenizer.steps, prior.steps, decoder.steps = 900, 1200, 1200
+    prior.optim.kind = decoder.optim.kind = "muon"
     prior.model.update(width=192, heads=3)
     decoder.model.update(width=192, heads=3, depth=4)
     for stage in (tokenizer, prior, decoder):
-        stage.ema.decay = 0.999
-        stage.eval.every, stage.sample.every = 500, 1000
+        stage.ema.decay = 0.995
+        stage.eval.every, stage.sample.every = 300, 900
 
 
 def _base(tokenizer, prior, decoder):
-    # 16 x 16 tokens; 3,450 pictures are soon known by heart: few steps, decay and dropped captions
+    # 16 x 16 tokens; 3,458 pictures are soon known by heart: few steps, decay and dropped captions
     tokenizer.model.update(patch=2, l1=0.5)
     decoder.model.patch = 4
     prior.model.update(width=384, depth=8, heads=6, drop=0.15)

@@ -7,7 +7,9 @@ emoji-datasource-twitter (16.0.0), cldr-annotations-full and cldr-annotations-de
 downloaded here. Licences: Noto Color Emoji is Apache-2.0, Twemoji CC-BY-4.0, the names of CLDR are Unicode-3.0.
 
 Pictures are 64 x 64 on white; those with a skin tone are left out, and so are those without a name in both languages.
-One concept in ten, by a hash, is in validation, in both styles. configs/recipes/emoji.py trains on the folder.
+One concept in ten, by a hash, is in validation, in both styles. Lines of metadata are in the order of that hash, both
+styles of a concept together: the first so many, which contact sheets show, are a mixture of everything.
+configs/recipes/emoji.py trains on the folder.
 """
 
 import hashlib
@@ -50,7 +52,7 @@ def names(packages: Path, language: str) -> dict[str, dict]:
 
 
 def records(packages: Path) -> tuple[list[dict], dict[str, Path]]:
-    """(lines of metadata in the order of their file names, folders of pictures by style)."""
+    """(lines of metadata in the order of a hash of their concepts, folders of pictures by style)."""
     folders = {style: find_package(packages, f"emoji-datasource-{vendor}") / "img" / vendor / str(SIDE)
                for style, vendor in STYLES.items()}
     drawn = [{path.stem for path in folder.glob("*.png")} for folder in folders.values()]
@@ -61,12 +63,16 @@ def records(packages: Path) -> tuple[list[dict], dict[str, Path]]:
         each = [_named(known[language], points) for language in LANGUAGES]
         if TONES & set(points) or not all(each):
             continue
-        split = int(hashlib.sha256(concept.encode()).hexdigest(), 16) % VALIDATION_PART
+        split = int(_hash(concept), 16) % VALIDATION_PART
         for style in STYLES:
             lines.append({"file_name": f"images/{style}-{concept}.png", "text": each[0]["tts"][0],
                           "text_zh": each[1]["tts"][0], "keywords": each[0].get("default", []), "style": style,
                           "concept": concept, "split": "train" if split else "validation"})
-    return sorted(lines, key=lambda line: line["file_name"]), folders
+    return sorted(lines, key=lambda line: (_hash(line["concept"]), line["style"])), folders
+
+
+def _hash(concept: str) -> str:
+    return hashlib.sha256(concept.encode()).hexdigest()
 
 
 def _named(known: dict[str, dict], points: list[str]) -> dict | None:
