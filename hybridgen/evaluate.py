@@ -187,7 +187,7 @@ def markdown(report: dict) -> str:
         drawn = {kind: entries for kind, entries in kinds.items() if kind != "distances"}
         for kind, entries in drawn.items():
             for name, entry in entries.items():
-                if name == "paired":
+                if name == "paired" or not entry:  # of pictures without a scene nothing is known
                     continue
                 groups = entry.get("judge", {"all": {}})
                 for group, means in groups.items():
