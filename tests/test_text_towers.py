@@ -162,7 +162,7 @@ def test_copies_of_one_table():
         ("llama_lm", LLAMA | {"hidden_act": "tanh"}, "hidden_act 'tanh' is not built"),
         ("llama_lm", LLAMA | {"sliding_window": 5}, "config has the key 'sliding_window'"),
         ("llama_lm", LLAMA | {"rope_scaling": {"type": "yarn"}}, "rope_scaling: type 'yarn' is not built"),
-        ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: rope_type 'dynamic'"),
+        ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "axial"}}, "rope_parameters: rope_type 'axial'"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters has no 'factor'"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor 0.0 is not positive"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_theta": 1e4, "beta": 1}}, "rope_parameters has the key 'beta'"),
@@ -252,5 +252,5 @@ def test_stretched_rotations():
     np.testing.assert_allclose(got[turns < 1], frequency[turns < 1] / 8)
     between = (turns >= 1) & (turns <= 4)
     assert between.any() and (np.diff(got) < 0).all() and (got[between] < frequency[between]).all()
-    with pytest.raises(UserError, match="rotary scaling 'yarn' is not one of 'linear', 'llama3'"):
+    with pytest.raises(UserError, match="rotary scaling 'yarn' is not one of 'linear', 'llama3', 'each', 'dynamic'"):
         stretched(frequency, "yarn", factor=2.0)
