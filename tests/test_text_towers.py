@@ -11,6 +11,8 @@ from test_autoencoders import drawn
 from hybridgen import cache, experiment, importing, sample, sharding, trees
 from hybridgen.convert import rules, tables
 from hybridgen.convert.files import open_weights
+from hybridgen.convert.options import Options
+from hybridgen.convert.tables import _rotary
 from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, find
 from hybridgen.models.text import clip
@@ -239,6 +241,34 @@ def test_buckets_are_exact_near_and_geometric_far():
     assert far.tolist() == [8, 8, 9, 9, 10, 10, 11, 15, 15, 15]
     with pytest.raises(UserError, match="32 buckets do not reach to a distance of 8"):
         relative_buckets(np.arange(3), 32, 8)
+
+
+STRETCHED = [  # options of a config, and frequencies of 8-wide heads and the gain of transformers 5.23
+    (
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.8, "mscale_all_dim": 0.5},
+        100,
+        (1, 0.1, 0.00625, 0.00025),
+        1.03889,
+    ),
+    ({"rope_type": "longrope", "factor": 4.0}, 100, (1, 1 / 15, 0.005, 0.00025), 1.087115),
+    ({"rope_type": "longrope", "factor": 4.0}, 5000, (1, 0.05, 1 / 300, 0.000125), 1.087115),
+    ({"rope_type": "proportional", "factor": 4.0, "partial_rotary_factor": 0.5}, 100, (0.25, 0.025, 0, 0), 1),
+    ({"rope_type": "dynamic", "factor": 4.0}, 100, (1, 0.1, 0.01, 0.001), 1),
+    ({"rope_type": "dynamic", "factor": 4.0}, 5000, (1, 0.0528726, 0.00279551, 0.000147806), 1),
+]
+
+
+@pytest.mark.parametrize(("options", "length", "frequencies", "gain"), STRETCHED)
+def test_rotations_of_every_kind_of_config(options, length, frequencies, gain):
+    if options["rope_type"] == "longrope":
+        options = options | {"short_factor": [1, 1.5, 2, 4], "long_factor": [1, 2, 3, 8]}
+    if options["rope_type"] in ("yarn", "longrope"):
+        options = options | {"original_max_position_embeddings": 2048}
+    longest = 2048 if options["rope_type"] == "dynamic" else 8192
+    _, scaling = _rotary.scaling(Options({"rope_parameters": options}), longest, 8)
+    cos, sin = rotary(np.array([0, 1, length - 1]), 8, scaling=scaling)
+    np.testing.assert_allclose(cos[1], gain * np.cos(np.asarray(frequencies)), rtol=2e-5)
+    np.testing.assert_allclose(sin[1], gain * np.sin(np.asarray(frequencies)), rtol=2e-5)
 
 
 def test_stretched_rotations():
