@@ -17,7 +17,7 @@ NEVER = 1e30  # what a frequency is divided by that turns nothing
 
 
 def scaling(options: Options, length: int, k: int) -> tuple[float, dict[str, Any]]:
-    """(base, scaling) of either form of a config; `length`: its longest text. Raises UserError for what is not built."""
+    """(base, scaling) of either form of a config; `length`: its longest text. UserError for what is not built."""
     base = 10_000.0 if options.take("rope_theta", None) is None else options.number("rope_theta")
     old, new = (options.take(name, None) for name in ("rope_scaling", "rope_parameters"))
     kinds = ("default", *KINDS)
