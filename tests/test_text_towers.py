@@ -11,6 +11,8 @@ from test_autoencoders import drawn
 from hybridgen import cache, experiment, importing, sample, sharding, trees
 from hybridgen.convert import rules, tables
 from hybridgen.convert.files import open_weights
+from hybridgen.convert.options import Options
+from hybridgen.convert.tables import _rotary
 from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, find
 from hybridgen.models.text import clip
@@ -178,7 +180,7 @@ def test_copies_of_one_table():
         ("llama_lm", LLAMA | {"hidden_act": "tanh"}, "hidden_act 'tanh' is not built"),
         ("llama_lm", LLAMA | {"sliding_window": 5}, "config has the key 'sliding_window'"),
         ("llama_lm", LLAMA | {"rope_scaling": {"type": "yarn"}}, "rope_scaling: type 'yarn' is not built"),
-        ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: rope_type 'dynamic'"),
+        ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "axial"}}, "rope_parameters: rope_type 'axial'"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters has no 'factor'"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor 0.0 is not positive"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_theta": 1e4, "beta": 1}}, "rope_parameters has the key 'beta'"),
@@ -257,6 +259,34 @@ def test_buckets_are_exact_near_and_geometric_far():
         relative_buckets(np.arange(3), 32, 8)
 
 
+STRETCHED = [  # options of a config, and frequencies of 8-wide heads and the gain of transformers 5.23
+    (
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.8, "mscale_all_dim": 0.5},
+        100,
+        (1, 0.1, 0.00625, 0.00025),
+        1.03889,
+    ),
+    ({"rope_type": "longrope", "factor": 4.0}, 100, (1, 1 / 15, 0.005, 0.00025), 1.087115),
+    ({"rope_type": "longrope", "factor": 4.0}, 5000, (1, 0.05, 1 / 300, 0.000125), 1.087115),
+    ({"rope_type": "proportional", "factor": 4.0, "partial_rotary_factor": 0.5}, 100, (0.25, 0.025, 0, 0), 1),
+    ({"rope_type": "dynamic", "factor": 4.0}, 100, (1, 0.1, 0.01, 0.001), 1),
+    ({"rope_type": "dynamic", "factor": 4.0}, 5000, (1, 0.0528726, 0.00279551, 0.000147806), 1),
+]
+
+
+@pytest.mark.parametrize(("options", "length", "frequencies", "gain"), STRETCHED)
+def test_rotations_of_every_kind_of_config(options, length, frequencies, gain):
+    if options["rope_type"] == "longrope":
+        options = options | {"short_factor": [1, 1.5, 2, 4], "long_factor": [1, 2, 3, 8]}
+    if options["rope_type"] in ("yarn", "longrope"):
+        options = options | {"original_max_position_embeddings": 2048}
+    longest = 2048 if options["rope_type"] == "dynamic" else 8192
+    _, scaling = _rotary.scaling(Options({"rope_parameters": options}), longest, 8)
+    cos, sin = rotary(np.array([0, 1, length - 1]), 8, scaling=scaling)
+    np.testing.assert_allclose(cos[1], gain * np.cos(np.asarray(frequencies)), rtol=2e-5)
+    np.testing.assert_allclose(sin[1], gain * np.sin(np.asarray(frequencies)), rtol=2e-5, atol=1e-9)
+
+
 def test_stretched_rotations():
     """Linear: a position is read as an earlier one. Llama 3: quick rotations stay, slow ones are divided."""
     plain, slow = rotary(np.arange(5) / 4, 8), rotary(np.arange(5), 8, scaling={"kind": "linear", "factor": 4.0})
@@ -268,5 +298,5 @@ def test_stretched_rotations():
     np.testing.assert_allclose(got[turns < 1], frequency[turns < 1] / 8)
     between = (turns >= 1) & (turns <= 4)
     assert between.any() and (np.diff(got) < 0).all() and (got[between] < frequency[between]).all()
-    with pytest.raises(UserError, match="rotary scaling 'yarn' is not one of 'linear', 'llama3'"):
+    with pytest.raises(UserError, match="rotary scaling 'yarn' is not one of 'linear', 'llama3', 'each', 'dynamic'"):
         stretched(frequency, "yarn", factor=2.0)

@@ -19,7 +19,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "golden"
 HERE = sorted(path.parent.name for path in GOLDEN.glob("*/io.npz"))
 
 
-LONG = ("taming_gumbel", "taming_gpt_codes", "llama_lm_linear")  # and told by others
+LONG = ("taming_gumbel", "taming_gpt_codes", "llama_lm_linear", "llama_lm_yarn")  # and told by others
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Letters: b batch, n tokens, d width, f hidden.
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from hybridgen.errors import UserError
 from hybridgen.nn.linear import Linear, fan_in
@@ -16,9 +17,15 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "relu": nn.relu,
     "silu": nn.silu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+    "leaky_relu": nn.leaky_relu,
+    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+    "tanh": jnp.tanh,
+    "sigmoid": nn.sigmoid,
 }
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_exact": "gelu_exact", "reglu": "relu"}
 GATED |= {"quick_geglu": "quick_gelu"}
+GATED |= {f"{name}_glu": name for name in ("relu2", "leaky_relu", "mish", "tanh", "sigmoid")}
 
 
 class MLP(nn.Module):

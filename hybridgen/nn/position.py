@@ -49,7 +49,8 @@ def rotary(
 ) -> Rotary:
     """Rotary table for integer positions `[n]` or `[..., n, axes]`; `head_width` must divide by 2 * axes.
 
-    scaling: options of `stretched`, for texts longer than those of the first training.
+    scaling: options of `stretched`, for texts longer than those of the first training; and `gain`, which cosine and
+    sine are multiplied by.
     """
     positions = jnp.asarray(positions)
     positions = positions[:, None] if positions.ndim == 1 else positions  # ... n axes
@@ -58,24 +59,42 @@ def rotary(
         raise UserError(f"head width {head_width} does not divide by {2 * axes}")
     count = head_width // (2 * axes)
     frequency = base ** (-np.arange(count) / count)
-    frequency = stretched(frequency, **scaling) if scaling else frequency
+    options = dict(scaling or {})
+    gain = options.pop("gain", 1.0)
+    frequency = stretched(frequency, **options, length=positions.max() + 1) if options else frequency
     angles = positions[..., None] * jnp.asarray(frequency, jnp.float32)  # ... n axes k/(2 axes)
     angles = angles.reshape(*positions.shape[:-1], head_width // 2)  # ... n k/2
-    return jnp.cos(angles), jnp.sin(angles)
+    return gain * jnp.cos(angles), gain * jnp.sin(angles)
 
 
 def stretched(
-    frequency: np.ndarray, kind: str, factor: float, low: float = 1.0, high: float = 4.0, trained: int = 8192
-) -> np.ndarray:
+    frequency: np.ndarray,
+    kind: str,
+    factor: float = 1.0,
+    low: float = 1.0,
+    high: float = 4.0,
+    trained: int = 8192,
+    by: tuple[float, ...] = (),
+    far: tuple[float, ...] = (),
+    length: jax.Array | int = 0,
+) -> np.ndarray | jax.Array:
     """Rotary frequencies for longer texts. kind "linear": all are divided by `factor` (Chen et al. 2023).
 
     "llama3": those that turn less than `low` times within `trained` positions are, those that turn more than `high`
-    times stay, and between them the two are mixed.
+    times stay, and between them the two are mixed. "each": each is divided by its number of `by`, or, in a text of
+    more `length` than `trained`, of `far` if there are any. "dynamic": the base grows with what a text has more than
+    `trained` positions.
     """
     if kind == "linear":
         return frequency / factor
+    if kind == "each":
+        short, long = np.asarray(by), np.asarray(far or by)
+        return frequency / (jnp.where(length > trained, long, short) if far else short)
+    if kind == "dynamic":
+        grown = factor * jnp.maximum(length, trained) / trained - (factor - 1)
+        return frequency * grown ** (-np.arange(len(frequency)) / max(len(frequency) - 1, 1))
     if kind != "llama3":
-        raise UserError(f"rotary scaling {kind!r} is not one of 'linear', 'llama3'")
+        raise UserError(f"rotary scaling {kind!r} is not one of 'linear', 'llama3', 'each', 'dynamic'")
     turns = trained * frequency / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequency * (kept + (1 - kept) / factor)

@@ -39,7 +39,7 @@ def sched_ddpm(case: Case) -> None:
         large = options.only("variance_type", "fixed_small", "fixed_small_log", "fixed_large") == "fixed_large"
         ratio = at[:-1].astype(np.float64) / at[1:]
         deviation = np.sqrt(1 - ratio) * (steps > 0) if large else None
-        noise = noise_of(case, run, True)
+        noise = noise_of(case, run, bool((steps > 0).any()))
         walk = {"keys": noise, "deviation": deviation}
         x = jnp.asarray(case.takes("in_x_T"))
         compare(case, run, steps, (), lambda: trajectory(solvers.ddpm, predict, x, levels, steps, **walk))
@@ -104,9 +104,13 @@ def sched_flowmatch(case: Case) -> None:
         train = official.flow_sigmas(count, 1.0 if dynamic else shift)
         trained[run.name] = train, count
         sigmas = _flow_grid(run, train, count)
-        inverted = options.flag("invert_sigmas", False)
+        inverted, told = options.flag("invert_sigmas", False), run.grid.take("timesteps", None)
         sigmas = np.append(1 - sigmas if inverted else sigmas, np.float32(inverted))
-        steps, noisy = sigmas[:-1] * np.float32(count), options.flag("stochastic_sampling", False)
+        # given timesteps are what the network is told, whatever the sigmas became
+        steps = sigmas[:-1] * np.float32(count) if told is None or inverted else np.asarray(told, np.float32)
+        if len(steps) != len(sigmas) - 1:
+            raise UserError(f"{run.name}: {len(steps)} timesteps for {len(sigmas) - 1} sigmas")
+        noisy = options.flag("stochastic_sampling", False)
         options.skip("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # they make mu
         levels = schedules.flow(sigmas.astype(np.float64))
         predict = predictor("velocity", lambda x: x)

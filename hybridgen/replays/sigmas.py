@@ -54,7 +54,7 @@ def sched_dpmsolver(case: Case) -> None:
         wide = ratios.astype(np.float64)
         levels = schedules.flow(wide) if flow else official.from_ratio(np.append(steps, -1), wide)
         algorithm = options.only("algorithm_type", "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-        options.only("variance_type", None)
+        options.only("variance_type", None, "learned", "learned_range")  # cuts off channels that the stand-in has not
         noisy, of = algorithm.startswith("sde"), "x" if algorithm.endswith("++") else "eps"
         walk = {"of": of, "noisy": noisy, "official": True, "order": _orders(options, len(steps))}
         walk |= {"heun": options.only("solver_type", "midpoint", "heun") == "heun", "keys": noise_of(case, run, noisy)}
@@ -92,7 +92,8 @@ def _solver_grid(run: Run, bar: np.ndarray, flow: bool) -> tuple[np.ndarray, np.
     anew, lu, given = regrid(options), options.flag("use_lu_lambdas", False), run.grid.take("timesteps", None)
     if anew or lu:
         ends = float(all_ratios[-1]), float(all_ratios[0])
-        ratios = (official.exponential if lu and not anew else official.REGRIDDED[anew])(*ends, run.n)
+        even = np.exp(np.linspace(float(logs[-1]), float(logs[0]), run.n))  # exponential, but for logarithms in float32
+        ratios = even if lu and anew != "karras" else official.REGRIDDED[anew](*ends, run.n)
         steps = official.timestep_of(ratios, logs)
         rounds = (lu or anew == "karras") and options.take("beta_schedule", "linear") != "squaredcos_cap_v2"
         return np.trunc(steps.round() if rounds else steps), ratios
@@ -120,26 +121,46 @@ def sched_euler(case: Case) -> None:
         kind, continuous = kind_of(options), options.only("timestep_type", "discrete", "continuous") == "continuous"
         if continuous and kind == "v":
             steps = np.float32(0.25) * np.log(sigmas[:-1])
-        for name in ("s_churn", "s_tmin"):
-            run.step.only(name, 0.0, 0)
-        run.step.skip("s_noise", "s_tmax")  # of the noise that no churn asks for
-
-        def predict(x_t: jax.Array, t: Any, level: Level) -> tuple[jax.Array, jax.Array]:
-            shrink = 1 / np.sqrt(np.float64(level.sigma) ** 2 + 1)
-            seen = x_t * np.float32(shrink)  # what a variance-preserving network would see at this noise
-            out = stand_in(seen, t)
-            if kind == "v":
-                clean = schedules.to_x_eps(official.from_ratio(t, level.sigma), "v", seen, out)[0]
-            else:
-                clean = out if kind == "x" else x_t - level.sigma * out
-            return clean, (x_t - clean) / level.sigma
-
+        raised = sigmas * (1 + _churn(run.step, sigmas))
+        noise, scale = noise_of(case, run, bool((raised > sigmas).any())), run.step.number("s_noise", 1.0)
         most = float(sigmas.max())
         start = most if options.take("timestep_spacing", "linspace") != "leading" else (most**2 + 1) ** 0.5
-        x, levels = jnp.asarray(case.takes("in_x_T")) * np.float32(start), official.exploding(sigmas)
-        compare(case, run, steps, sigmas, lambda: trajectory(solvers.euler, predict, x, levels, steps))
+
+        def walk() -> np.ndarray:
+            trail = [jnp.asarray(case.takes("in_x_T")) * np.float32(start)]
+            for i, t in enumerate(steps):
+                ends = np.asarray([sigmas[i], raised[i], sigmas[i + 1]], np.float64)
+                trail.append(_euler_step(kind, trail[-1], t, ends, noise and scale * noise(i, None)))
+            return np.stack(trail)
+
+        compare(case, run, steps, sigmas, walk)
 
     runs(case, "EulerDiscreteScheduler", each)
+
+
+def _churn(options: Options, sigmas: np.ndarray) -> np.ndarray:
+    """By which share noise is raised before each step, n+1 (Karras et al. 2022, algorithm 2)."""
+    share = min(options.number("s_churn", 0.0) / (len(sigmas) - 1), 2**0.5 - 1)
+    least, most = options.number("s_tmin", 0.0), options.take("s_tmax", np.inf)
+    return np.where((sigmas >= least) & (sigmas <= most), share, 0.0)
+
+
+def _euler_step(kind: str, x: jax.Array, t: Any, sigmas: np.ndarray, noise: jax.Array | None) -> jax.Array:
+    """From the first of three sigmas, which noise raises to the second, to the third; the network sees `x` before."""
+    sigma, raised, _ = sigmas
+    shrink = np.float32(1 / np.sqrt(sigma**2 + 1))
+    out = stand_in(x * shrink, t)  # what a variance-preserving network would see at this noise
+    if raised > sigma:
+        x = x + noise * np.float32(np.sqrt(raised**2 - sigma**2))
+
+    def predict(x_t: jax.Array, t: Any, level: Level) -> tuple[jax.Array, jax.Array]:
+        if kind == "v":
+            clean = schedules.to_x_eps(official.from_ratio(t, sigma), "v", x_t * shrink, out)[0]
+        else:
+            clean = out if kind == "x" else x_t - level.sigma * out
+        return clean, (x_t - clean) / level.sigma
+
+    return trajectory(solvers.euler, predict, x, official.exploding(sigmas[1:]), [t])[-1]
 
 
 def _euler_grid(run: Run, bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,6 +170,7 @@ def _euler_grid(run: Run, bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     spacing, offset = options.take("timestep_spacing", "linspace"), options.count("steps_offset", 0, 0)
     anew, interpolation = regrid(options), options.only("interpolation_type", "linear", "log_linear")
     if given is not None:
+        options.skip("sigma_min", "sigma_max")
         sigmas = np.asarray(given, np.float32)
         return official.timestep_of(sigmas[:-1], logs).astype(np.float32), sigmas
     steps = run.grid.take("timesteps", None)

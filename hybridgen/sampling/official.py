@@ -26,11 +26,11 @@ F32 = np.float32
 def betas(name: str, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
     """T betas in float32: linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace."""
     if name == "linear":
-        return np.linspace(start, end, steps).astype(F32)
+        return _line(start, end, steps)
     if name == "scaled_linear":
-        return np.square(np.linspace(start**0.5, end**0.5, steps).astype(F32))
+        return np.square(_line(start**0.5, end**0.5, steps))
     if name == "sigmoid":
-        return (1 / (1 + np.exp(-np.linspace(-6, 6, steps))) * (end - start) + start).astype(F32)
+        return (1 / (1 + np.exp(-_line(-6, 6, steps))) * F32(end - start) + F32(start)).astype(F32)
     at = np.arange(steps + 1) / steps
     if name == "squaredcos_cap_v2":
         bar = np.cos((at + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -41,6 +41,13 @@ def betas(name: str, steps: int = 1000, start: float = 1e-4, end: float = 0.02) 
         known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace"
         raise UserError(f"beta schedule {name!r} is none of {known}")
     return np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(F32)
+
+
+def _line(start: float, end: float, count: int) -> np.ndarray:
+    """Evenly from start to end, count float32: each half from its own end in steps that were rounded, as torch does."""
+    first, last, at = F32(start), F32(end), np.arange(count)
+    step = np.float64((last - first) / F32(max(count - 1, 1)))
+    return np.where(at < count // 2, first + step * at, last - step * (count - 1 - at)).astype(F32)
 
 
 def alphas_bar(betas: np.ndarray, zero_snr: bool = False, floor: bool = False) -> np.ndarray:

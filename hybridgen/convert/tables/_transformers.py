@@ -16,6 +16,7 @@ ACTIVATIONS = {
     "quick_gelu": ("quick_gelu", "quick_geglu"),
     "relu": ("relu", "reglu"),
     **dict.fromkeys(("silu", "swish"), ("silu", "swiglu")),
+    **{name: (name, f"{name}_glu") for name in ("relu2", "leaky_relu", "mish", "tanh", "sigmoid")},
 }
 
 # of training, of drawing texts, of the library itself

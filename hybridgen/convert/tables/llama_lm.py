@@ -10,7 +10,7 @@ from typing import Any
 
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, heads, matrix, qkv
-from hybridgen.convert.tables import About, Plan, _transformers
+from hybridgen.convert.tables import About, Plan, _rotary, _transformers
 from hybridgen.errors import UserError
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -43,14 +43,15 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         if width % count:
             raise UserError(f"config: hidden_size {width} does not divide over {count} num_attention_heads")
         length = options.count("max_position_embeddings", 2048)
-        base, scaling = _rotary(options, length)
+        head = _transformers.optional(options, "head_dim", width // count)
+        base, scaling = _rotary.scaling(options, length, head)
         model = {
             "text_vocab": options.count("vocab_size", 32_000),
             "text_length": length,
             "width": width,
             "depth": options.count("num_hidden_layers", 32),
             "heads": count,
-            "head_width": _transformers.optional(options, "head_dim", width // count),
+            "head_width": head,
             "kv_heads": _transformers.optional(options, "num_key_value_heads", None),
             "hidden": options.count("intermediate_size", 11_008),
             "mlp": _transformers.activation(options, "hidden_act", "silu", gated=True),
@@ -66,31 +67,6 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     rules = (Rule("model.embed_tokens.weight", "params/tokens/table", copies=copies), *_rules())
     rules += () if model["tied"] else (Rule(HEAD, "params/head/kernel", matrix),)
     return Plan("text.lm", model, rules, {"text": (length,)}, dropped)
-
-
-def _rotary(options: Options, length: int) -> tuple[float, dict[str, Any]]:
-    """(base, options of `nn.position.stretched`) of either form of a config."""
-    base = 10_000.0 if options.take("rope_theta", None) is None else options.number("rope_theta")
-    old, new = (options.take(name, None) for name in ("rope_scaling", "rope_parameters"))
-    where = "rope_scaling" if old else "rope_parameters"
-    with Options(old or new or {}, where) as rope:
-        kinds = ("default", "linear", "llama3")
-        rope.only("type", *kinds)
-        kind = rope.only("rope_type", *kinds) if "rope_type" in rope.config else rope.take("type", "default")
-        base = rope.number("rope_theta", base)
-        rope.only("partial_rotary_factor", 1.0, 1)
-        if kind == "default":
-            return base, {}
-        scaling = {"kind": kind, "factor": rope.number("factor")}
-        if kind == "llama3":
-            scaling |= {"low": rope.number("low_freq_factor"), "high": rope.number("high_freq_factor")}
-            scaling |= {"trained": rope.count("original_max_position_embeddings", length)}
-            if not 0 < scaling["low"] < scaling["high"]:
-                factors = f"low_freq_factor {scaling['low']} and high_freq_factor {scaling['high']}"
-                raise UserError(f"{where}: {factors} are not positive and rising")
-        if scaling["factor"] <= 0:
-            raise UserError(f"{where}: factor {scaling['factor']} is not positive")
-    return base, scaling
 
 
 def _rules() -> tuple[Rule, ...]:
