@@ -108,9 +108,9 @@ def predictor(kind: str, bound: Callable, rederive: bool = False) -> Callable:
 
 
 def noise_of(case: Case, run: Run, noisy: bool) -> Callable | None:
-    """The recorded noise of each step, where the run draws any."""
+    """The recorded noise of each step, where the run draws any or might have."""
     name = f"in_{run.name}_noise"
-    if not noisy and not case.has(name):
+    if not noisy and (not case.has(name) or case.arrays[name].shape[1:] != case.takes("in_x_T").shape):
         return None
     noise = case.takes(name)
     return lambda i, x: jnp.asarray(noise[int(i)])
