@@ -111,7 +111,7 @@ def test_the_recipe_runs_at_tiny(tmp_path, capfd):
     assert stamps and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
-@pytest.mark.parametrize("name", ["llamagen", "llamagen:t2i_tiny", "taming"])
+@pytest.mark.parametrize("name", ["llamagen", pytest.param("llamagen:t2i_tiny", marks=pytest.mark.slow), "taming"])
 def test_official_priors_know_more_than_frequencies(name, tiny_run):
     """On pictures that were not trained on, by the margin that the config promises."""
     name, *variant = name.split(":")

@@ -112,6 +112,7 @@ def test_from_prompts_to_pictures_by_run_and_by_bundle(runs, tmp_path):
     np.testing.assert_array_equal(drawn.array, again)
 
 
+@pytest.mark.slow
 def test_a_joint_step_with_the_tower_or_with_cached_features(runs):
     """Both members learn, what stands for a dropped caption does not, and cached features need no tower."""
     parts = {name: experiment.load(runs / name).part for name in ("tokenizer", "text")}
