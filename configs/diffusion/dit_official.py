@@ -3,14 +3,10 @@
     python -m hybridgen.train --config configs/diffusion/dit_official.py:xl --workdir runs/dit \
         --config.parts.autoencoder=runs/vae
 
-The data here are shapes at the right size, which have one class. For a folder with classes, a config of one's own:
+The data here are shapes at the right size, which have one class. Of a folder whose metadata has classes, also:
 
-    def get_config(variant=""):
-        config = dit_official.get_config(variant)
-        options = {"path": "FOLDER", "label_key": "label", "text_key": None}
-        config.data = {"source": "folder", "options": options, "resolution": 256, "flip": True}
-        config.data.update(workers=4, threads=1)
-        return config  # and --config.model.classes=auto
+        --config.data.source=folder --config.data.options.path=FOLDER --config.data.options.label_key=label \
+        --config.data.options.text_key=none --config.data.workers=4 --config.model.classes=auto
 
 `s`, `b`, `l`, `xl`: the paper's sizes, 33, 130, 458 and 675 M parameters, at patch 2 (`--config.model.patch=4`, or 8)
 on latents 32 x 32 x 4 of pictures at 256; `xl_512`: on 64 x 64. AdamW at a constant 1e-4, batch 256, 1000 linear
