@@ -108,7 +108,8 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
         return {"params": trees.join(new, frozen), "opt": optim.pack(opt), "ema": ema, "extra": extra}
 
     old = {name: state[name] for name in ("params", "opt", "ema", "extra")}
-    new = jax.lax.cond(good, apply, lambda old: old, old)
+    # not a branch, whose result would be copied, and for which a GPU would wait for the host
+    new = jax.tree.map(functools.partial(jnp.where, good), apply(old), old)
     report |= {name: health[name].astype(jnp.float32) for name in ("skipped", "streak")}
     return new | {"step": state["step"] + 1, "health": health}, report
 

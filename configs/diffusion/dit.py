@@ -4,7 +4,8 @@
         --config.parts.tokenizer=runs/tokenizer
 
 `tiny`: a smoke test. `bench`: width 512, 12 layers, 256 patches, what CPU speed is judged by. `xl`: DiT-XL/2 on latents
-32 x 32 x 4 of pictures at 256, from a plan of 256 tokens, for a v5e:16x16 or more.
+32 x 32 x 4 of pictures at 256, from a plan of 256 tokens, for a v5e:16x16 or more. `1b`: the same with 1.02B
+parameters, for a single H100 or a v5p, what an accelerator's speed is judged by.
 """
 
 from configs import common
@@ -28,7 +29,7 @@ def get_config(variant: str = ""):
         config.batch = 4
         config.model.update(patch=2, width=512, depth=12, heads=8)
         config.parts.tokenizer = common.UNTRAINED_256
-    elif variant == "xl":
+    elif variant in ("xl", "1b"):
         config.data.update(resolution=256)
         config.steps, config.batch = 400_000, 1024
         config.optim.update(lr=1e-4, schedule="constant", warmup=1000)
@@ -41,6 +42,10 @@ def get_config(variant: str = ""):
         config.mesh.update(data=-1, fsdp=16)
         config.sample.options.decoder.update(guidance=1.5, steps=25)
         config.parts.update(tokenizer="configs/tokenizers/vq.py:f16", autoencoder="configs/tokenizers/vq.py:f8_latent")
+        if variant == "1b":
+            config.batch = 128
+            config.model.update(width=1536, depth=24, heads=12, remat="dots", unroll=-1)
+            config.mesh.update(fsdp=1)
     elif variant:
-        raise common.unknown(variant, "tiny", "bench", "xl")
+        raise common.unknown(variant, "tiny", "bench", "xl", "1b")
     return config

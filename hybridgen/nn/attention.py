@@ -70,11 +70,11 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention: `q [b, t, h, g, k]`, `k, v [b, s, h, k]` -> `[b, t, h, g, k]`.
 
-    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision, no prefix mask), "splash" on a TPU (the offset known;
-    "splash interpreted" anywhere, slowly), "auto" picks. Softmax in at least float32. A row that sees no key is zero
-    ("xla" and "splash"). `relative [h, g, t, s]` is added to the scores ("xla" alone).
+    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision), "splash" on a TPU (the offset known; "splash
+    interpreted" anywhere, slowly), "auto" picks. Softmax in at least float32. A row that sees no key is zero.
+    `relative [h, g, t, s]` is added to the scores ("xla" alone).
     """
-    special = relative is not None or mask.own
+    special = relative is not None or (mask.own and mask.valid is not None)
     if kernel == "auto":
         kernel = "xla" if special else pick(q, k, mask)
     if special and kernel != "xla":
@@ -92,7 +92,7 @@ def pick(q: jax.Array, k: jax.Array, mask: Mask) -> str:
     """The kernel for these shapes where the program will run."""
     place = platform()
     if place in ("gpu", "cuda"):
-        fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[1] > 1 and mask.kind != "prefix"
+        fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] > 1
         return "cudnn" if fits else "xla"
     # below this the weights fit on the chip, and one product over all heads fills the matrix unit better
     large = q.shape[1] >= 128 and q.shape[1] * k.shape[1] >= 256 * 256
@@ -140,19 +140,26 @@ def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     b, t, h, g, width = q.shape
-    seen = None if mask.valid is None else mask.valid[:, None, None, :]  # b 1 1 s
-    if mask.kind == "causal" and not isinstance(mask.offset, int):
-        seen = mask.dense(t, k.shape[1])
-        seen = seen.reshape(-1, 1, *seen.shape[-2:])  # b|1 1 t s
-    out = jax.nn.dot_product_attention(
-        q.reshape(b, t, h * g, width),
-        k,
-        v,
-        mask=seen,
-        is_causal=mask.kind == "causal" and isinstance(mask.offset, int),
-        implementation="cudnn",
-    )
-    return out.reshape(q.shape)
+    s = k.shape[1]
+    # the kernel's own causal mask leaves out the blocks that it hides; every other mask is added to the scores
+    causal = mask.kind == "causal" and isinstance(mask.offset, int) and mask.offset == 0
+    seen = mask.valid[:, None, None, None] if causal and mask.valid is not None else None  # b 1 1 1 s
+    seen = seen if causal else mask.dense(t, s)
+    q, out = q.reshape(b, t, h * g, width), None
+    if seen is None:
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        return out.reshape(b, t, h, g, width)
+    seen = jnp.broadcast_to(seen, (b, 1, 1, t, s))[:, 0]  # b 1 t s
+    # it takes added scores of even lengths only, which a query and a key that is hidden make up
+    odd, short = t % 2, s % 2
+    q = jnp.pad(q, ((0, 0), (0, odd), (0, 0), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) for x in (k, v))
+    added = jnp.pad(seen, ((0, 0), (0, 0), (0, odd), (0, short)))
+    out = jax.nn.dot_product_attention(q, k, v, mask=added, is_causal=causal, implementation="cudnn")[:, :t]
+    # a row that sees no key is a mean over hidden ones; zero here, it also sends nothing back
+    any_key = (mask.dense(t, s) if causal else seen[:, :, None]).any(-1)  # b 1 1 t
+    out = out.reshape(b, t, h, g, width)
+    return jnp.where(jnp.broadcast_to(any_key, (b, 1, 1, t))[:, 0, 0, :, None, None, None], out, 0)
 
 
 class Attention(nn.Module):

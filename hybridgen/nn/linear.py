@@ -25,6 +25,21 @@ def cast(x: jax.Array, dtype: str) -> jax.Array:
     return x.astype(wanted if wanted == jnp.bfloat16 else jnp.promote_types(x.dtype, wanted))
 
 
+def narrowed(params: Any, dtype: str) -> Any:
+    """Parameters with kernels and tables in the compute dtype, for a loop over a model that computes in it throughout.
+
+    A layer casts them itself, to the same numbers; in a loop over tokens or solver steps it would do so in every turn,
+    and read twice the bytes, where the compiler does not see that (XLA for GPUs does not).
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return params
+
+    def narrow(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key in ("kernel", "table") else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x`, promoted to at least float32: for norms, softmax and losses."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -24,7 +24,7 @@ from hybridgen.nn.linear import Linear, zeros
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary
-from hybridgen.sharding import shard
+from hybridgen.sharding import platform, shard
 
 REMAT_POLICIES = {
     "none": None,
@@ -191,12 +191,21 @@ class Stack(nn.Module):
         return each if every else x, cache
 
 
+def stands_apart(unroll: int) -> bool:
+    """Whether layers stand apart in decoding: where they are not scanned, and on a GPU.
+
+    A scan reads a layer's weights out of their stacks. XLA for TPUs does so within the product; for GPUs it writes them
+    down first, three times the bytes of a step that is bound by them.
+    """
+    return unroll < 0 or platform() in ("gpu", "cuda")
+
+
 def apart(params: Any, unroll: int) -> Any:
-    """Parameters for decoding: where layers are not scanned (`unroll` < 0), those of each an entry of their own.
+    """Parameters for decoding: where layers stand apart, those of each an entry of their own.
 
     To be called outside of the loop over tokens, so that its body does not cut the layers out of the stacks anew.
     """
-    if unroll >= 0:
+    if not stands_apart(unroll):
         return params
     if "layers" in params:
         depth = jax.tree.leaves(params["layers"])[0].shape[0]

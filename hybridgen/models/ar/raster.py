@@ -26,10 +26,10 @@ from hybridgen.models.parts import Parts, Shape, need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, fan_in, zeros
+from hybridgen.nn.linear import Embed, Linear, fan_in, narrowed, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
-from hybridgen.nn.stack import Stack, apart, dropped
+from hybridgen.nn.stack import Stack, apart, dropped, stands_apart
 from hybridgen.sampling import decode, guidance
 from hybridgen.sharding import shard
 
@@ -129,11 +129,11 @@ class Raster(nn.Module):
         """Whether it knows a dropped condition, which guidance needs."""
         return self.prefixed in ("start", "caption") or (self.prefixed == "class" and self.drop > 0)
 
-    def condition(self, cond: dict) -> tuple[jax.Array, jax.Array]:
-        """Prefix as features `[b, p, d]`, and which positions of it are visible `[b, p]`."""
+    def condition(self, cond: dict) -> tuple[jax.Array, jax.Array | None]:
+        """Prefix as features `[b, p, d]`, and which positions of it are visible `[b, p]` (None: all)."""
         if self.prefixed == "codes":
             ids = cond["label"][:, None] if self.classes else cond["cond_tokens"]  # b p
-            return self.tokens(ids), jnp.ones(ids.shape, bool)
+            return self.tokens(ids), None
         given = {"class": "label", "caption": "text_features", "start": "text" if self.text_vocab else "label"}
         any_of = cond[given[self.prefixed]]
         drop = cond.get("drop", jnp.zeros(any_of.shape[:1], bool))  # b
@@ -143,12 +143,11 @@ class Raster(nn.Module):
         kind = cond["label"] if self.classes else jnp.full(drop.shape, self.classes)
         null = self.classes + (self.prefixed == "start")
         start = self.start(jnp.where(drop, null, kind))[:, None]  # b 1 d
-        seen = jnp.ones((drop.shape[0], 1), bool)
         if not self.text_vocab:
-            return start, seen
+            return start, None
         mask = cond["text_mask"] & ~drop[:, None]  # b l
         text = self.text_project(self.text(cond["text"], mask))  # b l d
-        return jnp.concatenate([text, start], 1), jnp.concatenate([mask, seen], 1)
+        return jnp.concatenate([text, start], 1), jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
 
     def rotary(self) -> Any:
         head_width = self.width // self.heads
@@ -183,7 +182,9 @@ class Raster(nn.Module):
         """
         prefix, seen = self.condition(cond)
         x = jnp.concatenate([prefix, self.tokens(tokens[:, :-1])], 1)  # b p+n-1 d
-        valid = jnp.pad(seen, ((0, 0), (0, x.shape[1] - seen.shape[1])), constant_values=True)
+        valid = seen  # without what hides keys, kernels have less to do
+        if seen is not None:
+            valid = jnp.pad(seen, ((0, 0), (0, x.shape[1] - seen.shape[1])), constant_values=True)
         x, table = self.entered(x, keys=keys)
         x, _ = self.blocks(x, self.mask(valid), rotary=table, keys=keys)
         return self.norm(x[:, self.prefix :])
@@ -208,8 +209,8 @@ class Raster(nn.Module):
         heads = self.kv_heads or self.heads, self.width // self.heads
         dtype = self.dtype if self.dtype == "bfloat16" else prefix.dtype
         length = self.prefix + self.length
-        cache = kv.empty(self.depth, prefix.shape[0], length, *heads, dtype, apart=self.unroll < 0)
-        hidden, cache = self.cached(cache, prefix, seen)
+        cache = kv.empty(self.depth, prefix.shape[0], length, *heads, dtype, apart=stands_apart(self.unroll))
+        hidden, cache = self.cached(cache, prefix, jnp.ones(prefix.shape[:2], bool) if seen is None else seen)
         return self.logits(hidden[:, -1]), cache
 
     def step(self, cache: kv.Cache, chunk: jax.Array) -> tuple[jax.Array, kv.Cache]:
@@ -318,7 +319,7 @@ def plan(
         cond = guidance.repeat(cond, 2)
         b = keys.shape[0]
         cond = cond | {"drop": jnp.arange(2 * b) >= b}
-    params = apart(params, model.unroll)  # outside of the loop
+    params = apart(narrowed(params, model.dtype), model.unroll)  # outside of the loop
     logits, cache = prefill(model, params, extra, cond)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:

@@ -23,10 +23,10 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.text.transformer import round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, fan_in
+from hybridgen.nn.linear import Embed, Linear, fan_in, narrowed
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import rotary
-from hybridgen.nn.stack import Stack, apart
+from hybridgen.nn.stack import Stack, apart, stands_apart
 from hybridgen.sampling import decode
 from hybridgen.sharding import shard
 
@@ -125,7 +125,7 @@ class LM(nn.Module):
         x, seen = self.enter(cond["text"]), cond["text_mask"]
         dtype = self.dtype if self.dtype == "bfloat16" else x.dtype
         heads = self.kv_heads or self.heads, self.key_width
-        cache = kv.empty(self.depth, x.shape[0], length, *heads, dtype, apart=self.unroll < 0)
+        cache = kv.empty(self.depth, x.shape[0], length, *heads, dtype, apart=stands_apart(self.unroll))
         hidden, cache = self.cached(cache, x, seen)
         return self.logits(last(hidden, seen)), cache
 
@@ -216,7 +216,7 @@ def plan(model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, option
     options: also "temperature", "top_k", "top_p".
     """
     count = options.get("steps", model.length)
-    params = apart(params, model.unroll)  # outside of the loop
+    params = apart(narrowed(params, model.dtype), model.unroll)  # outside of the loop
     logits, cache = prefill(model, params, extra, cond, cond["text"].shape[1] + count)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:
