@@ -23,6 +23,7 @@ from hybridgen.sampling.solvers import SOLVERS
 
 # option: (lowest, highest, type)
 RANGES = {
+    "gather": (0, 1, int),
     "guidance": (0.0, 100.0, float),
     "guidance_channels": (0, 1_000_000, int),
     "guidance_until": (0.0, 1.0, float),

@@ -1,18 +1,20 @@
-"""Does a config fit, and how fast can it be: train step and sample program, compiled for a TPU topology on a CPU.
+"""Does a config fit, and how fast can it be: train step and sample program, compiled on a CPU for TPUs or GPUs.
 
     python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:16x16
     python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:16x16 --slices 2
     python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:8x8 --suggest
+    python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology h100:4x8    # four hosts of eight
     python -m hybridgen.preflight --config configs/recipes/shapes.py:cpu --stage decoder --json FILE   # this machine
 
 Says for each program whether it fits a device's memory, by how much, and what to change if not; what its collectives
 move, and the roofline (cost/roofline.py). Nothing is run. Exit code 1 if a program does not fit. A topology needs the
-extra `tpu` (libtpu), and no TPU. Parts that name a config are taken untrained: nothing has to be trained before.
+extra `tpu` (libtpu) or `gpu` (the CUDA plugin and cuDNN), and no TPU or GPU. Parts that name a config are taken
+untrained: nothing has to be trained before.
 
 `--suggest` looks through shapes of the mesh, remat policies and batches, estimates all and compiles the promising ones
 (cost/suggest.py). `--slices N`: so many such slices, data parallel between them (mesh axis `dcn`). For a topology XLA
-is told to spend less time on speed (`--exact`: as the run itself will): a 3B prior then compiles in half a minute and
-not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
+is told to spend less time on the speed of a training step (`--exact`: as the run itself will): a 3B prior then compiles
+in half a minute and not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
 
 JSON: {"config", "family", "topology" (null: this machine), "slices", "device", "devices", "mesh", "batch", "count"
 (pictures drawn at a time), "shape": height and width of the pictures, the largest of several shapes (null: there is
@@ -33,7 +35,6 @@ With --suggest: {"config", "topology", "slices", "device", "devices", "capacity"
 "fits", "spare", "images_per_s" a device, "limit", "mfu"}], the best first}
 """
 
-import importlib.util
 import os
 import re
 import time
@@ -44,46 +45,12 @@ import jax
 from hybridgen import config as config_lib
 from hybridgen import rundir, trees
 from hybridgen.cli import command, make_parser
-from hybridgen.cost import chips, hlo, programs, roofline, suggest
+from hybridgen.cost import chips, hlo, programs, roofline, suggest, topology
 from hybridgen.errors import UserError
 
 GIB = 2**30
-KNOWN = "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1"
-# libtpu is not to look for a TPU, for a metadata server or for another process that has one
-OFFLINE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 QUICK = {"exec_time_optimization_effort": -0.5}
 LISTED = 6  # kinds of collectives that are printed
-
-
-def topology(name: str, slices: int = 1) -> tuple[list, float]:
-    """(devices to compile for, bytes that a program may use on each) of `slices` topologies such as "v5e:16x16"."""
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)
-    known = {kind: chip for kind, chip in chips.CHIPS.items() if chip.sides}
-    chip = known.get(found[1]) if found else None
-    sides = [int(side) for side in found[2].split("x")] if found else []
-    if chip is None:
-        near = config_lib.hint(name.partition(":")[0], known)
-        raise UserError(f"no topology {name!r}{near}; known are {KNOWN}")
-    if len(sides) != chip.sides:
-        raise UserError(f"topology {name!r} has {len(sides)} sides and {found[1]} has {chip.sides}; known are {KNOWN}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for a TPU topology needs libtpu: pip install 'hybridgen[tpu]'")
-    for variable, value in OFFLINE.items():
-        os.environ.setdefault(variable, value)
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {"chips_per_host_bounds": (1,) * 3} if set(sides) == {1} else {}
-    options |= {"num_slices": slices} if slices > 1 else {}
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"no topology {name!r}: {str(error).splitlines()[0]}; known are {KNOWN}") from None
-    return list(devices), chip.memory
 
 
 def capacity() -> float | None:
@@ -127,7 +94,10 @@ def preflight(
 def attempt(
     built: programs.Programs, name: str, chip: chips.Chip, room: float | None, options: dict | None
 ) -> dict[str, Any]:
-    """The report of one program. Running out of memory while compiling is a result; other errors are raised."""
+    """The report of one program. Running out of memory while compiling is a result; other errors are raised.
+
+    options: XLA's, for training; a program that draws compiles soon, and a hasty one would read its weights twice.
+    """
     if name == "train":
         function, arguments, (flops, again) = built.step, built.train_arguments(), built.train_flops()
     else:
@@ -137,7 +107,7 @@ def attempt(
     start = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            compiled, measured = programs.compile_timed(function, arguments, options)
+            compiled, measured = programs.compile_timed(function, arguments, options if name == "train" else None)
     except jax.errors.JaxRuntimeError as error:
         over = exceeded(str(error))
         if over is None:
@@ -230,7 +200,7 @@ def details(entry: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("preflight", __doc__)
     programs.add_arguments(parser)
-    parser.add_argument("--topology", metavar="CHIP:SIDES", help=f"{KNOWN}; default: this machine")
+    parser.add_argument("--topology", metavar="CHIP:SIDES", help=f"{topology.KNOWN}; default: this machine")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (mesh axis dcn)")
     parser.add_argument("--exact", action="store_true", help="compile for a topology with all of XLA's optimisations")
     parser.add_argument("--suggest", action="store_true", help="search meshes, remat policies and batches for training")
@@ -240,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--slices {args.slices} is for topologies, and at least 1")
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # what is compiled for is not what is here
-        devices, room = topology(args.topology, args.slices)
+        devices, room = topology.describe(args.topology, args.slices)
     else:
         devices, room = None, capacity()
     options = QUICK if args.topology and not args.exact else None

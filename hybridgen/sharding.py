@@ -68,8 +68,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
     if free:
         shape[free[0]] = devices.size // fixed
     types, (dcn, *inner) = (AxisType.Auto,) * len(MESH_AXES), shape.values()
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) == 1:
+    # hosts of GPUs may say that they are slices: there any axis may cross them, in order of rank
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) <= 1:
         return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices.tolist())
     if len(slices) != dcn:
         raise UserError(f"mesh.dcn {dcn} is not the number of slices, {len(slices)}: between slices is data parallel")
@@ -146,6 +147,20 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, _divisible(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def gathered(params: Any) -> Any:
+    """Constrains a nested dict of parameters to be whole over `fsdp`, in the mesh in force; over `tensor` they stay."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+
+    def place(path: tuple, leaf: jax.Array) -> jax.Array:
+        spec = param_spec("/".join(str(key.key) for key in path), leaf.shape)
+        kept = PartitionSpec(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in spec))
+        return jax.lax.with_sharding_constraint(leaf, _divisible(kept, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, params)
 
 
 def mirror_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:

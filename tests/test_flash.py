@@ -100,10 +100,11 @@ COMPILED = """
 import json
 import jax, jax.numpy as jnp
 from hybridgen import preflight, sharding
+from hybridgen.cost import topology
 from hybridgen.nn.attention import Mask, attend
 
 jax.config.update("jax_platforms", "cpu")
-mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, preflight.topology("v5e:2x2")[0])
+mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology.describe("v5e:2x2")[0])
 rows = sharding.batch_sharding(mesh)
 found = []
 for t, s, h, g, k, kind, prefix, hidden, dtype in CASES:

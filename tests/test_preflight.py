@@ -13,7 +13,7 @@ import pytest
 
 from hybridgen import cli, preflight
 from hybridgen import config as config_lib
-from hybridgen.cost import chips, hlo, programs, roofline, suggest
+from hybridgen.cost import chips, hlo, programs, roofline, suggest, topology
 from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -211,13 +211,13 @@ def test_what_a_compiler_says_of_memory(message, gib):
 def test_an_unknown_topology_names_the_known_ones(name):
     pytest.importorskip("libtpu") if name == "v5e:3x5" else None
     with pytest.raises(UserError, match=r"topology .*known are .*v5e:16x16"):
-        preflight.topology(name)
+        topology.describe(name)
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"hybridgen\[tpu\]"):
-        preflight.topology("v5e:4x4")
+        topology.describe("v5e:4x4")
 
 
 def test_wrong_arguments_exit_with_2(capsys):

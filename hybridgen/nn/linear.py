@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.sharding import shard
+from hybridgen.sharding import gathered, shard
 
 Init = Callable[..., jax.Array]
 FEW = 64  # rows of a step of decoding, not of training
@@ -25,19 +25,20 @@ def cast(x: jax.Array, dtype: str) -> jax.Array:
     return x.astype(wanted if wanted == jnp.bfloat16 else jnp.promote_types(x.dtype, wanted))
 
 
-def narrowed(params: Any, dtype: str) -> Any:
-    """Parameters with kernels and tables in the compute dtype, for a loop over a model that computes in it throughout.
+def held(params: Any, dtype: str, gather: bool = True) -> Any:
+    """Parameters as a loop over a model that computes in `dtype` holds them, to the same results.
 
-    A layer casts them itself, to the same numbers; in a loop over tokens or solver steps it would do so in every turn,
-    and read twice the bytes, where the compiler does not see that (XLA for GPUs does not).
+    Kernels and tables are in that dtype: layers cast them themselves, and in a loop over tokens or solver steps would
+    do so in every turn and read twice the bytes, where the compiler does not see that (XLA for GPUs does not). With
+    `gather` they are whole over the mesh axis `fsdp`, which would otherwise send all of them in every turn.
     """
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return params
 
     def narrow(path: tuple, leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if path[-1].key in ("kernel", "table") else leaf
 
-    return jax.tree_util.tree_map_with_path(narrow, params)
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        params = jax.tree_util.tree_map_with_path(narrow, params)
+    return gathered(jax.lax.optimization_barrier(params)) if gather else params
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from hybridgen.models.parts import Parts, Shape, need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, fan_in, narrowed, zeros
+from hybridgen.nn.linear import Embed, Linear, fan_in, held, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
 from hybridgen.nn.stack import Stack, apart, dropped, stands_apart
@@ -310,7 +310,8 @@ def plan(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws tokens `[b, n]` with their log-probabilities; one prefill and one scan over the cache.
 
-    options: "guidance" (number, or a schedule of sampling.guidance), "temperature", "top_k", "top_p".
+    options: "guidance" (number, or a schedule of sampling.guidance), "temperature", "top_k", "top_p",
+    "gather" (0: weights that are divided over `fsdp` are sent anew for every token, for a model that fits no device).
     """
     scale = options.get("guidance", 1.0)
     if guidance.is_on(scale):
@@ -319,7 +320,7 @@ def plan(
         cond = guidance.repeat(cond, 2)
         b = keys.shape[0]
         cond = cond | {"drop": jnp.arange(2 * b) >= b}
-    params = apart(narrowed(params, model.dtype), model.unroll)  # outside of the loop
+    params = apart(held(params, model.dtype, options.get("gather", 1)), model.unroll)  # outside of the loop
     logits, cache = prefill(model, params, extra, cond)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:

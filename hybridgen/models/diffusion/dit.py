@@ -33,7 +33,7 @@ from hybridgen.models.parts import Parts, Shape, divided, need, sides
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.conv import patchify, unpatchify
-from hybridgen.nn.linear import Embed, Linear, cast, narrowed, zeros
+from hybridgen.nn.linear import Embed, Linear, cast, held, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, learned, rotary, sincos_2d
 from hybridgen.nn.stack import Stack, modulate
@@ -331,7 +331,7 @@ def draw(model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts
     shape = (*model.shape, model.channels)
     if model.text_vocab:
         cond = cond | {"features": model.apply({"params": params}, cond, method="read")}
-    params = narrowed(params, model.dtype)  # outside of the loop
+    params = held(params, model.dtype, options.get("gather", 1))  # outside of the loop
     x = process.render(model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options)
     if "autoencoder" in parts:
         x = parts["autoencoder"].call("decode", x)

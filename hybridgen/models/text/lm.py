@@ -23,7 +23,7 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.text.transformer import round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, fan_in, narrowed
+from hybridgen.nn.linear import Embed, Linear, fan_in, held
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import rotary
 from hybridgen.nn.stack import Stack, apart, stands_apart
@@ -216,7 +216,7 @@ def plan(model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, option
     options: also "temperature", "top_k", "top_p".
     """
     count = options.get("steps", model.length)
-    params = apart(narrowed(params, model.dtype), model.unroll)  # outside of the loop
+    params = apart(held(params, model.dtype, options.get("gather", 1)), model.unroll)  # outside of the loop
     logits, cache = prefill(model, params, extra, cond, cond["text"].shape[1] + count)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:

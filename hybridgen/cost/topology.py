@@ -1,0 +1,128 @@
+"""Devices that are not here, to compile for: TPU slices such as "v5e:16x16", and GPUs such as "h100:8" or "h100:4x8".
+
+libtpu brings a TPU's compiler, the CUDA plugin of JAX a GPU's; neither needs the chip. XLA for GPUs asks for what its
+heuristics go by (processors, shared memory, cache), which GPUS has from the makers' architecture papers and from what
+drivers report. Kernels are then not tried out, as they are on a GPU, where the fastest of several is taken.
+"""
+
+import importlib.util
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from hybridgen import config as config_lib
+from hybridgen.cost import chips
+from hybridgen.errors import UserError
+
+KNOWN = "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1, h100:8, h100:4x8"
+# libtpu is not to look for a TPU, for a metadata server or for another process that has one
+OFFLINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+USED = 0.9  # of a GPU's memory, by a program that launch/local.sh starts
+KIB, MIB = 2**10, 2**20
+
+
+class GPU(NamedTuple):
+    """What XLA's heuristics ask of a GPU. Memory in bytes; of the shared memory, what a block may take."""
+
+    name: str
+    capability: int
+    processors: int  # streaming multiprocessors
+    lanes: int  # float32 units of one
+    shared: int
+    cache: int  # L2
+    clock: float  # GHz
+
+
+GPUS = {
+    "a100": GPU("NVIDIA A100", 8, 108, 64, 163 * KIB, 40 * MIB, 1.41),
+    "h100": GPU("NVIDIA H100", 9, 132, 128, 227 * KIB, 50 * MIB, 1.98),
+    "h200": GPU("NVIDIA H200", 9, 132, 128, 227 * KIB, 50 * MIB, 1.98),
+    "b200": GPU("NVIDIA B200", 10, 148, 128, 227 * KIB, 126 * MIB, 1.965),
+}
+
+
+def describe(name: str, slices: int = 1) -> tuple[list, float]:
+    """(devices to compile for, bytes that a program may use on each) of `slices` topologies such as "v5e:16x16"."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    known = {kind: chip for kind, chip in chips.CHIPS.items() if chip.sides or kind in GPUS}
+    chip = known.get(found[1]) if found else None
+    if chip is None:
+        near = config_lib.hint(name.partition(":")[0], known)
+        raise UserError(f"no topology {name!r}{near}; known are {KNOWN}")
+    sides = [int(side) for side in found[2].split("x")]
+    if not chip.sides:
+        return _gpus(name, found[1], sides, slices), USED * chip.memory
+    if len(sides) != chip.sides:
+        raise UserError(f"topology {name!r} has {len(sides)} sides and {found[1]} has {chip.sides}; known are {KNOWN}")
+    return _slices(name, sides, slices), chip.memory
+
+
+def _slices(name: str, sides: list[int], slices: int) -> list:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU topology needs libtpu: pip install 'hybridgen[tpu]'")
+    for variable, value in OFFLINE.items():
+        os.environ.setdefault(variable, value)
+    options: dict[str, Any] = {"chips_per_host_bounds": (1,) * 3} if set(sides) == {1} else {}
+    options |= {"num_slices": slices} if slices > 1 else {}
+    try:
+        return _devices("tpu", topology_name=name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"no topology {name!r}: {str(error).splitlines()[0]}; known are {KNOWN}") from None
+
+
+def _gpus(name: str, kind: str, sides: list[int], slices: int) -> list:
+    if len(sides) > 2 or min(sides) < 1:
+        raise UserError(f"topology {name!r}: GPUs are counted as GPUs, h100:8, or as hosts by GPUs of each, h100:4x8")
+    if slices > 1:
+        raise UserError(f"--slices {slices} is for TPUs; hosts of GPUs are in the name, {kind}:{slices}x{sides[-1]}")
+    hosts, each = (1, *sides)[-2:]
+    options = {"topology": f"1x{hosts}x{each}", "target_config": target(GPUS[kind], chips.CHIPS[kind])}
+    try:
+        return _devices("cuda", topology_name="", **options)
+    except NotImplementedError:
+        need = "the CUDA plugin of JAX and cuDNN: pip install 'hybridgen[gpu]'"
+        raise UserError(f"compiling for {name} needs {need}") from None
+
+
+def _devices(platform: str, **options: Any) -> list:
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(platform=platform, **options).devices)
+
+
+def target(gpu: GPU, chip: chips.Chip) -> str:
+    """A GPU as XLA takes it: a stream_executor.GpuTargetConfigProto as text."""
+    numbers = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "threads_per_core_limit": 2048,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 2**16 - 1,
+        "block_dim_limit_z": 2**16 - 1,
+        "registers_per_core_limit": 2**16,
+        "registers_per_block_limit": 2**16,
+        "core_count": gpu.processors,
+        "fpus_per_core": gpu.lanes,
+        "shared_memory_per_block": 48 * KIB,  # of a kernel that does not ask for more
+        "shared_memory_per_block_optin": gpu.shared,
+        "shared_memory_per_core": gpu.shared + KIB,
+        "l2_cache_size": gpu.cache,
+        "clock_rate_ghz": gpu.clock,
+        "memory_bandwidth": int(chip.bandwidth),
+        "device_memory_size": int(chip.memory),
+    }
+    lines = [f"{name}: {value}" for name, value in numbers.items()]
+    lines += [f"cuda_compute_capability {{ major: {gpu.capability} }}", 'runtime_version: "13.0.0"']
+    lines += ['driver_version: "13.0.0"', f'name: "{gpu.name}"']
+    ends = ['platform_name: "CUDA"', "dnn_version_info { major: 9 minor: 12 }"]
+    return "\n".join(["gpu_device_info {", *lines, "}", *ends, f'device_description_str: "{gpu.name}"'])
