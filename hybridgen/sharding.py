@@ -68,9 +68,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
     if free:
         shape[free[0]] = devices.size // fixed
     types, (dcn, *inner) = (AxisType.Auto,) * len(MESH_AXES), shape.values()
-    # hosts of GPUs may say that they are slices: there any axis may cross them, in order of rank
-    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
-    if len(slices) <= 1:
+    if devices[0].platform != "tpu":  # in order of rank; hosts of GPUs may say that they are slices, and are none
+        return Mesh(devices.reshape(tuple(shape.values())), MESH_AXES, axis_types=types)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
         return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices.tolist())
     if len(slices) != dcn:
         raise UserError(f"mesh.dcn {dcn} is not the number of slices, {len(slices)}: between slices is data parallel")
@@ -160,7 +161,8 @@ def gathered(params: Any) -> Any:
         kept = PartitionSpec(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in spec))
         return jax.lax.with_sharding_constraint(leaf, _divisible(kept, leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    # behind the barrier what was cast to a narrower dtype is sent in it
+    return jax.tree_util.tree_map_with_path(place, jax.lax.optimization_barrier(params))
 
 
 def mirror_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybridgen import trees
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask, attend
-from hybridgen.nn.linear import Embed, Linear
+from hybridgen.nn.linear import Embed, Linear, held
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import GroupNorm, Norm
 from hybridgen.nn.position import grid_positions, rotary, rotate
@@ -216,6 +217,18 @@ def test_cached_equals_uncached(monkeypatch, kind, chunks, unroll, platform):
         start += t
     assert int(cache["index"]) == LENGTH
     close(np.concatenate(parts, 1), full, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, DIT])
+def test_weights_as_a_loop_holds_them_give_the_same_numbers(options):
+    x, side = draw(0, 2, LENGTH, WIDTH), {"condition": draw(1, 2, WIDTH)} if options is DIT else {}
+    model = stack(dtype="bfloat16", **options)
+    params = init(model, x, **side)
+    narrow = held(params, "bfloat16")
+    kinds = {path.rsplit("/")[-1]: leaf.dtype for path, leaf in trees.flatten(narrow).items()}
+    assert kinds.pop("kernel") == jnp.bfloat16 and set(kinds.values()) <= {jnp.dtype("float32")}
+    np.testing.assert_array_equal(apply(model, narrow, x, Mask(), **side), apply(model, params, x, Mask(), **side))
+    assert held(params, "float32") is params
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,9 @@ def test_large_models_fit_a_pod_slice(tmp_path, config, topology, billions, posi
     # layers are counted as often as they are there: weights are gathered at least once for each pass, in bfloat16
     gathered = sum(it["bytes"] for it in report["train"]["collectives"] if it["kind"] == "all-gather")
     assert 2 * 2 * report["parameters"] < gathered < 4 * 4 * report["parameters"]
+    # and to draw, once for all tokens or solver steps
+    gathered = sum(it["bytes"] for it in report["sample"]["collectives"] if it["kind"] == "all-gather")
+    assert gathered < 4 * 2 * report["parameters"]
 
 
 @needs_libtpu

@@ -4,10 +4,10 @@
         --config.parts.tokenizer=runs/tokenizer
 
 `tiny`: a smoke test. `bench`: width 512, 12 layers, 256 tokens, what CPU speed is judged by. `1b`: 0.98B parameters
-over 256 tokens of a 16,384 codebook, for a single H100 or a v5p, what an accelerator's speed is judged by. `3b`: 2.9B,
-for a v5e:16x16 or more (LlamaGen's 3B is 3200 wide with heads of 100; here they are 128, which a TPU does not pad).
-`20b`: 20B parameters, the size of Parti's largest (Yu et al. 2022), over its 1024 tokens, here of pictures at 512, for
-a v5p:8x8x4 or more.
+over 256 tokens of a 16,384 codebook, for a single H100 or a v5p, what an accelerator's speed is judged by; `775m`: the
+size of LlamaGen's XL. `3b`: 2.9B, for a v5e:16x16 or more (LlamaGen's 3B is 3200 wide with heads of 100; here they are
+128, which a TPU does not pad). `20b`: 20B parameters, the size of Parti's largest (Yu et al. 2022), over its 1024
+tokens, here of pictures at 512, for a v5p:8x8x4 or more.
 """
 
 from configs import common
@@ -29,7 +29,7 @@ def get_config(variant: str = ""):
         config.batch = 4
         config.model.update(width=512, depth=12, heads=8)
         config.parts.tokenizer = common.UNTRAINED_256
-    elif variant in ("1b", "3b", "20b"):
+    elif variant in ("775m", "1b", "3b", "20b"):
         config.data.update(resolution=512 if variant == "20b" else 256)
         config.data.text.length = 64
         config.steps, config.batch = 300_000, 1024
@@ -42,10 +42,11 @@ def get_config(variant: str = ""):
             config.optim.lr = 1e-4
             config.model.update(width=6144, depth=44, heads=48, hidden=16384)
             config.mesh.update(fsdp=64)
-        elif variant == "1b":
+        elif variant in ("775m", "1b"):
+            width, depth, hidden = (1280, 36, 3584) if variant == "775m" else (2048, 18, 5504)
             config.batch = 64
-            config.model.update(width=2048, depth=18, heads=16, hidden=5504, remat="dots", unroll=-1)
+            config.model.update(width=width, depth=depth, heads=width // 128, hidden=hidden, remat="dots", unroll=-1)
             config.mesh.update(fsdp=1)
     elif variant:
-        raise common.unknown(variant, "tiny", "bench", "1b", "3b", "20b")
+        raise common.unknown(variant, "tiny", "bench", "775m", "1b", "3b", "20b")
     return config

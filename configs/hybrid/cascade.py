@@ -4,7 +4,8 @@
 
 `""`: no training, only assembly: a run folder to sample and evaluate. `joint`: prior and decoder in one step, from
 scratch; `joint,model.mode=soft` and `features` choose what flows between them. `tiny`: joint, a smoke test. `large`:
-joint, the 3B prior and the DiT-XL decoder of pictures at 256, for a v6e:16x16 or more.
+joint, the 3B prior and the DiT-XL decoder of pictures at 256, for a v6e:16x16 or more. `xl`: a 775M prior and DiT-XL in
+25 steps, both guided, of pictures at 256, untrained: what an accelerator's speed in drawing is judged by.
 """
 
 from configs import common
@@ -15,7 +16,7 @@ from configs.diffusion import dit
 def get_config(variant: str = ""):
     config = common.stage("hybrid.cascade", {"mode": "tokens"}, common.shapes(), steps=0)
     config.parts.update(tokenizer="../tokenizer", prior="../prior", decoder="../decoder")
-    sizes = {"tiny": ("tiny", "tiny"), "large": ("3b", "xl")}.get(variant, ("", ""))
+    sizes = {"tiny": ("tiny", "tiny"), "large": ("3b", "xl"), "xl": ("775m", "xl")}.get(variant, ("", ""))
     prior, decoder = raster.get_config(sizes[0]), dit.get_config(sizes[1])
     config.sample.options = {**prior.sample.options.to_dict(), **decoder.sample.options.to_dict()}
     if variant in ("joint", "tiny", "large"):
@@ -31,6 +32,10 @@ def get_config(variant: str = ""):
             config.steps, config.batch = 300_000, 1024
             config.optim.update(lr=1e-4, warmup=5000)
             config.ema.decay = 0.9999
+    elif variant == "xl":
+        config.data, config.parts = prior.data, decoder.parts
+        config.parts.update(prior="configs/ar/raster.py:775m", decoder="configs/diffusion/dit.py:xl")
+        config.sample.count = 64
     elif variant:
-        raise common.unknown(variant, "joint", "tiny", "large")
+        raise common.unknown(variant, "joint", "tiny", "large", "xl")
     return config

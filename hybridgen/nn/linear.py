@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from hybridgen.sharding import gathered, shard
 
 Init = Callable[..., jax.Array]
-FEW = 64  # rows of a step of decoding, not of training
+FEW = 64  # rows of a step of decoding, not of training; or half as many as the kernel has
 
 
 def cast(x: jax.Array, dtype: str) -> jax.Array:
@@ -38,7 +38,7 @@ def held(params: Any, dtype: str, gather: bool = True) -> Any:
 
     if jnp.dtype(dtype) == jnp.bfloat16:
         params = jax.tree_util.tree_map_with_path(narrow, params)
-    return gathered(jax.lax.optimization_barrier(params)) if gather else params
+    return gathered(params) if gather else params
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ class Linear(nn.Module):
 
     `parts` cuts the last but one feature axis: the result is then a list of arrays, each from a product of its own. One
     product whose result is cut is slower: in the gradient every part is padded to the whole, and the wholes are summed.
-    For a FEW rows it is one product all the same: reading the kernel is then the work, and cutting it would copy it.
+    For few rows it is one product all the same: reading the kernel is then the work, and cutting it would copy it.
     """
 
     features: int | tuple[int, ...]
@@ -94,7 +94,7 @@ class Linear(nn.Module):
         x = cast(x, self.dtype)
         if not self.parts:
             return affine(x, kernel, bias, self.wide)
-        if x.size <= FEW * x.shape[-1]:
+        if x.size // x.shape[-1] <= max(FEW, x.shape[-1] // 2):
             y = affine(x, kernel, bias, self.wide)
             return jax.lax.split(y, self.parts, y.ndim - 2)
         kernels = jax.lax.split(kernel, self.parts, kernel.ndim - 2)
