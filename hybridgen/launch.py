@@ -56,6 +56,7 @@ CHIPS: dict[str, dict[str, str]] = {
     "a100": HOPPER,
     "h100": HOPPER,
     "h200": HOPPER,
+    "b200": HOPPER,
     "v4": OVERLAP,
     "v5e": OVERLAP,
     "v5p": OVERLAP | {"xla_tpu_megacore_fusion_allow_ags=false": "gathers stay asynchronous on a chip of two cores"},

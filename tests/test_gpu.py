@@ -36,6 +36,10 @@ MASKS = {
     "causal, from an offset": (4, 24, 1, 1, Mask("causal", offset=20), False, True),
     "causal, from a traced offset": (4, 24, 1, 1, Mask("causal", offset=jnp.int32(20)), True, True),
 }
+ALL = MASKS | {
+    "prefix, hidden keys, large": (321, 321, 2, 1, Mask("prefix", 65), True, True),
+    "causal, large": (1024, 1024, 2, 2, Mask("causal"), False, False),
+}
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -60,6 +64,24 @@ def test_cudnn_is_given_the_mask_in_a_form_that_it_takes(monkeypatch, name):
     for ours, other in zip(both("cudnn"), both("xla"), strict=True):
         np.testing.assert_allclose(ours, other, atol=1e-5)
     assert seen == [added]
+
+
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="there is no accelerator here, or JAX_PLATFORMS=cpu")
+@pytest.mark.parametrize("name", ALL)
+def test_attention_on_this_device_is_the_plain_one(name):
+    *shape, mask, hidden, _ = ALL[name]
+    q, k, v, weight, valid = arrays(*shape, 64, hidden)
+    mask = mask._replace(valid=valid)
+
+    def both(kernel, dtype):
+        given = (x.astype(dtype) for x in (q, k, v))
+        out, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask, kernel), *given)
+        return [np.asarray(x, np.float32) for x in (out, *back(weight.astype(dtype)))]
+
+    with jax.default_matmul_precision("highest"):
+        exact = both("xla", "float32")
+    for ours, plain in zip(both("auto", "bfloat16"), exact, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=0.03 * np.abs(plain).max())
 
 
 @pytest.mark.parametrize("name", ["h100", "h100:", "h100:2x2x8", "h100:0", "h1000:8"])
