@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridgen import config
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh")) + [ROOT / "launch" / "slurm.sbatch"]
 CONFIG = "configs/tokenizers/vq.py:tiny"
@@ -324,3 +326,18 @@ def test_a_tpu_vm_that_is_preempted_comes_again(cloud, tmp_path):
     assert "prior is SUSPENDED: again from the newest checkpoint" in out
     calls = [line.split()[3] for line in (tmp_path / "record.calls").read_text().splitlines()]
     assert calls.count("create") == 2 and calls.count("delete") == 1
+
+
+def test_what_an_accelerator_is_measured_by_goes_on_where_one_fails(tmp_path):
+    stand_in = '#!/usr/bin/env bash\necho "$*" >>"$RECORD"\n[[ "$*" != *":1b"* ]] || exit 3\n'
+    clean = os.environ | {"PYTHON": str(stub(tmp_path / "bin", "python", stand_in)), "RECORD": str(tmp_path / "record")}
+    out = tmp_path / "out"
+    done = subprocess.run([ROOT / "launch" / "measure.sh", out], env=clean, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    calls = [line.split() for line in (tmp_path / "record").read_text().splitlines()]
+    benches = [call for call in calls if call[:2] == ["-m", "hybridgen.bench"]]
+    assert calls[0][:2] == ["-m", "hybridgen.launch"] and calls[1][:2] == ["-m", "pytest"] and len(benches) == 5
+    for call in benches:  # what is named is there
+        path, overrides = call[call.index("--config") + 1], [x[9:] for x in call if x.startswith("--config.")]
+        config.load(f"{ROOT / path}", overrides)
+        assert f"== {Path(call[call.index('--json') + 1]).stem}: " in (out / "report.txt").read_text()
