@@ -243,8 +243,36 @@ def test_guided_in_some_channels():
     rows = np.random.default_rng(0).normal(size=(4, 2, 2, 6)).astype(np.float32)
     call = guidance.guided(lambda x, t: jnp.asarray(rows), 3.0, 2)
     out = np.asarray(call(jnp.zeros((2, 2, 2, 3)), jnp.zeros(2)))
-    np.testing.assert_allclose(out[..., :2], rows[2:, ..., :2] + 3 * (rows[:2] - rows[2:])[..., :2], rtol=1e-5)
-    assert (out[..., 2:] == rows[:2, ..., 2:]).all()
+    full, none = rows[::2], rows[1::2]
+    np.testing.assert_allclose(out[..., :2], none[..., :2] + 3 * (full - none)[..., :2], rtol=1e-5)
+    assert (out[..., 2:] == full[..., 2:]).all()
+
+
+def test_a_render_is_guided_by_the_branches_of_its_own_picture():
+    """Three pictures and three branches: as a network that asks for each branch apart and combines them itself."""
+
+    def network(x, t, cond):
+        b = len(x)
+        plan, label = (
+            jnp.where(cond.get(f"drop_{name}", jnp.zeros(b, bool)), none, cond[name])
+            for name, none in (("plan", 0.7), ("label", -0.3))
+        )
+        return jnp.cos(3 * plan + t)[:, None, None, None] * x + jnp.sin(label + 2 * plan)[:, None, None, None]
+
+    def by_hand(x, t, cond):
+        full, no_plan, neither = (
+            network(x, t, cond | {f"drop_{name}": jnp.ones(len(x), bool) for name in names})
+            for names in ((), ("plan",), ("plan", "label"))
+        )
+        return full + 1.5 * (full - no_plan) + 0.5 * (no_plan - neither)
+
+    keys = rng.sample_keys(jax.random.key(0), jnp.arange(3))
+    given = {"plan": jnp.array([0.2, 1.1, 2.9]), "label": jnp.array([1, 3, 2])}
+    render = functools.partial(process.render, small(timesteps=0, outputs=0))
+    options = {"steps": 4, "guidance": {"plan": 2.5, "plan+label|plan": 1.5}}
+    drawn = render(network, given, keys, (4, 4, 3), options)
+    expected = render(by_hand, given, keys, (4, 4, 3), {"steps": 4})
+    assert np.abs(drawn - expected).max() < 1e-5 < 0.1 < np.abs(expected - expected[::-1]).max()
 
 
 def test_renders_keep_timesteps_and_leave_the_variance_alone():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_preflight import PRIOR, needs_libtpu, run
 
 from hybridgen.errors import UserError
 from hybridgen.sampling import guidance
@@ -70,11 +71,41 @@ def test_levels():
         guidance.combine_levels(outputs[:2], nested)
 
 
+def test_the_branches_of_a_picture_are_side_by_side():
+    branches = arrays(3, (2, 4))
+    rows = guidance.join(branches)
+    for row, (picture, branch) in enumerate((b, k) for b in range(2) for k in range(3)):
+        assert np.array_equal(rows[row], branches[branch][picture])
+    assert all(map(np.array_equal, guidance.split(rows, 3), branches))
+    assert np.array_equal(guidance.repeat({"x": branches[0]}, 3)["x"], guidance.join(branches[:1] * 3))
+    assert guidance.repeat(rows, 1) is rows
+
+
 def test_guided_calls_the_network_on_rows_in_branch_order():
     x, t = arrays(1, (2, 3))[0], jnp.array([0.5, 0.5])
-    shift = jnp.repeat(jnp.array([5.0, 1.0]), 2)[:, None]  # conditional rows +5, unconditional rows +1
+    shift = jnp.array([5.0, 1.0, 5.0, 1.0])[:, None]  # conditional rows +5, unconditional rows +1
     network = lambda x, t: x * t[:, None] + shift  # noqa: E731
     np.testing.assert_allclose(guidance.guided(network, 3.0)(x, t), x * 0.5 + 1 + 3 * 4, rtol=1e-6)
     half = guidance.schedule("linear", 3.0)  # progress 1 - t = 0.5: scale 2
     np.testing.assert_allclose(guidance.guided(network, half)(x, t), x * 0.5 + 1 + 2 * 4, rtol=1e-6)
     assert guidance.guided(network, 1.0) is network
+
+
+DECODER = ["--config", "configs/diffusion/dit.py:tiny", "--config.parts.tokenizer=configs/tokenizers/vq.py:tiny"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*PRIOR, "--config.sample.options.prior.guidance=2.0"],
+        [*DECODER, "--config.sample.options.decoder.guidance=2.0"],
+    ],
+    ids=["prior", "decoder"],
+)
+def test_nothing_is_sent_to_combine_branches(arguments, tmp_path):
+    """Four devices draw sixteen pictures: each has both branches of its own four, and asks the others for nothing."""
+    code, report, _ = run(tmp_path, *arguments, "--topology", "v5e:2x2", "--what", "sample")
+    assert code == 0, report
+    assert report["mesh"] == {"data": 4} and report["sample"]["collectives"] == []

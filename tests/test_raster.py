@@ -117,17 +117,32 @@ def test_sampled_tokens_have_the_probability_that_the_forward_gives_them():
     assert tiny.same(greedy, forward(part)(greedy, cond).argmax(-1).astype(jnp.int32))
 
 
+@functools.cache
+def traced_guidance():
+    """(cond, keys, scale) -> tokens and their log-probabilities, both branches computed whatever the scale."""
+    return jax.jit(lambda cond, keys, scale: prior().call("plan", cond, keys, {"guidance": scale}))
+
+
 def test_guidance_of_one_is_the_conditional_model_bit_for_bit():
-    part, cond = prior(), cond_of()
+    part, cond, traced = prior(), cond_of(), traced_guidance()
     plain = draw(part)(cond, keys_of())
     assert tiny.same(plain, draw(part, guidance=1.0)(cond, keys_of()))
     # also where both branches are computed: a scale that is only known when the program runs
-    traced = jax.jit(lambda cond, keys, scale: part.call("plan", cond, keys, {"guidance": scale}))
     assert tiny.same(plain[0], traced(cond, keys_of(), jnp.float32(1.0))[0])
     strong = traced(cond, keys_of(), jnp.float32(30.0))[0]
     assert not tiny.same(plain[0], strong)
     unconditional = draw(part)(cond | {"drop": jnp.ones((B,), bool)}, keys_of())
     assert tiny.same(unconditional[0], traced(cond, keys_of(), jnp.float32(0.0))[0])  # u = c + (0 - 1)(c - u)
+
+
+def test_each_picture_is_guided_against_its_own_dropped_condition():
+    part, cond = prior(), cond_of()
+    tokens, logprob = traced_guidance()(cond, keys_of(), jnp.float32(3.0))
+    run = forward(part)
+    told, dropped = (run(tokens, cond | {"drop": jnp.full(B, gone)}) for gone in (False, True))
+    logits = jax.nn.log_softmax(dropped + 3.0 * (told - dropped), -1)
+    picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    assert tiny.apart(picked, logprob) < 1e-5
 
 
 def test_a_picture_is_the_same_whatever_the_batch():

@@ -113,16 +113,19 @@ def chain(cache, token):
     return TABLE[token] + jnp.sin(total + calls)[:, None] * TABLE[0], (calls, total)
 
 
-def begin(rows):
-    first = jnp.tile(jax.random.normal(jax.random.key(12), (B, V)), (rows // B, 1))
-    return (jnp.int32(0), jnp.zeros(rows, jnp.int32)), first
+def begin(branches=1):
+    """Cache and logits of the first position, those of the second branch turned round."""
+    first = jax.random.normal(jax.random.key(12), (B, V))
+    rows = guidance.join([first, jnp.flip(first, -1)][:branches])
+    return (jnp.int32(0), jnp.zeros(len(rows), jnp.int32)), rows
 
 
 def by_hand(rows, options, scale=None):
-    """The same for some pictures, one position after another in Python."""
-    pick = jnp.array(rows if scale is None else [*rows, *(B + row for row in rows)])
-    cache, logits = begin(B if scale is None else 2 * B)
-    cache, logits, model = (cache[0], cache[1][pick]), logits[pick], chain if scale is None else two_chains
+    """The same for some pictures, one position after another in Python, each branch by itself."""
+    pick = jnp.array(rows)
+    cache, logits = begin()
+    cache, logits = (cache[0], cache[1][pick]), logits[pick]
+    dropped = cache, jnp.flip(logits, -1)  # the second branch, if there is one
 
     @jax.jit
     def draw(i, logits):
@@ -133,25 +136,26 @@ def by_hand(rows, options, scale=None):
     for i in range(N):
         if scale is not None:
             at = scale(i / (N - 1)) if callable(scale) else scale
-            cond, uncond = jnp.split(logits, 2)
-            logits = cond + (at - 1) * (cond - uncond)
+            logits = logits + (at - 1) * (logits - dropped[1])
         token, logp = draw(i, logits)
         out.append((token, logp))
-        logits, cache = model(cache, token if scale is None else jnp.concatenate([token, token]))
+        logits, cache = chain(cache, token)
+        other, dropped_cache = chain(dropped[0], token)
+        dropped = dropped_cache, jnp.flip(other, -1)
     return [jnp.stack(a, 1) for a in zip(*out, strict=True)]
 
 
 def two_chains(cache, token):
-    """The second half of the rows sees other logits."""
+    """The second branch sees other logits, turned round."""
     logits, cache = chain(cache, token)
-    half = len(token) // 2
-    return logits.at[half:].set(jnp.flip(logits[half:], -1)), cache
+    told, dropped = guidance.split(logits, 2)
+    return guidance.join([told, jnp.flip(dropped, -1)]), cache
 
 
 def test_generate_is_the_loop_in_any_batch():
     """Five pictures in one program are two of them in a Python loop, tokens bit for bit."""
     options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
-    run = jax.jit(lambda k: decode.generate(chain, *begin(B), k, length=N, **options))
+    run = jax.jit(lambda k: decode.generate(chain, *begin(), k, length=N, **options))
     drawn, logp = run(keys_of(range(B)))
     rows = [4, 1]
     expected, expected_logp = by_hand(rows, options)
@@ -165,15 +169,15 @@ GREEDY = {"temperature": 0}  # where chance is beside the point: it compiles in 
 
 @pytest.mark.parametrize("scale", [3.0, guidance.schedule("cosine", 5.0, (0.3, 0.9))])
 def test_guided_generate_is_the_loop(scale):
-    def run(model, rows, guidance):
-        cache, logits = begin(rows)
+    def run(model, branches, guidance):
+        cache, logits = begin(branches)
         return decode.generate(model, cache, logits, keys_of(range(B)), length=N, guidance=guidance, **GREEDY)[0]
 
-    drawn = run(two_chains, 2 * B, scale)
+    drawn = run(two_chains, 2, scale)
     assert np.array_equal(drawn, by_hand(range(B), GREEDY, scale)[0])
-    plain = run(chain, B, 1.0)
+    plain = run(chain, 1, 1.0)
     assert not np.array_equal(drawn, plain)
-    assert np.array_equal(run(two_chains, 2 * B, jnp.float32(1)), plain)
+    assert np.array_equal(run(two_chains, 2, jnp.float32(1)), plain)
 
 
 def test_the_model_runs_once_less_than_the_length():
@@ -185,14 +189,14 @@ def test_the_model_runs_once_less_than_the_length():
 
     for length in (1, 4):
         calls.clear()
-        drawn, _ = decode.generate(counted, *begin(B), keys_of(range(B)), length=length, **GREEDY)
+        drawn, _ = decode.generate(counted, *begin(), keys_of(range(B)), length=length, **GREEDY)
         jax.effects_barrier()
         assert drawn.shape == (B, length) and len(calls) == length - 1
 
 
 def test_forced_tokens_are_kept_and_heard():
     keys = keys_of(range(B))
-    run = jax.jit(lambda k, f, m: decode.generate(chain, *begin(B), k, length=N, forced=(f, m), **GREEDY))
+    run = jax.jit(lambda k, f, m: decode.generate(chain, *begin(), k, length=N, forced=(f, m), **GREEDY))
     unmasked = jnp.zeros((B, N), bool)
     free, free_logp = run(keys, jnp.zeros((B, N), jnp.int32), unmasked)
     given = (free + 1) % V
@@ -201,17 +205,17 @@ def test_forced_tokens_are_kept_and_heard():
     assert np.array_equal(jnp.where(mask, given, drawn), drawn)
     assert np.array_equal(drawn[1:, :2], free[1:, :2])  # before the forced position nothing changes
     assert not np.array_equal(drawn[1:, 3:], free[1:, 3:])  # after it, what was forced is what was fed
-    cache, logits = begin(B)  # teacher forcing: the log-probability of the row that was wholly forced
+    cache, logits = begin()  # teacher forcing: the log-probability of the row that was wholly forced
     for i in range(N):
         np.testing.assert_allclose(logp[0, i], jax.nn.log_softmax(logits[0])[given[0, i]], rtol=1e-4, atol=1e-5)
         logits, cache = chain(cache, drawn[:, i])
-    plain, plain_logp = decode.generate(chain, *begin(B), keys, length=N, **GREEDY)
+    plain, plain_logp = decode.generate(chain, *begin(), keys, length=N, **GREEDY)
     assert np.array_equal(free, plain)
     np.testing.assert_allclose(free_logp, plain_logp, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_must_fit():
     with pytest.raises(UserError, match="5 rows, 5 keys with guidance 3.0 need 10"):
-        decode.generate(chain, *begin(B), keys_of(range(B)), length=N, guidance=3.0)
+        decode.generate(chain, *begin(), keys_of(range(B)), length=N, guidance=3.0)
     with pytest.raises(UserError, match="length 0"):
-        decode.generate(chain, *begin(B), keys_of(range(B)), length=0)
+        decode.generate(chain, *begin(), keys_of(range(B)), length=0)

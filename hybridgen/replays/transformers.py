@@ -53,7 +53,7 @@ class Network:
         """The conditional branch, guided in its first channels."""
 
         def both(x: jax.Array, t: jax.Array) -> jax.Array:
-            return self(x, t, np.concatenate([self.labels, self.null]))
+            return self(x, t, guidance.join([self.labels, self.null]))
 
         call = guidance.guided(both, float(self.case.takes("in_cfg_scale")), channels)
         return call(jnp.asarray(self.x), jnp.asarray(self.case.takes("in_t"), jnp.float32))

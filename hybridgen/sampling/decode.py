@@ -3,8 +3,8 @@
 Shape letters: B pictures, R rows of the model (B, or 2B when guided), n positions, v vocabulary.
 
 `step(cache, token R) -> logits R v, cache` is any callable; this file knows nothing of models. When guidance is on,
-cache and logits hold [conditional rows; unconditional rows], and the same token is fed to both halves. Position i draws
-from `fold_in(keys, i)`: a picture depends on its own key only.
+cache and logits hold the rows of both branches (see "Rows" in guidance.py), and the same token is fed to both. Position
+i draws from `fold_in(keys, i)`: a picture depends on its own key only.
 """
 
 import jax
@@ -44,7 +44,7 @@ def generate(
     def choose(logits, position, here, given):
         if guided:
             scale = guide.at(guidance, position / max(length - 1, 1))
-            logits = guide.combine(*jnp.split(logits, 2), scale)  # B v
+            logits = guide.combine(*guide.split(logits, 2), scale)  # B v
         token, logp = tok.draw(here, logits, temperature=temperature, top_k=top_k, top_p=top_p)
         if given is not None:
             token = jnp.where(given[1], given[0].astype(jnp.int32), token)
@@ -53,7 +53,7 @@ def generate(
 
     def body(carry, inputs):
         cache, token = carry
-        logits, cache = step(cache, jnp.concatenate([token, token]) if guided else token)
+        logits, cache = step(cache, guide.repeat(token, 2) if guided else token)
         token, logp = choose(logits, *inputs)
         return (cache, token), (token, logp)
 

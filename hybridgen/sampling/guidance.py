@@ -15,8 +15,10 @@ so all weights 1 give the full branch exactly. Written as plain data for configs
     {"z": 2.0, "c+z": 1.5}              each against the full branch
     {"c": 3.0, "c+z|c": 1.5}            nested: full against no c, then no c against no c and no z
 
-**Rows.** K branches run as one batch of K * B rows, branch after branch: [full; second; ...], so for ordinary guidance
-[conditional; unconditional]. `branches(terms)` gives the order.
+**Rows.** K branches run as one batch of K * B rows, picture after picture: row K * b + k is branch k of picture b, in
+the order of `branches(terms)`, so for ordinary guidance [conditional of 0; unconditional of 0; conditional of 1; ...].
+A device that holds a share of the rows then holds all branches of its pictures: to combine them nothing is sent.
+`repeat`, `join` and `split` know this order, and nothing else does.
 """
 
 import functools
@@ -139,8 +141,20 @@ def combine_levels(outputs, terms, progress=0.0):
 
 
 def repeat(tree, count):
-    """Every leaf B ... -> count*B ...: the same rows for each branch."""
-    return jax.tree.map(lambda a: jnp.concatenate([a] * count), tree) if count > 1 else tree
+    """Every leaf B ... -> count*B ...: each row once for every branch."""
+    return jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), tree) if count > 1 else tree
+
+
+def join(outputs):
+    """K arrays B ..., one for each branch -> their rows K*B ...."""
+    rows = jnp.stack(outputs, 1)  # B K ...
+    return rows.reshape(-1, *rows.shape[2:])
+
+
+def split(rows, count):
+    """K*B ... -> K arrays B ..., one for each branch: what `join` joined."""
+    each = rows.reshape(-1, count, *rows.shape[1:])  # B K ...
+    return [each[:, k] for k in range(count)]
 
 
 def guided(call, spec, channels=None):
@@ -150,7 +164,7 @@ def guided(call, spec, channels=None):
     three of a latent's four). None: all.
 
     For diffusion: t is time (1 is noise), progress is 1 - t of the first row. With guidance off K is 1 and `call` is
-    called as it stands. What it closes over (embedded conditions) must have K*B rows in branch order.
+    called as it stands. What it closes over (embedded conditions) must have K*B rows, as `repeat` or `join` make them.
     """
     terms = parse(spec)
     count = len(branches(terms))
@@ -158,7 +172,7 @@ def guided(call, spec, channels=None):
         return call
 
     def guided_call(x, t):
-        outputs = jnp.split(call(repeat(x, count), repeat(t, count)), count)
+        outputs = split(call(repeat(x, count), repeat(t, count)), count)
         rest = outputs[0][..., channels:] if channels is not None and channels < outputs[0].shape[-1] else None
         if rest is None:
             return combine_levels(outputs, terms, 1 - t[0])

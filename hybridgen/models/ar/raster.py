@@ -318,8 +318,8 @@ def plan(
         if not model.unconditional:
             raise UserError(f"this prior knows no dropped condition: guidance must be 1, and is {scale}")
         cond = guidance.repeat(cond, 2)
-        b = keys.shape[0]
-        cond = cond | {"drop": jnp.arange(2 * b) >= b}
+        told = jnp.zeros(keys.shape[:1], bool)  # b
+        cond = cond | {"drop": guidance.join([told, ~told])}
     params = apart(held(params, model.dtype, options.get("gather", 1)), model.unroll)  # outside of the loop
     logits, cache = prefill(model, params, extra, cond)
 

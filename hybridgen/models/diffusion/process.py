@@ -60,7 +60,7 @@ def render(
     b = keys.shape[0]
     full = guidance.repeat(cond, len(branches))
     for name in {name for branch in branches for name in branch}:
-        full[f"drop_{name}"] = jnp.concatenate([jnp.full((b,), name in branch) for branch in branches])
+        full[f"drop_{name}"] = guidance.join([jnp.full(b, name in branch) for branch in branches])
 
     channels = options.get("guidance_channels", 0) or shape[-1]  # never what a network says about its variance
     call = guidance.guided(lambda x, t: network(x, t, full), spec, channels)
