@@ -10,6 +10,8 @@ import tiny
 
 from hybridgen import rng
 from hybridgen.models.ar import raster
+from hybridgen.nn import cache as kv
+from hybridgen.sampling import decode
 
 B, N = 4, 16
 
@@ -115,6 +117,24 @@ def test_sampled_tokens_have_the_probability_that_the_forward_gives_them():
     assert len({tuple(row) for row in np.asarray(tokens)}) == B  # a key each
     greedy, _ = draw(part, temperature=0.0)(cond, keys_of(seed=3))
     assert tiny.same(greedy, forward(part)(greedy, cond).argmax(-1).astype(jnp.int32))
+
+
+@pytest.mark.parametrize(("unroll", "platform"), [(1, "cpu"), (-1, "cpu"), (-1, "gpu")])
+def test_a_cache_that_grows_in_parts_draws_the_same(monkeypatch, unroll, platform):
+    monkeypatch.setattr(kv, "platform", lambda: platform)
+    part = prior(unroll=unroll)
+    whole = draw(part, guidance=2.0)(cond_of(), keys_of())
+    monkeypatch.setattr(decode, "PART", 5)  # in three parts of 16 tokens
+    assert decode.parts(N) == (5, 10, 16)
+    tokens, logprob = draw(part, guidance=2.0)(cond_of(), keys_of())
+    assert tiny.same(tokens, whole[0]) and tiny.apart(logprob, whole[1]) < 1e-5
+
+
+def test_parts_end_where_the_tokens_do():
+    for length in (1, 16, 255, 256, 300, 1024, 5000):
+        ends = decode.parts(length)
+        assert ends[-1] == length and len(ends) <= decode.PARTS
+        assert np.diff((0, *ends)).min() >= min(length, decode.PART)
 
 
 @functools.cache

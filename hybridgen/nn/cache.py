@@ -31,6 +31,22 @@ def empty(
     return {"k": made(), "v": made(), "valid": jnp.zeros((b, length), bool), "index": jnp.zeros((), jnp.int32)}
 
 
+def grown(cache: Cache, length: int) -> Cache:
+    """The cache with room for `length` positions, what it holds as it is; so that no step reads room not yet used."""
+    more = length - cache["valid"].shape[1]
+
+    def longer(rows: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(rows, [(0, more if i == axis else 0) for i in range(rows.ndim)])
+
+    def each(held: Any) -> Any:
+        if isinstance(held, list):
+            return [longer(rows, rows.ndim - 2) for rows in held]  # b h s k, or b s hk
+        return longer(held, 2)
+
+    valid = longer(cache["valid"], 1)
+    return cache | {"k": each(cache["k"]), "v": each(cache["v"]), "valid": valid}
+
+
 def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
     """Stores `k, v [b, t, h, k]` of one layer at the cache's index; returns the cache and all keys and values of it."""
     new = dict(cache)

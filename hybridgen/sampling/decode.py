@@ -1,10 +1,13 @@
-"""Autoregressive decoding over a cache: one `lax.scan`, one token a position, optionally guided.
+"""Autoregressive decoding over a cache: a `lax.scan` over positions, one token each, optionally guided.
 
 Shape letters: B pictures, R rows of the model (B, or 2B when guided), n positions, v vocabulary.
 
 `step(cache, token R) -> logits R v, cache` is any callable; this file knows nothing of models. When guidance is on,
 cache and logits hold the rows of both branches (see "Rows" in guidance.py), and the same token is fed to both. Position
 i draws from `fold_in(keys, i)`: a picture depends on its own key only.
+
+Every step reads the cache as long as it is. A long sequence is drawn in parts, before each of which the cache grows: in
+two parts three quarters are read of what the whole of it would be, in four five eighths.
 """
 
 import jax
@@ -14,17 +17,26 @@ from hybridgen.errors import UserError
 from hybridgen.sampling import guidance as guide
 from hybridgen.sampling import tokens as tok
 
+PART, PARTS = 128, 4  # tokens that make a part of their own, and the most parts: each compiles a loop
+
+
+def parts(length):
+    """How many of `length` tokens are drawn when each part ends."""
+    count = min(max(length // PART, 1), PARTS)
+    return tuple(length * (i + 1) // count for i in range(count))
+
 
 def generate(
-    step, cache, logits, keys, *, length, guidance=None, temperature=1.0, top_k=0, top_p=1.0, forced=None
+    step, cache, logits, keys, *, length, grow=None, guidance=None, temperature=1.0, top_k=0, top_p=1.0, forced=None
 ):
     """Draw `length` tokens. The model runs length - 1 times: prefill has paid for the first, nothing follows the last.
 
     Args:
       step: (cache, token R int32) -> (logits R v, cache).
-      cache: any pytree, as prefill left it.
+      cache: any pytree, as prefill left it; with `grow`, one with room for `parts(length)[0]` tokens.
       logits: R v, of the first position.
       keys: B typed keys.
+      grow: None, or (cache, n) -> the cache with room for n tokens.
       guidance: None, a scale, or a schedule over position / (length - 1); statically 1 is off: then R = B, else R = 2B.
       temperature, top_k, top_p: see `tokens.filter_logits`.
       forced: None or (tokens B n int32, mask B n bool): where the mask holds, the given token is taken.
@@ -62,11 +74,10 @@ def generate(
     given = None if forced is None else tuple(jnp.moveaxis(jnp.asarray(a), 1, 0) for a in forced)  # n B each
     inputs = (positions, folded, given)
     token, logp = choose(logits, *jax.tree.map(lambda a: a[0], inputs))  # B, B
-    rest = jax.tree.map(lambda a: a[1:], inputs)
-    _, (tokens, logps) = jax.lax.scan(body, (cache, token), rest)  # n-1 B each
-    return _join(token, tokens), _join(logp, logps)
-
-
-def _join(first, rest):
-    """B, n-1 B -> B n."""
-    return jnp.concatenate([first[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
+    drawn, at = [(token[None], logp[None])], 1
+    for end in parts(length) if grow else (length,):
+        cache = grow(cache, end) if grow else cache
+        part = jax.tree.map(lambda a, span=slice(at, end): a[span], inputs)
+        (cache, token), some = jax.lax.scan(body, (cache, token), part)  # end-at B each
+        drawn, at = [*drawn, some], end
+    return tuple(jnp.concatenate(each).T for each in zip(*drawn, strict=True))

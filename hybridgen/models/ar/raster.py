@@ -203,12 +203,12 @@ class Raster(nn.Module):
         x, cache = self.blocks(x, self.mask(), rotary=table, cache=cache)
         return self.norm(x), kv.advance(cache, seen.shape[1])
 
-    def prefill(self, cond: dict) -> tuple[jax.Array, kv.Cache]:
-        """Logits of the first token `[b, v]`, and the cache."""
+    def prefill(self, cond: dict, room: int) -> tuple[jax.Array, kv.Cache]:
+        """Logits of the first token `[b, v]`, and the cache, with room for so many tokens."""
         prefix, seen = self.condition(cond)
         heads = self.kv_heads or self.heads, self.width // self.heads
         dtype = self.dtype if self.dtype == "bfloat16" else prefix.dtype
-        length = self.prefix + self.length
+        length = self.prefix + room
         cache = kv.empty(self.depth, prefix.shape[0], length, *heads, dtype, apart=stands_apart(self.unroll))
         hidden, cache = self.cached(cache, prefix, jnp.ones(prefix.shape[:2], bool) if seen is None else seen)
         return self.logits(hidden[:, -1]), cache
@@ -293,10 +293,12 @@ def features(model: Raster, params: Any, extra: Any, tokens: jax.Array, cond: di
     return model.apply({"params": params}, tokens, cond)
 
 
-def prefill(model: Raster, params: Any, extra: Any, cond: dict) -> tuple[jax.Array, kv.Cache]:
-    """(logits of the first token `[b, v]`, cache)."""
+def prefill(
+    model: Raster, params: Any, extra: Any, cond: dict, room: int | None = None
+) -> tuple[jax.Array, kv.Cache]:
+    """(logits of the first token `[b, v]`, cache with room for `room` tokens, or all)."""
     del extra
-    return model.apply({"params": apart(params, model.unroll)}, cond, method="prefill")
+    return model.apply({"params": apart(params, model.unroll)}, cond, room or model.length, method="prefill")
 
 
 def step(model: Raster, params: Any, extra: Any, cache: kv.Cache, chunk: jax.Array) -> tuple[jax.Array, kv.Cache]:
@@ -308,7 +310,7 @@ def step(model: Raster, params: Any, extra: Any, cache: kv.Cache, chunk: jax.Arr
 def plan(
     model: Raster, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws tokens `[b, n]` with their log-probabilities; one prefill and one scan over the cache.
+    """Draws tokens `[b, n]` with their log-probabilities: a prefill, then a scan over the cache, which grows in parts.
 
     options: "guidance" (number, or a schedule of sampling.guidance), "temperature", "top_k", "top_p",
     "gather" (0: weights that are divided over `fsdp` are sent anew for every token, for a model that fits no device).
@@ -321,14 +323,17 @@ def plan(
         told = jnp.zeros(keys.shape[:1], bool)  # b
         cond = cond | {"drop": guidance.join([told, ~told])}
     params = apart(held(params, model.dtype, options.get("gather", 1)), model.unroll)  # outside of the loop
-    logits, cache = prefill(model, params, extra, cond)
+    logits, cache = prefill(model, params, extra, cond, decode.parts(model.length)[0])
+
+    def grow(cache: kv.Cache, count: int) -> kv.Cache:
+        return kv.grown(cache, model.prefix + count)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:
         logits, cache = step(model, params, extra, cache, token[:, None])
         return logits[:, 0], cache
 
     draw = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
-    return decode.generate(one, cache, logits, keys, length=model.length, guidance=scale, **draw)
+    return decode.generate(one, cache, logits, keys, length=model.length, grow=grow, guidance=scale, **draw)
 
 
 def sample(

@@ -217,14 +217,18 @@ def plan(model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, option
     """
     count = options.get("steps", model.length)
     params = apart(held(params, model.dtype, options.get("gather", 1)), model.unroll)  # outside of the loop
-    logits, cache = prefill(model, params, extra, cond, cond["text"].shape[1] + count)
+    prompt = cond["text"].shape[1]
+    logits, cache = prefill(model, params, extra, cond, prompt + decode.parts(count)[0])
+
+    def grow(cache: kv.Cache, drawn: int) -> kv.Cache:
+        return kv.grown(cache, prompt + drawn)
 
     def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:
         logits, cache = step(model, params, extra, cache, token[:, None])
         return logits[:, 0], cache
 
     draw = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
-    return decode.generate(one, cache, logits, keys, length=count, **draw)
+    return decode.generate(one, cache, logits, keys, length=count, grow=grow, **draw)
 
 
 def sample(
