@@ -161,8 +161,9 @@ def gathered(params: Any) -> Any:
         kept = PartitionSpec(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in spec))
         return jax.lax.with_sharding_constraint(leaf, _divisible(kept, leaf.shape, mesh))
 
-    # behind the barrier what was cast to a narrower dtype is sent in it
-    return jax.tree_util.tree_map_with_path(place, jax.lax.optimization_barrier(params))
+    # the barriers: what was cast to a narrower dtype is sent in it, and nothing is sent again within a loop
+    params = jax.lax.optimization_barrier(params)
+    return jax.lax.optimization_barrier(jax.tree_util.tree_map_with_path(place, params))
 
 
 def mirror_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:
