@@ -42,7 +42,7 @@ def get_config(variant: str = "b"):
     changes |= {"optim__decay": 0.05, "optim__decay_on": "(kernel|table)$", "optim__clip": 1.0}
     config = common.stage("ar.raster", model, data, **changes)
     config.parts.tokenizer = "../tokenizer"
-    draw = {"guidance": 2.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    draw = {"guidance": 2.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "gather": 1}
     if text:
         config.model.update(prefixed="caption", classes=0, text_length=120, text_width=2048, null_length=120)
         config.parts.text = "../text"

@@ -20,7 +20,7 @@ def get_config(variant: str = ""):
     model |= {"remat": "none", "unroll": -1, "dtype": "float32"}
     config = common.stage("ar.raster", model, common.shapes(), steps=2000, optim__lr=2e-3)
     config.parts.tokenizer = "../tokenizer"
-    draw = {"guidance": 2.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    draw = {"guidance": 2.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "gather": 1}
     config.sample.options = {"prior": draw}
     if variant == "tiny":
         config.steps, config.batch = 20, 8

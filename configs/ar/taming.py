@@ -38,5 +38,6 @@ def get_config(variant: str = "imagenet"):
     config.optim.clip = 1.0 if tiny else 0.0
     config.parts.tokenizer = "../tokenizer"
     draw = {"guidance": 1.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 600, "top_p": 0.92}
+    draw |= {"gather": 1}  # weights divided over fsdp: whole while drawing
     config.sample.options = {"prior": draw}
     return config

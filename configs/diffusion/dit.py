@@ -20,7 +20,7 @@ def get_config(variant: str = ""):
     config = common.stage("diffusion.dit", model, common.shapes(), steps=1000, optim__lr=2e-3)
     config.parts.tokenizer = "../tokenizer"
     config.ema.decay = 0.99
-    draw = {"guidance": 1.0, "guidance_schedule": "constant", "solver": "euler", "steps": 16, "shift": 1.0}
+    draw = {"guidance": 1.0, "guidance_schedule": "constant", "solver": "euler", "steps": 16, "shift": 1.0, "gather": 1}
     config.sample.options = {"decoder": draw}
     if variant == "tiny":
         config.steps, config.batch = 20, 8

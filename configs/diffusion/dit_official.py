@@ -44,7 +44,7 @@ def get_config(variant: str = ""):
     with config.model.ignore_type():  # or "auto": as many as the data has
         config.model.classes = 1000
     config.parts.autoencoder = "configs/tokenizers/kl.py:f8"
-    draw = {"solver": "ddpm", "steps": 250, "guidance": 1.5, "guidance_channels": 3}
+    draw = {"solver": "ddpm", "steps": 250, "guidance": 1.5, "guidance_channels": 3, "gather": 1}
     config.sample.options = {"decoder": draw}
     if variant == "tiny":
         config.parts = ConfigDict()

@@ -17,7 +17,7 @@ def get_config(variant: str = ""):
     model |= {"kv_heads": None, "hidden": 0, "norm_eps": 1e-5, "base": 10_000.0, "tied": True}
     model |= {"remat": "none", "unroll": -1, "dtype": "float32"}
     config = common.stage("text.lm", model, common.shapes(resolution=16), steps=1000, optim__lr=2e-3)
-    config.sample.options = {"prior": {"temperature": 1.0, "top_k": 0, "top_p": 1.0}}
+    config.sample.options = {"prior": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "gather": 1}}
     if variant == "tiny":
         config.steps, config.batch = 60, 16
         config.optim.update(lr=1e-2, warmup=5)
