@@ -16,7 +16,7 @@ from fault_cases import ends, final, log_of, newest, notes_of, state_of, wait_fo
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from hybridgen import config, stream, train, trees
+from hybridgen import config, skipping, stream, train, trees
 from hybridgen.checkpoint import Checkpointer
 from hybridgen.data import pipeline
 from hybridgen.errors import UserError
@@ -143,6 +143,13 @@ def test_intervals_at_the_end_and_beyond_it(run):
         run("wrong", {}, 6, 5, "health.skip=((4,4),)")
     with pytest.raises(UserError, match="health.streak"):
         run("wrong", {}, 6, 5, "health.streak=0")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "3", "[[1, 2], 5]", '["12"]', "[[2, 1]]"])
+def test_a_list_of_intervals_that_is_none(tmp_path, text):
+    (tmp_path / "skipped.json").write_text(text)
+    with pytest.raises(UserError, match=r"skipped\.json: .* is no interval"):
+        skipping.intervals(configured(6, 5), tmp_path)
 
 
 # ---- ends

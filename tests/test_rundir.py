@@ -76,6 +76,12 @@ def test_the_lock_is_released_by_an_exception_and_refused_within_a_process(tmp_p
     assert len(os.listdir("/proc/self/fd")) == files
 
 
+def test_a_lock_that_is_none(tmp_path):
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot open .*lock\.json: Is a directory"), rundir.lock(tmp_path):
+        pass
+
+
 def test_sigterm_and_sigint_ask_once():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
