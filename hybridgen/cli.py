@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from hybridgen import hostmemory
+from hybridgen import hostmemory, quiet
 from hybridgen.errors import PeerError, UserError
 
 COMMANDS = {
@@ -52,6 +52,7 @@ def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; UserError is one line on stderr and code 2."""
     hostmemory.keep()
     own_cache()
+    quiet.failed_saves()
     try:
         sys.exit(main())  # where there are several processes, all of them end so
     except (UserError, PeerError) as error:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from test_untrusted import HUGE, refused
 
-from hybridgen import cli, experiment, hostmemory, manifest, rundir
+from hybridgen import cli, experiment, hostmemory, manifest, quiet, rundir
 from hybridgen import config as config_lib
 from hybridgen.checkpoint import Checkpointer
 from hybridgen.data import sources, text
@@ -190,7 +190,8 @@ def test_only_the_converter_opens_pickles():
 
 def test_the_compile_cache_is_its_owners(tmp_path, monkeypatch):
     """Where the environment names one; what is there already stays as it is, and a bucket is none of our folders."""
-    monkeypatch.setattr(hostmemory, "keep", lambda: None)
+    for module, name in ((hostmemory, "keep"), (quiet, "failed_saves")):  # they are for the whole process
+        monkeypatch.setattr(module, name, lambda: None)
     old = os.umask(0)
     try:
         (tmp_path / "shared").mkdir(mode=0o755)
