@@ -40,6 +40,13 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def a_path(text: str) -> Path:
+    """An argparse type: a path. An empty one, as an unset variable gives it, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; the current folder is '.'")
+    return Path(text)
+
+
 def own_cache() -> None:
     """Makes the folder of JAX's compile cache, if one is asked for, its owner's only: what lies there is run."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")

@@ -38,7 +38,7 @@ from hybridgen import (
 )
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import a_path, command, make_parser
 from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, build
@@ -378,7 +378,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("train", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="run folder: checkpoints, metrics, pictures")
+    parser.add_argument("--workdir", required=True, type=a_path, help="run folder: checkpoints, metrics, pictures")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)

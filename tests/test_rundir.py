@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridgen import rundir
+from hybridgen import recipe, rundir, train
 from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +123,13 @@ def test_the_folder_is_the_owners(tmp_path):
             rundir.make(wrong)
     (tmp_path / "a:b").mkdir()
     assert rundir.make(tmp_path / "a:b" / "run").is_dir()  # a colon alone is a name
+
+
+@pytest.mark.parametrize("main", [train.main, recipe.main])
+def test_an_empty_path_is_no_run_folder(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir: it is empty"):
+        main(["--config", "configs/tokenizers/vq.py:tiny", "--workdir="])
 
 
 def test_a_bucket_is_refused(tmp_path, monkeypatch):
