@@ -1,14 +1,17 @@
 """`hybridgen COMMAND ...`, the same as `python -m hybridgen.COMMAND ...`; a mistake is one line and exit code 2."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from hybridgen import hostmemory
+from hybridgen import hostmemory, quiet
 from hybridgen.errors import PeerError, UserError
 
 COMMANDS = {
@@ -37,9 +40,26 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def a_path(text: str) -> Path:
+    """An argparse type: a path. An empty one, as an unset variable gives it, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; the current folder is '.'")
+    return Path(text)
+
+
+def own_cache() -> None:
+    """Makes the folder of JAX's compile cache, if one is asked for, its owner's only: what lies there is run."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if folder and "://" not in folder:
+        with contextlib.suppress(OSError):  # JAX says what is wrong with it
+            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; UserError is one line on stderr and code 2."""
     hostmemory.keep()
+    own_cache()
+    quiet.failed_saves()
     try:
         sys.exit(main())  # where there are several processes, all of them end so
     except (UserError, PeerError) as error:

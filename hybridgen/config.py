@@ -45,6 +45,7 @@ LEAST = {
     "checkpoint.keep_every": 0,
     "health.streak": 1,
     "health.rollbacks": 0,
+    "health.spike": 0.0,
     "health.hang": 0.0,
     "optim.warmup": 0,
     "log.every": 1,

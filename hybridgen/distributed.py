@@ -1,4 +1,4 @@
-"""Many processes as one program: how they find each other, agree, and notice that one of them hangs.
+"""Many processes as one program: how they find each other and agree. What notices that one hangs is watchdog.py.
 
     hybridgen train ... --coordinator 10.0.0.2:8476 --num-processes 2 --process-id 0   # and with 1 on the other host
     hybridgen train ... --distributed                                                # where JAX knows: TPU pods, SLURM
@@ -11,8 +11,6 @@ a collective that every process issues in the same place (`Agreement`).
 
 import argparse
 import collections
-import contextlib
-import faulthandler
 import json
 import os
 import re
@@ -20,7 +18,6 @@ import select
 import shlex
 import socket
 import sys
-import threading
 import time
 from typing import Any
 
@@ -31,7 +28,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hybridgen.errors import PeerError, UserError
 
 HEARTBEAT = 30  # seconds without one, and JAX takes a process for dead
-HUNG = 42  # exit code of a process that made no progress
 PATIENCE = 5.0  # seconds between messages of who is missing
 
 
@@ -274,17 +270,18 @@ def exchange(name: str, text: str, timeout: float = 600.0) -> list[str]:
     """What every process says under this name, this time. Any thread may call it. Raises PeerError in time-out."""
     if jax.process_count() == 1:
         return [text]
-    client = _client()
+    service = client()
     _turns[name] += 1
     keys = [f"hybridgen/{name}/{_turns[name]}/{i}" for i in range(jax.process_count())]
     try:
-        client.key_value_set(keys[jax.process_index()], text or " ")
-        return [client.blocking_key_value_get(key, int(1000 * timeout)).strip() for key in keys]
+        service.key_value_set(keys[jax.process_index()], text or " ")
+        return [service.blocking_key_value_get(key, int(1000 * timeout)).strip() for key in keys]
     except jax.errors.JaxRuntimeError as error:
         raise PeerError(f"{name}: another process says nothing: {str(error).splitlines()[0]}") from None
 
 
-def _client() -> Any:
+def client() -> Any:
+    """The coordination service of JAX; None where this is the only process."""
     from jax._src import distributed  # JAX has no public name for it; Orbax and others take it from here
 
     return distributed.global_state.client
@@ -292,103 +289,7 @@ def _client() -> Any:
 
 def leave(code: int) -> None:
     """Ends this process at once if it is one of several, which go on without it: JAX would wait for them at its end."""
-    if _client() is not None:
+    if client() is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-# ---- noticing a hang
-
-
-class Watchdog:
-    """Ends the process with code 42 and all its stacks when nothing was `beat` for `timeout` seconds (0: never).
-
-    With several processes it says who is behind: each tells the others where it is.
-    """
-
-    def __init__(self, timeout: float):
-        self.timeout = timeout
-        self._where, self._since = (0, "start"), time.monotonic()
-        self._first: list | None = None  # what process 0 has said of itself
-        self._ended = threading.Event()
-        # telling is a thread of its own: where process 0 has stopped, it waits
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._tell)]
-
-    def __enter__(self) -> "Watchdog":
-        self._since = time.monotonic()
-        if self.timeout:
-            for thread in self._threads[: min(2, jax.process_count())]:
-                thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            if thread.ident:
-                thread.join(timeout=5)
-
-    def beat(self, step: int, doing: str) -> None:
-        """Says that work goes on: `doing` begins, at `step`."""
-        self._where, self._since = (step, doing), time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self.timeout / 4)):
-            still = time.monotonic() - self._since
-            if still > self.timeout:
-                self._end(still)
-
-    def _tell(self) -> None:
-        while not self._ended.wait(min(1.0, self.timeout / 4)):
-            step, doing = self._where
-            still = round(time.monotonic() - self._since, 1)
-            said = json.dumps([step, doing, still, socket.gethostname(), os.getpid(), time.time()])
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _client().key_value_set(f"hybridgen/where/{jax.process_index()}", said, allow_overwrite=True)
-                self._first = self._first or json.loads(_client().blocking_key_value_get("hybridgen/where/0", 5000))
-
-    def _end(self, still: float) -> None:
-        step, doing = self._where
-        print(f"no progress for {still:.0f} s: step {step}, {doing}; the stacks follow", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        if jax.process_count() > 1:
-            for line in self._stragglers():
-                print(line, file=sys.stderr, flush=True)
-            time.sleep(2.0)  # the first to go takes the others along: let them print theirs
-        os._exit(HUNG)
-
-    def _stragglers(self) -> list[str]:
-        """Lines that say who is behind; the others' words lie with process 0, which may be the one that has stopped."""
-        where: dict[int, list] = {}
-
-        def ask() -> None:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                for key, said in _client().key_value_dir_get("hybridgen/where/"):
-                    where[int(key.rsplit("/", 1)[1])] = json.loads(said)
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(timeout=1.5)
-        if where:
-            return behind(where, time.time() - max(self.timeout / 2, 2.0))
-        host, pid = self._first[3:5] if self._first else ("unknown", "unknown")
-        return [f"straggler: process 0 on host {host} (pid {pid}), where the others meet, does not answer"]
-
-
-def behind(where: dict[int, list], lately: float) -> list[str]:
-    """Who holds the others up, a line each, from {process: [step, doing, seconds, host, pid, when it said so]}.
-
-    Those that have said nothing since `lately`; or else those of the lowest step and, among them, those that wait for
-    nobody (a "step" is where processes wait for each other).
-    """
-    silent = {i: said for i, said in where.items() if said[5] < lately}
-    least = min((step for step, *_ in where.values()), default=0)
-    late = {i: said for i, said in where.items() if said[0] == least}
-    late = silent or {i: said for i, said in late.items() if said[1] != "step"} or late
-    if len(late) == len(where):
-        return [f"all {len(where)} processes are at step {least}: none is behind the others"]
-    return [
-        f"straggler: process {i} on host {host} (pid {pid}), "
-        + ("silent since " if i in silent else "") + f"step {step}, {doing}, for {seconds:.0f} s"
-        for i, (step, doing, seconds, host, pid, _) in sorted(late.items())
-    ]

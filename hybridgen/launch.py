@@ -251,7 +251,8 @@ def check(on: str, args: Namespace) -> None:
     if missing:
         raise UserError(f"--on {on} needs {_listed(missing)}")
     if args.type and args.type not in SLICES:
-        raise UserError(f"unknown slice {args.type!r}{config_lib.hint(args.type, SLICES)}")
+        near = config_lib.hint(args.type.replace("v5e-", "v5litepod-"), SLICES)
+        raise UserError(f"unknown slice {args.type!r}{near}")
     if args.do and args.do not in ACTIONS:
         raise UserError(f"--do {args.do!r} is not one of {', '.join(ACTIONS)}{config_lib.hint(args.do, ACTIONS)}")
     for name in NUMBERS:

@@ -18,7 +18,7 @@ from typing import Any
 
 from hybridgen import cache, compare, distances, distributed, evaluate, resume, rundir, train
 from hybridgen import config as config_lib
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import a_path, command, make_parser
 from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import find_run, restore
@@ -115,7 +115,7 @@ def measure(stage: Any, place: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("recipe", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="folder that holds a run folder for every stage")
+    parser.add_argument("--workdir", required=True, type=a_path, help="folder that holds a run folder for every stage")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)

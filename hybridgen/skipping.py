@@ -59,9 +59,11 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
 def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
     """What config and run folder say is skipped, config first. Raises UserError for what is no list of intervals."""
     file = folder / "skipped.json"
-    named = [*config.health.skip, *(rundir.read_json(file) if file.is_file() else [])]
-    for pair in named:
+    found = rundir.read_json(file) if file.is_file() else []
+    named = [("health.skip", pair) for pair in config.health.skip]
+    named += [(file, pair) for pair in (found if isinstance(found, list) else [found])]
+    for where, pair in named:
         numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, int) for x in pair)
         if not numbers or not 0 <= pair[0] < pair[1]:
-            raise UserError(f"health.skip: {pair!r} is no interval (first, end) of steps")
-    return [(first, end) for first, end in named]
+            raise UserError(f"{where}: {pair!r} is no interval (first, end) of steps")
+    return [(first, end) for _, (first, end) in named]

@@ -38,13 +38,14 @@ from hybridgen import (
 )
 from hybridgen import config as config_lib
 from hybridgen import state as state_lib
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import a_path, command, make_parser
 from hybridgen.data import sources
 from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, build
 from hybridgen.models.parts import sized
 from hybridgen.pictures import sample_grid
 from hybridgen.warmup import shaped
+from hybridgen.watchdog import Watchdog
 
 
 class Rule(NamedTuple):
@@ -190,7 +191,7 @@ class Job(NamedTuple):
     writer: metrics.Writer
     grid: Callable | None  # (params, extra) -> picture
     skipped: list  # intervals [first, end) of batches that are not trained on
-    watchdog: distributed.Watchdog
+    watchdog: Watchdog
     signals: rundir.Signals
 
     @contextlib.contextmanager
@@ -290,7 +291,7 @@ def prepare(
     allow: tuple[str, ...],
     timer: metrics.Timer,
     label: str,
-    watchdog: distributed.Watchdog,
+    watchdog: Watchdog,
     signals: rundir.Signals,
 ) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
@@ -348,7 +349,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
     """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
     timer = metrics.Timer()
     rundir.make(folder)
-    watchdog = distributed.Watchdog(config.health.hang)
+    watchdog = Watchdog(config.health.hang)
     with rundir.lock(folder), rundir.Signals() as signals, watchdog:
         job, state, start = prepare(config, folder, allow, timer, label, watchdog, signals)
         job.writer.line(
@@ -378,7 +379,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("train", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--workdir", required=True, type=Path, help="run folder: checkpoints, metrics, pictures")
+    parser.add_argument("--workdir", required=True, type=a_path, help="run folder: checkpoints, metrics, pictures")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)

@@ -50,6 +50,20 @@ def test_the_report_of_training_and_sampling(tmp_path, capsys):
     assert report["train"]["memory"]["aliased"] > 3 * 4 * report["parameters"]
 
 
+def test_the_warm_compile_is_read_from_the_files(tmp_path):
+    found = []
+    count = lambda event, **_: found.append(event.rpartition("/")[2])  # noqa: E731
+    jax.monitoring.register_event_listener(count)
+    try:
+        with bench.cached(str(tmp_path)):
+            program = jax.jit(lambda x: jax.numpy.sin(x @ x) + 1)
+            compiled, entry = bench.compile_twice(program, (jax.ShapeDtypeStruct((3, 3), "float32"),))
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    assert (found.count("cache_misses"), found.count("cache_hits")) == (1, 1)
+    assert compiled(jax.numpy.eye(3)).shape == (3, 3) and entry["warm_compile_s"] > 0
+
+
 def build(path, *overrides, stage=None, **options):
     return programs.build(*programs.choose(config_lib.load(path, overrides), stage), **options)
 

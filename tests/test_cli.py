@@ -98,6 +98,7 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (JOINT, "sample.options.decoder.steps=0", "decoder.steps 0 is not within 1 and 1000"),
         (VQ, "health.skip=((4,4),)", "health.skip: (4, 4) is no interval"),
         (VQ, "health.streak=0", "config key 'health.streak' 0 is not within 1 and"),
+        (VQ, "health.spike=-1", "config key 'health.spike' -1.0 is not within 0.0 and"),
         (VQ, "checkpoint.keep_every=-1", "config key 'checkpoint.keep_every' -1 is not within 0 and"),
         ("README.md", "steps=1", "README.md is not a config: that is a Python file such as"),
         ("pyproject.toml", "steps=1", "pyproject.toml is not a config"),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybridgen import distributed, sharding
+from hybridgen import distributed, sharding, watchdog
 from hybridgen.cli import command, make_parser
 from hybridgen.errors import PeerError, UserError
 
@@ -222,7 +222,7 @@ def test_a_name_may_be_used_again(monkeypatch):
             return said[key]
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "_client", Service)
+    monkeypatch.setattr(distributed, "client", Service)
     assert distributed.exchange("stage", "mine 1") == ["mine 1", "other 1"]
     assert distributed.exchange("stage", "mine 2") == ["mine 2", "other 2"]
 
@@ -241,7 +241,7 @@ def said(step: int, doing: str, when: float = 100.0) -> list:
     ],
 )
 def test_the_straggler_is_named(where, late):
-    lines = distributed.behind(where, lately=90.0)
+    lines = watchdog.behind(where, lately=90.0)
     named = [i for i in where if any(f"process {i} on host tpu-7 (pid 4242)" in line for line in lines)]
     assert named == late
     assert late or "none is behind" in lines[0]
@@ -258,3 +258,30 @@ def test_places_of_several_processes(monkeypatch):
     for name in tree:
         assert found[name].sharding == want[name].sharding
         assert np.array_equal(found[name], want[name])
+
+
+@pytest.mark.parametrize(
+    ("file", "steps", "ends"),
+    [
+        ("jax/_src/compiler.py", 0, False),
+        ("jax/_src/compiler.py", 9, False),  # the first evaluation
+        ("jax/_src/array.py", 0, False),  # the others compile still
+        ("jax/_src/array.py", 9, True),
+        ("hybridgen/data/pipeline.py", 0, True),
+    ],
+)
+def test_compiling_is_no_hang(file, steps, ends, monkeypatch):
+    """However short the time-out; but what takes ten minutes is one."""
+    work = compile("import time; time.sleep(0.7)", str(Path(jax.__file__).parents[1] / file), "exec")
+    ended = []
+    monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self, still: ended.append(still))
+    with watchdog.Watchdog(0.2) as dog:
+        for step in range(steps + 1):
+            dog.beat(step, "step")
+        exec(work)
+        dog.beat(steps, "step")
+    assert bool(ended) == ends and all(0.2 < still < 0.8 for still in ended)
+    monkeypatch.setattr(watchdog, "START", 0.3)
+    with watchdog.Watchdog(0.2):
+        exec(work)
+    assert ended

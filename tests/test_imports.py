@@ -35,6 +35,7 @@ ALLOWED = {
     "rundir": ALONE,
     "manifest": ("errors", "rundir"),
     "distributed": ALONE,
+    "watchdog": ("errors", "distributed"),
     "identity": ALONE,
     "checkpoint": ("errors", "distributed", "identity", "manifest", "rundir"),
     "nn": ("errors", "sharding", "rng"),

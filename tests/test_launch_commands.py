@@ -332,7 +332,7 @@ def test_flags_that_cannot_be_checked_are_left_alone(monkeypatch, capsys):
     [
         (["--on", "gk"], "unknown target 'gk'; did you mean 'gke'?"),
         (["--flags", "v5"], "unknown chip 'v5'; did you mean 'v5p'?"),
-        ([*GKE, *RUN, "--type", "v5e-256"], "unknown slice 'v5e-256'"),
+        ([*GKE, *RUN, "--type", "v5e-256"], "unknown slice 'v5e-256'; did you mean 'v5litepod-256'?"),
         (["--on", "gke", *RUN], "--on gke needs --type, --image, --bucket"),
         (["--on", "slurm"], "--on slurm needs --config, --workdir"),
         (["--on", "slurm", "--zone", "z", *RUN], "--zone is not for --on slurm; it takes --name, --nodes, --restarts"),

@@ -137,6 +137,8 @@ def test_what_to_change(monkeypatch):
     told = roofline.changes(built, "train", entry, 8.0 * held)
     assert told[0].startswith("--config.model.remat=full") and told[1].startswith("--config.accumulate=4 ")
     assert roofline.changes(built, "train", entry, 1.0 * held)[0].startswith("more devices, 4 or so")
+    for name in ("train", "sample"):  # a smaller batch would not make it fit
+        assert len(roofline.changes(built, name, entry, 0.25 * held)) == 1
     assert roofline.changes(built, "sample", entry, 8.0 * held) == ["--count 8 (draws 16 at a time)"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridgen import rundir
+from hybridgen import recipe, rundir, train
 from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +76,12 @@ def test_the_lock_is_released_by_an_exception_and_refused_within_a_process(tmp_p
     assert len(os.listdir("/proc/self/fd")) == files
 
 
+def test_a_lock_that_is_none(tmp_path):
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot open .*lock\.json: Is a directory"), rundir.lock(tmp_path):
+        pass
+
+
 def test_sigterm_and_sigint_ask_once():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -117,6 +123,13 @@ def test_the_folder_is_the_owners(tmp_path):
             rundir.make(wrong)
     (tmp_path / "a:b").mkdir()
     assert rundir.make(tmp_path / "a:b" / "run").is_dir()  # a colon alone is a name
+
+
+@pytest.mark.parametrize("main", [train.main, recipe.main])
+def test_an_empty_path_is_no_run_folder(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir: it is empty"):
+        main(["--config", "configs/tokenizers/vq.py:tiny", "--workdir="])
 
 
 def test_a_bucket_is_refused(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from test_untrusted import HUGE, refused
 
+from hybridgen import cli, experiment, hostmemory, manifest, quiet, rundir
 from hybridgen import config as config_lib
-from hybridgen import experiment, manifest, rundir
 from hybridgen.checkpoint import Checkpointer
 from hybridgen.data import sources, text
 
@@ -186,6 +186,28 @@ def test_only_the_converter_opens_pickles():
             if bad:
                 found[str(path.relative_to(ROOT))] = bad
     assert len(files) > 50 and found == {"hybridgen/convert/pickles.py": ["pickletools"]}  # which only splits bytes
+
+
+def test_the_compile_cache_is_its_owners(tmp_path, monkeypatch):
+    """Where the environment names one; what is there already stays as it is, and a bucket is none of our folders."""
+    for module, name in ((hostmemory, "keep"), (quiet, "failed_saves")):  # they are for the whole process
+        monkeypatch.setattr(module, name, lambda: None)
+    old = os.umask(0)
+    try:
+        (tmp_path / "shared").mkdir(mode=0o755)
+        for name in ("new/cache", "shared"):
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / name))
+            with pytest.raises(SystemExit):
+                cli.command(lambda: 0)
+        monkeypatch.chdir(tmp_path)
+        for name in ("gs://bucket/cache", ""):
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", name)
+            cli.own_cache()
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "new" / "cache").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o755
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "shared"]
 
 
 def test_folders_are_their_owners(tmp_path):

@@ -97,7 +97,9 @@ def changes(built: programs.Programs, name: str, entry: dict, room: float) -> li
             out.append(f"--config.mesh.fsdp={fsdp} --config.mesh.data=-1 ({why})")
         if after > 0.7 * room:
             need = 2 ** math.ceil(math.log2(mesh.devices.size * after / (0.5 * room)))
-            out.append(f"more devices, {need} or so: fully sharded, {after / GIB:.1f} GiB a device are left")
+            out.append(f"more devices, {need} or so: on these, fully sharded, that is {after / GIB:.1f} GiB a device")
+        if after > room:
+            return out  # no batch is small enough
     if not train:
         count = built.keys.shape[0]
         ways = mesh.devices.size // mesh.shape["tensor"]

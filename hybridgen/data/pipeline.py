@@ -151,7 +151,8 @@ def batches(source, tokenizer, *, batch: int, seed: int, start: int = 0, rows: S
     stop = sys.maxsize // batch - 1 if shuffle else once
     data = grain.MapDataset.range(min(start, stop), stop)
     data = data.map(_HostBatch(source, tokenizer, batch, seed, rows, shuffle, flip))
-    data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    # a thread without a place to put its batch would wait
+    data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads)))
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its absl flags when it starts a worker; we have none of our own
             flags.FLAGS.mark_as_parsed()
