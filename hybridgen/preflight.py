@@ -206,14 +206,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--suggest", action="store_true", help="search meshes, remat policies and batches for training")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
-    if args.slices < 1 or (args.slices > 1 and not args.topology):
+    if args.slices < 1 or (args.slices > 1 and args.topology is None):
         raise UserError(f"--slices {args.slices} is for topologies, and at least 1")
-    if args.topology:
+    if args.topology is not None:
         jax.config.update("jax_platforms", "cpu")  # what is compiled for is not what is here
         devices, room = topology.describe(args.topology, args.slices)
     else:
         devices, room = None, capacity()
-    options = QUICK if args.topology and not args.exact else None
+    options = None if args.topology is None or args.exact else QUICK
     if args.suggest:
 
         def trial(built: programs.Programs, chip: chips.Chip) -> dict[str, Any]:

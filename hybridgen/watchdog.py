@@ -14,22 +14,23 @@ import jax
 from hybridgen import distributed
 
 HUNG = 42  # exit code of a process that made no progress
-START = 600.0  # seconds that a compilation may take, however short the time-out
-WARM = 3  # steps that may be in flight while the first is compiled, by the others
-JAX = os.path.dirname(jax.__file__)
+START = 600.0  # seconds that tracing and compiling may take, however short the time-out
+COMPILING = tuple(f"/jax/_src/{file}.py" for file in ("compiler", "interpreters/mlir", "interpreters/partial_eval"))
+WARM, SLOWER = 3, 3.0  # steps that may be in flight while the others compile, and how much slower than here they may
 
 
 class Watchdog:
     """Ends the process with code 42 and all its stacks when nothing was `beat` for `timeout` seconds (0: never).
 
-    Compiling is progress, for ten minutes at most; so is waiting for others that compile, before the first steps.
+    Compiling is progress, for ten minutes at most; before the first steps are done, others are waited for a few times
+    as long as it took here.
     With several processes it says who is behind: each tells the others where it is.
     """
 
     def __init__(self, timeout: float):
         self.timeout = timeout
         self._where = 0, "start"
-        self._first_step, self._starting = None, True
+        self._first_step, self._starting, self._compiled = None, True, 0.0
         self._first: list | None = None  # what process 0 has said of itself
         self._ended = threading.Event()
         # telling is a thread of its own: where process 0 has stopped, it waits
@@ -57,20 +58,21 @@ class Watchdog:
         self._began = self._since
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self.timeout / 4)):
+        tick = min(1.0, self.timeout / 4)
+        while not self._ended.wait(tick):
             now = time.monotonic()
+            others = SLOWER * self._compiled if self._starting and jax.process_count() > 1 else 0.0
             if now - self._began < START and self._compiles():
-                self._since = now
-            elif now - self._since > self.timeout:
+                self._since, self._compiled = now, self._compiled + tick
+            elif now - self._since > self.timeout + others:
                 self._end(now - self._since)
 
     def _compiles(self) -> bool:
-        """Whether the thread that works compiles; or, before its first steps are done, is in JAX: others compile."""
-        frame, files = sys._current_frames().get(self._thread), set()
-        while frame is not None:
-            files.add(frame.f_code.co_filename)
+        """Whether the thread that works traces or compiles."""
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None and not frame.f_code.co_filename.endswith(COMPILING):
             frame = frame.f_back
-        return any(file.startswith(JAX) and (self._starting or file.endswith("compiler.py")) for file in files)
+        return frame is not None
 
     def _tell(self) -> None:
         while not self._ended.wait(min(1.0, self.timeout / 4)):

@@ -209,7 +209,7 @@ def test_what_a_compiler_says_of_memory(message, gib):
     assert preflight.exceeded(message) == (None if gib is None else pytest.approx(gib * GIB))
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:", "v9:2x2", "v5e:4", "v5e:2x2x2", "v5p:4x4", "5x5", "v5e:3x5"])
+@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v9:2x2", "v5e:4", "v5e:2x2x2", "v5p:4x4", "5x5", "v5e:3x5"])
 def test_an_unknown_topology_names_the_known_ones(name):
     pytest.importorskip("libtpu") if name == "v5e:3x5" else None
     with pytest.raises(UserError, match=r"topology .*known are .*v5e:16x16"):

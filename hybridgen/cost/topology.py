@@ -16,7 +16,10 @@ from hybridgen import config as config_lib
 from hybridgen.cost import chips
 from hybridgen.errors import UserError
 
-KNOWN = "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1, h100:8, h100:4x8"
+KNOWN = (
+    "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1, "
+    "h100:8, h100:4x8 (also a100, h200, b200)"
+)
 # libtpu is not to look for a TPU, for a metadata server or for another process that has one
 OFFLINE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -54,7 +57,8 @@ def describe(name: str, slices: int = 1) -> tuple[list, float]:
     known = {kind: chip for kind, chip in chips.CHIPS.items() if chip.sides or kind in GPUS}
     chip = known.get(found[1]) if found else None
     if chip is None:
-        near = config_lib.hint(name.partition(":")[0], known)
+        kind = name.partition(":")[0]
+        near = ", whose sides are not such as 16x16" if kind in known else config_lib.hint(kind, known)
         raise UserError(f"no topology {name!r}{near}; known are {KNOWN}")
     sides = [int(side) for side in found[2].split("x")]
     if not chip.sides:
