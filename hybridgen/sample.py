@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hybridgen import distributed, pictures, rundir, sharding
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import a_path, command, make_parser
 from hybridgen.data import transforms
 from hybridgen.errors import UserError
 from hybridgen.evals.sheet import sheet
@@ -49,6 +49,14 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     if writes:
         sheet(np.concatenate(kept), prompts, cell=128).save(grid)
     return grid
+
+
+def a_folder(text: str) -> Path:
+    """An argparse type: where a folder may be made."""
+    path = a_path(text)
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} looks like a picture, and is to be a folder of them")
+    return path
 
 
 def words(asked: Asked) -> str:
@@ -119,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", metavar="HxW", help="of the pictures: one of the shapes of a run with buckets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for PNGs and grid.png")
+    parser.add_argument("--out", type=a_folder, default=Path("samples"), help="folder for PNGs and grid.png")
     parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft beside each render")
     pictures.add_arguments(parser)
     distributed.add_arguments(parser)
