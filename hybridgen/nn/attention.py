@@ -7,6 +7,7 @@ full over the first `prefix` positions and causal after), and which keys are val
 Letters: b batch, t query positions, s key positions, h key heads, g queries per key head, k head width, d width.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -143,23 +144,18 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     s = k.shape[1]
     # the kernel's own causal mask leaves out the blocks that it hides; every other mask is added to the scores
     causal = mask.kind == "causal" and isinstance(mask.offset, int) and mask.offset == 0
-    seen = mask.valid[:, None, None, None] if causal and mask.valid is not None else None  # b 1 1 1 s
-    seen = seen if causal else mask.dense(t, s)
-    q, out = q.reshape(b, t, h * g, width), None
-    if seen is None:
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-        return out.reshape(b, t, h, g, width)
-    seen = jnp.broadcast_to(seen, (b, 1, 1, t, s))[:, 0]  # b 1 t s
+    kernel = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    q = q.reshape(b, t, h * g, width)
+    if mask.valid is None and (causal or mask.kind == "full"):
+        return kernel(q, k, v).reshape(b, t, h, g, width)
+    seen = jnp.broadcast_to(mask.dense(t, s), (b, 1, 1, t, s))[:, 0]  # b 1 t s
     # it takes added scores of even lengths only, which a query and a key that is hidden make up
     odd, short = t % 2, s % 2
     q = jnp.pad(q, ((0, 0), (0, odd), (0, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) for x in (k, v))
-    added = jnp.pad(seen, ((0, 0), (0, 0), (0, odd), (0, short)))
-    out = jax.nn.dot_product_attention(q, k, v, mask=added, is_causal=causal, implementation="cudnn")[:, :t]
+    out = kernel(q, k, v, mask=jnp.pad(seen, ((0, 0), (0, 0), (0, odd), (0, short))))[:, :t]
     # a row that sees no key is a mean over hidden ones; zero here, it also sends nothing back
-    any_key = (mask.dense(t, s) if causal else seen[:, :, None]).any(-1)  # b 1 1 t
-    out = out.reshape(b, t, h, g, width)
-    return jnp.where(jnp.broadcast_to(any_key, (b, 1, 1, t))[:, 0, 0, :, None, None, None], out, 0)
+    return jnp.where(seen.any(-1)[:, 0, :, None, None], out, 0).reshape(b, t, h, g, width)
 
 
 class Attention(nn.Module):
