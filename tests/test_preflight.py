@@ -209,6 +209,43 @@ def test_what_a_compiler_says_of_memory(message, gib):
     assert preflight.exceeded(message) == (None if gib is None else pytest.approx(gib * GIB))
 
 
+CHAIN = """HloModule chain
+
+%start (p: bf16[8,4]) -> (bf16[8,4], bf16[16,4]) {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %ag = bf16[16,4]{1,0} all-gather(%p), replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %s = (bf16[8,4]{1,0}, bf16[16,4]{1,0}) custom-call(%ag), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[8,4], q: bf16[16,4], x: f32[64]) -> (f32[64], bf16[8,4], bf16[16,4]) {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  %q = bf16[16,4]{1,0} parameter(1)
+  %x = f32[64]{0} parameter(2)
+  %ag.1 = bf16[16,4]{1,0} all-gather(%p.1), replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  %y = f32[64]{0} add(%x, %x)
+  ROOT %t = (f32[64]{0}, bf16[8,4]{1,0}, bf16[16,4]{1,0}) tuple(%y, %p.1, %ag.1)
+}
+
+ENTRY %main (w: bf16[8,4], v: f32[64]) -> f32[64] {
+  %w = bf16[8,4]{1,0} parameter(0)
+  %v = f32[64]{0} parameter(1)
+  %one = (bf16[8,4]{1,0}, bf16[16,4]{1,0}) fusion(%w), kind=kCustom, calls=%start
+  %in = bf16[8,4]{1,0} get-tuple-element(%one), index=0
+  %out = bf16[16,4]{1,0} get-tuple-element(%one), index=1
+  %two = (f32[64]{0}, bf16[8,4]{1,0}, bf16[16,4]{1,0}) fusion(%in, %out, %v), kind=kOutput, calls=%beside
+  ROOT %z = f32[64]{0} get-tuple-element(%two), index=0
+}
+"""
+
+
+def test_a_collective_beside_several_fusions_is_one():
+    mesh = SimpleNamespace(shape={"data": 2})
+    (gather,), moved = hlo.read(CHAIN, mesh)
+    assert gather == {"kind": "all-gather", "axis": "data", "group": 2, "count": 1, "bytes": 16 * 4 * 2}
+    # the start reads its argument and writes both of its results; the fusion beside reads and writes 64 floats
+    assert moved == 8 * 4 * 2 + (8 + 16) * 4 * 2 + 2 * 64 * 4
+
+
 @pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v9:2x2", "v5e:4", "v5e:2x2x2", "v5p:4x4", "5x5", "v5e:3x5"])
 def test_an_unknown_topology_names_the_known_ones(name):
     pytest.importorskip("libtpu") if name == "v5e:3x5" else None

@@ -4,7 +4,8 @@ XLA's own `cost_analysis` counts the body of a loop once, so it misses all layer
 the compiled program is read. A collective's axis is found from its groups of devices: the mesh axes along which the
 members of a group differ. Bytes are counted as XLA's cost analysis does, at the edges of fusions: what is read and
 written by each, slices as large as they are, an update in place as large as the update. Buffers that a TPU's compiler
-keeps on the chip (memory space 1) are not counted.
+keeps on the chip (memory space 1) are not counted. A TPU's collective that goes on beside several fusions stands in
+each of them, and is counted where it starts.
 
 A collective is {"kind", "axis" ("fsdp", "data+fsdp", or "?"), "group": devices in one, "count": times it runs,
 "bytes": of the larger of what goes in and what comes out, a device, summed over its runs}.
@@ -148,6 +149,8 @@ class _Reader:
 
     def one(self, it: Instruction, among: dict) -> Use:
         """What an instruction does."""
+        if _goes_on(it, among):
+            return Use(Counter(), Counter(), 0.0)
         kind = it.kind.removesuffix("-start")
         inner = [self.use(name) for name in it.calls()] if kind not in KINDS else []
         memory = self.moved(it, among)
@@ -206,7 +209,9 @@ class _Reader:
                 elif it.kind == "fusion":
                     places = [i for i, other in _numbered(it, inside) if other == place]
                     total += sum(self.taken(it.calls()[0], i, whole) for i in places)
-                elif not (it.kind == "dynamic-update-slice" and it.operands[0] == place):
+                elif it.kind == "dynamic-update-slice" and it.operands[0] == place:
+                    continue
+                elif not (_goes_on(it, inside) or (it.root and it.kind == "tuple")):  # those hand it on
                     return whole
         return min(total, whole)
 
@@ -229,7 +234,8 @@ class _Reader:
         total, whole = 0.0, sizes(it.shape)
         for size, result in zip(whole, roots * (len(whole) if len(roots) == 1 else 1), strict=False):
             update = result is not None and result.kind == "dynamic-update-slice" and inside.get(result.operands[1])
-            total += min(size, sum(sizes(update.shape, True))) if update else size
+            kept = result is not None and (result.kind == "parameter" or _goes_on(result, inside))
+            total += min(size, sum(sizes(update.shape, True))) if update else size * (not kept)
         return total
 
     def axis(self, it: Instruction) -> tuple[str, int]:
@@ -242,6 +248,13 @@ class _Reader:
         apart = [name for name, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1]
         full = math.prod(self.mesh[name] for name in apart) == len(group) or it.kind.startswith("collective-permute")
         return ("+".join(apart) if full and apart else "?"), len(group)
+
+
+def _goes_on(it: Instruction, among: dict) -> bool:
+    """Whether this is a later part of a collective that has started elsewhere."""
+    if "chain_id" not in it.rest or it.kind not in KINDS:
+        return False
+    return not any("AsyncCollectiveStart" in other.rest for other in among.values() if other.kind == "custom-call")
 
 
 def _sum(uses: Iterable[Use]) -> Use:
