@@ -12,7 +12,7 @@ extra `tpu` (libtpu) or `gpu` (the CUDA plugin and cuDNN), and no TPU or GPU. Pa
 untrained: nothing has to be trained before.
 
 `--suggest` looks through shapes of the mesh, remat policies and batches, estimates all and compiles the promising ones
-(cost/suggest.py). `--slices N`: so many such slices, data parallel between them (mesh axis `dcn`). For a topology XLA
+(cost/suggest.py). `--slices N`: so many such slices, data parallel between them (mesh axis `dcn`). For TPUs XLA
 is told to spend less time on the speed of a training step (`--exact`: as the run itself will): a 3B prior then compiles
 in half a minute and not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
 
@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         devices, room = topology.describe(args.topology, args.slices)
     else:
         devices, room = None, capacity()
-    options = None if args.topology is None or args.exact else QUICK
+    hurry = devices is not None and devices[0].platform == "tpu" and not args.exact
+    options = QUICK if hurry else None
     if args.suggest:
 
         def trial(built: programs.Programs, chip: chips.Chip) -> dict[str, Any]:
