@@ -230,8 +230,8 @@ def others() -> list[str]:
             names += [f"{path.relative_to(ROOT)}:{name}" for name in ["", *known] if name not in TINY]
     extra = [
         "configs/diffusion/dit.py:tiny,model.cross=True",
-        "configs/diffusion/dit.py:tiny,model.text_vocab=auto,model.text_length=auto",
-        "configs/diffusion/dit.py:tiny,model.cross=True,model.text_vocab=auto,model.text_length=auto",
+        "configs/diffusion/dit.py:tiny,model.text_vocab=62,model.text_length=16",
+        "configs/diffusion/dit.py:tiny,model.cross=True,model.text_vocab=62,model.text_length=16",
         "configs/diffusion/dit.py:tiny,model.kind=velocity,model.loss_kind=velocity,model.draft=False,model.relative=False",
         "configs/diffusion/dit.py:tiny,model.kind=v,model.loss_kind=v,model.schedule=cosine,model.relative=False",
         "configs/ar/raster.py:tiny,model.remat=full,model.unroll=1",
