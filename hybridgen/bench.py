@@ -163,9 +163,7 @@ def loaded(compiled: Any, state: dict, parts: Any, stream: Any, count: int) -> t
     return state, {"steps": count, "wait_s": statistics.median(waits), "stall": sum(waits) / whole}
 
 
-def sample(
-    built: programs.Programs, given: tuple, ceilings: Ceilings, runs: int, report: dict
-) -> dict[str, Any]:
+def sample(built: programs.Programs, given: tuple, ceilings: Ceilings, runs: int, report: dict) -> dict[str, Any]:
     """The entry "sample" of the report, with "decode" where a prior draws tokens."""
     compiled, entry = compile_twice(built.draw, built.sample_arguments())
     seconds, beside, _ = alternate((compiled(*given) for _ in itertools.count()), ceilings.matmul, runs)

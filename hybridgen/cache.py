@@ -37,8 +37,15 @@ from hybridgen.metrics import progress
 from hybridgen.models.parts import Part, find
 
 VIEWS = ("one", "flip", "ten")
-OPTIONS = {"splits": ("train", "validation"), "views": "one", "crop": (1.1,), "captions": 1, "pictures": False,
-           "batch": 64, "shards": 1}
+OPTIONS = {
+    "splits": ("train", "validation"),
+    "views": "one",
+    "crop": (1.1,),
+    "captions": 1,
+    "pictures": False,
+    "batch": 64,
+    "shards": 1,
+}
 
 
 class Encoder(NamedTuple):
@@ -119,8 +126,11 @@ def rows(built: list, resolution: int, options: Mapping, threads: int) -> Iterat
     for pairs in zip(*(write_lib.read_all(source, threads) for source in built), strict=True):
         items = [item for item, _ in pairs]
         texts = items[0].get("texts") or (items[0]["text"],)
-        yield (items[0], views_of(items, resolution, options["views"]),
-               [texts[i % len(texts)] for i in range(options["captions"])])
+        yield (
+            items[0],
+            views_of(items, resolution, options["views"]),
+            [texts[i % len(texts)] for i in range(options["captions"])],
+        )
 
 
 def encoded(given: Iterator, encoders: list[Encoder], mesh: Any, batch: int, pictures: bool) -> Iterator[dict]:
@@ -160,19 +170,25 @@ def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, th
     for run in runs:
         size = getattr(run.part.model, "resolution", data["resolution"])
         if size != data["resolution"]:
-            raise UserError(f"the {run.part.family} run reads pictures at {size}, and data.resolution is "
-                            f"{data['resolution']}")
+            raise UserError(
+                f"the {run.part.family} run reads pictures at {size}, and data.resolution is {data['resolution']}"
+            )
     for split in options["splits"]:
         built = data_sources(data, split, options)
         said, count = about(data, split, options, encoders, built[0]), len(built[0])
         if (out / split / records.INDEX).is_file():
             compare(out, split, said)
             continue
-        given = encoded(rows(built, data["resolution"], options, threads), encoders, mesh, options["batch"],
-                        options["pictures"])
+        given = encoded(
+            rows(built, data["resolution"], options, threads), encoders, mesh, options["batch"], options["pictures"]
+        )
         writes = jax.process_index() == 0  # the others help to encode
-        with records.writing(out, split, count, min(options["shards"], count)) if writes else contextlib.nullcontext(
-        ) as writer, jax.set_mesh(mesh):
+        with (
+            records.writing(out, split, count, min(options["shards"], count))
+            if writes
+            else contextlib.nullcontext() as writer,
+            jax.set_mesh(mesh),
+        ):
             for item in progress(given, f"caching {split}", count):
                 if writes:
                     writer.add(item)
@@ -187,8 +203,10 @@ def compare(out: Path, split: str, said: Mapping) -> None:
     found = records.read_index(out, split)
     for name in ("encoders", "source", "resolution", "cache"):
         if found.get(name) != said[name]:
-            raise UserError(f"{out / split} is a cache of something else: its {name} is {found.get(name)}, and "
-                            f"{said[name]} is asked for; remove it or give another folder")
+            raise UserError(
+                f"{out / split} is a cache of something else: its {name} is {found.get(name)}, and "
+                f"{said[name]} is asked for; remove it or give another folder"
+            )
     print(f"{split}: {found['count']} records in {out / split} are there already")
 
 

@@ -118,9 +118,7 @@ def attempt(
         spare = None if room is None else room - measured["memory"]["peak"]
         collectives, moved = hlo.read(compiled.as_text(), mesh)
         images = built.experiment.config.batch if name == "train" else built.keys.shape[0]
-        rates = roofline.roofline(
-            chip, built.dtype, mesh, total, again, moved, collectives, images, built.tokens()
-        )
+        rates = roofline.roofline(chip, built.dtype, mesh, total, again, moved, collectives, images, built.tokens())
         entry |= measured | {"spare": spare, "fits": spare is None or spare >= 0}
         entry |= {"collectives": collectives, "roofline": rates}
     if not entry["fits"]:

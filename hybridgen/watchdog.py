@@ -126,6 +126,7 @@ def behind(where: dict[int, list], lately: float) -> list[str]:
         return [f"all {len(where)} processes are at step {least}: none is behind the others"]
     return [
         f"straggler: process {i} on host {host} (pid {pid}), "
-        + ("silent since " if i in silent else "") + f"step {step}, {doing}, for {seconds:.0f} s"
+        + ("silent since " if i in silent else "")
+        + f"step {step}, {doing}, for {seconds:.0f} s"
         for i, (step, doing, seconds, host, pid, _) in sorted(late.items())
     ]

@@ -172,8 +172,10 @@ class Process:
         true, mean = self.mean(x, x_t, i), self.mean(clean, x_t, i)
         bits = 0.5 * (-1 + spread - self.low[i] + np.exp(self.low[i] - spread) + (true - mean) ** 2 * np.exp(-spread))
         if i == 0:
-            below = [0.5 + 0.5 * np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
-                     for z in (np.exp(-spread / 2) * (x - mean + side / 255) for side in (1, -1))]
+            below = [
+                0.5 + 0.5 * np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+                for z in (np.exp(-spread / 2) * (x - mean + side / 255) for side in (1, -1))
+            ]
             inside = np.where(x < -0.999, below[0], np.where(x > 0.999, 1 - below[1], below[0] - below[1]))
             bits = -np.log(np.maximum(inside, 1e-12))
         return np.square(noise - eps).mean(), bits.mean() / np.log(2)

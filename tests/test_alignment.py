@@ -128,13 +128,15 @@ def test_too_many_and_too_few_objects_fail_the_count():
 
 def scene_of(*objects, relation=None):
     return {
-        "objects": [
-            dict(zip(("shape", "colour", "size", "x", "y"), o, strict=True), r=RADII[o[2]]) for o in objects
-        ],
+        "objects": [dict(zip(("shape", "colour", "size", "x", "y"), o, strict=True), r=RADII[o[2]]) for o in objects],
         "background": "white",
         "radii": dict(RADII),
         "stated": {
-            "count": len(objects), "size": True, "position": None, "relation": relation, "background": False,
+            "count": len(objects),
+            "size": True,
+            "position": None,
+            "relation": relation,
+            "background": False,
         },
     }
 
@@ -190,8 +192,10 @@ def test_specks_are_no_objects():
 
 def test_relation_must_dominate():
     for relation, (dx, dy) in RELATIONS.items():
-        places = {True: (0.5 + 0.25 * dx + 0.1 * dy, 0.5 + 0.25 * dy + 0.1 * dx),
-                  False: (0.5 + 0.2 * dx + 0.28 * dy, 0.5 + 0.2 * dy + 0.28 * dx)}
+        places = {
+            True: (0.5 + 0.25 * dx + 0.1 * dy, 0.5 + 0.25 * dy + 0.1 * dx),
+            False: (0.5 + 0.2 * dx + 0.28 * dy, 0.5 + 0.2 * dy + 0.28 * dx),
+        }
         for holds, (x, y) in places.items():
             objects = ("ring", "red", "small", x, y), ("cross", "blue", "small", 1 - x, 1 - y)
             scene = scene_of(*objects, relation=relation)

@@ -13,10 +13,25 @@ from hybridgen.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
-CAPTIONS = ["a small red circle left of a large blue square", "three red stars and a red circle",
-            "一个红色的圆形在蓝色方块的左边", "红色的圆形和红色的星形", "a heart 😀😀, naïve café (2024)!"] * 3
-HARD = ["  two  spaces ", "tab\tnew\nline\r\n", "", " ", "👩‍👩‍👧 🇩🇪", "e\u0301 ½ Ⅷ ²",
-        "_under_score", "\x00\x7f", "ไทย عربى", "x" * 500]
+CAPTIONS = [
+    "a small red circle left of a large blue square",
+    "three red stars and a red circle",
+    "一个红色的圆形在蓝色方块的左边",
+    "红色的圆形和红色的星形",
+    "a heart 😀😀, naïve café (2024)!",
+] * 3
+HARD = [
+    "  two  spaces ",
+    "tab\tnew\nline\r\n",
+    "",
+    " ",
+    "👩‍👩‍👧 🇩🇪",
+    "e\u0301 ½ Ⅷ ²",
+    "_under_score",
+    "\x00\x7f",
+    "ไทย عربى",
+    "x" * 500,
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +110,17 @@ def test_the_command(tmp_path, capsys):
         bpe.main(options)
 
 
-@pytest.mark.parametrize("merges, says", [(None, "no list"), ([[1, 2], [0, 3]], "merge 1"), ([[258, 1]], "merge 0"),
-                                          ([[1, 2], [1, 2]], "twice"), ([[1, 2, 3]], "merge 0"),
-                                          ([[1, 1], *([i, i] for i in range(257, 300))], "merge 12")])
+@pytest.mark.parametrize(
+    "merges, says",
+    [
+        (None, "no list"),
+        ([[1, 2], [0, 3]], "merge 1"),
+        ([[258, 1]], "merge 0"),
+        ([[1, 2], [1, 2]], "twice"),
+        ([[1, 2, 3]], "merge 0"),
+        ([[1, 1], *([i, i] for i in range(257, 300))], "merge 12"),
+    ],
+)
 def test_damaged_merges_are_refused(merges, says):
     with pytest.raises(UserError, match=says):
         text.from_json({"kind": "bpe", "length": 8, "merges": merges})
@@ -132,20 +155,26 @@ def test_the_end_mark_stays_when_a_text_is_cut():
         reader.encode("a small red circle left of a large blue square", strict=True)
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"model": {"type": "WordLevel", "vocab": {}}}, "'WordLevel' is not built"),
-    ({"normalizer": {"type": "Nmt"}}, "'Nmt' is not built"),
-    ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "'UnicodeScripts' is not built"),
-    ({"post_processor": {"type": "Other"}}, "'Other' is not built"),
-    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}}, "repeats a group"),
-    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}}, "cannot|can be read"),
-    ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAA"}}, "can be read"),
-    ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "can be read"),
-    ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "can be read"),
-    ({"model": {"type": "BPE", "vocab": [], "merges": [], "dropout": 0.1}}, "dropout"),
-    ({"added_tokens": [{"id": 0, "content": "x", "single_word": True}]}, "single_word"),
-    ({"added_tokens": 7}, "can be read"),
-])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"model": {"type": "WordLevel", "vocab": {}}}, "'WordLevel' is not built"),
+        ({"normalizer": {"type": "Nmt"}}, "'Nmt' is not built"),
+        ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "'UnicodeScripts' is not built"),
+        ({"post_processor": {"type": "Other"}}, "'Other' is not built"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}},
+            "repeats a group",
+        ),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}}, "cannot|can be read"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAA"}}, "can be read"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}, "can be read"),
+        ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "can be read"),
+        ({"model": {"type": "BPE", "vocab": [], "merges": [], "dropout": 0.1}}, "dropout"),
+        ({"added_tokens": [{"id": 0, "content": "x", "single_word": True}]}, "single_word"),
+        ({"added_tokens": 7}, "can be read"),
+    ],
+)
 def test_what_is_not_built_is_refused_by_name(tmp_path, changes, says):
     about = json.loads((GOLDEN / "gpt2" / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(about | changes))

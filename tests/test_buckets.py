@@ -103,6 +103,7 @@ def test_the_largest_shape_alone(data):
         assert {source.shapes[source._of[index]] for index in indices} == {(16, 16)}
     assert buckets.largest(source.source, 4) is source.source
 
+
 def test_a_broken_record_is_replaced_from_its_bucket(data):
     source = sources.build(data, "train")
     item, broken = pipeline.read(source, 3)
@@ -114,9 +115,13 @@ def test_what_is_refused(data, tmp_path):
     path = tmp_path / "table.json"
     table = json.loads(open(data["options"]["buckets"]).read())
     other = {**data, "options": data["options"] | {"buckets": str(path)}}
-    for changes, says in (({"resolution": 32}, "resolution 32.*resolution 16"), ({"shapes": 3}, "no table"),
-                          ({"splits": {}}, "no table.*'train'"), ({"format": 9}, "other records"),
-                          ({"shapes": [[16, 16]]}, "other records")):
+    for changes, says in (
+        ({"resolution": 32}, "resolution 32.*resolution 16"),
+        ({"shapes": 3}, "no table"),
+        ({"splits": {}}, "no table.*'train'"),
+        ({"format": 9}, "other records"),
+        ({"shapes": [[16, 16]]}, "other records"),
+    ):
         path.write_text(json.dumps(table | changes))
         with pytest.raises(UserError, match=says):
             sources.build(other, "train")
@@ -135,7 +140,13 @@ def test_the_fingerprint_tells_tables_apart(data, tmp_path):
 
 def test_the_command(data, tmp_path, capsys):
     out = tmp_path / "buckets.json"
-    options = ["--config", "configs/recipes/imagefolder.py:tiny", f"--config.path={data['options']['path']}",
-               "--step=8", "--least=4", f"--out={out}"]
+    options = [
+        "--config",
+        "configs/recipes/imagefolder.py:tiny",
+        f"--config.path={data['options']['path']}",
+        "--step=8",
+        "--least=4",
+        f"--out={out}",
+    ]
     assert buckets.main(options) == 0
     assert "records" in capsys.readouterr().out and len(json.loads(out.read_text())["splits"]["train"]["bucket"]) > 15

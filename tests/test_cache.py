@@ -14,10 +14,21 @@ from hybridgen.data import pipeline, sources, text, transforms
 from hybridgen.errors import UserError
 from hybridgen.models.parts import find
 
-DATA = {"source": "shapes", "options": {"size": 20}, "resolution": tiny.SIDE,
-        "text": {"kind": "words", "length": tiny.LENGTH}}
-KL = {"resolution": tiny.SIDE, "channels": (32, 32), "blocks": 1, "attention": False, "width": 2, "scale": 0.5,
-      "shift": 0.1}
+DATA = {
+    "source": "shapes",
+    "options": {"size": 20},
+    "resolution": tiny.SIDE,
+    "text": {"kind": "words", "length": tiny.LENGTH},
+}
+KL = {
+    "resolution": tiny.SIDE,
+    "channels": (32, 32),
+    "blocks": 1,
+    "attention": False,
+    "width": 2,
+    "scale": 0.5,
+    "shift": 0.1,
+}
 
 
 def run_of(part, digest="d", text=None):
@@ -67,14 +78,14 @@ def test_tokens_are_the_tokenizers(flipped, encode):
 
 
 def test_the_priors_loss_is_the_same_bit_for_bit(flipped, tokenizer):
-    prior = tiny.part("ar.raster", tiny.prior_options(tokenizer, text_vocab=64, depth=1)
-                      | {"text_length": tiny.LENGTH})
+    prior = tiny.part("ar.raster", tiny.prior_options(tokenizer, text_vocab=64, depth=1) | {"text_length": tiny.LENGTH})
     family = find("ar.raster")
 
     @jax.jit
     def loss(batch, parts):
-        return family.loss(prior.model, prior.params, batch, jax.random.key(0), parts=parts, extra={}, step=0,
-                           train=True)[0]
+        return family.loss(
+            prior.model, prior.params, batch, jax.random.key(0), parts=parts, extra={}, step=0, train=True
+        )[0]
 
     for online, offline in zip(batches(DATA, 2, flip=True), batches(flipped, 2), strict=True):
         del offline["image"]  # the prior needs no picture, and no tokenizer
@@ -99,7 +110,8 @@ def test_latents_are_drawn_by_the_samples_number(tmp_path):
     part = tiny.part("tokenizers.kl", KL)
     data = cached(tmp_path, part)
     mean, spread = jax.jit(lambda image: part.model.apply({"params": part.params}, image, method="moments"))(
-        batches(DATA, 1)[0]["image"])
+        batches(DATA, 1)[0]["image"]
+    )
     mean, deviation = (mean - 0.1) * 0.5, np.exp(0.5 * spread) * 0.5
     again = [batches(data, 1)[0]["latent"] for _ in range(2)]
     np.testing.assert_array_equal(*again)
@@ -109,8 +121,9 @@ def test_latents_are_drawn_by_the_samples_number(tmp_path):
     true = np.random.Generator(np.random.Philox(key=own)).standard_normal(mean.shape[1:], np.float32)
     np.testing.assert_allclose(noise[0], true, atol=1e-4)
     still = batches(data, 1, shuffle=False)[0]
-    np.testing.assert_allclose(still["latent"], part.call("encode", batches(DATA, 1, shuffle=False)[0]["image"]),
-                               rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        still["latent"], part.call("encode", batches(DATA, 1, shuffle=False)[0]["image"]), rtol=1e-5, atol=1e-5
+    )
     assert "latent_std" not in still
 
 
@@ -146,8 +159,15 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
         sources.build({**data, "flip": True}, "train")
 
 
-@pytest.mark.parametrize("options, says", [({"views": "five"}, "five"), ({"crop": (0.5,)}, "crop"),
-                                           ({"captions": 0}, "captions 0"), ({"shards": True}, "shards")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"views": "five"}, "five"),
+        ({"crop": (0.5,)}, "crop"),
+        ({"captions": 0}, "captions 0"),
+        ({"shards": True}, "shards"),
+    ],
+)
 def test_options_out_of_range(options, says, tokenizer, tmp_path):
     with pytest.raises(UserError, match=says):
         cached(tmp_path, tokenizer, **options)

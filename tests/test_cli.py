@@ -248,7 +248,7 @@ def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
         assert "is of another config: model.width was 64 and is 128" in refused(main, *words, *more)
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(tokenizer / "checkpoints", run / "checkpoints")
-    assert "family was \"tokenizers.vq\" and is \"ar.raster\"; model.attention was" in refused(evaluate.main, *words)
+    assert 'family was "tokenizers.vq" and is "ar.raster"; model.attention was' in refused(evaluate.main, *words)
     assert not (tmp_path / "out").exists()
 
 

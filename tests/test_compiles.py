@@ -37,9 +37,7 @@ def compilations():
 
 
 @pytest.mark.parametrize(("steps", "every"), [(12, 3), pytest.param(200, 20, marks=pytest.mark.slow)])
-def test_training_compiles_nothing_after_its_first_round(
-    tiny_run, tmp_path, compilations, monkeypatch, steps, every
-):
+def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, compilations, monkeypatch, steps, every):
     """Now and then it evaluates, draws and saves; the step after the first time has seen every program."""
     seen: dict[int, int] = {}
     step = metrics.Writer.step

@@ -29,15 +29,18 @@ def packages(tmp_path_factory):
             image = np.zeros((64, 64, 4), np.uint8)
             image[:, :32] = (i, 0, 255 * (vendor == "google"), 255)
             Image.fromarray(image).save(pictures / f"{concept}.png")
-    for name, kind in (("cldr-annotations-full", "annotations"), ("cldr-annotations-derived-full",
-                                                                  "annotationsDerived")):
+    for name, kind in (
+        ("cldr-annotations-full", "annotations"),
+        ("cldr-annotations-derived-full", "annotationsDerived"),
+    ):
         folder = root / name
         folder.mkdir()
         (folder / "package.json").write_text(json.dumps({"name": name}))
         for language, pattern in NAMES.items():
             (folder / kind / language).mkdir(parents=True)
-            known = {chr(int(c, 16)): {"tts": [pattern.format(i)], "default": ["face"]}
-                     for i, c in enumerate(CONCEPTS)} | {"\u2764": {"tts": [pattern.format("red")]}}
+            known = {
+                chr(int(c, 16)): {"tts": [pattern.format(i)], "default": ["face"]} for i, c in enumerate(CONCEPTS)
+            } | {"\u2764": {"tts": [pattern.format("red")]}}
             known |= {"\U0001f44b\U0001f3fb": {"tts": ["x"]}}
             known |= {"\U0001f9ff": {"tts": ["x"]}} if language == "en" else {}
             content = known if kind == "annotations" else {}
@@ -56,8 +59,10 @@ def folder(packages, tmp_path_factory):
 def test_the_folder(folder):
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == 62 and {line["concept"] for line in lines} == {*CONCEPTS, "2764-fe0f"}
-    assert all((a["concept"], a["style"], b["style"]) == (b["concept"], "noto", "twemoji")
-               for a, b in zip(lines[::2], lines[1::2], strict=True))
+    assert all(
+        (a["concept"], a["style"], b["style"]) == (b["concept"], "noto", "twemoji")
+        for a, b in zip(lines[::2], lines[1::2], strict=True)
+    )
     assert lines[::2] != sorted(lines[::2], key=lambda line: line["file_name"])  # kinds of concepts are mixed
     heart = next(line for line in lines if line["concept"] == "2764-fe0f")
     assert (heart["text"], heart["text_zh"], heart["keywords"]) == ("face red", "脸red", [])
@@ -82,8 +87,12 @@ def test_the_recipe_reads_it(folder):
 
 
 def test_weights_say_how_often_a_field_is_drawn(folder):
-    data = {"source": "folder", "resolution": 8, "text": {"kind": "words", "length": 8},
-            "options": {"path": str(folder), "text_key": ("text", "text_zh"), "text_weights": (3, 1)}}
+    data = {
+        "source": "folder",
+        "resolution": 8,
+        "text": {"kind": "words", "length": 8},
+        "options": {"path": str(folder), "text_key": ("text", "text_zh"), "text_weights": (3, 1)},
+    }
     source = sources.build(data, "train")
     assert source[0]["texts"][0] == source[0]["texts"][2] != source[0]["texts"][3]
     reader, chinese = text.build(data, source), 0

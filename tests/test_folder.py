@@ -45,8 +45,10 @@ def read(path, **options):
 
 def png_header(width, height):
     """A PNG that claims a size and holds no pixels to speak of."""
+
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
     ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + ihdr + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
@@ -74,9 +76,15 @@ def test_formats_crop_and_resize(tmp_path, suffix):
 
 
 def test_header_agrees_with_decoder(tmp_path):
-    cases = [("a.png", {}), ("b.jpg", {}), ("c.jpg", {"progressive": True}), ("d.webp", {}),
-             ("e.webp", {"lossless": 1}), ("f.webp", {"exif": b"Exif\0\0"}),
-             ("g.jpg", {"exif": b"Exif\0\0" + b"\xff" * 300})]
+    cases = [
+        ("a.png", {}),
+        ("b.jpg", {}),
+        ("c.jpg", {"progressive": True}),
+        ("d.webp", {}),
+        ("e.webp", {"lossless": 1}),
+        ("f.webp", {"exif": b"Exif\0\0"}),
+        ("g.jpg", {"exif": b"Exif\0\0" + b"\xff" * 300}),
+    ]
     for name, options in cases:
         picture(tmp_path / name, size=(37, 23), **options)
         assert sources.header_size((tmp_path / name).read_bytes()) == (37, 23), name
@@ -84,11 +92,18 @@ def test_header_agrees_with_decoder(tmp_path):
     assert sources.header_size((tmp_path / "h.webp").read_bytes()) == (9, 5)
 
 
-@pytest.mark.parametrize("mode, colour, seen", [
-    ("RGBA", (255, 0, 0, 0), (0, 255, 0)), ("RGBA", (255, 0, 0, 255), RED), ("LA", (7, 0), (0, 255, 0)),
-    ("L", 90, (90, 90, 90)), ("1", 1, (255, 255, 255)), ("I;16", 90 * 257, (90, 90, 90)),
-    ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
-])
+@pytest.mark.parametrize(
+    "mode, colour, seen",
+    [
+        ("RGBA", (255, 0, 0, 0), (0, 255, 0)),
+        ("RGBA", (255, 0, 0, 255), RED),
+        ("LA", (7, 0), (0, 255, 0)),
+        ("L", 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 90 * 257, (90, 90, 90)),
+        ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
+    ],
+)
 def test_modes_and_alpha(tmp_path, mode, colour, seen):
     Image.new(mode, (8, 8), colour).save(tmp_path / f"a.{'jpg' if mode == 'CMYK' else 'png'}")
     image = read(tmp_path, background=(0, 255, 0))[0]["image"]
@@ -148,10 +163,16 @@ def test_splits(tmp_path):
 def test_split_and_classes_from_metadata(tmp_path):
     for i in range(4):
         picture(tmp_path / f"{i}.png")
-    metadata(tmp_path, [{"file_name": f"{i}.png", "text": "", "part": "train" if i < 3 else "validation",
-                         "kind": "dbca"[i]} for i in range(4)])
-    train, validation = (read(tmp_path, split=split, split_key="part", label_key="kind")
-                         for split in ("train", "validation"))
+    metadata(
+        tmp_path,
+        [
+            {"file_name": f"{i}.png", "text": "", "part": "train" if i < 3 else "validation", "kind": "dbca"[i]}
+            for i in range(4)
+        ],
+    )
+    train, validation = (
+        read(tmp_path, split=split, split_key="part", label_key="kind") for split in ("train", "validation")
+    )
     assert [train[i]["label"] for i in range(3)] == [3, 1, 2] and validation[0]["label"] == 0
     assert train.class_names == list("abcd")
 
@@ -180,8 +201,12 @@ def test_missing_empty_and_wrong(tmp_path):
     folder_of(tmp_path)
     with pytest.raises(UserError, match="'validation'"):
         read(tmp_path, split="validation")  # with validation=0
-    for options, says in [({"split": "holdout"}, "'holdout'"), ({"resolution": 0}, "resolution is 0"),
-                          ({"validation": 1.5}, "1.5"), ({"max_pixels": 0}, "max_pixels is 0")]:
+    for options, says in [
+        ({"split": "holdout"}, "'holdout'"),
+        ({"resolution": 0}, "resolution is 0"),
+        ({"validation": 1.5}, "1.5"),
+        ({"max_pixels": 0}, "max_pixels is 0"),
+    ]:
         with pytest.raises(UserError, match=says):
             read(tmp_path, **options)
 
@@ -190,10 +215,13 @@ def test_build_names_the_nearest(tmp_path):
     folder_of(tmp_path)
     config = {"source": "folder", "options": {"path": str(tmp_path)}, "resolution": 8, "text": {"kind": "bytes"}}
     assert len(sources.build(config, "train")) == 7
-    for change, says in [({"source": "folders"}, "'folders'.*'folder'"), ({"workres": 1}, "'workres'.*'workers'"),
-                         ({"options": {"path": "x", "text_keys": "a"}}, "'text_keys'.*'text_key'"),
-                         ({"options": {}}, "options.path"),
-                         ({"options": {"path": "x", "resolution": 3}}, "resolution")]:
+    for change, says in [
+        ({"source": "folders"}, "'folders'.*'folder'"),
+        ({"workres": 1}, "'workres'.*'workers'"),
+        ({"options": {"path": "x", "text_keys": "a"}}, "'text_keys'.*'text_key'"),
+        ({"options": {}}, "options.path"),
+        ({"options": {"path": "x", "resolution": 3}}, "resolution"),
+    ]:
         with pytest.raises(UserError, match=says):
             sources.build({**config, **change}, "train")
     with pytest.raises(UserError, match="data.resolution is missing"):
@@ -251,9 +279,24 @@ def test_names_that_lead_out(tmp_path):
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
     (inside / "linked").symlink_to(tmp_path)
     (inside / "fine.png").symlink_to(inside / "ok.png")
-    bad = ["../secret.png", str(tmp_path / "secret.png"), "a/../../secret.png", "..\\secret.png", "C:\\secret.png",
-           "link.png", "linked/secret.png", "", ".", "x" * 5000, "a\0b.png", "\x1b[2Jx.png", "\ud800.png", 7, None,
-           ["ok.png"]]
+    bad = [
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "a/../../secret.png",
+        "..\\secret.png",
+        "C:\\secret.png",
+        "link.png",
+        "linked/secret.png",
+        "",
+        ".",
+        "x" * 5000,
+        "a\0b.png",
+        "\x1b[2Jx.png",
+        "\ud800.png",
+        7,
+        None,
+        ["ok.png"],
+    ]
     metadata(inside, [{"file_name": name, "text": ""} for name in [*bad, "ok.png", "fine.png"]])
     source = read(inside)
     assert len(source) == len(bad) + 2
@@ -265,10 +308,22 @@ def test_names_that_lead_out(tmp_path):
 def test_hostile_metadata_is_counted_and_named(tmp_path):
     picture(tmp_path / "ok.png")
     good = {"file_name": "ok.png", "text": "fine"}
-    bad = [b"[1, 2]", b'"text"', b"{", b"\xff\xfe{}", b"nul\0l", b"[" * 100_000, b'{"file_name": ' + b"9" * 6000 + b"}",
-           b'{"file_name": "ok.png", "text": "' + b"x" * sources.MAX_LINE + b'"}', b"{}", {"file_name": "ok.png"},
-           {"file_name": "ok.png", "text": 7}, {"file_name": "ok.png", "text": []},
-           {"file_name": "ok.png", "text": ["a", None]}, {"text": "no name"}]
+    bad = [
+        b"[1, 2]",
+        b'"text"',
+        b"{",
+        b"\xff\xfe{}",
+        b"nul\0l",
+        b"[" * 100_000,
+        b'{"file_name": ' + b"9" * 6000 + b"}",
+        b'{"file_name": "ok.png", "text": "' + b"x" * sources.MAX_LINE + b'"}',
+        b"{}",
+        {"file_name": "ok.png"},
+        {"file_name": "ok.png", "text": 7},
+        {"file_name": "ok.png", "text": []},
+        {"file_name": "ok.png", "text": ["a", None]},
+        {"text": "no name"},
+    ]
     metadata(tmp_path, [good, b"", b"  ", *bad, good])
     source = read(tmp_path)
     count, lines = source.problems(limit=3)
@@ -335,8 +390,11 @@ def test_a_broken_line_of_metadata_renumbers_nothing(tmp_path):
     source, after = drain(tmp_path)
     hit = [index for batch in after for index in batch["broken"].tolist() if index >= 0]
     assert {source.name(index) for index in hit} == {"metadata.jsonl line 6"}
-    same = [np.array_equal(old["image"][row], new["image"][row])
-            for old, new in zip(before, after, strict=True) for row in range(5)]
+    same = [
+        np.array_equal(old["image"][row], new["image"][row])
+        for old, new in zip(before, after, strict=True)
+        for row in range(5)
+    ]
     assert same.count(False) == len(hit)
 
 
@@ -376,6 +434,7 @@ def test_fingerprint_follows_the_records_not_the_path(tmp_path):
     def fingerprint(name, **fields):
         config = {"source": "folder", "options": {"path": str(folder_of(tmp_path / name, **fields))}, "resolution": 8}
         return pipeline.fingerprint(config, sources.build(config, "train"), text.Bytes(8), batch=4, seed=0)
+
     assert fingerprint("a") == fingerprint("b")
     with pytest.raises(UserError, match="--allow source.records.$"):
         check_fingerprint(fingerprint("a"), fingerprint("c", text="other"))
@@ -383,8 +442,12 @@ def test_fingerprint_follows_the_records_not_the_path(tmp_path):
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason="the emoji pictures are not there")
 def test_emoji():
-    config = {"source": "folder", "resolution": 32, "text": {"kind": "words", "length": 24},
-              "options": {"path": str(EMOJI), "text_key": ("text", "text_zh"), "split_key": "split"}}
+    config = {
+        "source": "folder",
+        "resolution": 32,
+        "text": {"kind": "words", "length": 24},
+        "options": {"path": str(EMOJI), "text_key": ("text", "text_zh"), "split_key": "split"},
+    }
     train, validation = sources.build(config, "train"), sources.build(config, "validation")
     assert len(train) == 3458 and len(validation) == 354 and train.problems() == (0, [])
     tokenizer = text.build(config, train)

@@ -30,15 +30,18 @@ class Numbers:
 
 def mixed(weights=(3, 1, 0.5), lengths=(50, 7, 11), bad=()):
     firsts = (0, 100, 200)
-    each = [(Numbers(first, length, bad if not i else ()), weight)
-            for i, (first, length, weight) in enumerate(zip(firsts, lengths, weights, strict=True))]
+    each = [
+        (Numbers(first, length, bad if not i else ()), weight)
+        for i, (first, length, weight) in enumerate(zip(firsts, lengths, weights, strict=True))
+    ]
     return mixture.Mixture(dict(zip("abc", each, strict=True)), split="train", resolution=1)
 
 
 def take(source, count, batch=6, **options):
     loader = pipeline.batches(source, None, **{"batch": batch, "seed": 4, **options})
-    out = [np.rint((b["image"][:, 0, 0, 0] + 1) * 127.5).astype(int) for _, b in zip(range(count), loader,
-                                                                                    strict=False)]
+    out = [
+        np.rint((b["image"][:, 0, 0, 0] + 1) * 127.5).astype(int) for _, b in zip(range(count), loader, strict=False)
+    ]
     loader.close()
     return np.concatenate(out)
 
@@ -87,8 +90,12 @@ SHAPES = {"source": "shapes", "options": {"size": 30}, "weight": 2}
 
 
 def config(**entries):
-    return {"source": "mixture", "options": {"sources": entries}, "resolution": 16,
-            "text": {"kind": "words", "length": 24}}
+    return {
+        "source": "mixture",
+        "options": {"sources": entries},
+        "resolution": 16,
+        "text": {"kind": "words", "length": 24},
+    }
 
 
 def test_from_a_config():
@@ -101,12 +108,18 @@ def test_from_a_config():
     assert said["source"]["options"]["sources"]["one"]["weight"] == 2 and said["source"]["length"] == 40
 
 
-@pytest.mark.parametrize("entries, says", [
-    ({}, "empty"), ({"a": 3}, "a is 3"), ({"a": SHAPES | {"wieght": 1}}, "'wieght'.*'weight'"),
-    ({"a": {"source": "mixture"}}, "no mixture"), ({"a": SHAPES | {"weight": 0}}, "'a' is 0"),
-    ({"a": SHAPES | {"weight": 1.000001}, "b": SHAPES}, "round them"),
-    ({"a": {"source": "shape"}}, "sources.a.source 'shape'"),
-])
+@pytest.mark.parametrize(
+    "entries, says",
+    [
+        ({}, "empty"),
+        ({"a": 3}, "a is 3"),
+        ({"a": SHAPES | {"wieght": 1}}, "'wieght'.*'weight'"),
+        ({"a": {"source": "mixture"}}, "no mixture"),
+        ({"a": SHAPES | {"weight": 0}}, "'a' is 0"),
+        ({"a": SHAPES | {"weight": 1.000001}, "b": SHAPES}, "round them"),
+        ({"a": {"source": "shape"}}, "sources.a.source 'shape'"),
+    ],
+)
 def test_what_is_refused(entries, says):
     with pytest.raises(UserError, match=says):
         sources.build(config(**entries), "train")

@@ -103,8 +103,12 @@ ORDER_OF_SEED_0 = [222, 461, 177, 95, 365, 702, 938, 835]
 def test_a_batch_is_what_it_says():
     batch = take(1)[0]
     assert {key: (value.shape, str(value.dtype)) for key, value in batch.items()} == {
-        "id": ((8,), "uint32"), "image": ((8, 2, 2, 3), "float32"), "text": ((8, 6), "int32"),
-        "text_mask": ((8, 6), "bool"), "label": ((8,), "int32"), "broken": ((8,), "int32"),
+        "id": ((8,), "uint32"),
+        "image": ((8, 2, 2, 3), "float32"),
+        "text": ((8, 6), "int32"),
+        "text_mask": ((8, 6), "bool"),
+        "label": ((8,), "int32"),
+        "broken": ((8,), "int32"),
     }
     assert [TOKENIZER.decode(ids) for ids in batch["text"]] == [f"a {i}" for i in numbers(batch)]
     assert numbers(batch) == pipeline.order(np.arange(8), 37, 5).tolist()
@@ -210,9 +214,17 @@ def test_a_broken_run_longer_than_tries_is_an_error():
         pipeline.read(Numbers(1000, bad=range(100)), 0)
 
 
-@pytest.mark.parametrize("options, says", [({"rows": [8]}, "global batch of 8"), ({"rows": []}, "rows"),
-                                           ({"batch": 0}, "0"), ({"start": -1}, "-1"), ({"workers": -2}, "-2"),
-                                           ({"source": Numbers(0)}, "has 0")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"rows": [8]}, "global batch of 8"),
+        ({"rows": []}, "rows"),
+        ({"batch": 0}, "0"),
+        ({"start": -1}, "-1"),
+        ({"workers": -2}, "-2"),
+        ({"source": Numbers(0)}, "has 0"),
+    ],
+)
 def test_batches_refuses(options, says):
     with pytest.raises(UserError, match=says):
         pipeline.batches(options.pop("source", Numbers()), TOKENIZER, **{"batch": 8, "seed": 0, **options})
@@ -358,8 +370,14 @@ def script(tmp_path, fail, workers):
     path = tmp_path / "program.py"
     path.write_text(textwrap.dedent(SCRIPT).replace("WORKERS", str(workers)).replace("FAIL", str(fail)))
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, str(path)], env=env, start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, str(path)],
+        env=env,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_program_that_fails_exits_with_its_traceback(tmp_path):

@@ -30,7 +30,7 @@ def ssim_by_loops(a, b):
     for c in range(3):
         for y in range(a.shape[0] - 10):
             for x in range(a.shape[1] - 10):
-                p, q = (v[y:y + 11, x:x + 11, c].astype(np.float64) for v in (a, b))
+                p, q = (v[y : y + 11, x : x + 11, c].astype(np.float64) for v in (a, b))
                 mp, mq = (weights * p).sum(), (weights * q).sum()
                 vp, vq = (weights * (p - mp) ** 2).sum(), (weights * (q - mq) ** 2).sum()
                 both = (weights * (p - mp) * (q - mq)).sum()
@@ -50,7 +50,7 @@ def test_both_are_per_picture_symmetric_and_fall_with_noise():
     b = a + np.array([0.05, 0.2, 0.6], np.float32)[:, None, None, None] * noise
     for measure in (psnr, ssim):
         got = measure(b, a)
-        np.testing.assert_array_equal(got, [measure(b[i:i + 1], a[i:i + 1])[0] for i in range(3)])
+        np.testing.assert_array_equal(got, [measure(b[i : i + 1], a[i : i + 1])[0] for i in range(3)])
         np.testing.assert_allclose(measure(a, b), got)
         assert got[0] > got[1] > got[2]
     np.testing.assert_allclose(ssim(a, a), 1)
@@ -90,8 +90,11 @@ def test_a_sheet_says_the_verdict():
 
 def test_wrapped_lines_fit_and_lose_nothing():
     font = ImageFont.load_default(12)
-    for text in ("a large blue square with a small red circle on its left", "一个小的红色圆形在一个大的蓝色正方形左边",
-                 "averyveryverylongwordthatfitsnowhere a"):
+    for text in (
+        "a large blue square with a small red circle on its left",
+        "一个小的红色圆形在一个大的蓝色正方形左边",
+        "averyveryverylongwordthatfitsnowhere a",
+    ):
         lines = wrap(text, 100, font)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "") and len(lines) > 1
         assert all(font.getlength(line) <= 100 for line in lines if len(line.split()) > 1)

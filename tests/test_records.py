@@ -106,18 +106,21 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("harm, says", [
-    (lambda path: cut(path / "00001.arrayrecord"), "bytes, .* were written"),
-    (lambda path: (path / "00002.arrayrecord").unlink(), "'00002.arrayrecord'"),
-    (lambda path: (path / "index.json").write_text("{"), "not JSON"),
-    (lambda path: (path / "index.json").unlink(), r"no records of the split 'train'.*none"),
-    (lambda path: edit(path, format=2), "format 2, .* reads 1"),
-    (lambda path: edit(path, count=41), "damaged.*41"),
-    (lambda path: edit(path, shards=[{"file": "../x", "count": 40, "bytes": 1}]), "damaged"),
-    (lambda path: edit(path, fields={"image": {"dtype": "png", "shape": [1, 16, 16]}}), "damaged"),
-    (lambda path: edit(path, fields={"x": {"dtype": "O", "shape": [1]}}), "damaged"),
-    (lambda path: edit(path, resolution=32), "at 32, data.resolution is 16"),
-])
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (lambda path: cut(path / "00001.arrayrecord"), "bytes, .* were written"),
+        (lambda path: (path / "00002.arrayrecord").unlink(), "'00002.arrayrecord'"),
+        (lambda path: (path / "index.json").write_text("{"), "not JSON"),
+        (lambda path: (path / "index.json").unlink(), r"no records of the split 'train'.*none"),
+        (lambda path: edit(path, format=2), "format 2, .* reads 1"),
+        (lambda path: edit(path, count=41), "damaged.*41"),
+        (lambda path: edit(path, shards=[{"file": "../x", "count": 40, "bytes": 1}]), "damaged"),
+        (lambda path: edit(path, fields={"image": {"dtype": "png", "shape": [1, 16, 16]}}), "damaged"),
+        (lambda path: edit(path, fields={"x": {"dtype": "O", "shape": [1]}}), "damaged"),
+        (lambda path: edit(path, resolution=32), "at 32, data.resolution is 16"),
+    ],
+)
 def test_what_is_refused(tmp_path, harm, says):
     written(tmp_path, SHAPES)
     harm(tmp_path / "train")

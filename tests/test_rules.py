@@ -85,8 +85,10 @@ def test_the_way_back_is_bit_equal(tmp_path):
 
 
 def test_smaller_floats_become_ours_with_their_values():
-    state = {name: value.astype(ml_dtypes.bfloat16 if value.dtype.kind == "f" else value.dtype) for name, value in
-             official().items()}
+    state = {
+        name: value.astype(ml_dtypes.bfloat16 if value.dtype.kind == "f" else value.dtype)
+        for name, value in official().items()
+    }
     arrays = rules.load(state, TABLE, SPECS)
     np.testing.assert_array_equal(arrays["params/embed/table"], state["tok.weight"].astype(np.float32))
 

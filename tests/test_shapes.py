@@ -165,8 +165,14 @@ def test_without_jitter_everything_is_in_its_place():
 
 
 def test_options_choose_what_is_drawn():
-    options = dict(shapes=("ring", "heart", "star"), colours=("cyan", "red"), sizes=("medium",), objects=(1, 3),
-                   positions=("top", "centre"), backgrounds=("black",))
+    options = dict(
+        shapes=("ring", "heart", "star"),
+        colours=("cyan", "red"),
+        sizes=("medium",),
+        objects=(1, 3),
+        positions=("top", "centre"),
+        backgrounds=("black",),
+    )
     drawn = scenes(300, **options)
     objects = [o for s in drawn for o in s["objects"]]
     for key, names in (("shape", options["shapes"]), ("colour", options["colours"]), ("size", ("medium",))):
@@ -230,11 +236,19 @@ def read_chinese(text):
         table = {(v if isinstance(v, str) else v[-1]): k for k, v in words.items()}
         return table, "|".join(sorted(table, key=len, reverse=True))
 
-    (shapes, s), (colours, c), (sizes, z), (places, p), (backgrounds, b), (relations, r) = map(name, (
-        captions.SHAPE_WORDS, captions.COLOUR_WORDS, captions.SIZE_WORDS, captions.POSITION_WORDS,
-        captions.BACKGROUND_WORDS, captions.RELATION_WORDS))
+    (shapes, s), (colours, c), (sizes, z), (places, p), (backgrounds, b), (relations, r) = map(
+        name,
+        (
+            captions.SHAPE_WORDS,
+            captions.COLOUR_WORDS,
+            captions.SIZE_WORDS,
+            captions.POSITION_WORDS,
+            captions.BACKGROUND_WORDS,
+            captions.RELATION_WORDS,
+        ),
+    )
     background = re.match(f"({b})背景上", text)
-    text = text[background.end():] if background else text
+    text = text[background.end() :] if background else text
     noun = f"([一两三四])个({z})?({c})({s})"
     nouns = [
         ("_一两三四".index(m[1]), sizes.get(m[2], ""), colours[m[3]], shapes[m[4]]) for m in re.finditer(noun, text)
@@ -275,11 +289,18 @@ def test_every_paraphrase_says_what_the_scene_shows(language, options):
 
 def test_exact_captions():
     scene = {
-        "objects": [{"shape": "circle", "colour": "red", "size": "small", "position": None},
-                    {"shape": "square", "colour": "orange", "size": "large", "position": None}],
+        "objects": [
+            {"shape": "circle", "colour": "red", "size": "small", "position": None},
+            {"shape": "square", "colour": "orange", "size": "large", "position": None},
+        ],
         "background": "white",
         "stated": {
-            "count": 2, "size": True, "position": None, "relation": "left of", "same": False, "background": False,
+            "count": 2,
+            "size": True,
+            "position": None,
+            "relation": "left of",
+            "same": False,
+            "background": False,
         },
     }
     assert caption(scene) == "a small red circle left of a large orange square"
@@ -287,11 +308,15 @@ def test_exact_captions():
     assert caption(scene, "zh") == "一个小的红色圆形在一个大的橙色正方形左边"
     scene["stated"] |= {"size": False, "background": True}
     assert caption(scene, "en", 2) == "an orange square right of a red circle on a white background"
-    equal = {"objects": [{"shape": "star", "colour": "green", "size": "small", "position": None}] * 3,
-             "stated": {"size": False, "position": None, "relation": None, "same": True, "background": False}}
+    equal = {
+        "objects": [{"shape": "star", "colour": "green", "size": "small", "position": None}] * 3,
+        "stated": {"size": False, "position": None, "relation": None, "same": True, "background": False},
+    }
     assert caption(equal) == "three green stars" and caption(equal, "zh", 1) == "画面里有三个绿色星形"
-    one = {"objects": [{"shape": "circle", "colour": "red", "size": "small", "position": "top left"}],
-           "stated": {"size": False, "position": "top left", "relation": None, "same": False, "background": False}}
+    one = {
+        "objects": [{"shape": "circle", "colour": "red", "size": "small", "position": "top left"}],
+        "stated": {"size": False, "position": "top left", "relation": None, "same": False, "background": False},
+    }
     assert caption(one) == "a red circle in the top left"
 
 
@@ -319,20 +344,37 @@ def test_the_vocabulary_is_closed_and_tight():
 
 
 def test_the_words_cover_the_tables():
-    for words, names in ((captions.SHAPE_WORDS, SHAPES), (captions.COLOUR_WORDS, COLOURS), (captions.SIZE_WORDS, RADII),
-                         (captions.BACKGROUND_WORDS, BACKGROUNDS), (captions.POSITION_WORDS, POSITIONS),
-                         (captions.RELATION_WORDS, RELATIONS)):
+    for words, names in (
+        (captions.SHAPE_WORDS, SHAPES),
+        (captions.COLOUR_WORDS, COLOURS),
+        (captions.SIZE_WORDS, RADII),
+        (captions.BACKGROUND_WORDS, BACKGROUNDS),
+        (captions.POSITION_WORDS, POSITIONS),
+        (captions.RELATION_WORDS, RELATIONS),
+    ):
         assert tuple(words) == tuple(names)
 
 
-@pytest.mark.parametrize("options, word", [
-    (dict(split="test"), "train"), (dict(shapes=("blob",)), "blob"), (dict(shapes="circle"), "circle"),
-    (dict(colours=()), "colours"), (dict(colours=("red", "red")), "red"), (dict(objects=(5,)), "5"),
-    (dict(languages=("fr",)), "fr"), (dict(resolution=8), "8"), (dict(size=0), "0"), (dict(templates=0), "0"),
-    (dict(jitter=0.5), "0.5"), (dict(size_jitter=-0.1), "-0.1"), (dict(backgrounds=("red",)), "red"),
-    (dict(shapes=("circle",), colours=("red", "blue"), objects=(1, 3)), "1 x 2"),
-    (dict(split="holdout", shapes=("circle",), colours=("red", "blue")), "held out"),
-])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(split="test"), "train"),
+        (dict(shapes=("blob",)), "blob"),
+        (dict(shapes="circle"), "circle"),
+        (dict(colours=()), "colours"),
+        (dict(colours=("red", "red")), "red"),
+        (dict(objects=(5,)), "5"),
+        (dict(languages=("fr",)), "fr"),
+        (dict(resolution=8), "8"),
+        (dict(size=0), "0"),
+        (dict(templates=0), "0"),
+        (dict(jitter=0.5), "0.5"),
+        (dict(size_jitter=-0.1), "-0.1"),
+        (dict(backgrounds=("red",)), "red"),
+        (dict(shapes=("circle",), colours=("red", "blue"), objects=(1, 3)), "1 x 2"),
+        (dict(split="holdout", shapes=("circle",), colours=("red", "blue")), "held out"),
+    ],
+)
 def test_bad_options_are_named(options, word):
     with pytest.raises(UserError, match=re.escape(word)):
         Shapes(**options)

@@ -354,8 +354,13 @@ def test_noise_may_be_given():
     none = solvers.ddpm(gaussian, x, levels, deviation=np.zeros(2))
     np.testing.assert_allclose(still, none, atol=1e-6)
     assert np.abs(drawn - still).max() > 0.1
-    again = solvers.ddim(lambda x_t, level: (MU + 0 * x_t, x_t), x, levels, lambda i, like: jnp.asarray(noise)[i],
-                         deviation=levels.sigma[1:])
+    again = solvers.ddim(
+        lambda x_t, level: (MU + 0 * x_t, x_t),
+        x,
+        levels,
+        lambda i, like: jnp.asarray(noise)[i],
+        deviation=levels.sigma[1:],
+    )
     np.testing.assert_allclose(again, levels.alpha[2] * MU + levels.sigma[2] * noise[1], atol=1e-6)  # all noise is new
 
 

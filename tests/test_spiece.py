@@ -33,8 +33,10 @@ def field(number: int, value) -> bytes:
 
 def model(pieces, trainer: dict, normaliser: dict) -> bytes:
     parts = [field(1, b"".join(field(i + 1, part) for i, part in enumerate(piece))) for piece in pieces]
-    parts += [field(number, b"".join(field(*pair) for pair in about.items()))
-              for number, about in ((2, trainer), (3, normaliser))]
+    parts += [
+        field(number, b"".join(field(*pair) for pair in about.items()))
+        for number, about in ((2, trainer), (3, normaliser))
+    ]
     return b"".join(parts)
 
 
@@ -62,16 +64,19 @@ def test_ids_are_those_of_the_recorded_tokenizer(tmp_path):
     assert Published.read(str(tmp_path), 128).vocab_size == known.vocab_size
 
 
-@pytest.mark.parametrize(("data", "says"), [
-    (of_t5(trainer={3: 2}), "model type 2 is not built, only Unigram"),
-    (of_t5(normaliser={3: 0}), "keeps spaces or begins without one"),
-    (of_t5(kinds={5: 4}), "pieces of the user's own"),
-    (of_t5(trainer={42: 9999}), "is no model of SentencePiece: IndexError"),
-    (of_t5()[:-5], "is no model of SentencePiece: .*cut off"),
-    (field(1, 7), "is no model of SentencePiece: TypeError"),
-    (b"\xff" * 12, "is no model of SentencePiece: .*ten bytes"),
-    (b"", "is no model of SentencePiece"),
-])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (of_t5(trainer={3: 2}), "model type 2 is not built, only Unigram"),
+        (of_t5(normaliser={3: 0}), "keeps spaces or begins without one"),
+        (of_t5(kinds={5: 4}), "pieces of the user's own"),
+        (of_t5(trainer={42: 9999}), "is no model of SentencePiece: IndexError"),
+        (of_t5()[:-5], "is no model of SentencePiece: .*cut off"),
+        (field(1, 7), "is no model of SentencePiece: TypeError"),
+        (b"\xff" * 12, "is no model of SentencePiece: .*ten bytes"),
+        (b"", "is no model of SentencePiece"),
+    ],
+)
 def test_what_is_damaged_or_not_built_is_refused(tmp_path, data, says):
     (tmp_path / "spiece.model").write_bytes(data)
     with pytest.raises(UserError, match=says) as error:

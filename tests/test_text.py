@@ -93,9 +93,18 @@ def test_strict_bytes():
     assert text.Bytes(6).encode("红色", strict=True)[1].all()
 
 
-@pytest.mark.parametrize("bad", [None, {}, {"kind": "words"}, {"kind": "words", "words": [1], "length": 3},
-                                 {"kind": "words", "words": ["a", "a"], "length": 3}, {"kind": "bytes", "length": "x"},
-                                 {"kind": "bytes", "length": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        {},
+        {"kind": "words"},
+        {"kind": "words", "words": [1], "length": 3},
+        {"kind": "words", "words": ["a", "a"], "length": 3},
+        {"kind": "bytes", "length": "x"},
+        {"kind": "bytes", "length": 0},
+    ],
+)
 def test_from_json_refuses(bad):
     with pytest.raises(UserError):
         text.from_json(bad)
@@ -103,8 +112,13 @@ def test_from_json_refuses(bad):
 
 @pytest.mark.parametrize("languages", [("en",), ("zh",), ("en", "zh")])
 def test_shapes_vocabulary_is_closed(languages):
-    options = {"languages": languages, "objects": (1, 2, 3, 4), "counts": True,
-               "backgrounds": ("white", "grey"), "sizes": ("small", "medium", "large")}
+    options = {
+        "languages": languages,
+        "objects": (1, 2, 3, 4),
+        "counts": True,
+        "backgrounds": ("white", "grey"),
+        "sizes": ("small", "medium", "large"),
+    }
     config = {"source": "shapes", "options": options, "resolution": 16, "text": {"kind": "words", "length": 96}}
     for split in ("train", "holdout"):
         source = sources.build(config, split)
@@ -115,8 +129,14 @@ def test_shapes_vocabulary_is_closed(languages):
             np.testing.assert_array_equal(tokenizer.encode(tokenizer.decode(ids))[0], ids)
 
 
-@pytest.mark.parametrize("config, says", [({"kind": "word"}, "'word'"), ({"kind": "bytes", "lenght": 3}, "lenght"),
-                                          ({"kind": "bytes", "length": True}, "True")])
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"kind": "word"}, "'word'"),
+        ({"kind": "bytes", "lenght": 3}, "lenght"),
+        ({"kind": "bytes", "length": True}, "True"),
+    ],
+)
 def test_build_refuses(config, says):
     with pytest.raises(UserError, match=says):
         text.build({"source": "shapes", "text": config}, None)

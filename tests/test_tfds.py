@@ -92,8 +92,14 @@ def test_slices_and_names(prepared):
     assert len(sources.build(named, "train")) == 20
 
 
-@pytest.mark.parametrize("options, says", [({"text_key": "captoin"}, "'captoin'.*'caption'"),
-                                           ({"splits": (("train", "dev"),)}, "dev"), ({"path": "no_such"}, "no_such")])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"text_key": "captoin"}, "'captoin'.*'caption'"),
+        ({"splits": (("train", "dev"),)}, "dev"),
+        ({"path": "no_such"}, "no_such"),
+    ],
+)
 def test_what_is_refused(prepared, options, says):
     with pytest.raises(UserError, match=says):
         sources.build(config(prepared, **options), "train")

@@ -89,8 +89,10 @@ SAFETENSORS = {
     "no object": (header(b"[" + ONE + b"]"), "does not begin with"),
     "an entry that is none": (header({"a": 1}), "'a' is not described by"),
     "deep nesting": (header(b'{"a":' + b"[" * 500_000 + b"]" * 500_000 + b"}"), "nested too deeply"),
-    "deep shape": (header(b'{"a":{"dtype":"F32","shape":' + b"[" * 500 + b"]" * 500
-                          + b',"data_offsets":[0,8]}}'), "has the shape [[[["),
+    "deep shape": (
+        header(b'{"a":{"dtype":"F32","shape":' + b"[" * 500 + b"]" * 500 + b',"data_offsets":[0,8]}}'),
+        "has the shape [[[[",
+    ),
     "NaN": (header(b'{"a":NaN}'), "NaN is not JSON"),
     "a number of 5000 digits": (header(b'{"a":' + b"9" * 5000 + b"}"), "not JSON"),
     "no UTF-8": (header(b'{"\xff":1}'), "not JSON"),
@@ -172,37 +174,40 @@ def test_code_in_a_pickle_is_not_run(tmp_path, legacy):
     assert touched.exists()  # that is what such a file does
 
 
-@pytest.mark.parametrize(("value", "says"), [
-    (Call(Global("collections", "OrderedDict"), (5,)), "not made of pairs"),
-    (Call(Global("torch", "Size"), ("text",)), "not made of a list"),
-    (Call(Global("torch", "FloatStorage"), ()), "no function of weights"),
-    (Call(Global("torch", "device"), ([[1]],)), "a device"),
-    (Call(Global("torch._utils", "_rebuild_tensor_v2"), (1, 2)), "damaged"),
-    (Call(Global("torch._utils", "_rebuild_parameter"), (1,)), "not a tensor"),
-    (Call(Global("_codecs", "encode"), ("a", "rot13")), "latin1"),
-    (Call(Global("numpy", "dtype"), ("O",)), "'O'"),
-    (Raw(b"0000"), "damaged"),
-    (Raw(b"\xff"), "damaged"),
-    (Raw(b"\x82\x01"), "EXT1"),
-    (Raw(b"Pabc\n"), "PERSID"),
-    (Raw(b"\x8e" + struct.pack("<Q", HUGE)), "damaged"),  # 2^62 bytes follow
-    (Raw(b"\x8d" + struct.pack("<Q", 2**63)), "damaged"),
-    (Raw(b"B" + struct.pack("<I", 2**32 - 1)), "damaged"),
-    (Raw(b"Nr\xff\xff\xff\xff" * 3 + b"p99999999999999999999\n"), "a memo of that number"),
-    (Raw(b"Nj\xff\xff\xff\xff"), "damaged"),
-    (Raw(b"I" + b"9" * 100_000 + b"\n"), "damaged"),
-    (Raw(b"]q\x01h\x01a"), "nested beyond 32 levels"),  # a list in itself
-    (Raw(b"(" * 20_000), "damaged"),
-    (Raw(b"]" * 20_000 + b"a" * 19_999), "nested beyond 32 levels"),
-    (Raw(b")" + b"\x85" * 20_000), "nested beyond 32 levels"),
-    ({(1, 2): 3}, "a key of it is (1, 2)"),
-    ({"a.b": 1, "a": {"b": 2}}, "'b.a.b' twice"),
-    ({"\x1b[2J": 1}, "is not the name of a tensor"),
-    (Storage(np.ones(3)), "a bare storage"),
-    (Persistent(("storage", "FloatStorage", "0", "cpu", 3)), "no storage"),
-    (Persistent(("module", Global("torch", "FloatStorage"), "0", "cpu", 3)), "no storage"),
-    (Persistent(("storage", Global("torch", "FloatStorage"), "../../x", "cpu", HUGE * 4)), "a storage '../../x'"),
-])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (Call(Global("collections", "OrderedDict"), (5,)), "not made of pairs"),
+        (Call(Global("torch", "Size"), ("text",)), "not made of a list"),
+        (Call(Global("torch", "FloatStorage"), ()), "no function of weights"),
+        (Call(Global("torch", "device"), ([[1]],)), "a device"),
+        (Call(Global("torch._utils", "_rebuild_tensor_v2"), (1, 2)), "damaged"),
+        (Call(Global("torch._utils", "_rebuild_parameter"), (1,)), "not a tensor"),
+        (Call(Global("_codecs", "encode"), ("a", "rot13")), "latin1"),
+        (Call(Global("numpy", "dtype"), ("O",)), "'O'"),
+        (Raw(b"0000"), "damaged"),
+        (Raw(b"\xff"), "damaged"),
+        (Raw(b"\x82\x01"), "EXT1"),
+        (Raw(b"Pabc\n"), "PERSID"),
+        (Raw(b"\x8e" + struct.pack("<Q", HUGE)), "damaged"),  # 2^62 bytes follow
+        (Raw(b"\x8d" + struct.pack("<Q", 2**63)), "damaged"),
+        (Raw(b"B" + struct.pack("<I", 2**32 - 1)), "damaged"),
+        (Raw(b"Nr\xff\xff\xff\xff" * 3 + b"p99999999999999999999\n"), "a memo of that number"),
+        (Raw(b"Nj\xff\xff\xff\xff"), "damaged"),
+        (Raw(b"I" + b"9" * 100_000 + b"\n"), "damaged"),
+        (Raw(b"]q\x01h\x01a"), "nested beyond 32 levels"),  # a list in itself
+        (Raw(b"(" * 20_000), "damaged"),
+        (Raw(b"]" * 20_000 + b"a" * 19_999), "nested beyond 32 levels"),
+        (Raw(b")" + b"\x85" * 20_000), "nested beyond 32 levels"),
+        ({(1, 2): 3}, "a key of it is (1, 2)"),
+        ({"a.b": 1, "a": {"b": 2}}, "'b.a.b' twice"),
+        ({"\x1b[2J": 1}, "is not the name of a tensor"),
+        (Storage(np.ones(3)), "a bare storage"),
+        (Persistent(("storage", "FloatStorage", "0", "cpu", 3)), "no storage"),
+        (Persistent(("module", Global("torch", "FloatStorage"), "0", "cpu", 3)), "no storage"),
+        (Persistent(("storage", Global("torch", "FloatStorage"), "../../x", "cpu", HUGE * 4)), "a storage '../../x'"),
+    ],
+)
 def test_pickles_of_nonsense(tmp_path, value, says):
     path = torchfile.save(tmp_path / "w.pt", {"a": np.ones(3, np.float32), "b": value})
     assert says in refused(open_weights, path, megabytes=64)
@@ -229,16 +234,27 @@ def test_work_is_counted():
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize(("place", "says"), [
-    ((0, (4,), (1,)), "reaches beyond"), ((1, (3,), (1,)), "reaches beyond"), ((0, (2,), (3,)), "reaches beyond"),
-    ((HUGE, (1,), (1,)), "reaches beyond"), ((-1, (1,), (1,)), "offset -1"),
-    ((0, (HUGE, 8), (1, 1)), "more than any"),
-    ((0, (2**40,), (0,)), "larger than its storage"), ((0, (2,), (-1,)), "strides (-1,)"),
-    ((0, (-2,), (1,)), "the shape (-2,)"), ((0, (3,), (1, 1)), "strides (1, 1)"), ((0, (3,), (2**70,)), "strides"),
-    ((0, (0, HUGE, HUGE), (1, 1, 1)), "more than any"), ((0, (True,), (1,)), "the shape (True,)"),
-    ((0, (1,) * 100, (1,) * 100), "the shape"), ((0, (2,), (HUGE,)), "reaches beyond"),
-    ((1.0, (1,), (1,)), "offset 1.0"),
-])
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ((0, (4,), (1,)), "reaches beyond"),
+        ((1, (3,), (1,)), "reaches beyond"),
+        ((0, (2,), (3,)), "reaches beyond"),
+        ((HUGE, (1,), (1,)), "reaches beyond"),
+        ((-1, (1,), (1,)), "offset -1"),
+        ((0, (HUGE, 8), (1, 1)), "more than any"),
+        ((0, (2**40,), (0,)), "larger than its storage"),
+        ((0, (2,), (-1,)), "strides (-1,)"),
+        ((0, (-2,), (1,)), "the shape (-2,)"),
+        ((0, (3,), (1, 1)), "strides (1, 1)"),
+        ((0, (3,), (2**70,)), "strides"),
+        ((0, (0, HUGE, HUGE), (1, 1, 1)), "more than any"),
+        ((0, (True,), (1,)), "the shape (True,)"),
+        ((0, (1,) * 100, (1,) * 100), "the shape"),
+        ((0, (2,), (HUGE,)), "reaches beyond"),
+        ((1.0, (1,), (1,)), "offset 1.0"),
+    ],
+)
 def test_tensors_that_leave_their_storage(tmp_path, place, says, legacy):
     value = {"x": torchfile.tensor(Storage(np.ones(3, np.float32)), *place)}
     assert says in refused(open_weights, torchfile.save(tmp_path / "w.pt", value, legacy=legacy))
@@ -275,7 +291,7 @@ def test_zips_that_torch_does_not_write(tmp_path):
         refused(open_weights, path)
     at = good.index(b"PK\x01\x02")  # the list: every storage where the pickle is, or far beyond
     for offset in (good.index(b"PK\x03\x04", 4), 2**31):
-        path.write_bytes(good[: at + 42] + struct.pack("<I", offset) + good[at + 46:])
+        path.write_bytes(good[: at + 42] + struct.pack("<I", offset) + good[at + 46 :])
         assert "overlaps" in (says := refused(open_weights, path)) or "not within" in says
     with path.open("wb") as file:  # 10 GB of list, on paper
         file.write(b"PK\x03\x04")
@@ -285,9 +301,14 @@ def test_zips_that_torch_does_not_write(tmp_path):
 
 
 def test_files_that_are_no_weights(tmp_path):
-    for name, data, says in [("a.pt", b"", "neither a zip nor a pickle"), ("a.ckpt", b"hello", "neither a zip"),
-                             ("a.bin", pickle.dumps({"a": 1}), "not one of torch's"), ("a.npz", b"x", "by its name"),
-                             ("a.pth", b"\x80\x02N", "before seeing STOP"), ("a.index.json", b"[]", "'weight_map'")]:
+    for name, data, says in [
+        ("a.pt", b"", "neither a zip nor a pickle"),
+        ("a.ckpt", b"hello", "neither a zip"),
+        ("a.bin", pickle.dumps({"a": 1}), "not one of torch's"),
+        ("a.npz", b"x", "by its name"),
+        ("a.pth", b"\x80\x02N", "before seeing STOP"),
+        ("a.index.json", b"[]", "'weight_map'"),
+    ]:
         (tmp_path / name).write_bytes(data)
         assert says in refused(open_weights, tmp_path / name)
     for suffix in (".pt", ".safetensors", ".index.json"):
@@ -308,15 +329,40 @@ def test_indexes_that_lead_out(tmp_path):
     (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
     os.mkfifo(folder / "pipe.safetensors")
     index = folder / "model.safetensors.index.json"
-    names = ["../secret.safetensors", str(tmp_path / "secret.safetensors"), "sub/ok.safetensors", "link.safetensors",
-             "..\\secret.safetensors", "", ".", "..", "/dev/zero", "ok.safetensors\0", "a\n.safetensors", 7, None,
-             ["ok.safetensors"], "none.safetensors", "pipe.safetensors", "notes.txt", "model.safetensors.index.json"]
+    names = [
+        "../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "sub/ok.safetensors",
+        "link.safetensors",
+        "..\\secret.safetensors",
+        "",
+        ".",
+        "..",
+        "/dev/zero",
+        "ok.safetensors\0",
+        "a\n.safetensors",
+        7,
+        None,
+        ["ok.safetensors"],
+        "none.safetensors",
+        "pipe.safetensors",
+        "notes.txt",
+        "model.safetensors.index.json",
+    ]
     for name in names:
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         refused(open_weights, folder)
     twice = b'{"weight_map":{"a":"ok.safetensors","a":"ok.safetensors"}}'
-    for raw in [b"{", b"[]", b'{"weight_map": []}', b'{"weight_map": {}}', b"[" * 100_000, b"\xff", twice,
-                b'{"weight_map":{"\\u0000":"ok.safetensors"}}']:
+    for raw in [
+        b"{",
+        b"[]",
+        b'{"weight_map": []}',
+        b'{"weight_map": {}}',
+        b"[" * 100_000,
+        b"\xff",
+        twice,
+        b'{"weight_map":{"\\u0000":"ok.safetensors"}}',
+    ]:
         index.write_bytes(raw)
         assert "is not a good index" in refused(open_weights, folder)
     index.write_text(json.dumps({"weight_map": {"a": "ok.safetensors"}}))
@@ -336,15 +382,15 @@ def mutations(data, count, seed):
             at, to = (draw.randrange(len(out) + 1) for _ in range(2))
             match draw.randrange(6):
                 case 0:
-                    out[at:at + 1] = bytes([draw.randrange(256)])
+                    out[at : at + 1] = bytes([draw.randrange(256)])
                 case 1 if at < len(out):
                     out[at] ^= 1 << draw.randrange(8)
                 case 2:
-                    del out[at:at + draw.choice((1, 4, 100))]
+                    del out[at : at + draw.choice((1, 4, 100))]
                 case 3:
-                    out[at:at] = out[to:to + draw.choice((1, 8, 64))]
+                    out[at:at] = out[to : to + draw.choice((1, 8, 64))]
                 case 4:
-                    out[at:at + 8] = draw.choice(numbers)[:draw.choice((1, 2, 4, 8))]
+                    out[at : at + 8] = draw.choice(numbers)[: draw.choice((1, 2, 4, 8))]
                 case 5 if draw.random() < 0.2:
                     del out[at:]
         yield bytes(out)
@@ -371,7 +417,10 @@ def test_mutants_of_weights_are_read_or_refused(tmp_path):
     arrays = {"a.weight": np.ones((3, 4), np.float32), "b": np.arange(6).reshape(2, 3).T, "c": np.ones((), np.bool_)}
     safetensors.write(tmp_path / "w.safetensors", arrays, {"format": "pt"})
     value = {"model": torchfile.ordered(arrays), "args": {"lr": 0.1, "sizes": [1, 2]}, "step": 7}
-    counts = [fuzz(tmp_path / "w.safetensors", 2000, 1), fuzz(torchfile.save(tmp_path / "w.pt", value), 1300, 2),
-              fuzz(torchfile.save(tmp_path / "w.ckpt", value, legacy=True), 700, 3)]
+    counts = [
+        fuzz(tmp_path / "w.safetensors", 2000, 1),
+        fuzz(torchfile.save(tmp_path / "w.pt", value), 1300, 2),
+        fuzz(torchfile.save(tmp_path / "w.ckpt", value, legacy=True), 700, 3),
+    ]
     for read, refusals in counts:
         assert read > 10 and refusals > 20, counts  # it does not stop at the first byte

@@ -34,10 +34,24 @@ def test_hostile_lines_of_metadata_are_skipped_and_counted(tmp_path):
     good = {"file_name": "ok.png", "text": "fine", "kind": "x", "part": "train"}
     deep = [b"[" * depth + b"]" * depth for depth in (50, 900, 960, 990, 100_000)]
     values = [*deep, b"NaN", b"-Infinity", b"null", b"true", b"1e999", b"9" * 5000, b'{"a": NaN}']
-    lines = [json.dumps(good | {key: "@"}).encode().replace(b'"@"', value)
-             for key in ("file_name", "text", "kind", "part") for value in values]
-    lines += [json.dumps(good | {"file_name": name}).encode() for name in (
-        "/dev/zero", "/dev/stdin", "/proc/self/mem", "../ok.png", "ok.png\0", "\x1b]0;x\x07", "a" * 5000, "//x/ok.png")]
+    lines = [
+        json.dumps(good | {key: "@"}).encode().replace(b'"@"', value)
+        for key in ("file_name", "text", "kind", "part")
+        for value in values
+    ]
+    lines += [
+        json.dumps(good | {"file_name": name}).encode()
+        for name in (
+            "/dev/zero",
+            "/dev/stdin",
+            "/proc/self/mem",
+            "../ok.png",
+            "ok.png\0",
+            "\x1b]0;x\x07",
+            "a" * 5000,
+            "//x/ok.png",
+        )
+    ]
     lines += [b"\0" * 1000, b"{" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"1", b'"ok.png"', b"[]", b"null"]
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([json.dumps(good).encode(), *lines]) + b"\n")
     start = time.process_time()
@@ -52,9 +66,12 @@ def test_metadata_that_is_no_file_of_the_folder(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "ok.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "ok.png", "text": "x"}')
-    for make, says in [(os.mkfifo, "is not a file"), (os.mkdir, "is not a file"),
-                       (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
-                       (lambda path: path.symlink_to(tmp_path / "metadata.jsonl"), "a link out of the folder")]:
+    for make, says in [
+        (os.mkfifo, "is not a file"),
+        (os.mkdir, "is not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
+        (lambda path: path.symlink_to(tmp_path / "metadata.jsonl"), "a link out of the folder"),
+    ]:
         path = tmp_path / "a" / "metadata.jsonl"
         make(path)
         assert says in refused(folder, tmp_path / "a")
@@ -119,8 +136,18 @@ def test_a_config_of_somebody(tmp_path):
     for key, value in values:
         path.write_text(json.dumps(changed(plain, key, value)))
         assert str(path) in (says := refused(experiment.load, tmp_path)) or "no family" in says, (key, value)
-    for raw in [b"[" * 100_000, b'{"a":' * 100_000, b'{"a":' * 500 + b"1" + b"}" * 500, b"[]", b"null", b"", b"\0" * 9,
-                b'{"a":' + b"9" * 5000 + b"}", b"\xff", b'"\\ud800"']:
+    for raw in [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a":' * 500 + b"1" + b"}" * 500,
+        b"[]",
+        b"null",
+        b"",
+        b"\0" * 9,
+        b'{"a":' + b"9" * 5000 + b"}",
+        b"\xff",
+        b'"\\ud800"',
+    ]:
         path.write_bytes(raw)
         assert f"{path} is not the config of a run" in refused(config_lib.read, path)
     os.truncate(path, 2**33)  # eight gigabytes of nothing
@@ -137,9 +164,18 @@ def test_the_json_of_a_run_of_somebody(tmp_path):
     os.truncate(path, 2**33)
     assert "bytes" in refused(rundir.read_json, path, megabytes=80)
     deep = json.loads("[" * 500 + "]" * 500)
-    for data in ([], None, deep, {"kind": deep}, {"kind": "words", "words": deep, "length": 4}, {"kind": "bytes"},
-                 {"kind": "words", "words": [1], "length": 4}, {"kind": "words", "words": [], "length": HUGE},
-                 {"kind": "bytes", "length": -1}, {"kind": "bytes", "length": "4"}):
+    for data in (
+        [],
+        None,
+        deep,
+        {"kind": deep},
+        {"kind": "words", "words": deep, "length": 4},
+        {"kind": "bytes"},
+        {"kind": "words", "words": [1], "length": 4},
+        {"kind": "words", "words": [], "length": HUGE},
+        {"kind": "bytes", "length": -1},
+        {"kind": "bytes", "length": "4"},
+    ):
         refused(text.from_json, data)
 
 

@@ -16,8 +16,18 @@ from hybridgen.convert.files import open_weights
 from hybridgen.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-KINDS = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8, np.uint8,
-         np.bool_]
+KINDS = [
+    np.float32,
+    np.float64,
+    np.float16,
+    ml_dtypes.bfloat16,
+    np.int64,
+    np.int32,
+    np.int16,
+    np.int8,
+    np.uint8,
+    np.bool_,
+]
 
 
 def name_of(kind):
@@ -42,8 +52,10 @@ def test_bytes_are_those_of_the_official_library(tmp_path):
     """What safetensors 0.8.0 wrote for the same arrays."""
     arrays = {"b": np.arange(3, dtype=np.int16), "a": np.ones(2, np.float32), "é": np.ones((), np.bool_)}
     safetensors.write(tmp_path / "a.safetensors", arrays, {"format": "pt"})
-    header = ('{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"I16",'
-              '"shape":[3],"data_offsets":[8,14]},"é":{"dtype":"BOOL","shape":[],"data_offsets":[14,15]}}').encode()
+    header = (
+        '{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"I16",'
+        '"shape":[3],"data_offsets":[8,14]},"é":{"dtype":"BOOL","shape":[],"data_offsets":[14,15]}}'
+    ).encode()
     header += b" " * (-len(header) % 8)
     data = b"\0\0\x80?\0\0\x80?\0\0\1\0\2\0\1"
     assert (tmp_path / "a.safetensors").read_bytes() == len(header).to_bytes(8, "little") + header + data
@@ -61,8 +73,12 @@ def test_against_the_official_library(tmp_path):
 
 @pytest.mark.parametrize("kind", [*KINDS, np.uint32, np.complex64, ml_dtypes.float8_e5m2], ids=name_of)
 def test_round_trip(tmp_path, kind):
-    arrays = {"a.b": some((2, 3, 4), kind), "turned": some((5, 7), kind).T, "none": some((0, 3), kind),
-              "one": some((), kind)}
+    arrays = {
+        "a.b": some((2, 3, 4), kind),
+        "turned": some((5, 7), kind).T,
+        "none": some((0, 3), kind),
+        "one": some((), kind),
+    }
     safetensors.write(tmp_path / "w.safetensors", arrays, {"z": "1", "a": "ü\n"})
     weights = open_weights(tmp_path / "w.safetensors")
     assert set(weights) == set(arrays) and len(weights) == 4 and "one" in weights
@@ -74,9 +90,14 @@ def test_round_trip(tmp_path, kind):
 
 def test_nothing_is_written_of_what_the_format_does_not_take(tmp_path):
     path = tmp_path / "w.safetensors"
-    for arrays, metadata in [({"a": np.ones(2, "O")}, None), ({"a": np.ones(2, ">f4")}, None),
-                             ({"__metadata__": np.ones(2)}, None), ({"a\n": np.ones(2)}, None),
-                             ({"": np.ones(2)}, None), ({"a": np.ones(2)}, {"x": 1})]:
+    for arrays, metadata in [
+        ({"a": np.ones(2, "O")}, None),
+        ({"a": np.ones(2, ">f4")}, None),
+        ({"__metadata__": np.ones(2)}, None),
+        ({"a\n": np.ones(2)}, None),
+        ({"": np.ones(2)}, None),
+        ({"a": np.ones(2)}, {"x": 1}),
+    ]:
         with pytest.raises(UserError):
             safetensors.write(path, arrays, metadata)
     with pytest.raises(UserError, match="cannot write"):
@@ -129,10 +150,13 @@ def test_views_and_shared_storages(tmp_path, legacy):
     array = some((6, 5, 4))
     storage = torchfile.Storage(array)
     flat = array.reshape(-1)
-    views = {"turned": (0, (4, 5, 6), (1, 4, 20), array.T), "tied": (0, (6, 5, 4), (20, 4, 1), array),
-             "cut": (21, (2, 3), (20, 1), array[1:3, 0, 1:]),
-             "ones": (3, (1, 4, 1), (77, 1, 99), flat[3:7, None][None]),
-             "expanded": (7, (3, 2), (0, 1), np.broadcast_to(flat[7:9], (3, 2)))}
+    views = {
+        "turned": (0, (4, 5, 6), (1, 4, 20), array.T),
+        "tied": (0, (6, 5, 4), (20, 4, 1), array),
+        "cut": (21, (2, 3), (20, 1), array[1:3, 0, 1:]),
+        "ones": (3, (1, 4, 1), (77, 1, 99), flat[3:7, None][None]),
+        "expanded": (7, (3, 2), (0, 1), np.broadcast_to(flat[7:9], (3, 2))),
+    }
     value = {name: torchfile.tensor(storage, *place) for name, (*place, _) in views.items()}
     path = torchfile.save(tmp_path / "w.ckpt", {"state_dict": value}, legacy=legacy)
     assert path.stat().st_size < 2 * array.nbytes + 2000  # it is there once
@@ -147,21 +171,50 @@ def test_nesting_becomes_names_and_the_rest_is_other(tmp_path):
     eight = torchfile.Call(torchfile.Global("numpy", "dtype"), ("f8", False, True), state)
     data = torchfile.Call(torchfile.Global("_codecs", "encode"), (np.float64(2.5).tobytes().decode("latin1"), "latin1"))
     callback = torchfile.Global("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
-    parameter = torchfile.Call(torchfile.Global("torch._utils", "_rebuild_parameter"),
-                               (torchfile.Call(torchfile.Global("torch._utils", "_rebuild_tensor_v3"),
-                                (torchfile.Storage(some((4,), np.uint8), "UntypedStorage"), 0, (2,), (1,), True, None,
-                                 torchfile.Global("torch", "bfloat16"))), True, None))
+    parameter = torchfile.Call(
+        torchfile.Global("torch._utils", "_rebuild_parameter"),
+        (
+            torchfile.Call(
+                torchfile.Global("torch._utils", "_rebuild_tensor_v3"),
+                (
+                    torchfile.Storage(some((4,), np.uint8), "UntypedStorage"),
+                    0,
+                    (2,),
+                    (1,),
+                    True,
+                    None,
+                    torchfile.Global("torch", "bfloat16"),
+                ),
+            ),
+            True,
+            None,
+        ),
+    )
     args = argparse.Namespace(lr=1e-4, betas=(0.9, 0.95), name="xl", size=[16, 16], deep={"x": None})
-    value = {"model": torchfile.ordered({"a.weight": some()}), "ema": {"a": [some(seed=1), {0: some(seed=2)}]},
-             "epoch": 3, "flag": True, "args": torchfile.Raw(pickle.dumps(args, 2)[2:-1]), "p": parameter,
-             "callbacks": {callback: {"best": torchfile.Call(number, (eight, data))}}}
+    value = {
+        "model": torchfile.ordered({"a.weight": some()}),
+        "ema": {"a": [some(seed=1), {0: some(seed=2)}]},
+        "epoch": 3,
+        "flag": True,
+        "args": torchfile.Raw(pickle.dumps(args, 2)[2:-1]),
+        "p": parameter,
+        "callbacks": {callback: {"best": torchfile.Call(number, (eight, data))}},
+    }
     weights = open_weights(torchfile.save(tmp_path / "w.pth", value))
     assert list(weights) == ["model.a.weight", "ema.a.0", "ema.a.1.0", "p"]
     same(weights["ema.a.1.0"], some(seed=2))
     same(weights["p"], some((4,), np.uint8).view(ml_dtypes.bfloat16))
     name = f"callbacks.{callback.module}.{callback.name}.best"
-    assert weights.other == {"epoch": 3, "flag": True, "args.lr": 1e-4, "args.betas": (0.9, 0.95), "args.name": "xl",
-                             "args.size": (16, 16), "args.deep.x": None, name: 2.5}
+    assert weights.other == {
+        "epoch": 3,
+        "flag": True,
+        "args.lr": 1e-4,
+        "args.betas": (0.9, 0.95),
+        "args.name": "xl",
+        "args.size": (16, 16),
+        "args.deep.x": None,
+        name: 2.5,
+    }
 
 
 # ---- folders

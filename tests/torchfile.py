@@ -1,7 +1,7 @@
 """Writes files as torch does, and as it never would, without torch: a pickler of a few opcodes, and the two formats.
 
-    torchfile.save(path, {"state_dict": {"a": array}, "epoch": 3})
-    torchfile.save(path, {"a": torchfile.tensor(storage, offset, shape, strides)}, legacy=True)
+torchfile.save(path, {"state_dict": {"a": array}, "epoch": 3})
+torchfile.save(path, {"a": torchfile.tensor(storage, offset, shape, strides)}, legacy=True)
 """
 
 import pickle
@@ -13,9 +13,21 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-STORAGES = {np.dtype(dtype): f"{name}Storage" for name, dtype in {
-    "Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Long": np.int64,
-    "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_}.items()}
+STORAGES = {
+    np.dtype(dtype): f"{name}Storage"
+    for name, dtype in {
+        "Double": np.float64,
+        "Float": np.float32,
+        "Half": np.float16,
+        "BFloat16": ml_dtypes.bfloat16,
+        "Long": np.int64,
+        "Int": np.int32,
+        "Short": np.int16,
+        "Char": np.int8,
+        "Byte": np.uint8,
+        "Bool": np.bool_,
+    }.items()
+}
 
 
 class Global(NamedTuple):

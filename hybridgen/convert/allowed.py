@@ -14,19 +14,55 @@ import numpy as np
 
 from hybridgen.convert.tensors import Malformed, shown
 
-_STORAGES = {"Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16,
-             "Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8,
-             "Bool": np.bool_, "ComplexFloat": np.complex64, "ComplexDouble": np.complex128, "Untyped": np.uint8}
-STORAGES = {f"{module}.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES.items()
-            for module in ("torch", "torch.storage")}
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32",
-           "uint64", "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
-           "float8_e5m2fnuz", "float8_e8m0fnu")
+_STORAGES = {
+    "Double": np.float64,
+    "Float": np.float32,
+    "Half": np.float16,
+    "BFloat16": ml_dtypes.bfloat16,
+    "Long": np.int64,
+    "Int": np.int32,
+    "Short": np.int16,
+    "Char": np.int8,
+    "Byte": np.uint8,
+    "Bool": np.bool_,
+    "ComplexFloat": np.complex64,
+    "ComplexDouble": np.complex128,
+    "Untyped": np.uint8,
+}
+STORAGES = {
+    f"{module}.{name}Storage": np.dtype(dtype)
+    for name, dtype in _STORAGES.items()
+    for module in ("torch", "torch.storage")
+}
+_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
 DTYPES = {f"torch.{name}": np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name)) for name in _DTYPES}
 # classes that Lightning uses as keys, and enumerations that say nothing about weights: names only
-NAMES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-         "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-         "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint")
+NAMES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+)
 
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)

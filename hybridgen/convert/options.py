@@ -1,9 +1,9 @@
 """An official config, read key by key: what is not understood is refused by name, and so is what is not built.
 
-    with Options(config, "config.json") as options:
-        width = options.count("n_embed")
-        options.only("double_z", False)              # any other value: UserError
-        options.skip("dropout")                      # says nothing about inference
+with Options(config, "config.json") as options:
+    width = options.count("n_embed")
+    options.only("double_z", False)              # any other value: UserError
+    options.skip("dropout")                      # says nothing about inference
 """
 
 from collections.abc import Mapping

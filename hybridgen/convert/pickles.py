@@ -22,9 +22,27 @@ from hybridgen.convert.tensors import Malformed
 
 MAX_STEPS = 1_000_000  # opcodes, and elements handed to calls: that of some 20,000 tensors
 
-LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "STRING", "BINSTRING", "SHORT_BINSTRING",
-            "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-            "FLOAT", "BINFLOAT"}
+LITERALS = {
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "UNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "FLOAT",
+    "BINFLOAT",
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 EMPTY = {"EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_DICT": lambda: Mapping([])}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -160,8 +178,11 @@ class _Machine:
         if not isinstance(function, Name) or function.text not in CALLS or not isinstance(arguments, tuple):
             raise Malformed("its pickle calls what is no function of weights")
         # a list can be handed over again and again, each time for one opcode
-        sizes = [len(item.pairs if isinstance(item, Mapping) else item) for item in arguments
-                 if isinstance(item, Mapping | list | tuple | str | bytes)]
+        sizes = [
+            len(item.pairs if isinstance(item, Mapping) else item)
+            for item in arguments
+            if isinstance(item, Mapping | list | tuple | str | bytes)
+        ]
         self.count(sum(sizes) + len(arguments))
         return CALLS[function.text](*arguments)
 

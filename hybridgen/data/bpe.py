@@ -180,8 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     config_lib.add_argument(parser)
     parser.add_argument("--stage", help="the stage whose captions are read, if the config is a recipe")
     parser.add_argument("--size", type=int, default=4096, help="ids, 257 of them padding and bytes (default: 4096)")
-    parser.add_argument("--count", type=int, default=50_000, metavar="N", help="records read of a source that does not "
-                        "list its captions (default: 50000)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=50_000,
+        metavar="N",
+        help="records read of a source that does not list its captions (default: 50000)",
+    )
     parser.add_argument("--out", required=True, type=Path, help="a new file, such as bpe.json")
     args, overrides = config_lib.parse(parser, argv)
     if not FIRST <= args.size <= MAX_MERGES or args.count < 1:
@@ -190,8 +195,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.out} is there already" if args.out.exists() else f"no folder {args.out.parent}")
     source = sources.build(write.data_of(config_lib.load(args.config, overrides), args.stage), "train")
     items = (source[index] for index in range(min(args.count, len(source))))
-    captions = source.captions() if hasattr(source, "captions") else (
-        text for item in items for text in item.get("texts") or (item["text"],))
+    captions = (
+        source.captions()
+        if hasattr(source, "captions")
+        else (text for item in items for text in item.get("texts") or (item["text"],))
+    )
     merges = train(captions, args.size)
     text = json.dumps({"kind": Bpe.kind, "merges": merges}, separators=(",", ":"))
     temporary = args.out.with_name(f".{args.out.name}.tmp")

@@ -82,11 +82,14 @@ class Buckets:
             fits = fits and ((0 <= self._of) & (self._of < len(self.shapes))).all()
             fits = fits and all(0 < side <= LARGEST for shape in self.shapes for side in shape)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no table of buckets with the split {split!r}: {type(error).__name__}: {error}"
-                            ) from None
+            raise UserError(
+                f"{path} is no table of buckets with the split {split!r}: {type(error).__name__}: {error}"
+            ) from None
         if records != source.digest() or resolution != source.resolution or not fits:
-            raise UserError(f"{path} is of other records (digest {records}, resolution {resolution}) than the folder "
-                            f"(digest {source.digest()}, resolution {source.resolution}): make it anew")
+            raise UserError(
+                f"{path} is of other records (digest {records}, resolution {resolution}) than the folder "
+                f"(digest {source.digest()}, resolution {source.resolution}): make it anew"
+            )
         self._members = [np.flatnonzero(self._of == number) for number in range(len(self.shapes))]
         said = json.dumps([self.shapes, self._of.tolist()]).encode()
         self._digest = hashlib.sha256(said).hexdigest()[:16]
@@ -146,8 +149,9 @@ class Buckets:
         counts = self._counts(batch, True)
         total = sum(counts)  # m
         if not total:
-            raise UserError(f"no bucket has the {batch} records of a batch; the largest has "
-                            f"{max(map(len, self._members))}")
+            raise UserError(
+                f"no bucket has the {batch} records of a batch; the largest has {max(map(len, self._members))}"
+            )
         slot = int(order(np.asarray([number]), total, seed)[0])
         starts = [0, *itertools.accumulate(counts)]
         bucket = bisect.bisect_right(starts, slot) - 1
@@ -163,8 +167,10 @@ def largest(source, batch: int):
     only = copy.copy(source)
     found = source.occurring(batch, True) or source.occurring(1, True)
     only.shape = max(found, key=lambda shape: (shape[0] * shape[1], shape))
-    only._members = [members if shape == only.shape else members[:0]
-                     for shape, members in zip(source.shapes, source._members, strict=True)]
+    only._members = [
+        members if shape == only.shape else members[:0]
+        for shape, members in zip(source.shapes, source._members, strict=True)
+    ]
     return only
 
 
@@ -180,8 +186,10 @@ def build(options: Mapping, resolution: int, step: int, aspect: float, least: in
             continue  # a folder without validation
         sizes[split] = (source.digest(), _sizes(source))
     choice, _ = assign(sizes["train"][1], shapes(resolution, step, aspect), least)
-    splits = {split: {"records": digest, "bucket": nearest(found, choice).tolist()}
-              for split, (digest, found) in sizes.items()}
+    splits = {
+        split: {"records": digest, "bucket": nearest(found, choice).tolist()}
+        for split, (digest, found) in sizes.items()
+    }
     return {"format": FORMAT, "resolution": resolution, "shapes": choice, "splits": splits}
 
 
@@ -204,8 +212,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", help="the stage whose folder is read, if the config is a recipe")
     parser.add_argument("--step", type=int, default=64, metavar="N", help="sides are multiples of it (default: 64)")
     parser.add_argument("--aspect", type=float, default=2.0, help="longest side over shortest, at most (default: 2)")
-    parser.add_argument("--least", type=int, default=256, metavar="N", help="records of a bucket, at least; give the "
-                        "batch size or more (default: 256)")
+    parser.add_argument(
+        "--least",
+        type=int,
+        default=256,
+        metavar="N",
+        help="records of a bucket, at least; give the batch size or more (default: 256)",
+    )
     parser.add_argument("--out", required=True, type=Path, help="a new file, such as buckets.json")
     args, overrides = config_lib.parse(parser, argv)
     if args.step < 1 or args.least < 1 or not 1 <= args.aspect <= 16:

@@ -92,7 +92,7 @@ def template_count(scene, language="en"):
 
 
 def _noun(obj, stated, language, number=1):
-    """"a small red circle", "three small red circles"."""
+    """ "a small red circle", "three small red circles"."""
     size, colour, (plural, chinese) = obj["size"], obj["colour"], SHAPE_WORDS[obj["shape"]]
     if language == "zh":
         return f"{COUNT_WORDS[number][1]}个{SIZE_WORDS[size] if stated['size'] else ''}{COLOUR_WORDS[colour]}{chinese}"
@@ -119,8 +119,11 @@ def caption(scene, language="en", template=0):
         text = form.format(a=_noun(objects[0], stated, language), at=POSITION_WORDS[stated["position"]][zh])
     else:
         same = stated["same"]
-        nouns = [_noun(objects[0], stated, language, len(objects))] if same else [
-            _noun(obj, stated, language) for obj in objects]
+        nouns = (
+            [_noun(objects[0], stated, language, len(objects))]
+            if same
+            else [_noun(obj, stated, language) for obj in objects]
+        )
         text = form.format(n=("和" if zh else " and ").join(nouns), **({} if zh else {"is": "are" if same else "is"}))
     if stated["background"]:
         name = BACKGROUND_WORDS[scene["background"]] if zh else scene["background"]

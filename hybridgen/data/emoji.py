@@ -44,8 +44,10 @@ def find_package(folder: Path, name: str) -> Path:
 def names(packages: Path, language: str) -> dict[str, dict]:
     """{characters: {"tts": [name], "default": [keyword, ...]}} of a language."""
     found = {}
-    for package, kind in (("cldr-annotations-full", "annotations"), ("cldr-annotations-derived-full",
-                                                                     "annotationsDerived")):
+    for package, kind in (
+        ("cldr-annotations-full", "annotations"),
+        ("cldr-annotations-derived-full", "annotationsDerived"),
+    ):
         content = read_json(find_package(packages, package) / kind / language / "annotations.json")
         found |= content[kind]["annotations"]
     return found
@@ -53,8 +55,10 @@ def names(packages: Path, language: str) -> dict[str, dict]:
 
 def records(packages: Path) -> tuple[list[dict], dict[str, Path]]:
     """(lines of metadata in the order of a hash of their concepts, folders of pictures by style)."""
-    folders = {style: find_package(packages, f"emoji-datasource-{vendor}") / "img" / vendor / str(SIDE)
-               for style, vendor in STYLES.items()}
+    folders = {
+        style: find_package(packages, f"emoji-datasource-{vendor}") / "img" / vendor / str(SIDE)
+        for style, vendor in STYLES.items()
+    }
     drawn = [{path.stem for path in folder.glob("*.png")} for folder in folders.values()]
     known = {language: names(packages, language) for language in LANGUAGES}
     lines = []
@@ -65,9 +69,17 @@ def records(packages: Path) -> tuple[list[dict], dict[str, Path]]:
             continue
         split = int(_hash(concept), 16) % VALIDATION_PART
         for style in STYLES:
-            lines.append({"file_name": f"images/{style}-{concept}.png", "text": each[0]["tts"][0],
-                          "text_zh": each[1]["tts"][0], "keywords": each[0].get("default", []), "style": style,
-                          "concept": concept, "split": "train" if split else "validation"})
+            lines.append(
+                {
+                    "file_name": f"images/{style}-{concept}.png",
+                    "text": each[0]["tts"][0],
+                    "text_zh": each[1]["tts"][0],
+                    "keywords": each[0].get("default", []),
+                    "style": style,
+                    "concept": concept,
+                    "split": "train" if split else "validation",
+                }
+            )
     return sorted(lines, key=lambda line: (_hash(line["concept"]), line["style"])), folders
 
 

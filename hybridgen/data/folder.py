@@ -101,13 +101,29 @@ class Folder:
     UserError for a missing folder, one without a usable record in this split, and options out of range.
     """
 
-    def __init__(self, path, *, split: str = "train", resolution: int, text_key="text", language: str | None = None,
-                 text_weights: tuple[int, ...] = (), style_key: str | None = None,
-                 label_key: str | None = None, split_key: str | None = None, validation: float = 0.02,
-                 background=transforms.WHITE, max_pixels: int = 2**25, max_bytes: int = 2**26):
+    def __init__(
+        self,
+        path,
+        *,
+        split: str = "train",
+        resolution: int,
+        text_key="text",
+        language: str | None = None,
+        text_weights: tuple[int, ...] = (),
+        style_key: str | None = None,
+        label_key: str | None = None,
+        split_key: str | None = None,
+        validation: float = 0.02,
+        background=transforms.WHITE,
+        max_pixels: int = 2**25,
+        max_bytes: int = 2**26,
+    ):
         known("split of a folder", [split], SPLITS)
-        for name, value, top in (("resolution", resolution, 4096), ("max_pixels", max_pixels, 2**31),
-                                 ("max_bytes", max_bytes, 2**31)):
+        for name, value, top in (
+            ("resolution", resolution, 4096),
+            ("max_pixels", max_pixels, 2**31),
+            ("max_bytes", max_bytes, 2**31),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= top:
                 raise UserError(f"{name} is {value!r}, it must be a whole number between 1 and {top}")
         if not 0 <= validation < 1:
@@ -117,9 +133,12 @@ class Folder:
         self.language, self.label_key, self.style_key = language, label_key, style_key
         self.text_weights = tuple(text_weights) or (1,) * len(self.text_keys)
         if len(self.text_weights) != len(self.text_keys) or not all(
-                type(weight) is int and 0 < weight <= 100 for weight in self.text_weights):
-            raise UserError(f"text_weights {tuple(text_weights)} are not whole numbers from 1 to 100, one for each of "
-                            f"the fields {self.text_keys}")
+            type(weight) is int and 0 < weight <= 100 for weight in self.text_weights
+        ):
+            raise UserError(
+                f"text_weights {tuple(text_weights)} are not whole numbers from 1 to 100, one for each of "
+                f"the fields {self.text_keys}"
+            )
         self.background, self.max_pixels, self.max_bytes = tuple(background), max_pixels, max_bytes
         if not os.path.isdir(path):
             raise UserError(f"no folder of pictures at {path}")
@@ -129,8 +148,10 @@ class Folder:
         self._records = [record[1:] for record in records if record[0] == split]
         broken, lines = self.problems(1)
         if broken == len(self._records):
-            raise UserError(f"the folder {path} has no picture for the split {split!r}: {len(records)} records in all, "
-                            f"{broken} in this split, {broken} of them broken{''.join(f'; {line}' for line in lines)}")
+            raise UserError(
+                f"the folder {path} has no picture for the split {split!r}: {len(records)} records in all, "
+                f"{broken} in this split, {broken} of them broken{''.join(f'; {line}' for line in lines)}"
+            )
 
     def problems(self, limit: int = 20) -> tuple[int, list[str]]:
         """How many records of this split the metadata alone shows to be broken, and the first few in words."""
@@ -142,8 +163,9 @@ class Folder:
         metadata = os.path.join(self.path, "metadata.jsonl")
         if not os.path.lexists(metadata):
             if split_key or self.label_key:
-                raise UserError(f"the folder {self.path} has no metadata.jsonl to read "
-                                f"{split_key or self.label_key!r} from")
+                raise UserError(
+                    f"the folder {self.path} has no metadata.jsonl to read {split_key or self.label_key!r} from"
+                )
             records = [("train", name, ("",), None, None) for name in _pictures(self.path)]
         elif not os.path.isfile(metadata):
             raise UserError(f"{metadata} is not a file")
@@ -272,8 +294,11 @@ def _pictures(root: str) -> list[str]:
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [os.path.relpath(os.path.join(folder, name), root) for name in files
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        names += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
     return sorted(names)
 
 
@@ -284,15 +309,20 @@ def _divide(records: list[tuple], validation: float) -> list[tuple]:
     broken to have a name stays in training.
     """
     top = 2**64
-    parts = [top if record[1].startswith(LINE)
-             else int.from_bytes(hashlib.blake2b(os.fsencode(record[1]), digest_size=8).digest(), "big")
-             for record in records]
+    parts = [
+        top
+        if record[1].startswith(LINE)
+        else int.from_bytes(hashlib.blake2b(os.fsencode(record[1]), digest_size=8).digest(), "big")
+        for record in records
+    ]
     good = [part for part, record in zip(parts, records, strict=True) if record[4] is None]
     threshold = int(validation * top)
     if validation and len(good) > 1:
         threshold = max(threshold, min(good) + 1)
-    return [("validation" if part < threshold else "train", *record[1:])
-            for part, record in zip(parts, records, strict=True)]
+    return [
+        ("validation" if part < threshold else "train", *record[1:])
+        for part, record in zip(parts, records, strict=True)
+    ]
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes | None]]:

@@ -38,8 +38,10 @@ class Mixture:
         self.class_names = classes[self.names[0]]
         for name, found in classes.items():
             if found != self.class_names:
-                raise UserError(f"the sources {self.names[0]!r} and {name!r} have different classes: "
-                                f"{self.class_names[:8]} and {found[:8]}")
+                raise UserError(
+                    f"the sources {self.names[0]!r} and {name!r} have different classes: "
+                    f"{self.class_names[:8]} and {found[:8]}"
+                )
         self.encoders = _encoders({name: getattr(source, "encoders", {}) for name, (source, _) in sources.items()})
         counts = _counts({name: weight for name, (_, weight) in sources.items()})
         self._pattern = np.asarray(_pattern(counts))  # P
@@ -103,8 +105,10 @@ def _encoders(each: Mapping[str, Mapping]) -> dict:
     first, *others = each
     for name in others:
         if dict(each[name]) != dict(each[first]):
-            raise UserError(f"the sources {first!r} and {name!r} hold entries cached by different models: "
-                            f"{dict(each[first])} and {dict(each[name])}")
+            raise UserError(
+                f"the sources {first!r} and {name!r} hold entries cached by different models: "
+                f"{dict(each[first])} and {dict(each[name])}"
+            )
     return dict(each[first])
 
 
@@ -118,8 +122,9 @@ def _counts(weights: Mapping[str, float]) -> list[int]:
     share = [part / sum(parts) for part in parts]
     period = np.lcm.reduce([part.denominator for part in share], dtype=object)
     if period > MAX_PERIOD:
-        raise UserError(f"the weights {tuple(weights.values())} repeat after {period} samples, at most {MAX_PERIOD}: "
-                        f"round them")
+        raise UserError(
+            f"the weights {tuple(weights.values())} repeat after {period} samples, at most {MAX_PERIOD}: round them"
+        )
     return [int(part * period) for part in share]
 
 

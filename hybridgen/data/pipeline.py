@@ -129,9 +129,20 @@ def _start_worker(_index: int, _count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def batches(source, tokenizer, *, batch: int, seed: int, start: int = 0, rows: Sequence[int] | None = None,
-            shuffle: bool = True, flip: bool = False, workers: int = 0, threads: int = 1,
-            ahead: int = 2) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    source,
+    tokenizer,
+    *,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
+    shuffle: bool = True,
+    flip: bool = False,
+    workers: int = 0,
+    threads: int = 1,
+    ahead: int = 2,
+) -> Iterator[dict[str, np.ndarray]]:
     """Host batches from global batch `start` on: without end, shuffled anew each epoch; or, with shuffle=False, one
     sequential pass whose last batch is filled up from the start of the source, with a `valid` B bool to tell.
 
@@ -159,8 +170,9 @@ def batches(source, tokenizer, *, batch: int, seed: int, start: int = 0, rows: S
         # Through pipes, not shared memory: a container often has 64 MB of it, and dies on using more.
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         data = grain.experimental.WithOptionsIterDataset(data, options)
-        data = data.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(ahead, 1)),
-                                worker_init_fn=_start_worker)
+        data = data.mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(ahead, 1)), worker_init_fn=_start_worker
+        )
     return _closing(data)
 
 
@@ -192,13 +204,15 @@ def fingerprint(data_config, source, text, *, batch: int, seed: int) -> dict:
 
     Not in it: workers and threads, which change nothing, and the path of a folder, which may move (its records are).
     """
-    return plain({
-        "source": sources.describe(data_config, source),
-        "flip": bool(data_config.get("flip", False)),
-        "text": text and {"kind": text.kind, "length": text.length, "digest": text_lib.digest(text)},
-        "batch": batch,
-        "seed": seed,
-    })
+    return plain(
+        {
+            "source": sources.describe(data_config, source),
+            "flip": bool(data_config.get("flip", False)),
+            "text": text and {"kind": text.kind, "length": text.length, "digest": text_lib.digest(text)},
+            "batch": batch,
+            "seed": seed,
+        }
+    )
 
 
 def prefetch(iterator: Iterator, put: Callable, depth: int = 2) -> "Prefetch":
@@ -217,8 +231,9 @@ class Prefetch:
     def __init__(self, iterator: Iterator, put: Callable, depth: int):
         self._queue: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
-        thread = threading.Thread(target=_fill, args=(iterator, put, self._queue, self._stop),
-                                  name="prefetch", daemon=True)
+        thread = threading.Thread(
+            target=_fill, args=(iterator, put, self._queue, self._stop), name="prefetch", daemon=True
+        )
         # At garbage collection; or at exit, through atexit itself and not weakref's own hook, which may have been
         # installed before JAX's and would then run after it, with the thread still using a device.
         self._finish = weakref.finalize(self, _stop_thread, self._stop, thread)

@@ -19,8 +19,16 @@ def check_prompt(text: str) -> None:
         raise UserError("the prompt is empty")
 
 
-def fit(ids: list[int], length: int, unit: str, strict: bool, *, pad: int = PAD, begin: tuple[int, ...] = (),
-        end: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+def fit(
+    ids: list[int],
+    length: int,
+    unit: str,
+    strict: bool,
+    *,
+    pad: int = PAD,
+    begin: tuple[int, ...] = (),
+    end: tuple[int, ...] = (),
+) -> tuple[np.ndarray, np.ndarray]:
     """Pads with `pad` or, outside strict mode, cuts ids to `length` -> (L int32, L bool), between `begin` and `end`."""
     room = length - len(begin) - len(end)
     if strict and len(ids) > room:

@@ -55,8 +55,13 @@ class Published:
         if not all(type(i) is int and 0 <= i < 2**24 for i in self._pieces):
             raise ValueError("an id of the vocabulary is no whole number from 0 on")
         self._special = {one["id"] for one in added if one.get("special")}
-        self._added = [_finder([one for one in added if bool(one.get("normalized", not one.get("special"))) == late],
-                               self._normalise if late else str) for late in (False, True)]
+        self._added = [
+            _finder(
+                [one for one in added if bool(one.get("normalized", not one.get("special"))) == late],
+                self._normalise if late else str,
+            )
+            for late in (False, True)
+        ]
         self._begin, self._end = _marks(about["post_processor"], vocab | {one["content"]: one["id"] for one in added})
         self._spaces = text_steps.spaces(about)
         self._known: dict[str, list[int]] = {}
@@ -171,28 +176,39 @@ def _clip(vocab: Any, merges: Path) -> dict:
     """What tokenizer.json would say of CLIP's two files (Radford et al. 2021)."""
     marks = ("<|startoftext|>", "<|endoftext|>")
     if not isinstance(vocab, dict) or not all(mark in vocab for mark in marks):
-        raise UserError(f"{merges.parent} is no tokenizer of CLIP: its vocab.json lacks {marks}; for others, give the "
-                        f"folder of a tokenizer.json")
+        raise UserError(
+            f"{merges.parent} is no tokenizer of CLIP: its vocab.json lacks {marks}; for others, give the "
+            f"folder of a tokenizer.json"
+        )
     with merges.open(encoding="utf-8") as file:
         lines = [line.rstrip("\n") for line in file]
     pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     added = [{"id": vocab[mark], "content": mark, "special": True, "normalized": False} for mark in marks]
     steps = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]
-    cuts = [{"type": "Split", "pattern": {"Regex": CLIP_PATTERN}, "behavior": "Removed", "invert": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    cuts = [
+        {"type": "Split", "pattern": {"Regex": CLIP_PATTERN}, "behavior": "Removed", "invert": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
     model = {"type": "BPE", "vocab": vocab, "merges": pairs, "end_of_word_suffix": "</w>", "unk_token": marks[1]}
     around = {"type": "RobertaProcessing", "cls": [marks[0], vocab[marks[0]]], "sep": [marks[1], vocab[marks[1]]]}
-    return {"normalizer": {"type": "Sequence", "normalizers": steps}, "model": model, "added_tokens": added,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts}, "post_processor": around,
-            "clip_end": vocab[marks[1]]}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "model": model,
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
+        "post_processor": around,
+        "clip_end": vocab[marks[1]],
+    }
 
 
 def _finder(added: list[Mapping], change: Callable) -> Callable[[str], list[tuple[str, int | None]]]:
     """text -> [(part, None) or (token, its id)]: the added tokens in it, the leftmost and longest first."""
     found = {change(one["content"]): one for one in added}
     found.pop("", None)
-    pattern = "|".join((r"\s*" if one.get("lstrip") else "") + re.escape(text) + (r"\s*" if one.get("rstrip") else "")
-                       for text, one in sorted(found.items(), key=lambda pair: -len(pair[0])))
+    pattern = "|".join(
+        (r"\s*" if one.get("lstrip") else "") + re.escape(text) + (r"\s*" if one.get("rstrip") else "")
+        for text, one in sorted(found.items(), key=lambda pair: -len(pair[0]))
+    )
     if not found:
         return lambda text: [(text, None)] if text else []
     cut = re.compile(f"({pattern})")

@@ -44,8 +44,11 @@ WRITE, READ = "group_size:1,zstd:1", "readahead_buffer_size:0,max_parallelism:0"
 
 def fields_of(item: Mapping) -> dict[str, dict]:
     """What an item's arrays are, {name: {"dtype", "shape"}}; shapes with the leading axis over views."""
-    return {name: {"dtype": "png" if name == "image" else value.dtype.name, "shape": list(value.shape)}
-            for name, value in item.items() if isinstance(value, np.ndarray)}
+    return {
+        name: {"dtype": "png" if name == "image" else value.dtype.name, "shape": list(value.shape)}
+        for name, value in item.items()
+        if isinstance(value, np.ndarray)
+    }
 
 
 def encode(item: Mapping, fields: Mapping) -> bytes:
@@ -177,8 +180,13 @@ class Writer:
             raise UserError(f"{self._written} records of {self.count} were written")
         said = json.dumps(dict(about), sort_keys=True).encode()
         self._digest.update(said)
-        index = {"format": FORMAT, "count": self.count, "digest": self._digest.hexdigest()[:16],
-                 "fields": self.fields, "shards": self.files} | about
+        index = {
+            "format": FORMAT,
+            "count": self.count,
+            "digest": self._digest.hexdigest()[:16],
+            "fields": self.fields,
+            "shards": self.files,
+        } | about
         with (self.folder / INDEX).open("w", encoding="utf-8") as file:
             json.dump(index, file, indent=1, ensure_ascii=False)
             file.flush()
@@ -205,8 +213,9 @@ def read_index(path: str | os.PathLike, split: str) -> dict:
     except OSError as error:
         here = Path(path)
         splits = sorted(p.parent.name for p in here.glob(f"*/{INDEX}") if not p.parent.name.startswith("."))
-        raise UserError(f"no records of the split {split!r} in {path} ({error.strerror}; it has "
-                        f"{', '.join(splits) or 'none'})") from None
+        raise UserError(
+            f"no records of the split {split!r} in {path} ({error.strerror}; it has {', '.join(splits) or 'none'})"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -221,8 +230,13 @@ def read_index(path: str | os.PathLike, split: str) -> dict:
 
 def _check(index: Mapping) -> None:
     for shard in index["shards"]:
-        if not (isinstance(shard["file"], str) and shard["file"] == os.path.basename(shard["file"])
-                and type(shard["count"]) is int and shard["count"] > 0 and type(shard["bytes"]) is int):
+        if not (
+            isinstance(shard["file"], str)
+            and shard["file"] == os.path.basename(shard["file"])
+            and type(shard["count"]) is int
+            and shard["count"] > 0
+            and type(shard["bytes"]) is int
+        ):
             raise ValueError(f"shard {shard}")
     if index["count"] != sum(shard["count"] for shard in index["shards"]) or not index["count"]:
         raise ValueError(f"count {index['count']}")
@@ -234,8 +248,14 @@ def _check(index: Mapping) -> None:
             raise ValueError(f"field {name!r} {about}")
         if (about["dtype"] == "png") != (name == "image") or (name == "image" and (len(shape), shape[-1]) != (4, 3)):
             raise ValueError(f"field {name!r} {about}")
-    for name, kind in (("digest", str), ("resolution", int), ("class_names", list), ("words", list),
-                       ("encoders", dict), ("source", dict)):
+    for name, kind in (
+        ("digest", str),
+        ("resolution", int),
+        ("class_names", list),
+        ("words", list),
+        ("encoders", dict),
+        ("source", dict),
+    ):
         if not isinstance(index[name], kind):
             raise ValueError(f"{name} is a {type(index[name]).__name__}")
 
@@ -253,8 +273,9 @@ class Records:
         self.path = os.path.join(os.path.realpath(path), split)
         index = read_index(path, split)
         if index["resolution"] != resolution:
-            raise UserError(f"the records in {path} are of pictures at {index['resolution']}, data.resolution is "
-                            f"{resolution}")
+            raise UserError(
+                f"the records in {path} are of pictures at {index['resolution']}, data.resolution is {resolution}"
+            )
         self.class_names, self.words, self.encoders = index["class_names"], index["words"], index["encoders"]
         self._fields, self._digest = index["fields"], index["digest"]
         self._files = [os.path.join(self.path, shard["file"]) for shard in index["shards"]]

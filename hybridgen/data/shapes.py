@@ -211,15 +211,38 @@ class Shapes:
     Raises UserError for an unknown name, an empty choice, or a hold-out that the choice leaves empty.
     """
 
-    def __init__(self, split="train", *, seed=0, size=100_000, resolution=32, shapes=tuple(SHAPES), colours=COLOURS,
-                 sizes=("small", "large"), positions=tuple(POSITIONS), objects=(1, 2), relations=tuple(RELATIONS),
-                 counts=False, backgrounds=("white",), languages=("en",), templates=None, state_sizes=True,
-                 state_positions=True, jitter=0.03, size_jitter=0.04):
+    def __init__(
+        self,
+        split="train",
+        *,
+        seed=0,
+        size=100_000,
+        resolution=32,
+        shapes=tuple(SHAPES),
+        colours=COLOURS,
+        sizes=("small", "large"),
+        positions=tuple(POSITIONS),
+        objects=(1, 2),
+        relations=tuple(RELATIONS),
+        counts=False,
+        backgrounds=("white",),
+        languages=("en",),
+        templates=None,
+        state_sizes=True,
+        state_positions=True,
+        jitter=0.03,
+        size_jitter=0.04,
+    ):
         for name, given, known, empty in (
-            ("split", (split,), SPLITS, False), ("shapes", shapes, SHAPES, False), ("colours", colours, COLOURS, False),
-            ("sizes", sizes, RADII, False), ("positions", positions, POSITIONS, True),
-            ("objects", objects, (1, 2, 3, 4), False), ("relations", relations, RELATIONS, True),
-            ("backgrounds", backgrounds, BACKGROUNDS, False), ("languages", languages, LANGUAGES, False),
+            ("split", (split,), SPLITS, False),
+            ("shapes", shapes, SHAPES, False),
+            ("colours", colours, COLOURS, False),
+            ("sizes", sizes, RADII, False),
+            ("positions", positions, POSITIONS, True),
+            ("objects", objects, (1, 2, 3, 4), False),
+            ("relations", relations, RELATIONS, True),
+            ("backgrounds", backgrounds, BACKGROUNDS, False),
+            ("languages", languages, LANGUAGES, False),
         ):
             _choose(name, given, known, empty)
         if resolution < 16 or size < 1 or (templates is not None and templates < 1):
@@ -245,19 +268,24 @@ class Shapes:
         self.held_pairs = [p for p in pairs if apart and held_out_pair(*p)]
         self.pairs = [p for p in pairs if p not in self.held_pairs]
         self.held_triples = [
-            (a, r, b) for a in shapes for r in self.relations for b in shapes
+            (a, r, b)
+            for a in shapes
+            for r in self.relations
+            for b in shapes
             if apart and 2 in self.objects and held_out_triple(a, r, b)
         ]
         if self.split == "holdout" and not (self.held_pairs or self.held_triples):
             raise UserError(f"shapes: nothing is held out of {len(shapes)} shapes and {len(colours)} colours; use more")
         if max(self.objects) > len(self.pairs):
-            raise UserError(f"shapes: {max(self.objects)} different objects need as many shapes and colours, "
-                            f"not {len(shapes)} x {len(colours)}")
+            raise UserError(
+                f"shapes: {max(self.objects)} different objects need as many shapes and colours, "
+                f"not {len(shapes)} x {len(colours)}"
+            )
         one = len(self.pairs) * len(self.sizes) * len(self.backgrounds)
         self.divided = {
             "count": one >= DIVIDED_FROM,
             1: one * len(self.positions) >= DIVIDED_FROM,
-            **{n: one ** n >= DIVIDED_FROM for n in (2, 3, 4)},
+            **{n: one**n >= DIVIDED_FROM for n in (2, 3, 4)},
         }
 
     def __len__(self):
@@ -310,8 +338,12 @@ class Shapes:
             "background": _pick(draw, self.backgrounds),
             "radii": dict(self.radii),
             "stated": {
-                "count": number, "size": self.state_sizes, "position": position if self.state_positions else None,
-                "relation": relation, "same": same, "background": len(self.backgrounds) > 1,
+                "count": number,
+                "size": self.state_sizes,
+                "position": position if self.state_positions else None,
+                "relation": relation,
+                "same": same,
+                "background": len(self.backgrounds) > 1,
             },
         }
         return scene, "count" if same else number

@@ -51,8 +51,10 @@ def build(data_config, split: str):
     source = _build(kind, options, split, data_config["resolution"], "data")
     cached = sorted(encoders(source))
     if cached and data_config.get("flip", False):
-        raise UserError(f"data.flip is true, and the records hold {cached[0]!r}, which no flip reaches: "
-                        f"cache them with --views flip")
+        raise UserError(
+            f"data.flip is true, and the records hold {cached[0]!r}, which no flip reaches: "
+            f"cache them with --views flip"
+        )
     return source
 
 
@@ -60,8 +62,9 @@ def _build(kind: str, options: dict, split: str, resolution: int, where: str):
     options = checked(kind, options, where)
     table = options.pop(BUCKETS, None)  # shapes and batches by aspect ratio
     if kind == "mixture":
-        options["sources"] = {name: _member(name, entry, split, resolution)
-                              for name, entry in options.get("sources", {}).items()}
+        options["sources"] = {
+            name: _member(name, entry, split, resolution) for name, entry in options.get("sources", {}).items()
+        }
     source = KINDS[kind](split=split, resolution=resolution, **options)
     return Buckets(source, table, split) if table else source
 
@@ -69,14 +72,19 @@ def _build(kind: str, options: dict, split: str, resolution: int, where: str):
 def checked(kind: str, options: Mapping, where: str = "data") -> dict:
     """Options as a source takes them; UserError for one that it does not know, or of another type than its default."""
     known(f"{where}.source", [kind], tuple(KINDS))
-    takes = {name: parameter for name, parameter in inspect.signature(KINDS[kind]).parameters.items()
-             if name not in ("split", "resolution")}
+    takes = {
+        name: parameter
+        for name, parameter in inspect.signature(KINDS[kind]).parameters.items()
+        if name not in ("split", "resolution")
+    }
     known(f"option of the source {kind!r}:", options, [*takes, *((BUCKETS,) if kind == "folder" else ())])
     if "path" in takes and not options.get("path"):
         what = {"folder": "the folder of pictures", "records": "the folder of records"}.get(kind, "the data set")
         raise UserError(f"{where}.options.path is missing: {what}")
-    return {name: _fitting(f"{where}.options.{name}", value, takes[name]) if name in takes else value
-            for name, value in options.items()}
+    return {
+        name: _fitting(f"{where}.options.{name}", value, takes[name]) if name in takes else value
+        for name, value in options.items()
+    }
 
 
 def _fitting(where: str, value, parameter: inspect.Parameter):
@@ -84,8 +92,11 @@ def _fitting(where: str, value, parameter: inspect.Parameter):
     default, plain = parameter.default, not isinstance(value, bool)
     if isinstance(default, tuple):
         return tuple(value) if isinstance(value, (tuple, list, range)) else (value,)
-    fits = {bool: isinstance(value, bool), int: isinstance(value, int) and plain,
-            float: isinstance(value, (int, float)) and plain}
+    fits = {
+        bool: isinstance(value, bool),
+        int: isinstance(value, int) and plain,
+        float: isinstance(value, (int, float)) and plain,
+    }
     if default is None and parameter.annotation is inspect.Parameter.empty:
         good, such = value is None or fits[int], "a whole number or none"
     else:
@@ -114,15 +125,22 @@ def describe(data_config, source) -> dict:
 
     Paths are left out: a folder may move. What encoded cached entries is in it.
     """
-    out = {"kind": data_config["source"], "options": _placeless(dict(data_config.get("options", {}))),
-           "length": len(source), "resolution": data_config.get("resolution")}
+    out = {
+        "kind": data_config["source"],
+        "options": _placeless(dict(data_config.get("options", {}))),
+        "length": len(source),
+        "resolution": data_config.get("resolution"),
+    }
     out |= {"records": source.digest()} if hasattr(source, "digest") else {}
     return out | ({"encoders": encoders(source)} if encoders(source) else {})
 
 
 def _placeless(options) -> dict:
-    return {key: _placeless(value) if hasattr(value, "items") else value
-            for key, value in options.items() if key not in ("path", BUCKETS)}
+    return {
+        key: _placeless(value) if hasattr(value, "items") else value
+        for key, value in options.items()
+        if key not in ("path", BUCKETS)
+    }
 
 
 def encoders(source) -> dict[str, str]:
@@ -138,5 +156,7 @@ def fits(source, digests) -> None:
     for entry, digest in encoders(source).items():
         name = next((name for name in PARTS.get(entry, ()) if name in digests), None)
         if name is not None and digests[name] != digest:
-            raise UserError(f"the cached {entry!r} came from a {name} with digest {digest}, and the part {name!r} of "
-                            f"this config has {digests[name]}")
+            raise UserError(
+                f"the cached {entry!r} came from a {name} with digest {digest}, and the part {name!r} of "
+                f"this config has {digests[name]}"
+            )

@@ -57,11 +57,18 @@ def _described(pieces: list, trainer: dict, normaliser: dict, extra: int) -> dic
     return {
         "normalizer": {"type": "Precompiled", "precompiled_charsmap": table} if table else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": words},
-        "model": {"type": "Unigram", "unk_id": trainer.get(UNKNOWN, 0), "vocab": vocab,
-                  "byte_fallback": bool(trainer.get(BYTES, 0))},
+        "model": {
+            "type": "Unigram",
+            "unk_id": trainer.get(UNKNOWN, 0),
+            "vocab": vocab,
+            "byte_fallback": bool(trainer.get(BYTES, 0)),
+        },
         "added_tokens": [{"id": i, "content": name, "special": True, "normalized": False} for i, name in added],
-        "post_processor": {"type": "TemplateProcessing", "single": around,
-                           "special_tokens": {"end": {"id": "end", "ids": [end], "tokens": [names[end]]}}},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": around,
+            "special_tokens": {"end": {"id": "end", "ids": [end], "tokens": [names[end]]}},
+        },
         "padding": {"pad_id": pad if pad < len(names) else 0},
     }
 

@@ -33,8 +33,20 @@ from hybridgen.data.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_
 from hybridgen.data.published import Published
 from hybridgen.errors import UserError
 
-__all__ = ["MAX_PROMPT_BYTES", "PAD", "UNKNOWN", "Bytes", "Words", "build", "count_words", "digest", "from_json",
-           "resized", "split", "words_of"]
+__all__ = [
+    "MAX_PROMPT_BYTES",
+    "PAD",
+    "UNKNOWN",
+    "Bytes",
+    "Words",
+    "build",
+    "count_words",
+    "digest",
+    "from_json",
+    "resized",
+    "split",
+    "words_of",
+]
 
 UNKNOWN = 1
 MAX_WORDS = 16_384

@@ -67,7 +67,7 @@ def pattern(text: str) -> re.Pattern:
 
 def _pattern_of(spec: Mapping) -> re.Pattern:
     """{"String": text} or {"Regex": text}."""
-    (kind, text), = spec.items()
+    ((kind, text),) = spec.items()
     return re.compile(re.escape(text)) if kind == "String" else pattern(text)
 
 
@@ -107,8 +107,11 @@ def normaliser(spec: Any) -> Callable[[str], str]:
 def _bert(spec: Mapping, text: str) -> str:
     """BERT's: no control characters, spaces around Chinese characters, no accents, lower case."""
     if spec.get("clean_text", True):
-        kept = (" " if re.match(f"[{WHITE}]", letter) else letter for letter in text if letter in "\t\n\r" or not (
-            letter == "\ufffd" or unicodedata.category(letter).startswith("C")))
+        kept = (
+            " " if re.match(f"[{WHITE}]", letter) else letter
+            for letter in text
+            if letter in "\t\n\r" or not (letter == "\ufffd" or unicodedata.category(letter).startswith("C"))
+        )
         text = "".join(kept)
     if spec.get("handle_chinese_chars", True):
         text = re.sub(f"([{CHINESE}])", r" \1 ", text)
@@ -158,8 +161,9 @@ def _charsmap(data: bytes) -> Callable[[str], str]:
         while at < len(raw):
             length, found = longest(raw, at)
             if found is None:
-                length = 1 + next((i for i, byte in enumerate(raw[at + 1 : at + 4]) if byte & 0xC0 != 0x80),
-                                  len(raw[at + 1 : at + 4]))
+                length = 1 + next(
+                    (i for i, byte in enumerate(raw[at + 1 : at + 4]) if byte & 0xC0 != 0x80), len(raw[at + 1 : at + 4])
+                )
                 out += raw[at : at + length]
             else:
                 out += strings[found : strings.index(b"\0", found)]
@@ -194,9 +198,12 @@ def cutter(spec: Any) -> Cut:
         scheme = scheme or ("always" if spec.get("add_prefix_space", True) else "never")
         whole = spec.get("split", True) is False
         return lambda text, start: _metaspace(text, mark, scheme == "always" or (scheme == "first" and start), whole)
-    simple = {"WhitespaceSplit": (rf"[^{WHITE}]+", "Removed", True), "Whitespace": (r"\w+|[^\w\s]+", "Removed", True),
-              "Punctuation": (r"[!-/:-@\[-`{-~\p{P}]", spec.get("behavior", "Isolated"), False),
-              "Digits": (r"\p{N}" if spec.get("individual_digits") else r"\p{N}+", "Isolated", False)}
+    simple = {
+        "WhitespaceSplit": (rf"[^{WHITE}]+", "Removed", True),
+        "Whitespace": (r"\w+|[^\w\s]+", "Removed", True),
+        "Punctuation": (r"[!-/:-@\[-`{-~\p{P}]", spec.get("behavior", "Isolated"), False),
+        "Digits": (r"\p{N}" if spec.get("individual_digits") else r"\p{N}+", "Isolated", False),
+    }
     if kind not in simple:
         raise UserError(f"the tokenizer's pre_tokenizer {kind!r} is not built")
     text, how, invert = simple[kind]

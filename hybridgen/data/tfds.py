@@ -23,14 +23,24 @@ class Tfds:
     such as (("validation", "train[90%:]"),). Items as those of a folder.
     """
 
-    def __init__(self, path, *, split: str = "train", resolution: int, data_dir: str | None = None,
-                 image_key: str = "image", text_key: str | None = None, label_key: str | None = None,
-                 splits: tuple[tuple[str, str], ...] = ()):
+    def __init__(
+        self,
+        path,
+        *,
+        split: str = "train",
+        resolution: int,
+        data_dir: str | None = None,
+        image_key: str = "image",
+        text_key: str | None = None,
+        label_key: str | None = None,
+        splits: tuple[tuple[str, str], ...] = (),
+    ):
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError(f"the source 'tfds' needs tensorflow-datasets: pip install 'hybridgen[tfds]' ({error})"
-                            ) from None
+            raise UserError(
+                f"the source 'tfds' needs tensorflow-datasets: pip install 'hybridgen[tfds]' ({error})"
+            ) from None
         self.resolution, self.image_key, self.text_key, self.label_key = resolution, image_key, text_key, label_key
         theirs = dict(splits).get(split, split)
         try:
@@ -41,8 +51,9 @@ class Tfds:
                 builder = tfds.builder(path, data_dir=data_dir)
                 self._data = tfds.data_source(path, split=theirs, data_dir=data_dir, download=False)
         except Exception as error:  # of many kinds; what the user can do about it is in the words
-            raise UserError(f"no data set {path!r} with a split {theirs!r}: {' '.join(str(error).split())[:300]}"
-                            ) from None
+            raise UserError(
+                f"no data set {path!r} with a split {theirs!r}: {' '.join(str(error).split())[:300]}"
+            ) from None
         features = builder.info.features
         for key in filter(None, (image_key, text_key, label_key)):
             known(f"feature of {builder.info.name!r}:", [key], list(features))
@@ -75,8 +86,10 @@ class Tfds:
             record = self._data[index]
             pixels = np.asarray(record[self.image_key])
             image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-            item = {"image": transforms.square(transforms.flatten(image), self.resolution),
-                    "text": self._text(record) if self.text_key else ""}
+            item = {
+                "image": transforms.square(transforms.flatten(image), self.resolution),
+                "text": self._text(record) if self.text_key else "",
+            }
             return item | ({"label": int(record[self.label_key])} if self.label_key else {})
         except Exception as error:  # decoders raise whatever they like on broken data; all of it means one thing
             reason = f"{type(error).__name__}: {error}"

@@ -56,8 +56,9 @@ def read_all(source: Any, threads: int) -> Iterator[tuple[dict, int]]:
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), 16 * threads):
             part = range(start, min(start + 16 * threads, len(source)))
-            for index, (item, broken) in zip(part, pool.map(functools.partial(pipeline.read, source), part),
-                                             strict=True):
+            for index, (item, broken) in zip(
+                part, pool.map(functools.partial(pipeline.read, source), part), strict=True
+            ):
                 yield item | {"name": source.name(index)}, broken
 
 

@@ -135,11 +135,16 @@ def read(image, most=12):
         soft[soft < 0.1] = 0
         shape, overlap, x, y, r = _fit(soft)
         away = np.linalg.norm(_COLOURS - colour, axis=-1)
-        objects.append({
-            "shape": shape if overlap >= LEAST_OVERLAP else None,
-            "colour": COLOURS[away.argmin()] if away.min() <= COLOUR_TOLERANCE else None,
-            "x": x, "y": y, "r": r, "overlap": overlap,
-        })
+        objects.append(
+            {
+                "shape": shape if overlap >= LEAST_OVERLAP else None,
+                "colour": COLOURS[away.argmin()] if away.min() <= COLOUR_TOLERANCE else None,
+                "x": x,
+                "y": y,
+                "r": r,
+                "overlap": overlap,
+            }
+        )
     objects += [{"shape": None, "colour": None, "x": 0.0, "y": 0.0, "r": 0.0, "overlap": 0.0}] * (len(pieces) - most)
     name = BACKGROUNDS[np.linalg.norm(_BACKGROUNDS - background, axis=-1).argmin()]
     return {"background": name, "objects": objects}
@@ -165,8 +170,10 @@ def _match(stated, found, radii):
         for j, have in enumerate(found):
             near = max(0.0, 1 - np.hypot(want["x"] - have["x"], want["y"] - have["y"]))
             score[i, j] = (
-                (want["shape"] == have["shape"]) + (want["colour"] == have["colour"])
-                + 0.5 * (want["size"] == size_name(have["r"], radii)) + 0.1 * near
+                (want["shape"] == have["shape"])
+                + (want["colour"] == have["colour"])
+                + 0.5 * (want["size"] == size_name(have["r"], radii))
+                + 0.1 * near
             )  # nearness only breaks ties, so that a wrong relation is not forgiven by swapping the objects
     matched = [None] * len(stated)
     for i, j in zip(*linear_sum_assignment(-score), strict=True):

@@ -43,7 +43,7 @@ def sheet(images, captions=None, verdicts=None, *, columns=None, cell=128, title
     words = "".join(captions or ()) + (title or "")
     font = _font(chinese=any(ord(c) > 0x2E80 for c in words))
     texts = [_lines(captions, verdicts, i, width, font) for i in range(count)]  # B lists of (text, colour)
-    rows = [texts[i:i + columns] for i in range(0, count, columns)]
+    rows = [texts[i : i + columns] for i in range(0, count, columns)]
     heights = [height + LINE * max(map(len, row)) + MARGIN for row in rows]
     top = MARGIN + (LINE + MARGIN if title else 0)
     paper = Image.new("RGB", (MARGIN + columns * (width + MARGIN), top + sum(heights)), "white")
@@ -51,7 +51,7 @@ def sheet(images, captions=None, verdicts=None, *, columns=None, cell=128, title
     if title:
         draw.text((MARGIN, MARGIN), title, INK, font)
     for i in range(count):
-        x, y = MARGIN + (i % columns) * (width + MARGIN), top + sum(heights[:i // columns])
+        x, y = MARGIN + (i % columns) * (width + MARGIN), top + sum(heights[: i // columns])
         paper.paste(Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST), (x, y))
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
         for k, (text, colour) in enumerate(texts[i]):
@@ -60,7 +60,7 @@ def sheet(images, captions=None, verdicts=None, *, columns=None, cell=128, title
 
 
 def verdict_line(verdict):
-    """"all right", or "wrong: shape, size"."""
+    """ "all right", or "wrong: shape, size"."""
     wrong = [name for name, right in verdict.items() if not right and name != "all_right"]
     return f"wrong: {', '.join(wrong)}" if wrong else "all right"
 

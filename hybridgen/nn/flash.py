@@ -101,9 +101,7 @@ def _local(
     )
     one = splash.NumpyMask(seen)
     masks = splash.MultiHeadMask([one] * (h * g))
-    kernel = splash.make_splash_mha(
-        masks, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
+    kernel = splash.make_splash_mha(masks, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
     if valid is None:
         out = jax.vmap(kernel)(q, k, v)
     else:

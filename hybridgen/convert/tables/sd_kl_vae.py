@@ -90,4 +90,3 @@ def _attending(options: Options, key: str, names: tuple[str, str], levels: int) 
     if not isinstance(kinds, list | tuple) or len(kinds) != levels or not all(kind in names for kind in kinds):
         raise UserError(f"config: {key} {kinds!r} is not built, only {levels} of {', '.join(names)}")
     return tuple(i for i, kind in enumerate(kinds) if kind == names[1])
-

@@ -293,9 +293,7 @@ def features(model: Raster, params: Any, extra: Any, tokens: jax.Array, cond: di
     return model.apply({"params": params}, tokens, cond)
 
 
-def prefill(
-    model: Raster, params: Any, extra: Any, cond: dict, room: int | None = None
-) -> tuple[jax.Array, kv.Cache]:
+def prefill(model: Raster, params: Any, extra: Any, cond: dict, room: int | None = None) -> tuple[jax.Array, kv.Cache]:
     """(logits of the first token `[b, v]`, cache with room for `room` tokens, or all)."""
     del extra
     return model.apply({"params": apart(params, model.unroll)}, cond, room or model.length, method="prefill")

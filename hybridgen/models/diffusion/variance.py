@@ -96,9 +96,7 @@ def terms(
     return per_sample(jnp.square(wrong)), bits, per_sample(jnp.square(clean - x))
 
 
-def bound(
-    model: Any, x: jax.Array, x_t: jax.Array, k: jax.Array, clean: jax.Array, share: jax.Array
-) -> jax.Array:
+def bound(model: Any, x: jax.Array, x_t: jax.Array, k: jax.Array, clean: jax.Array, share: jax.Array) -> jax.Array:
     """The variational bound's term of timesteps `k [b]`, in bits a value: `[b]`. `clean`: the predicted x."""
     _, _, of_x, of_x_t, low, high = at(model, k, x.dtype)
     true, mean = of_x * x + of_x_t * x_t, of_x * clean + of_x_t * x_t
