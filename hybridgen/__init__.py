@@ -15,7 +15,7 @@ def load(path, *, checkpoint: int | None = None):
     """The model of a run folder or of a bundle, ready to draw: a `hybridgen.api.Model`.
 
     `path`: what training, `hybridgen convert` or `hybridgen export` wrote. `checkpoint`: a step (default: the newest
-    good one). Raises `hybridgen.errors.UserError`, a ValueError, in one line. Importing hybridgen imports no JAX.
+    good one). Raises `hybridgen.core.errors.UserError`, a ValueError, in one line. Importing hybridgen imports no JAX.
     """
     from hybridgen import api  # here, so that the import above stays quick and starts no backend
 

@@ -19,9 +19,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen import pictures, sharding
+from hybridgen import pictures
+from hybridgen.core import sharding
+from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
-from hybridgen.errors import UserError
 from hybridgen.evals import sheet
 from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.sample import conditions, shape_of, words

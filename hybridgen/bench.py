@@ -45,9 +45,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from hybridgen import config as config_lib
-from hybridgen import rundir, trees
+from hybridgen import rundir
 from hybridgen.cli import command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core import trees
 from hybridgen.cost import against, chips, hlo, programs, roofline
 from hybridgen.state import inference_params
 

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from hybridgen import manifest, rundir, trees
+from hybridgen import manifest, rundir
 from hybridgen.convert import safetensors
-from hybridgen.errors import UserError
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 
 FORMAT = 1
 ABOUT, WEIGHTS = "bundle.json", "weights.safetensors"

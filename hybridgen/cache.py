@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybridgen import config as config_lib
-from hybridgen import distributed, sharding
 from hybridgen.cli import command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core import distributed, sharding
+from hybridgen.core.errors import UserError
 from hybridgen.data import records, sources, transforms
 from hybridgen.data import write as write_lib
-from hybridgen.errors import UserError
 from hybridgen.experiment import Run, find_run, load, part_shardings, read_by
 from hybridgen.metrics import progress
 from hybridgen.models.parts import Part, find

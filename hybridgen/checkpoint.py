@@ -27,8 +27,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from hybridgen import distributed, identity, manifest, rundir
-from hybridgen.errors import PeerError, UserError
+from hybridgen import identity, manifest, rundir
+from hybridgen.core import distributed
+from hybridgen.core.errors import PeerError, UserError
 
 MODEL = ("params", "ema", "extra")  # the branches of a state that lie in `model/`
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from hybridgen import hostmemory, quiet
-from hybridgen.errors import PeerError, UserError
+from hybridgen.core import hostmemory, quiet
+from hybridgen.core.errors import PeerError, UserError
 
 COMMANDS = {
     "train": "train one config",
@@ -71,8 +71,8 @@ def command(main: Callable[[], int]) -> NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    if "hybridgen.distributed" in sys.modules:
-        sys.modules["hybridgen.distributed"].leave(code)
+    if "hybridgen.core.distributed" in sys.modules:
+        sys.modules["hybridgen.core.distributed"].leave(code)
     sys.exit(code)
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 
-from hybridgen import config as config_lib
 from hybridgen import rundir
-from hybridgen.errors import UserError
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.experiment import find_run
 
 HEAD = ("point", "code, bits", "perplexity, of the codebook", "PSNR", "right, reconstructed", "prior's loss")

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import experiment, sharding
+from hybridgen import experiment
+from hybridgen.core import sharding
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, transforms
-from hybridgen.errors import UserError
 from hybridgen.evals import fid, prdc, reference
 from hybridgen.metrics import progress
 

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import config as config_lib
-from hybridgen import distances, distributed, pictures, rundir, sharding
+from hybridgen import distances, pictures, rundir
 from hybridgen.cli import command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core import distributed, sharding
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.errors import UserError
 from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore

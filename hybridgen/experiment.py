@@ -17,12 +17,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hybridgen import bundle, checkpoint, pictures, sharding, trees
-from hybridgen import config as config_lib
+from hybridgen import bundle, checkpoint, pictures
+from hybridgen.core import config as config_lib
+from hybridgen.core import sharding, trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.buckets import LARGEST
-from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, Shape, find, sized
 from hybridgen.rundir import read_json
 from hybridgen.state import inference_params

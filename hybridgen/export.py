@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hybridgen import bundle, checkpoint
-from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
-from hybridgen.errors import UserError
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.experiment import find_run, load
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 
 def check_fingerprint(old: Mapping, new: Mapping, allow: Collection[str] = ()) -> None:

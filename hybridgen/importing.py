@@ -24,13 +24,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hybridgen import experiment, manifest, rundir, trees
+from hybridgen import experiment, manifest, rundir
 from hybridgen.cli import make_parser
 from hybridgen.convert import rules, safetensors, tables
 from hybridgen.convert.files import open_weights
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.data.published import Published
-from hybridgen.errors import UserError
 from hybridgen.models.parts import Part, find
 
 PROMPT = 512  # positions of a prompt, where a model does not say fewer

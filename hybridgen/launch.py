@@ -22,9 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
-from hybridgen.errors import UserError
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 
 # Flags by chip; the words are why. Only schedules and limits, nothing that trades accuracy or determinism for speed: a
 # run resumes bit for bit. They are what others publish for dense transformers, not measured with our models: try yours

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 T = TypeVar("T")
 

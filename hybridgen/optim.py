@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from hybridgen import trees
-from hybridgen.errors import UserError
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 
 KINDS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import config as config_lib
-from hybridgen import rng, sharding
+from hybridgen.core import config as config_lib
+from hybridgen.core import rng, sharding
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.errors import UserError
 from hybridgen.evals.sheet import sheet
 from hybridgen.models.parts import Shape, sized
 from hybridgen.sampling import guidance

@@ -42,11 +42,12 @@ from typing import Any
 
 import jax
 
-from hybridgen import config as config_lib
-from hybridgen import rundir, trees
+from hybridgen import rundir
 from hybridgen.cli import command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, hlo, programs, roofline, suggest, topology
-from hybridgen.errors import UserError
 
 GIB = 2**30
 QUICK = {"exec_time_optimization_effort": -0.5}

@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridgen import cache, compare, distances, distributed, evaluate, resume, rundir, train
-from hybridgen import config as config_lib
+from hybridgen import cache, compare, distances, evaluate, resume, rundir, train
 from hybridgen.cli import a_path, command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core import distributed
+from hybridgen.core.errors import UserError
 from hybridgen.data import sources
-from hybridgen.errors import UserError
 from hybridgen.experiment import find_run, restore
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from hybridgen import checkpoint, metrics, pictures, rundir, sharding
-from hybridgen import config as config_lib
+from hybridgen import checkpoint, metrics, pictures, rundir
 from hybridgen import state as state_lib
+from hybridgen.core import config as config_lib
+from hybridgen.core import sharding
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, earlier
 from hybridgen.models.parts import find
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MAX_JSON = 2**26  # bytes of one JSON file of a run
 URL = re.compile(r"[a-zA-Z][\w+.-]+:/")  # a Path writes gs://bucket as gs:/bucket

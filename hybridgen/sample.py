@@ -15,10 +15,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen import distributed, pictures, rundir, sharding
+from hybridgen import pictures, rundir
 from hybridgen.cli import a_path, command, make_parser
+from hybridgen.core import distributed, sharding
+from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
-from hybridgen.errors import UserError
 from hybridgen.evals.sheet import sheet
 from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.metrics import progress

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridgen import checkpoint, distributed, rundir
-from hybridgen.errors import UserError
+from hybridgen import checkpoint, rundir
+from hybridgen.core import distributed
+from hybridgen.core.errors import UserError
 
 
 def jump(state: dict, step: jax.Array) -> dict:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from hybridgen import optim, rng, sharding, trees
-from hybridgen.errors import UserError
+from hybridgen import optim
+from hybridgen.core import rng, sharding, trees
+from hybridgen.core.errors import UserError
 
 
 class Trainable(NamedTuple):

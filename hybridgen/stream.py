@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen import sharding
+from hybridgen.core import sharding
 from hybridgen.data import pipeline, sources
 from hybridgen.experiment import Experiment
 from hybridgen.metrics import Writer

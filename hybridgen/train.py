@@ -22,25 +22,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybridgen import (
-    checkpoint,
-    distributed,
-    metrics,
-    optim,
-    profiling,
-    resume,
-    rng,
-    rundir,
-    sharding,
-    skipping,
-    stream,
-    trees,
-)
-from hybridgen import config as config_lib
+from hybridgen import checkpoint, metrics, optim, profiling, resume, rundir, skipping, stream
 from hybridgen import state as state_lib
 from hybridgen.cli import a_path, command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core import distributed, rng, sharding, trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import sources
-from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, build
 from hybridgen.models.parts import sized
 from hybridgen.pictures import sample_grid

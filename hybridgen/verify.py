@@ -19,7 +19,7 @@ import numpy as np
 from hybridgen import rundir
 from hybridgen.cli import command, make_parser
 from hybridgen.convert.tensors import shown
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.replays import Case, find
 
 MAX_BYTES = 2**33  # of all recorded arrays, unpacked

@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from hybridgen import distributed
+from hybridgen.core import distributed
 
 HUNG = 42  # exit code of a process that made no progress
 START = 600.0  # seconds that tracing and compiling may take, however short the time-out

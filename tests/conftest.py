@@ -45,7 +45,8 @@ def tiny_run(tmp_path_factory) -> Callable[[str], TinyRun]:
 
 
 def _train(path: str, folder: Path, get: Callable[[str], TinyRun]) -> TinyRun:
-    from hybridgen import config, train
+    from hybridgen import train
+    from hybridgen.core import config
 
     tiny = config.load(f"{ROOT / path}", ["log.every=1"]).copy_and_resolve_references()
     with tiny.unlocked():

@@ -24,8 +24,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hybridgen import checkpoint, cli, config, sharding, train
+from hybridgen import checkpoint, cli, train
 from hybridgen.checkpoint import Checkpointer
+from hybridgen.core import config, sharding
 from hybridgen.data import pipeline
 
 ROOT = Path(__file__).parents[1]

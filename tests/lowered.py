@@ -24,12 +24,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridgen import config as config_lib
-from hybridgen import importing, trees
+from hybridgen import importing
 from hybridgen.convert import tables
 from hybridgen.convert.files import open_weights
+from hybridgen.core import config as config_lib
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
-from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tiny
 
-from hybridgen import distributed, sharding, trees
+from hybridgen.core import distributed, sharding, trees
 
 ROWS = 16
 WIDE = {"width": 32, "heads": 4}  # heads, width and words divide by every mesh axis here

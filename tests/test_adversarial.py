@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import config as config_lib
-from hybridgen import experiment, rng, trees
+from hybridgen import experiment
+from hybridgen.core import config as config_lib
+from hybridgen.core import rng, trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.errors import UserError
 from hybridgen.models import losses
 from hybridgen.models.parts import find
 from hybridgen.models.tokenizers import judging, kl, vq

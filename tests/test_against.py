@@ -9,9 +9,9 @@ import pytest
 import tiny
 
 from hybridgen import bench
-from hybridgen import config as config_lib
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.cost import against, programs
-from hybridgen.errors import UserError
 from hybridgen.models.ar import raster
 
 PART = "parts.tokenizer=configs/tokenizers/vq.py:tiny"

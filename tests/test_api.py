@@ -11,7 +11,7 @@ from PIL import Image
 
 import hybridgen
 from hybridgen import sample
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 PROMPTS = [saved_runs.PROMPT, "a large blue square"]
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import reference
 
-from hybridgen import importing, trees
+from hybridgen import importing
 from hybridgen.convert import rules, safetensors, tables
 from hybridgen.convert.files import open_weights
-from hybridgen.errors import UserError
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.models.parts import find
 from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn import quantize

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import bpe, text, text_steps
 from hybridgen.data.published import Published
-from hybridgen.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))

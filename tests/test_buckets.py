@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import buckets, pipeline, sources
-from hybridgen.errors import UserError
 
 SIZES = [(40, 40)] * 9 + [(60, 30)] * 7 + [(30, 60)] * 5 + [(90, 10)]  # width, height
 

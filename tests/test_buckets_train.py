@@ -16,9 +16,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import hybridgen
-from hybridgen import config, experiment, metrics, rng, sample, train
+from hybridgen import experiment, metrics, sample, train
+from hybridgen.core import config, rng
+from hybridgen.core.errors import UserError
 from hybridgen.data import buckets, sources
-from hybridgen.errors import UserError
 from hybridgen.experiment import load
 from hybridgen.models import parts as parts_lib
 from hybridgen.models.ar import raster

@@ -13,12 +13,13 @@ import saved_runs
 import tiny
 
 import hybridgen
-from hybridgen import bundle, checkpoint, experiment, export, manifest, sample, trees
-from hybridgen import config as config_lib
+from hybridgen import bundle, checkpoint, experiment, export, manifest, sample
 from hybridgen.convert import safetensors
+from hybridgen.core import config as config_lib
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import sources
-from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "shapes"

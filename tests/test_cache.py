@@ -9,9 +9,9 @@ import pytest
 import tiny
 
 from hybridgen import cache, recipe
-from hybridgen.config import load as load_config
+from hybridgen.core.config import load as load_config
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text, transforms
-from hybridgen.errors import UserError
 from hybridgen.models.parts import find
 
 DATA = {

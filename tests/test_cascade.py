@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import pictures, rng, trees
-from hybridgen.errors import UserError
+from hybridgen import pictures
+from hybridgen.core import rng, trees
+from hybridgen.core.errors import UserError
 from hybridgen.models.ar import raster
 from hybridgen.models.hybrid import cascade
 from hybridgen.models.parts import Part, find

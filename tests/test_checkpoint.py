@@ -25,7 +25,7 @@ from checkpoint_cases import (
 )
 
 from hybridgen.checkpoint import Checkpointer, SaveError, digest
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.identity import check_fingerprint
 
 

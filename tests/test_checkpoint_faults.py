@@ -23,7 +23,7 @@ from checkpoint_cases import (
 )
 
 from hybridgen.checkpoint import Checkpointer, SaveError
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 
 @pytest.fixture

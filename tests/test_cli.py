@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridgen import config as config_lib
 from hybridgen import evaluate, recipe, sample, train
-from hybridgen.errors import UserError
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 VQ, PRIOR, RECIPE = (f"configs/{name}.py:tiny" for name in ("tokenizers/vq", "ar/raster", "recipes/shapes"))

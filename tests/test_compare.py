@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybridgen import compare, recipe
-from hybridgen import config as config_lib
-from hybridgen.errors import UserError
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.models.parts import find
 
 ROOT = Path(__file__).parents[1]

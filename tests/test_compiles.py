@@ -8,7 +8,8 @@ import jax
 import pytest
 from PIL import Image
 
-from hybridgen import config, evaluate, metrics, sample, train
+from hybridgen import evaluate, metrics, sample, train
+from hybridgen.core import config
 from hybridgen.experiment import restore
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import compare, experiment, pictures, recipe, sharding, trees
-from hybridgen import config as config_lib
+from hybridgen import compare, experiment, pictures, recipe
+from hybridgen.core import config as config_lib
+from hybridgen.core import sharding, trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
-from hybridgen.errors import UserError
 from hybridgen.experiment import restore
 from hybridgen.models.ar import raster
 

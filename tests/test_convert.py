@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torchfile
 
-from hybridgen import checkpoint, cli, experiment, importing, trees
+from hybridgen import checkpoint, cli, experiment, importing
 from hybridgen.convert import safetensors, tables
 from hybridgen.convert.files import open_weights
+from hybridgen.core import trees
 
 GOLDEN = Path(__file__).parent / "golden"
 SYSTEMS = ("taming_gumbel", "llamagen_vq", "sd_kl_vae")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.diffusion import dit, process
 from hybridgen.sampling import schedules
 from hybridgen.sampling.solvers import SOLVERS

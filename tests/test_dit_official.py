@@ -12,11 +12,12 @@ import reference_dit
 from test_autoencoders import drawn
 from test_verify import GOLDEN
 
-from hybridgen import config as config_lib
-from hybridgen import experiment, importing, rng, sample, trees, verify
+from hybridgen import experiment, importing, sample, verify
 from hybridgen.convert import rules, safetensors, tables
+from hybridgen.core import config as config_lib
+from hybridgen.core import rng, trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.errors import UserError
 from hybridgen.models.diffusion import dit, process, variance
 from hybridgen.sampling import guidance, official, schedules
 

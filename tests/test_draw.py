@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import config, evaluate, pictures, profiling, sample, train
-from hybridgen.errors import UserError
+from hybridgen import evaluate, pictures, profiling, sample, train
+from hybridgen.core import config
+from hybridgen.core.errors import UserError
 from hybridgen.sampling import guidance
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import config as config_lib
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.data import emoji, pipeline, sources, text
-from hybridgen.errors import UserError
 
 CONCEPTS = [f"1f{600 + i}" for i in range(30)]
 NAMES = {"en": "face {}", "zh": "脸{}"}

@@ -16,10 +16,11 @@ from fault_cases import ends, final, log_of, newest, notes_of, state_of, wait_fo
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from hybridgen import config, skipping, stream, train, trees
+from hybridgen import skipping, stream, train
 from hybridgen.checkpoint import Checkpointer
+from hybridgen.core import config, trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline
-from hybridgen.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)

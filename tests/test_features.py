@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import config as config_lib
-from hybridgen import distances, evaluate, importing, trees
+from hybridgen import distances, evaluate, importing
 from hybridgen.convert import rules, safetensors, tables
 from hybridgen.convert.files import open_weights
-from hybridgen.errors import UserError
+from hybridgen.core import config as config_lib
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.evals import fid, prdc
 from hybridgen.experiment import restore
 from hybridgen.models.features import inception

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.evals import fid, prdc
 from hybridgen.evals.reference import open_reference
 

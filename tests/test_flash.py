@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.nn.attention import Mask, attend, pick
 
 ROOT = Path(__file__).parents[1]

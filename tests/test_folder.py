@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text, transforms
-from hybridgen.errors import UserError
 from hybridgen.identity import check_fingerprint
 
 EMOJI = Path(__file__).parents[2] / "shared" / "data" / "emoji"

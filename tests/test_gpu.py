@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from test_flash import arrays
 
-from hybridgen import sharding
+from hybridgen.core import sharding
+from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, topology
-from hybridgen.errors import UserError
 from hybridgen.nn.attention import Mask, attend
 
 ROOT = Path(__file__).parents[1]

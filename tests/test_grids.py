@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.replays import SYSTEMS, Case, find
 from hybridgen.sampling import official
 

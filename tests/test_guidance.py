@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_preflight import PRIOR, needs_libtpu, run
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.sampling import guidance
 
 

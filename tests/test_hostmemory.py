@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridgen import hostmemory
+from hybridgen.core import hostmemory
 
 ROOT = Path(__file__).parents[1]
 FAULTS = """

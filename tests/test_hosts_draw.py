@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_sharding import QUICK
 
-from hybridgen.trees import flatten as flat
+from hybridgen.core.trees import flatten as flat
 
 ROOT = Path(__file__).parents[1]
 PRIOR = "configs/ar/raster.py"

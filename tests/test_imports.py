@@ -124,7 +124,7 @@ def test_what_is_imported_is_declared():
     ("module", "name"),
     [
         ("hybridgen.sampling.decode", "hybridgen.models.ar.raster"),
-        ("hybridgen.sampling.decode", "hybridgen.rng"),
+        ("hybridgen.sampling.decode", "hybridgen.core.rng"),
         ("hybridgen.data.text", "hybridgen.models.parts.find"),
         ("hybridgen.convert.llamagen", "hybridgen.models.ar.raster"),
         ("hybridgen.convert.tables.taming_vqgan", "hybridgen.importing"),
@@ -137,7 +137,7 @@ def test_what_is_imported_is_declared():
         ("hybridgen.train", "configs.common"),
         ("hybridgen.train", "torch"),
         ("hybridgen.launch", "hybridgen.train"),
-        ("configs.ar.raster", "hybridgen.errors"),
+        ("configs.ar.raster", "hybridgen.core.errors"),
         ("configs.ar.raster", "jax"),
     ],
 )

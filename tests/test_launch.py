@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridgen import config
+from hybridgen.core import config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh")) + [ROOT / "launch" / "slurm.sbatch"]

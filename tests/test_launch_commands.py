@@ -15,7 +15,7 @@ import yaml
 
 from hybridgen import launch
 from hybridgen.cli import COMMANDS
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/tokenizers/vq.py:tiny"

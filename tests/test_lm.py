@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from configs.text.lm import MARGIN
-from hybridgen import config as config_lib
-from hybridgen import rng
+from hybridgen.core import config as config_lib
+from hybridgen.core import rng
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.models.text import lm

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.metrics import Timer, Writer, accounts, cut_back, progress
 
 

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import mixture, pipeline, sources, text
 from hybridgen.data.folder import BrokenRecord
-from hybridgen.errors import UserError
 
 
 class Numbers:

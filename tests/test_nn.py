@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridgen import trees
+from hybridgen.core import trees
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask, attend
 from hybridgen.nn.linear import Embed, Linear, held

@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torchfile
 
-from hybridgen import cli, importing, rng, sample, trees
+from hybridgen import cli, importing, sample
 from hybridgen.convert import rules, tables
 from hybridgen.convert.files import open_weights
+from hybridgen.core import rng, trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
-from hybridgen.errors import UserError
 from hybridgen.models.ar import conditions, raster
 from hybridgen.sampling import guidance
 
@@ -67,7 +68,7 @@ def test_sizes_that_are_published_roughly():
     ],
 )
 def test_imported_weights_fit_the_configs(source, preset, variant):
-    from hybridgen import config as config_lib
+    from hybridgen.core import config as config_lib
 
     about = tables.find(source)
     goal = importing.target(about.plan(about.about.presets[preset], {}))

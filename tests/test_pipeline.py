@@ -15,8 +15,8 @@ import ml_collections
 import numpy as np
 import pytest
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text, transforms
-from hybridgen.errors import UserError
 from hybridgen.identity import check_fingerprint
 
 

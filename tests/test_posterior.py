@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from configs.diffusion import dit_official
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.diffusion import dit
 
 B = 4

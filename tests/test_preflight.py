@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from hybridgen import cli, preflight
-from hybridgen import config as config_lib
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, hlo, programs, roofline, suggest, topology
-from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from scipy.special import ive
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.models.tokenizers import vq
 from hybridgen.nn import quantize
 

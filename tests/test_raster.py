@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import rng
+from hybridgen.core import rng
 from hybridgen.models.ar import raster
 from hybridgen.nn import cache as kv
 from hybridgen.sampling import decode

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybridgen import recipe
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = f"{ROOT}/configs/recipes/shapes.py:tiny"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.evals.recon import psnr, ssim
 from hybridgen.evals.sheet import sheet, verdict_line, wrap
 

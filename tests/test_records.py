@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import folder, pipeline, records, sources, text, write
-from hybridgen.errors import UserError
 
 SHAPES = {"source": "shapes", "options": {"size": 40}, "resolution": 16, "text": {"kind": "words", "length": 16}}
 

@@ -12,9 +12,10 @@ import pytest
 import tiny
 from fault_cases import ends, final, log_of, newest, notes_of
 
-from hybridgen import config, manifest, train
+from hybridgen import manifest, train
 from hybridgen.checkpoint import Checkpointer
-from hybridgen.errors import UserError
+from hybridgen.core import config
+from hybridgen.core.errors import UserError
 from hybridgen.experiment import load
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen import rng
+from hybridgen.core import rng
 
 
 def same(a, b):
@@ -24,7 +24,7 @@ def test_step_key_is_a_pure_function_of_seed_step_name():
 
 
 def test_name_hash_is_the_same_in_another_process():
-    code = "from hybridgen.rng import name_hash; print(name_hash('noise'))"
+    code = "from hybridgen.core.rng import name_hash; print(name_hash('noise'))"
     env = {"PYTHONHASHSEED": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": ":".join(sys.path)}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout
     assert int(out) == int(rng.name_hash("noise"))

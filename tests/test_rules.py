@@ -11,7 +11,7 @@ from hybridgen.convert import rules, safetensors
 from hybridgen.convert.files import open_weights
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Part, Rule
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 LAYERS, WIDTH, HEADS, GROUP, HEAD = 3, 8, 2, 2, 4
 NAMES = tuple(f"layers.{{i}}.attn.{part}.weight" for part in "qkv")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hybridgen import recipe, rundir, train
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import captions
 from hybridgen.data.captions import caption, template_count, units, vocabulary
 from hybridgen.data.shapes import (
@@ -28,7 +29,6 @@ from hybridgen.data.shapes import (
     held_out_triple,
     render,
 )
-from hybridgen.errors import UserError
 
 FULL = dict(sizes=tuple(RADII), objects=(1, 2, 3, 4), counts=True, backgrounds=BACKGROUNDS, languages=("en", "zh"))
 TURNED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

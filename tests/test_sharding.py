@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from hybridgen import sharding
-from hybridgen.errors import UserError
+from hybridgen.core import sharding
+from hybridgen.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ONE = {"data": 1}

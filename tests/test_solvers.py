@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.sampling import schedules, solvers
 
 MU, S = 0.7, 0.3

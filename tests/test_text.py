@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import sources, text
-from hybridgen.errors import UserError
 
 CAPTIONS = (
     "a small red circle left of a large blue square",

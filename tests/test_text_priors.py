@@ -15,13 +15,14 @@ import tiny
 from PIL import Image
 
 import hybridgen
-from hybridgen import config as config_lib
-from hybridgen import experiment, export, importing, sample, trees
+from hybridgen import experiment, export, importing, sample
 from hybridgen.convert import safetensors
 from hybridgen.convert.files import open_weights
+from hybridgen.core import config as config_lib
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import text as text_lib
-from hybridgen.errors import UserError
 from hybridgen.models.ar import raster
 from hybridgen.models.hybrid import cascade
 from hybridgen.rundir import read_json

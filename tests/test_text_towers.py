@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from test_autoencoders import drawn
 
-from hybridgen import cache, experiment, importing, sample, sharding, trees
+from hybridgen import cache, experiment, importing, sample
 from hybridgen.convert import rules, tables
 from hybridgen.convert.files import open_weights
 from hybridgen.convert.options import Options
 from hybridgen.convert.tables import _rotary
-from hybridgen.errors import UserError
+from hybridgen.core import sharding, trees
+from hybridgen.core.errors import UserError
 from hybridgen.models.parts import Part, find
 from hybridgen.models.text import clip
 from hybridgen.nn.position import relative_buckets, rotary, stretched

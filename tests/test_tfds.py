@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text
-from hybridgen.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

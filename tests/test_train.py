@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import config, optim, sharding, state, stream, train, trees
+from hybridgen import optim, state, stream, train
+from hybridgen.core import config, sharding, trees
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline
-from hybridgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ADAM = {"kind": "adamw", "lr": 0.1, "schedule": "constant", "warmup": 0, "final": 0.0, "clip": 0.0, "decay": 0.0}

@@ -20,7 +20,7 @@ from torchfile import Call, Global, Persistent, Raw, Storage
 
 from hybridgen.convert import pickles, safetensors
 from hybridgen.convert.files import open_weights
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 HUGE = 2**62

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 from test_untrusted import HUGE, refused
 
-from hybridgen import cli, experiment, hostmemory, manifest, quiet, rundir
-from hybridgen import config as config_lib
+from hybridgen import cli, experiment, manifest, rundir
 from hybridgen.checkpoint import Checkpointer
+from hybridgen.core import config as config_lib
+from hybridgen.core import hostmemory, quiet
 from hybridgen.data import sources, text
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ import reference
 from hybridgen import cli, verify
 from hybridgen.convert import safetensors
 from hybridgen.convert.files import open_weights
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.replays import SYSTEMS
 
 GOLDEN = Path(__file__).parent / "golden"

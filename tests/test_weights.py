@@ -13,7 +13,7 @@ import torchfile
 
 from hybridgen.convert import safetensors
 from hybridgen.convert.files import open_weights
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 KINDS = [

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen import rng, sharding, state, train, trees
+from hybridgen import state, train
+from hybridgen.core import rng, sharding, trees
 from hybridgen.experiment import Experiment
 from hybridgen.models.losses import weighted
 from hybridgen.models.parts import Part, find

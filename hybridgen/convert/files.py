@@ -17,7 +17,7 @@ from typing import Any
 
 from hybridgen.convert import safetensors, torchfiles
 from hybridgen.convert.tensors import LazyTensor, Malformed, checked_name, regular, shown, strict_json
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SAFE = ".safetensors"

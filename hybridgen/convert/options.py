@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from hybridgen.convert.tensors import shown
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MOST = 2**24  # of a count: no layer has more channels or codes
 REQUIRED = object()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 FIELD = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
 

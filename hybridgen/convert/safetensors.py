@@ -32,7 +32,7 @@ from hybridgen.convert.tensors import (
     shown,
     strict_json,
 )
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MAX_HEADER = 2**23  # bytes: some 80,000 tensors; larger checkpoints are sharded
 FIELDS = {"dtype", "shape", "data_offsets"}

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MAX_DIMS = 32
 MAX_NAME = 1024

@@ -30,7 +30,7 @@ from hybridgen.convert.tensors import (
     regular,
     shown,
 )
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MAX_READ = 2**23  # bytes that a parser may take at once: the list of a zip's files, a text in a pickle
 MAX_LINE = 2**16

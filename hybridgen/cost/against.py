@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import pictures, trees
+from hybridgen import pictures
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
-from hybridgen.errors import UserError
 from hybridgen.sampling import guidance
 from hybridgen.state import inference_params
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybridgen import config as config_lib
-from hybridgen import pictures, rng, rundir, sharding, trees
+from hybridgen import pictures, rundir
+from hybridgen.core import config as config_lib
+from hybridgen.core import rng, sharding, trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import flops
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.buckets import largest
-from hybridgen.errors import UserError
 from hybridgen.experiment import Experiment, Run, context, find_run, part_shardings, read_by
 from hybridgen.experiment import load as load_run
 from hybridgen.models.parts import Part, find

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybridgen import sharding, trees
+from hybridgen.core import sharding, trees
+from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, programs, roofline
-from hybridgen.errors import UserError
 
 POLICIES = ("none", "dots", "full")  # of nn.stack, by how much they keep
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of the config's batch

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybridgen import config as config_lib
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.cost import chips
-from hybridgen.errors import UserError
 
 KNOWN = (
     "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1, "

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
 from hybridgen.data.prompts import PAD, check_prompt, checked_length, fit
-from hybridgen.errors import UserError
 
 FIRST = 257  # the first id that joins two
 MAX_MERGES, MAX_PIECE, MAX_BYTES = 2**20, 2**12, 2**27

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
 from hybridgen.data.folder import SPLITS, BrokenRecord, Folder
 from hybridgen.data.shuffle import order
-from hybridgen.errors import UserError
 
 FORMAT = 1
 LARGEST = 4096  # pixels of a side

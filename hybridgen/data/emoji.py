@@ -20,10 +20,10 @@ from typing import Any
 from PIL import Image
 
 from hybridgen.cli import command, make_parser
+from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.data.files import read_json, whole_folder
 from hybridgen.data.folder import header_size
-from hybridgen.errors import UserError
 
 STYLES = {"noto": "google", "twemoji": "twitter"}  # by the name of the package that has them
 TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}

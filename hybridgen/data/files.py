@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MAX_FILE = 2**26  # bytes
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
-from hybridgen.errors import UserError
 
 SPLITS = ("train", "validation")
 FORMATS = ("PNG", "JPEG", "WEBP")

@@ -15,8 +15,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from hybridgen.core.errors import UserError
 from hybridgen.data.shuffle import order
-from hybridgen.errors import UserError
 
 MAX_PERIOD = 100_000
 

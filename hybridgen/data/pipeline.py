@@ -35,10 +35,10 @@ import grain
 import numpy as np
 from absl import flags
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import sources, transforms
 from hybridgen.data import text as text_lib
 from hybridgen.data.shuffle import draw, order
-from hybridgen.errors import UserError
 
 TRIES = 100  # broken records in a row before a run is stopped: by then the source itself is wrong
 LINGER = 60  # seconds that a worker process goes on after a SIGTERM

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 PAD = 0
 MAX_PROMPT_BYTES = 16_384  # read before anything is done to a prompt; no vocabulary here has use for more

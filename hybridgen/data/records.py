@@ -27,9 +27,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
+from hybridgen.core.errors import UserError
 from hybridgen.data.files import whole_folder
 from hybridgen.data.folder import BrokenRecord, header_size, known
-from hybridgen.errors import UserError
 
 FORMAT, INDEX = 1, "index.json"
 MAX_INDEX = 2**26  # bytes

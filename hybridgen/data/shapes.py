@@ -26,8 +26,8 @@ import zlib
 
 import numpy as np
 
+from hybridgen.core.errors import UserError
 from hybridgen.data.captions import LANGUAGES, caption, template_count
-from hybridgen.errors import UserError
 
 PALETTE = {
     "red": (220, 20, 40),

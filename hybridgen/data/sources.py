@@ -26,13 +26,13 @@ whole batches, or batches at all, have).
 import inspect
 from collections.abc import Mapping
 
+from hybridgen.core.errors import UserError
 from hybridgen.data.buckets import Buckets
 from hybridgen.data.folder import MAX_LINE, MAX_TEXT, BrokenRecord, Folder, header_size, known
 from hybridgen.data.mixture import Mixture
 from hybridgen.data.records import Records
 from hybridgen.data.shapes import Shapes
 from hybridgen.data.tfds import Tfds
-from hybridgen.errors import UserError
 
 __all__ = ["MAX_LINE", "MAX_TEXT", "BrokenRecord", "Folder", "build", "describe", "encoders", "fits", "header_size"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hybridgen.core.errors import UserError
 from hybridgen.data.files import MAX_FILE
-from hybridgen.errors import UserError
 
 PIECES, TRAINER, NORMALISER = 1, 2, 3  # fields of the file
 MODEL_TYPE, BYTES, UNKNOWN, END, PAD = 3, 35, 40, 42, 43  # of how it was trained

@@ -27,11 +27,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from hybridgen.core.errors import UserError
 from hybridgen.data.bpe import Bpe
 from hybridgen.data.captions import vocabulary
 from hybridgen.data.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit
 from hybridgen.data.published import Published
-from hybridgen.errors import UserError
 
 __all__ = [
     "MAX_PROMPT_BYTES",

@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space; Python's \s has more

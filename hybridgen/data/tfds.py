@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.data.folder import MAX_TEXT, BrokenRecord, known
-from hybridgen.errors import UserError
 
 
 class Tfds:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hybridgen import config as config_lib
 from hybridgen.cli import command, make_parser
+from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, records, sources
 from hybridgen.data import text as text_lib
-from hybridgen.errors import UserError
 
 NAMED = 20  # broken records that an index names
 

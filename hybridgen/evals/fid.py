@@ -12,7 +12,7 @@ Letters: n, m pictures, d features, r rank.
 
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 SUBSETS, SUBSET = 100, 1000
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MANIFOLD, COVERED = 3, 5  # k of precision and recall, and of density and coverage, as published
 CHUNK = 1024

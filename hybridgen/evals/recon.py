@@ -9,7 +9,7 @@ Letters: `B` pictures, `H W` their size. Pictures are B H W 3 in [-1, 1], so the
 import numpy as np
 from scipy import ndimage
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 RANGE = 2.0
 WINDOW, DEVIATION = 11, 1.5

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MAX_WIDTH, MAX_SIDE = 2**14, 2**12  # of features, and of a picture
 FAULTS = (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)

@@ -10,7 +10,7 @@ import re
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MARGIN, LINE, FONT_SIZE = 8, 15, 12
 INK, RIGHT, WRONG = (40, 40, 40), (0, 120, 40), (190, 20, 30)

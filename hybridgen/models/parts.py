@@ -34,7 +34,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 
 def find(family: str) -> ModuleType:

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
+from hybridgen.core.sharding import platform, shard
 from hybridgen.nn import cache as kv
 from hybridgen.nn.flash import flash_attention
 from hybridgen.nn.linear import Linear, affine, cast, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary, rotate
-from hybridgen.sharding import platform, shard
 
 
 class Mask(NamedTuple):

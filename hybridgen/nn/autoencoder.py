@@ -11,7 +11,7 @@ and in the decoder alike.
 import flax.linen as nn
 import jax
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.conv import ACTIVATIONS, Conv, ResBlock
 from hybridgen.nn.linear import Linear

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridgen.sharding import platform, shard
+from hybridgen.core.sharding import platform, shard
 
 Cache = dict[str, Any]
 

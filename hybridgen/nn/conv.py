@@ -14,12 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
+from hybridgen.core.sharding import shard
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Init, Linear, cast, fan_in, zeros
 from hybridgen.nn.norm import GroupNorm, Norm
 from hybridgen.nn.position import learned
-from hybridgen.sharding import shard
 
 
 class Conv(nn.Module):

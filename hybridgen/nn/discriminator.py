@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
+from hybridgen.core.sharding import shard
 from hybridgen.nn.linear import at_least_float32, cast, normal, zeros
 from hybridgen.nn.norm import GroupNorm
-from hybridgen.sharding import shard
 
 
 class _Conv(nn.Module):

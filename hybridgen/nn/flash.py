@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from hybridgen.sharding import LOGICAL
+from hybridgen.core.sharding import LOGICAL
 
 LANES = 128  # what lengths are padded to
 BLOCK = 512  # the largest block of positions that one turn of the kernel works on

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.sharding import gathered, shard
+from hybridgen.core.sharding import gathered, shard
 
 Init = Callable[..., jax.Array]
 FEW = 64  # rows of a step of decoding, not of training; or half as many as the kernel has

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
+from hybridgen.core.sharding import shard
 from hybridgen.nn.linear import Linear, fan_in
-from hybridgen.sharding import shard
 
 ACTIVATIONS = {
     "gelu": nn.gelu,  # tanh form

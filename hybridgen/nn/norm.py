@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.nn.linear import at_least_float32, ones, zeros
 
 

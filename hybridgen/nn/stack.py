@@ -16,15 +16,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
+from hybridgen.core.sharding import platform, shard
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Linear, zeros
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary
-from hybridgen.sharding import platform, shard
 
 REMAT_POLICIES = {
     "none": None,

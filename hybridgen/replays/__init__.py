@@ -19,7 +19,7 @@ import numpy as np
 from hybridgen import importing
 from hybridgen.convert import tables
 from hybridgen.convert.files import open_weights
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.models.parts import Part
 
 BOUND = 2e-5

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.models.tokenizers import vq
 from hybridgen.nn import quantize
 from hybridgen.replays import Case, rows_first, rows_last

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.models.losses import cross_entropy, weighted
 from hybridgen.models.parts import Part
 from hybridgen.replays import Case

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.replays import Case
 from hybridgen.replays.trajectories import (
     Run,

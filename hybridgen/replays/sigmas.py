@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.convert.options import Options
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.replays import Case
 from hybridgen.replays.trajectories import (
     Run,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.models.losses import cross_entropy
 from hybridgen.models.text import lm
 from hybridgen.replays import Case

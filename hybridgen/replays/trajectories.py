@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.convert.options import Options
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.replays import Case
 from hybridgen.sampling import official, schedules
 from hybridgen.sampling.schedules import Level

@@ -13,7 +13,7 @@ two parts three quarters are read of what the whole of it would be, in four five
 import jax
 import jax.numpy as jnp
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.sampling import guidance as guide
 from hybridgen.sampling import tokens as tok
 

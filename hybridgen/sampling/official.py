@@ -17,7 +17,7 @@ import re
 import numpy as np
 from scipy import stats
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.sampling.schedules import Level
 
 F32 = np.float32

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 KINDS = ("x", "eps", "v", "velocity")
 TINY = 1e-5  # below it a division by alpha or sigma says nothing (the smallest alpha of an official schedule is 5e-5)

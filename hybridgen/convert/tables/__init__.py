@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from hybridgen.convert.rules import Rule
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 
 class About(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hybridgen.convert.rules import Rule, as_convs, conv, heads, pointwise, qkv, same
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 NET = "params/net"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hybridgen.convert.options import Options
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 NEVER = 1e30  # what a frequency is divided by that turns nothing
 

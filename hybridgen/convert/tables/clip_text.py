@@ -11,7 +11,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, heads, matrix, qkv
 from hybridgen.convert.tables import About, Plan, _transformers
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 PUBLISHED = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
 

@@ -11,7 +11,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, matrix, qkv
 from hybridgen.convert.tables import About, Plan, _dit
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MLPS = {"gelu-approximate": "gelu", "gelu": "gelu_exact", "geglu": "geglu_exact", "geglu-approximate": "quick_gelu"}
 MLPS |= {"swiglu": "swiglu", "linear-silu": "silu"}

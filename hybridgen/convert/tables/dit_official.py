@@ -11,7 +11,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule
 from hybridgen.convert.tables import About, Plan, _dit
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "squaredcos"}

@@ -10,7 +10,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, conv, matrix
 from hybridgen.convert.tables import About, Plan, _statistics
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 LITE0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "num_classes": 1000}
 

@@ -9,7 +9,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, conv, matrix
 from hybridgen.convert.tables import About, Plan, _statistics
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 SIDE = 299
 

@@ -11,7 +11,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, heads, interleaved_qkv, matrix
 from hybridgen.convert.tables import About, Plan
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 SIZES = {  # layers, heads, width
     "B": (12, 12, 768),

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridgen.convert.options import Options
 from hybridgen.convert.tables import About, Plan, _residual
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
 BLOCKS |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -9,7 +9,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, heads, matrix, qkv
 from hybridgen.convert.tables import About, Plan, _transformers
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 PUBLISHED = {"feed_forward_proj": "gated-gelu", "d_kv": 64, "num_layers": 24, "vocab_size": 32128}
 

@@ -12,7 +12,7 @@ from typing import Any
 from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Part, Rule, heads, matrix, qkv
 from hybridgen.convert.tables import About, Plan
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 
 def _preset(gpt: tuple[int, ...], condition: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hybridgen.convert.options import Options
 from hybridgen.convert.rules import Rule, pointwise
 from hybridgen.convert.tables import About, Plan, _residual
 from hybridgen.convert.tables.taming_vqgan import DROPPED, F16, REMAP, network, remap
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 F8 = F16 | {"ch_mult": (1, 1, 2, 4), "attn_resolutions": (32,)}
 

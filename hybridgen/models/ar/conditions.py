@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.parts import Parts, need
 from hybridgen.nn.linear import Linear, cast, normal
 

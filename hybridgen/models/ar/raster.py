@@ -18,8 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
+from hybridgen.core.sharding import shard
 from hybridgen.models.ar import conditions
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.parts import Parts, Shape, need
@@ -31,7 +32,6 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
 from hybridgen.nn.stack import Stack, apart, dropped, stands_apart
 from hybridgen.sampling import decode, guidance
-from hybridgen.sharding import shard
 
 
 class Raster(nn.Module):

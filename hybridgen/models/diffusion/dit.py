@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.diffusion import process, variance
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.models.parts import Parts, Shape, divided, need, sides

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.diffusion import variance
 from hybridgen.models.losses import per_sample
 from hybridgen.sampling import guidance, schedules

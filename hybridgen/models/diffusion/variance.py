@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.losses import per_sample
 from hybridgen.sampling import official, schedules, solvers
 

@@ -20,8 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.parts import Part, Parts, Shape, find, need
 from hybridgen.nn.linear import at_least_float32

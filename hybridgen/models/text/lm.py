@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from hybridgen.core.sharding import shard
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.text.transformer import round_up
 from hybridgen.nn import cache as kv
@@ -28,7 +29,6 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import rotary
 from hybridgen.nn.stack import Stack, apart, stands_apart
 from hybridgen.sampling import decode
-from hybridgen.sharding import shard
 
 
 class LM(nn.Module):

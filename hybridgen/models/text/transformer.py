@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.linear import Embed, cast, normal
 from hybridgen.nn.norm import Norm

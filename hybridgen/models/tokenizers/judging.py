@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 from hybridgen.models.losses import attached, hinge, per_sample, rows, weighted
 from hybridgen.models.parts import Parts, need
 from hybridgen.nn.discriminator import PatchGAN

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from hybridgen import rng
+from hybridgen.core import rng
 from hybridgen.models.losses import rows, weighted
 from hybridgen.models.parts import Parts, Shape, divided, sides
 from hybridgen.models.tokenizers import judging

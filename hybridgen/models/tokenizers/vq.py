@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from hybridgen import rng
-from hybridgen.errors import UserError
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.models.parts import Parts, Shape, divided, sides
 from hybridgen.models.tokenizers import judging

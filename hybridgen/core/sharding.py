@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 MESH_AXES = ("dcn", "data", "fsdp", "tensor")
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from hybridgen.errors import UserError
+from hybridgen.core.errors import UserError
 
 AUTO = "auto"
 FILLED = ("resolution", "classes", "text_vocab", "text_length", "vocab", "grid", "plan_width")  # what "auto" knows

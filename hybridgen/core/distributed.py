@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridgen.errors import PeerError, UserError
+from hybridgen.core.errors import PeerError, UserError
 
 HEARTBEAT = 30  # seconds without one, and JAX takes a process for dead
 PATIENCE = 5.0  # seconds between messages of who is missing
