@@ -22,9 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from hybridgen import manifest, rundir
-from hybridgen.convert import safetensors
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
+from hybridgen.weights import safetensors
 
 FORMAT = 1
 ABOUT, WEIGHTS = "bundle.json", "weights.safetensors"

@@ -26,13 +26,13 @@ import orbax.checkpoint as ocp
 
 from hybridgen import experiment, manifest, rundir
 from hybridgen.cli import make_parser
-from hybridgen.convert import rules, safetensors, tables
-from hybridgen.convert.files import open_weights
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.data.published import Published
 from hybridgen.models.parts import Part, find
+from hybridgen.weights import rules, safetensors, tables
+from hybridgen.weights.files import open_weights
 
 PROMPT = 512  # positions of a prompt, where a model does not say fewer
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from hybridgen import rundir
 from hybridgen.cli import command, make_parser
-from hybridgen.convert.tensors import shown
 from hybridgen.core.errors import UserError
 from hybridgen.replays import Case, find
+from hybridgen.weights.tensors import shown
 
 MAX_BYTES = 2**33  # of all recorded arrays, unpacked
 

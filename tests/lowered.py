@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen import importing
-from hybridgen.convert import tables
-from hybridgen.convert.files import open_weights
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
+from hybridgen.weights import tables
+from hybridgen.weights.files import open_weights
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -9,14 +9,14 @@ import pytest
 import reference
 
 from hybridgen import importing
-from hybridgen.convert import rules, safetensors, tables
-from hybridgen.convert.files import open_weights
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.models.parts import find
 from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn import quantize
 from hybridgen.nn.autoencoder import Autoencoder
+from hybridgen.weights import rules, safetensors, tables
+from hybridgen.weights.files import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 DD = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "resolution": 16, "z_channels": 5}

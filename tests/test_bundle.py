@@ -14,12 +14,12 @@ import tiny
 
 import hybridgen
 from hybridgen import bundle, checkpoint, experiment, export, manifest, sample
-from hybridgen.convert import safetensors
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import sources
+from hybridgen.weights import safetensors
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "shapes"

@@ -10,9 +10,9 @@ import pytest
 import torchfile
 
 from hybridgen import checkpoint, cli, experiment, importing
-from hybridgen.convert import safetensors, tables
-from hybridgen.convert.files import open_weights
 from hybridgen.core import trees
+from hybridgen.weights import safetensors, tables
+from hybridgen.weights.files import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 SYSTEMS = ("taming_gumbel", "llamagen_vq", "sd_kl_vae")
@@ -199,6 +199,6 @@ def test_convert_never_sees_a_model():
         "for m in pkgutil.walk_packages(c.__path__, 'hybridgen.convert.'):\n"
         "    if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
         "bad = [n for n in sys.modules if n.startswith(('hybridgen.models', 'hybridgen.nn', 'flax', 'torch'))]\n"
-        "assert 'hybridgen.convert.tables.sd_kl_vae' in sys.modules and not bad, bad\n"
+        "assert 'hybridgen.weights.tables.sd_kl_vae' in sys.modules and not bad, bad\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

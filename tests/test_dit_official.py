@@ -13,13 +13,13 @@ from test_autoencoders import drawn
 from test_verify import GOLDEN
 
 from hybridgen import experiment, importing, sample, verify
-from hybridgen.convert import rules, safetensors, tables
 from hybridgen.core import config as config_lib
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.models.diffusion import dit, process, variance
 from hybridgen.sampling import guidance, official, schedules
+from hybridgen.weights import rules, safetensors, tables
 
 SMALL = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2}
 SMALL |= {"num_classes": 5, "learn_sigma": True, "class_dropout_prob": 0.1}

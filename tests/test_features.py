@@ -11,8 +11,6 @@ import pytest
 from PIL import Image
 
 from hybridgen import distances, evaluate, importing
-from hybridgen.convert import rules, safetensors, tables
-from hybridgen.convert.files import open_weights
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
@@ -21,6 +19,8 @@ from hybridgen.experiment import restore
 from hybridgen.models.features import inception
 from hybridgen.models.parts import Part
 from hybridgen.nn import convnorm
+from hybridgen.weights import rules, safetensors, tables
+from hybridgen.weights.files import open_weights
 
 VQ = "configs/tokenizers/vq.py"
 LITE = {"width_coefficient": 0.1, "depth_coefficient": 0.2, "image_size": 33, "num_classes": 5}

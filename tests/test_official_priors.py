@@ -14,13 +14,13 @@ import tiny
 import torchfile
 
 from hybridgen import cli, importing, sample
-from hybridgen.convert import rules, tables
-from hybridgen.convert.files import open_weights
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.models.ar import conditions, raster
 from hybridgen.sampling import guidance
+from hybridgen.weights import rules, tables
+from hybridgen.weights.files import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 PRIORS = ("llamagen_gpt", "llamagen_gpt_t2i", "llamagen_gpt_grouped", "taming_gpt", "taming_gpt_codes")

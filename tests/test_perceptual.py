@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hybridgen import experiment, importing
-from hybridgen.convert import rules, tables
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
+from hybridgen.weights import rules, tables
 
 GOLDEN = Path(__file__).parent / "golden" / "lpips_vgg.npz"
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

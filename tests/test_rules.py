@@ -7,11 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hybridgen.convert import rules, safetensors
-from hybridgen.convert.files import open_weights
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Part, Rule
 from hybridgen.core.errors import UserError
+from hybridgen.weights import rules, safetensors
+from hybridgen.weights.files import open_weights
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Part, Rule
 
 LAYERS, WIDTH, HEADS, GROUP, HEAD = 3, 8, 2, 2, 4
 NAMES = tuple(f"layers.{{i}}.attn.{part}.weight" for part in "qkv")

@@ -16,8 +16,6 @@ from PIL import Image
 
 import hybridgen
 from hybridgen import experiment, export, importing, sample
-from hybridgen.convert import safetensors
-from hybridgen.convert.files import open_weights
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
@@ -26,6 +24,8 @@ from hybridgen.data import text as text_lib
 from hybridgen.models.ar import raster
 from hybridgen.models.hybrid import cascade
 from hybridgen.rundir import read_json
+from hybridgen.weights import safetensors
+from hybridgen.weights.files import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTH, WIDTH = 8, 32  # positions that the prior reads, and the tower's width

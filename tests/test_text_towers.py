@@ -9,16 +9,16 @@ import pytest
 from test_autoencoders import drawn
 
 from hybridgen import cache, experiment, importing, sample
-from hybridgen.convert import rules, tables
-from hybridgen.convert.files import open_weights
-from hybridgen.convert.options import Options
-from hybridgen.convert.tables import _rotary
 from hybridgen.core import sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.models.parts import Part, find
 from hybridgen.models.text import clip
 from hybridgen.nn.position import relative_buckets, rotary, stretched
 from hybridgen.rundir import read_json
+from hybridgen.weights import rules, tables
+from hybridgen.weights.files import open_weights
+from hybridgen.weights.options import Options
+from hybridgen.weights.tables import _rotary
 
 GOLDEN = Path(__file__).parent / "golden"
 HERE = sorted(path.name for path in GOLDEN.iterdir() if path.name.startswith(("clip_text", "t5_encoder", "llama_lm")))

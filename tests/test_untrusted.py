@@ -18,9 +18,9 @@ import pytest
 import torchfile
 from torchfile import Call, Global, Persistent, Raw, Storage
 
-from hybridgen.convert import pickles, safetensors
-from hybridgen.convert.files import open_weights
 from hybridgen.core.errors import UserError
+from hybridgen.weights import pickles, safetensors
+from hybridgen.weights.files import open_weights
 
 ROOT = Path(__file__).parents[1]
 HUGE = 2**62

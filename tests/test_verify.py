@@ -9,10 +9,10 @@ import pytest
 import reference
 
 from hybridgen import cli, verify
-from hybridgen.convert import safetensors
-from hybridgen.convert.files import open_weights
 from hybridgen.core.errors import UserError
 from hybridgen.replays import SYSTEMS
+from hybridgen.weights import safetensors
+from hybridgen.weights.files import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"

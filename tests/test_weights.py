@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torchfile
 
-from hybridgen.convert import safetensors
-from hybridgen.convert.files import open_weights
 from hybridgen.core.errors import UserError
+from hybridgen.weights import safetensors
+from hybridgen.weights.files import open_weights
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 KINDS = [

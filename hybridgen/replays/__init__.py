@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from hybridgen import importing
-from hybridgen.convert import tables
-from hybridgen.convert.files import open_weights
 from hybridgen.core.errors import UserError
 from hybridgen.models.parts import Part
+from hybridgen.weights import tables
+from hybridgen.weights.files import open_weights
 
 BOUND = 2e-5
 

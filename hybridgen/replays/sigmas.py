@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.convert.options import Options
 from hybridgen.core.errors import UserError
 from hybridgen.replays import Case
 from hybridgen.replays.trajectories import (
@@ -27,6 +26,7 @@ from hybridgen.replays.trajectories import (
 )
 from hybridgen.sampling import official, schedules, solvers
 from hybridgen.sampling.schedules import Level
+from hybridgen.weights.options import Options
 
 
 def _ends_of(options: Options, sigmas: np.ndarray) -> tuple[float, float]:

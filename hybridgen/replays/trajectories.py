@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.convert.options import Options
 from hybridgen.core.errors import UserError
 from hybridgen.replays import Case
 from hybridgen.sampling import official, schedules
 from hybridgen.sampling.schedules import Level
+from hybridgen.weights.options import Options
 
 KINDS = {"epsilon": "eps", "sample": "x", "original_sample": "x", "v_prediction": "v", "flow_prediction": "velocity"}
 

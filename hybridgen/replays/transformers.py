@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.convert.options import Options
 from hybridgen.core.errors import UserError
 from hybridgen.models.diffusion import variance
 from hybridgen.nn.timestep import sincos
 from hybridgen.replays import Case, rows_first, rows_last
 from hybridgen.sampling import guidance, official
+from hybridgen.weights.options import Options
 
 
 class Network:

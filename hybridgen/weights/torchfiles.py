@@ -17,9 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hybridgen.convert import pickles
-from hybridgen.convert.allowed import STORAGES, Mapping, Name, Storage, Tensor
-from hybridgen.convert.tensors import (
+from hybridgen.core.errors import UserError
+from hybridgen.weights import pickles
+from hybridgen.weights.allowed import STORAGES, Mapping, Name, Storage, Tensor
+from hybridgen.weights.tensors import (
     EXPANDED,
     LazyTensor,
     Malformed,
@@ -30,7 +31,6 @@ from hybridgen.convert.tensors import (
     regular,
     shown,
 )
-from hybridgen.core.errors import UserError
 
 MAX_READ = 2**23  # bytes that a parser may take at once: the list of a zip's files, a text in a pickle
 MAX_LINE = 2**16

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from hybridgen.convert.tensors import shown
 from hybridgen.core.errors import UserError
+from hybridgen.weights.tensors import shown
 
 MOST = 2**24  # of a count: no layer has more channels or codes
 REQUIRED = object()

@@ -6,10 +6,10 @@ The table of words stands in a file as `shared`, as `encoder.embed_tokens`, or, 
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, heads, matrix, qkv
-from hybridgen.convert.tables import About, Plan, _transformers
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, heads, matrix, qkv
+from hybridgen.weights.tables import About, Plan, _transformers
 
 PUBLISHED = {"feed_forward_proj": "gated-gelu", "d_kv": 64, "num_layers": 24, "vocab_size": 32128}
 

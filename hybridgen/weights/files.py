@@ -15,9 +15,9 @@ from collections.abc import ItemsView, Iterator
 from pathlib import Path
 from typing import Any
 
-from hybridgen.convert import safetensors, torchfiles
-from hybridgen.convert.tensors import LazyTensor, Malformed, checked_name, regular, shown, strict_json
 from hybridgen.core.errors import UserError
+from hybridgen.weights import safetensors, torchfiles
+from hybridgen.weights.tensors import LazyTensor, Malformed, checked_name, regular, shown, strict_json
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SAFE = ".safetensors"

@@ -8,8 +8,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from hybridgen.convert.rules import Rule
 from hybridgen.core.errors import UserError
+from hybridgen.weights.rules import Rule
 
 
 class About(NamedTuple):

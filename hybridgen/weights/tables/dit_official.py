@@ -8,10 +8,10 @@ channels at scale 4.
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule
-from hybridgen.convert.tables import About, Plan, _dit
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule
+from hybridgen.weights.tables import About, Plan, _dit
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "squaredcos"}

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen.convert.tensors import (
+from hybridgen.core.errors import UserError
+from hybridgen.weights.tensors import (
     DTYPES,
     LazyTensor,
     Malformed,
@@ -32,7 +33,6 @@ from hybridgen.convert.tensors import (
     shown,
     strict_json,
 )
-from hybridgen.core.errors import UserError
 
 MAX_HEADER = 2**23  # bytes: some 80,000 tensors; larger checkpoints are sharded
 FIELDS = {"dtype", "shape", "data_offsets"}

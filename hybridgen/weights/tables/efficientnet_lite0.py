@@ -7,10 +7,10 @@ has the keys of that code's `GlobalParams` that say something about inference.
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, conv, matrix
-from hybridgen.convert.tables import About, Plan, _statistics
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, conv, matrix
+from hybridgen.weights.tables import About, Plan, _statistics
 
 LITE0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "num_classes": 1000}
 

@@ -7,8 +7,8 @@ defaults may be given too. Attention in the decoder is outside the middle nowher
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.tables import About, Plan, _residual
+from hybridgen.weights.options import Options
+from hybridgen.weights.tables import About, Plan, _residual
 
 SCALE = 0.2325  # of a latent, by MAR's trainer
 

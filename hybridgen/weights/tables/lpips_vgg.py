@@ -8,9 +8,9 @@ is the preset, or has `width`, which official code leaves at 64.
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, conv, pointwise
-from hybridgen.convert.tables import About, Plan
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, conv, pointwise
+from hybridgen.weights.tables import About, Plan
 
 ABOUT = About(
     "perceptual distance of pictures, LPIPS 0.1 on VGG16",

@@ -8,10 +8,10 @@ older configs have means: the largest id of the text.
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, heads, matrix, qkv
-from hybridgen.convert.tables import About, Plan, _transformers
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, heads, matrix, qkv
+from hybridgen.weights.tables import About, Plan, _transformers
 
 PUBLISHED = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
 

@@ -1,6 +1,6 @@
 """Rules of a batch normalisation with its stored statistics: torch's `BatchNorm2d` to nn/convnorm.py."""
 
-from hybridgen.convert.rules import Rule
+from hybridgen.weights.rules import Rule
 
 DROPPED = (r"(.+\.)?num_batches_tracked",)  # how often training updated them
 

@@ -8,10 +8,10 @@ Rotary frequencies are told by `rope_parameters`, in older configs by `rope_thet
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, heads, matrix, qkv
-from hybridgen.convert.tables import About, Plan, _rotary, _transformers
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, heads, matrix, qkv
+from hybridgen.weights.tables import About, Plan, _rotary, _transformers
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}

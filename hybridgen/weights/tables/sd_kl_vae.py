@@ -7,9 +7,9 @@ query, key, value and proj_attn; they are read and written too.
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.tables import About, Plan, _residual
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.tables import About, Plan, _residual
 
 BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
 BLOCKS |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen.convert.rules import Part, Rule, Views, heads, matrix, same
+from hybridgen.weights.rules import Part, Rule, Views, heads, matrix, same
 
 # the published DiT in terms of ours: LayerNorm without affine, biases, no rotation, discrete timesteps of DDPM
 MODEL = {"plan_width": 0, "draft": False, "rotary": False, "kind": "eps", "loss_kind": "eps"}

@@ -7,10 +7,10 @@ The config has the fields of its `ModelArgs`, and `ch` and `num_res_blocks`, whi
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule
-from hybridgen.convert.tables import About, Plan, _residual
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule
+from hybridgen.weights.tables import About, Plan, _residual
 
 VQ16 = {"codebook_size": 16384, "codebook_embed_dim": 8, "z_channels": 256}
 VQ16 |= {"encoder_ch_mult": (1, 1, 2, 2, 4), "decoder_ch_mult": (1, 1, 2, 2, 4)}

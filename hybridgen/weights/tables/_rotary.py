@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen.convert.options import Options
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
 
 NEVER = 1e30  # what a frequency is divided by that turns nothing
 

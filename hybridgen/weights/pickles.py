@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hybridgen.convert.allowed import CALLS, Mapping, Name, Storage, Tensor, name_of
-from hybridgen.convert.tensors import Malformed
+from hybridgen.weights.allowed import CALLS, Mapping, Name, Storage, Tensor, name_of
+from hybridgen.weights.tensors import Malformed
 
 MAX_STEPS = 1_000_000  # opcodes, and elements handed to calls: that of some 20,000 tensors
 

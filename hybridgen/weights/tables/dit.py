@@ -8,10 +8,10 @@ is not in this config; it is that of the published schedulers, 1000 timesteps of
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, matrix, qkv
-from hybridgen.convert.tables import About, Plan, _dit
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, matrix, qkv
+from hybridgen.weights.tables import About, Plan, _dit
 
 MLPS = {"gelu-approximate": "gelu", "gelu": "gelu_exact", "geglu": "geglu_exact", "geglu-approximate": "quick_gelu"}
 MLPS |= {"swiglu": "swiglu", "linear-silu": "silu"}

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Part, Rule, heads, matrix, qkv
-from hybridgen.convert.tables import About, Plan
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Part, Rule, heads, matrix, qkv
+from hybridgen.weights.tables import About, Plan
 
 
 def _preset(gpt: tuple[int, ...], condition: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, heads, interleaved_qkv, matrix
-from hybridgen.convert.tables import About, Plan
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, heads, interleaved_qkv, matrix
+from hybridgen.weights.tables import About, Plan
 
 SIZES = {  # layers, heads, width
     "B": (12, 12, 768),

@@ -6,9 +6,9 @@ The config is that of the published YAML under `model.params`.
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule
-from hybridgen.convert.tables import About, Plan, _residual
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule
+from hybridgen.weights.tables import About, Plan, _residual
 
 F16 = {"double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
 F16 |= {"ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (16,), "dropout": 0.0}

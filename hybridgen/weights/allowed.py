@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hybridgen.convert.tensors import Malformed, shown
+from hybridgen.weights.tensors import Malformed, shown
 
 _STORAGES = {
     "Double": np.float64,

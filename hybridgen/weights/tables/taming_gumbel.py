@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, pointwise
-from hybridgen.convert.tables import About, Plan, _residual
-from hybridgen.convert.tables.taming_vqgan import DROPPED, F16, REMAP, network, remap
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, pointwise
+from hybridgen.weights.tables import About, Plan, _residual
+from hybridgen.weights.tables.taming_vqgan import DROPPED, F16, REMAP, network, remap
 
 F8 = F16 | {"ch_mult": (1, 1, 2, 4), "attn_resolutions": (32,)}
 

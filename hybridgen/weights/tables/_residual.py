@@ -6,8 +6,8 @@ Letters: l level, i block of a level.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from hybridgen.convert.rules import Rule, as_convs, conv, heads, pointwise, qkv, same
 from hybridgen.core.errors import UserError
+from hybridgen.weights.rules import Rule, as_convs, conv, heads, pointwise, qkv, same
 
 NET = "params/net"
 

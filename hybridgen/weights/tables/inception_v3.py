@@ -6,10 +6,10 @@ The config has the options of its class `InceptionV3`; `preprocessing` is ours, 
 from collections.abc import Mapping
 from typing import Any
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Rule, conv, matrix
-from hybridgen.convert.tables import About, Plan, _statistics
 from hybridgen.core.errors import UserError
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Rule, conv, matrix
+from hybridgen.weights.tables import About, Plan, _statistics
 
 SIDE = 299
 

@@ -5,8 +5,8 @@ Letters: d width, f hidden, h heads, k head width.
 
 import numpy as np
 
-from hybridgen.convert.options import Options
-from hybridgen.convert.rules import Part
+from hybridgen.weights.options import Options
+from hybridgen.weights.rules import Part
 
 # official name -> ours (nn/mlp.py): plain, gated
 ACTIVATIONS = {
