@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen import pictures
 from hybridgen.core import sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.evals import sheet
-from hybridgen.experiment import Loaded, find_run, restore
+from hybridgen.runs import drawing
+from hybridgen.runs.experiment import Loaded, find_run, restore
 from hybridgen.sample import conditions, shape_of, words
 
 
@@ -93,22 +93,22 @@ class Model:
         """
         asked = _asked(prompts, labels)
         for name, value in (("count", count), ("batch", batch), ("seed", seed)):
-            pictures.check_number(name, value)
+            drawing.check_number(name, value)
         loaded, draw = self._loaded, self._drawn_by(options, size)
         repeated = [one for one in asked for _ in range(count)]
         cond = conditions(loaded, repeated)
         batch = sharding.padded(loaded.mesh, min(batch, len(repeated)))
         with jax.set_mesh(loaded.mesh):
-            pieces = list(pictures.draw_all(draw, cond, seed, batch, loaded.put))
+            pieces = list(drawing.draw_all(draw, cond, seed, batch, loaded.put))
         out = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         draft = transforms.to_uint8(out["draft"]) if "draft" in out else None
         return Samples(transforms.to_uint8(out["image"]), draft, out.get("tokens"), tuple(map(words, repeated)))
 
     def _drawn_by(self, options: dict[str, Any], size: str | None) -> Callable:
         """The program with these options for this size. Raises UserError for one that there is not."""
-        if odd := sorted(options.keys() - pictures.GIVEN.keys()):
-            raise UserError(f"unknown option {odd[0]!r}; known are {', '.join(pictures.GIVEN)}")
-        changes = {pictures.GIVEN[name]: value for name, value in options.items() if value is not None}
+        if odd := sorted(options.keys() - drawing.GIVEN.keys()):
+            raise UserError(f"unknown option {odd[0]!r}; known are {', '.join(drawing.GIVEN)}")
+        changes = {drawing.GIVEN[name]: value for name, value in options.items() if value is not None}
         shape = shape_of(self._loaded, size)
         try:
             return self._drawer(tuple(sorted(changes.items())), shape) if changes or shape else self._loaded.draw

@@ -45,11 +45,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from hybridgen import rundir
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.cost import against, chips, hlo, programs, roofline
+from hybridgen.runs import folder as run_folder
 from hybridgen.state import inference_params
 
 FED = 8  # steps on what the loader gives, at most
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         against.check(built)
     report = {"config": args.config} | bench(built, built.names(args.what), args.steps, bool(args.against))
     if json:
-        rundir.write_json(json, report)
+        run_folder.write_json(json, report)
     return 0
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 
-from hybridgen import rundir
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
-from hybridgen.experiment import find_run
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs.experiment import find_run
 
 HEAD = ("point", "code, bits", "perplexity, of the codebook", "PSNR", "right, reconstructed", "prior's loss")
 HEAD += ("nats a picture", "bits a picture", "right, from captions", "by objects")
@@ -52,8 +52,8 @@ def stage(config: Any, place: Path) -> None:
     points = dict(sorted(points.items(), key=lambda item: _size(item[1])))
     text = markdown(points, list(missing))
     if jax.process_index() == 0:
-        rundir.make(place)
-        rundir.write_json(place / "table.json", {"split": config.split, "points": points, "missing": missing})
+        run_folder.make(place)
+        run_folder.write_json(place / "table.json", {"split": config.split, "points": points, "missing": missing})
         (place / "table.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"table  {place / 'table.md'}")
@@ -98,7 +98,7 @@ def pictures(folder: Path, split: str) -> dict[str, Any]:
     file = folder / "report.json"
     if not file.is_file():
         raise UserError(f"no report in {folder} yet")
-    report, out = rundir.read_json(file), {}
+    report, out = run_folder.read_json(file), {}
     if split not in report["splits"]:
         raise UserError(f"the report in {folder} is not of the split {split!r}, but of {', '.join(report['splits'])}")
     for kind, drawn in report["splits"][split].items():

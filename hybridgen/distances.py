@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import experiment
 from hybridgen.core import sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, transforms
 from hybridgen.evals import fid, prdc, reference
 from hybridgen.metrics import progress
+from hybridgen.runs import experiment
 
 SPLITS = ("train", "validation", "holdout")
 LEAST = 2 * (prdc.COVERED + 1)  # pictures of a side

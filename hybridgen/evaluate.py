@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import distances, pictures, rundir
+from hybridgen import distances
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, sharding
@@ -26,8 +26,10 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
-from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.metrics import progress
+from hybridgen.runs import drawing
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs.experiment import Loaded, find_run, restore
 
 CALLED = (("image", "render"), ("draft", "draft"))
 
@@ -46,7 +48,7 @@ def evaluate(
     for split, source in data.items():
         if compare and len(source) < distances.LEAST:
             raise UserError(f"distances need {distances.LEAST} pictures, the split {split!r} has {len(source)}")
-    rundir.make(folder)
+    run_folder.make(folder)
     report: dict[str, Any] = {"family": loaded.config.family, "step": loaded.step, "seed": seed, "splits": {}}
     report["options"] = config_lib.plain(loaded.config.sample.options)
     with jax.set_mesh(loaded.mesh):
@@ -60,7 +62,7 @@ def evaluate(
     if compare:
         report["distances"] = compare.about
     if jax.process_index() == 0:
-        rundir.write_json(folder / "report.json", report)
+        run_folder.write_json(folder / "report.json", report)
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     return report
 
@@ -118,7 +120,7 @@ def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndar
 def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[str, np.ndarray]:
     """All pictures of a run for `cond`, as numpy."""
     batch = sharding.padded(loaded.mesh, batch)
-    pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
+    pieces = drawing.draw_all(loaded.draw, cond, seed, batch, loaded.put)
     total = -(-len(next(iter(cond.values()))) // batch)
     pieces = list(progress(pieces, total=total, label=f"drawing {label}"))
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -236,16 +238,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--features", metavar="RUN", help="run of a network of features, for distances")
     parser.add_argument("--reference", help="of the distances: a split, a folder or a file of ADM (default: train)")
     parser.add_argument("--reference-count", type=int, metavar="N", help="pictures of it at most (default: --count)")
-    pictures.add_arguments(parser)
+    drawing.add_arguments(parser)
     distributed.add_arguments(parser)
     args = parser.parse_args(argv)
-    pictures.check_arguments(args)
+    drawing.check_arguments(args)
     for name in ("reference", "reference_count"):
         if getattr(args, name) is not None and args.features is None:
             raise UserError(f"--{name.replace('_', '-')} needs --features, the network to compare on")
     distributed.start(args)
     folder = find_run(args.run, None)
-    loaded = restore(folder, pictures.changes(args), args.checkpoint)
+    loaded = restore(folder, drawing.changes(args), args.checkpoint)
     if not loaded.draws:
         raise UserError(f"{args.run} cannot be measured: {loaded.config.family} draws no pictures")
     out = args.out or folder / "evaluation"

@@ -4,18 +4,18 @@
     hybridgen sample --run shapes --prompt "a small red circle"
 
 The bundle draws what the run draws, and stands wherever a run is read: `sample`, `evaluate`, `config.parts.NAME`,
-`init_from`, `hybridgen.load`. It does not train on: the optimiser stays behind. See hybridgen.bundle for the files.
+`init_from`, `hybridgen.load`. It does not train on: the optimiser stays behind. See hybridgen.runs.bundle for the files.
 """
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridgen import bundle, checkpoint
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
-from hybridgen.experiment import find_run, load
+from hybridgen.runs import bundle, checkpoint
+from hybridgen.runs.experiment import find_run, load
 
 
 def export(folder: Path, out: Path, dtype: str = "float32", step: int | None = None) -> int:

@@ -42,12 +42,12 @@ from typing import Any
 
 import jax
 
-from hybridgen import rundir
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, hlo, programs, roofline, suggest, topology
+from hybridgen.runs import folder
 
 GIB = 2**30
 QUICK = {"exec_time_optimization_effort": -0.5}
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         report = preflight(built, built.names(args.what), room, options)
     report = {"config": args.config, "topology": args.topology, "slices": args.slices} | report
     if json:
-        rundir.write_json(json, report)
+        folder.write_json(json, report)
     return 0 if report["fits"] else 1
 
 

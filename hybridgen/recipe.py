@@ -16,20 +16,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridgen import cache, compare, distances, evaluate, resume, rundir, train
+from hybridgen import cache, compare, distances, evaluate, resume, train
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
-from hybridgen.experiment import find_run, restore
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs.experiment import find_run, restore
 
 
 def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
     """Runs the stages in `folder`. False if a signal stopped one."""
     check(config)
     check_stages(config)
-    rundir.make(folder)
+    run_folder.make(folder)
     started = time.monotonic()
     for number, name in enumerate(config.order, 1):
         stage, place = placed(config.stages[name], folder / name), folder / name

@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 
-from hybridgen import checkpoint, metrics, pictures, rundir
+from hybridgen import metrics
 from hybridgen import state as state_lib
 from hybridgen.core import config as config_lib
 from hybridgen.core import sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.experiment import Experiment, earlier
 from hybridgen.models.parts import find
+from hybridgen.runs import checkpoint, drawing
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs.experiment import Experiment, earlier
 
 
 def checked(config: Any, source: Callable = sources.build) -> Any:
@@ -24,7 +26,7 @@ def checked(config: Any, source: Callable = sources.build) -> Any:
     """
     find(config.family)
     sharding.check_batch(sharding.make_mesh(config.mesh), config.batch, config.accumulate)
-    pictures.checked(config.sample.options)
+    drawing.checked(config.sample.options)
     if config.eval.every or config.sample.every:
         source(config.data, "validation")
     return source(config.data, "train")
@@ -74,7 +76,7 @@ def allowed(words: str, runs: list[tuple[Any, Path]]) -> tuple[str, ...]:
         keys |= {f"parts.{name}" for name in config.parts}
         for file in sorted(folder.glob("checkpoints/*/about/metadata")) if wanted else ():
             with contextlib.suppress(UserError, AttributeError):  # a damaged one is told of when it is read
-                keys |= set(config_lib.flatten(rundir.read_json(file).get("fingerprint", {})))
+                keys |= set(config_lib.flatten(run_folder.read_json(file).get("fingerprint", {})))
     groups = ("config", "data", "parts")
     for word in wanted:
         if word not in groups and not any(key == word or key.startswith(f"{word}.") for key in keys):

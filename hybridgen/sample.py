@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen import pictures, rundir
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.evals.sheet import sheet
-from hybridgen.experiment import Loaded, find_run, restore
 from hybridgen.metrics import progress
 from hybridgen.models.parts import Shape
+from hybridgen.runs import drawing, folder
+from hybridgen.runs.experiment import Loaded, find_run, restore
 
 Asked = tuple[str | None, int | None]  # a prompt, a class
 
@@ -33,13 +33,13 @@ def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int
     cond = conditions(loaded, [one for one in asked for _ in range(count)])
     prompts = [words(one) for one in asked for _ in range(count)]
     batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
-    rundir.make(out)
+    folder.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
     if writes and (older := len(list(out.glob("[0-9]*.png")))):
         text = f"warning: {older} older pictures are in {out}; those of the same number are written over"
         print(text, file=sys.stderr)
     with jax.set_mesh(loaded.mesh):
-        pieces = pictures.draw_all(loaded.draw, cond, seed, batch, loaded.put)
+        pieces = drawing.draw_all(loaded.draw, cond, seed, batch, loaded.put)
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="drawing"):
             shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
             kept.append(np.concatenate(shown, 2))
@@ -75,7 +75,7 @@ def conditions(loaded: Loaded, asked: list[Asked]) -> dict[str, np.ndarray]:
         raise UserError(f"a {kind} run takes no prompts")
     if (text is not None) != loaded.reads:
         raise UserError(f"this {kind} run {'takes a prompt: --prompt' if loaded.reads else 'takes no prompts'}")
-    cond = pictures.text_cond(loaded.text, [text for text, _ in asked]) if loaded.reads else {}
+    cond = drawing.text_cond(loaded.text, [text for text, _ in asked]) if loaded.reads else {}
     if (label is not None) != (loaded.classes > 0) or not all(0 <= (n or 0) < max(loaded.classes, 1) for _, n in asked):
         known = f"takes a class: --label 0 to {loaded.classes - 1}" if loaded.classes else "takes no --label"
         raise UserError(f"this {kind} run {known}, and was given {label}")
@@ -130,13 +130,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time")
     parser.add_argument("--out", type=a_folder, default=Path("samples"), help="folder for PNGs and grid.png")
     parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft beside each render")
-    pictures.add_arguments(parser)
+    drawing.add_arguments(parser)
     distributed.add_arguments(parser)
     args = parser.parse_args(argv)
-    pictures.check_arguments(args)
+    drawing.check_arguments(args)
     asked = read_asked(args)
     distributed.start(args)
-    loaded = restore(find_run(args.run, None), pictures.changes(args), args.checkpoint)
+    loaded = restore(find_run(args.run, None), drawing.changes(args), args.checkpoint)
     if shape := shape_of(loaded, args.size):
         loaded = loaded._replace(draw=loaded.drawer({}, shape))
     grid = sample(loaded, asked, args.count, args.seed, args.batch, args.out, args.draft)

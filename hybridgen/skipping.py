@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridgen import checkpoint, rundir
 from hybridgen.core import distributed
 from hybridgen.core.errors import UserError
+from hybridgen.runs import checkpoint
+from hybridgen.runs import folder as run_folder
 
 
 def jump(state: dict, step: jax.Array) -> dict:
@@ -49,7 +50,9 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
         first = start or 0
         job.skipped.append((first, end))
         if jax.process_index() == 0:
-            rundir.write_json(writer.folder / "skipped.json", [list(pair) for pair in job.skipped[len(health.skip) :]])
+            run_folder.write_json(
+                writer.folder / "skipped.json", [list(pair) for pair in job.skipped[len(health.skip) :]]
+            )
         distributed.exchange(f"skipped/{len(job.skipped)}", "written")
         state = job.state_at(start)
     writer.rewind(first)
@@ -60,7 +63,7 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
 def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
     """What config and run folder say is skipped, config first. Raises UserError for what is no list of intervals."""
     file = folder / "skipped.json"
-    found = rundir.read_json(file) if file.is_file() else []
+    found = run_folder.read_json(file) if file.is_file() else []
     named = [("health.skip", pair) for pair in config.health.skip]
     named += [(file, pair) for pair in (found if isinstance(found, list) else [found])]
     for where, pair in named:

@@ -22,16 +22,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybridgen import checkpoint, metrics, optim, profiling, resume, rundir, skipping, stream
+from hybridgen import metrics, optim, profiling, resume, skipping, stream
 from hybridgen import state as state_lib
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, rng, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
-from hybridgen.experiment import Experiment, build
 from hybridgen.models.parts import sized
-from hybridgen.pictures import sample_grid
+from hybridgen.runs import checkpoint
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs.drawing import sample_grid
+from hybridgen.runs.experiment import Experiment, build
 from hybridgen.warmup import shaped
 from hybridgen.watchdog import Watchdog
 
@@ -180,7 +182,7 @@ class Job(NamedTuple):
     grid: Callable | None  # (params, extra) -> picture
     skipped: list  # intervals [first, end) of batches that are not trained on
     watchdog: Watchdog
-    signals: rundir.Signals
+    signals: run_folder.Signals
 
     @contextlib.contextmanager
     def doing(self, step: int, what: str) -> Iterator[None]:
@@ -280,7 +282,7 @@ def prepare(
     timer: metrics.Timer,
     label: str,
     watchdog: Watchdog,
-    signals: rundir.Signals,
+    signals: run_folder.Signals,
 ) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
     source, skipped = resume.checked(config), skipping.intervals(config, folder)
@@ -301,9 +303,9 @@ def prepare(
 
         state_at = functools.partial(resume.beginning, experiment, folder, saved, rule.which, abstract, make, timer)
         if jax.process_index() == 0:  # not before everything fits together
-            rundir.write_json(folder / "config.json", resolved)
+            run_folder.write_json(folder / "config.json", resolved)
             if experiment.text is not None:
-                rundir.write_json(folder / "text.json", experiment.text.to_json())
+                run_folder.write_json(folder / "text.json", experiment.text.to_json())
         state = state_at(start)
         options = {"start_step": start or 0, "total_steps": config.steps, "batch": config.batch}
         writer = metrics.Writer(folder, every=config.log.every, label=label, timer=timer, **options)
@@ -336,9 +338,9 @@ def specs_of(batch: dict, rows: int) -> dict:
 def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = "train") -> bool:
     """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
     timer = metrics.Timer()
-    rundir.make(folder)
+    run_folder.make(folder)
     watchdog = Watchdog(config.health.hang)
-    with rundir.lock(folder), rundir.Signals() as signals, watchdog:
+    with run_folder.lock(folder), run_folder.Signals() as signals, watchdog:
         job, state, start = prepare(config, folder, allow, timer, label, watchdog, signals)
         job.writer.line(
             f"{label}: {config.family}, {trees.count(state['params']):,} parameters, "

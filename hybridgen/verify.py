@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from hybridgen import rundir
 from hybridgen.cli import command, make_parser
 from hybridgen.core.errors import UserError
 from hybridgen.replays import Case, find
+from hybridgen.runs import folder as run_folder
 from hybridgen.weights.tensors import shown
 
 MAX_BYTES = 2**33  # of all recorded arrays, unpacked
@@ -45,7 +45,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def verify(source: str, folder: Path, report=print) -> bool:
     """Whether every recorded output is reproduced; `report` gets one line an output. Raises UserError, see above."""
     system, replay = find(source)
-    config = rundir.read_json(folder / "config.json")
+    config = run_folder.read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'} holds no mapping")
     case = Case(system, folder, config, read_arrays(folder / "io.npz"), report)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.checkpoint import Checkpointer, digest
+from hybridgen.runs.checkpoint import Checkpointer, digest
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,10 +24,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hybridgen import checkpoint, cli, train
-from hybridgen.checkpoint import Checkpointer
+from hybridgen import cli, train
 from hybridgen.core import config, sharding
 from hybridgen.data import pipeline
+from hybridgen.runs import checkpoint
+from hybridgen.runs.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 # all that a state may hold: moments, an average, and a codebook that learns without gradients; some ms a step

@@ -24,11 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridgen import importing
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
+from hybridgen.runs import importing
 from hybridgen.weights import tables
 from hybridgen.weights.files import open_weights
 

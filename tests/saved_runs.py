@@ -6,8 +6,10 @@ import tiny
 from tiny import ROOT  # noqa: F401  so that configs can be imported
 
 from configs import common
-from hybridgen import checkpoint, experiment, resume, rundir, state
+from hybridgen import resume, state
 from hybridgen.data import sources
+from hybridgen.runs import checkpoint, experiment
+from hybridgen.runs import folder as run_folder
 
 DATA = common.shapes(resolution=tiny.SIDE, length=8, shapes=("circle", "square"), templates=1)
 PROMPT = "a small red circle"
@@ -24,12 +26,12 @@ def save(folder: Path, family: str, model: dict, parts: dict, seed: int, options
     specs = state.spec_of(tiny.batch(1))
     now, average = (tiny.filled(built.family, built.model, specs, built.parts, number) for number in (seed, seed + 90))
     arrays = {"params": now.get("params", {}), "ema": average.get("params", {}), "extra": now["extra"]}
-    rundir.make(folder)
+    run_folder.make(folder)
     with checkpoint.Checkpointer(folder / "checkpoints") as saved:
         saved.save(STEP, arrays, meta={"parts": built.digests})
-    rundir.write_json(folder / "config.json", resume.described(config, built, source)[0])
+    run_folder.write_json(folder / "config.json", resume.described(config, built, source)[0])
     if built.text:
-        rundir.write_json(folder / "text.json", built.text.to_json())
+        run_folder.write_json(folder / "text.json", built.text.to_json())
     return folder
 
 

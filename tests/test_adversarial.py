@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import experiment
 from hybridgen.core import config as config_lib
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
@@ -23,6 +22,7 @@ from hybridgen.models import losses
 from hybridgen.models.parts import find
 from hybridgen.models.tokenizers import judging, kl, vq
 from hybridgen.nn.discriminator import PatchGAN
+from hybridgen.runs import experiment
 
 GAME = {"weight": 0.8, "start": 3, "adaptive": True, "width": 4, "depth": 2, "groups": 2}
 VQ = tiny.VQ | {"quantizer": "fsq", "levels": (4, 3), "l1": 1.0, "mse": 0.0, "adversarial": GAME}

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import reference
 
-from hybridgen import importing
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.models.parts import find
 from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn import quantize
 from hybridgen.nn.autoencoder import Autoencoder
+from hybridgen.runs import importing
 from hybridgen.weights import rules, safetensors, tables
 from hybridgen.weights.files import open_weights
 

@@ -16,11 +16,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import hybridgen
-from hybridgen import experiment, metrics, sample, train
+from hybridgen import metrics, sample, train
 from hybridgen.core import config, rng
 from hybridgen.core.errors import UserError
 from hybridgen.data import buckets, sources
-from hybridgen.experiment import load
 from hybridgen.models import parts as parts_lib
 from hybridgen.models.ar import raster
 from hybridgen.models.diffusion import dit
@@ -28,6 +27,8 @@ from hybridgen.models.hybrid import cascade
 from hybridgen.models.text import lm
 from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn.position import learned
+from hybridgen.runs import experiment
+from hybridgen.runs.experiment import load
 from hybridgen.state import spec_of
 
 STEPS, EVERY, B = 8, 4, 4

@@ -13,12 +13,13 @@ import saved_runs
 import tiny
 
 import hybridgen
-from hybridgen import bundle, checkpoint, experiment, export, manifest, sample
+from hybridgen import export, sample
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import sources
+from hybridgen.runs import bundle, checkpoint, experiment, manifest
 from hybridgen.weights import safetensors
 
 ROOT = Path(__file__).parents[1]

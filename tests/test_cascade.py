@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import pictures
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.models.ar import raster
 from hybridgen.models.hybrid import cascade
 from hybridgen.models.parts import Part, find
+from hybridgen.runs import drawing
 
 B, N = 8, 16
 MEMBERS = ("prior", "decoder")
@@ -47,7 +47,7 @@ def asked(b=B, start=0):
 
 
 def keys_of(b=B, start=0):
-    return pictures.keys_for(0, np.arange(start, start + b))
+    return drawing.keys_for(0, np.arange(start, start + b))
 
 
 def loss_of(part, given=None, train=True):
@@ -188,7 +188,7 @@ def drawn_by(prior=(), decoder=(), mode="tokens"):
     """(cascade, its program) with these sampling options, as pairs."""
     part = joint(mode=mode)
     options = {"prior": dict(prior), "decoder": {"steps": 2} | dict(decoder)}
-    return part, pictures.sampler(cascade, part.model, options)
+    return part, drawing.sampler(cascade, part.model, options)
 
 
 def draw(cond, keys, **options):
@@ -281,7 +281,7 @@ def test_a_picture_is_the_same_whatever_the_batch():
         assert tiny.same(out[name][:3], other[name][5:]), name
     # five at a time, the second batch padded
     rows = {name: np.asarray(value) for name, value in cond.items()}
-    pieces = list(pictures.draw_all(lambda cond, keys: draw(cond, keys, **GUIDED), rows, 0, 5, jax.device_put))
+    pieces = list(drawing.draw_all(lambda cond, keys: draw(cond, keys, **GUIDED), rows, 0, 5, jax.device_put))
     assert [len(piece["image"]) for piece in pieces] == [5, 3]
     apart = {name: np.concatenate([piece[name] for piece in pieces]) for name in out}
     assert tiny.same(out["tokens"], apart["tokens"])
@@ -302,7 +302,7 @@ def test_given_members_draw_what_members_trained_here_draw():
     out = program(part.params, {}, parts(), cond, keys)
     apart = cascade.build({})
     given = given_parts(part, *MEMBERS)
-    alone = pictures.sampler(cascade, apart, {"prior": {}, "decoder": {"steps": 2}})
+    alone = drawing.sampler(cascade, apart, {"prior": {}, "decoder": {"steps": 2}})
     assert tiny.same(out, alone({}, {}, given, cond, keys))
     assert cascade.init(apart, jax.random.key(0), {}, given) == {"params": {}, "extra": {}}
     # what a config says of a member, and its way through JSON, is the model that is trained alone
@@ -369,7 +369,7 @@ def test_any_prior_with_any_decoder(prior, decoder):
     for name in MEMBERS:
         assert np.isfinite(largest(grads[name])) and largest(grads[name]) > 1e-6
 
-    program = pictures.sampler(cascade, part.model, {"prior": {"guidance": 2.0}, "decoder": {"steps": 2}})
+    program = drawing.sampler(cascade, part.model, {"prior": {"guidance": 2.0}, "decoder": {"steps": 2}})
     cond, keys = {name: batch[name] for name in ("text", "text_mask", "label")}, keys_of(4)
     out = program(part.params, {}, parts(), cond, keys)
     assert out["tokens"].shape == (4, N) and 0 <= out["tokens"].min() and out["tokens"].max() < tokenizer.model.vocab

@@ -24,9 +24,9 @@ from checkpoint_cases import (
     three_steps,
 )
 
-from hybridgen.checkpoint import Checkpointer, SaveError, digest
 from hybridgen.core.errors import UserError
-from hybridgen.identity import check_fingerprint
+from hybridgen.runs.checkpoint import Checkpointer, SaveError, digest
+from hybridgen.runs.fingerprint import check_fingerprint
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_the_only_good_step_stays(saved):
     with Checkpointer(saved, keep=1) as saver:
         assert saver.newest_good(report=lambda line: None) == 1
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hybridgen.manifest.write", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+            patch.setattr("hybridgen.runs.manifest.write", lambda *_: (_ for _ in ()).throw(OSError("disk")))
             saver.save(5, state_of(5))
             with pytest.raises(SaveError):
                 saver.wait()
@@ -209,7 +209,7 @@ def test_threads_and_files_do_not_grow(tmp_path):
 SHARDED = """
 import sys, jax, numpy as np, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from hybridgen.checkpoint import Checkpointer, digest
+from hybridgen.runs.checkpoint import Checkpointer, digest
 def mesh(*shape):
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=devices)
@@ -249,7 +249,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, me)
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from checkpoint_cases import flip
-from hybridgen.checkpoint import Checkpointer
+from hybridgen.runs.checkpoint import Checkpointer
 place = NamedSharding(jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,)), P("a"))
 def state(n):
     whole = np.random.default_rng(n).random((4, 8), np.float32)

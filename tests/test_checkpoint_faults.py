@@ -22,8 +22,8 @@ from checkpoint_cases import (
     three_steps,
 )
 
-from hybridgen.checkpoint import Checkpointer, SaveError
 from hybridgen.core.errors import UserError
+from hybridgen.runs.checkpoint import Checkpointer, SaveError
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_leftovers_of_a_killed_save_are_removed(saved):
 
 KILLED = """
 import sys, numpy as np
-from hybridgen.checkpoint import Checkpointer
+from hybridgen.runs.checkpoint import Checkpointer
 saver = Checkpointer(sys.argv[1], keep=3)
 step = saver.newest_good(report=lambda line: None) or 0
 while True:
@@ -170,7 +170,7 @@ def test_sigkill_in_20_saves(tmp_path):
 DISK_FULL = """
 import resource, sys, numpy as np
 from checkpoint_cases import abstract, same
-from hybridgen.checkpoint import Checkpointer, SaveError
+from hybridgen.runs.checkpoint import Checkpointer, SaveError
 state = lambda n: {"params": {"x": np.random.default_rng(n).random((400, 400), np.float32)}, "step": np.int32(n)}
 saver = Checkpointer(sys.argv[1], keep=2)
 saver.save(1, state(1)); saver.wait()
@@ -204,7 +204,7 @@ def test_a_failed_save_is_reported_by_the_next_call(saved, monkeypatch):
 
     with Checkpointer(saved, keep=3) as saver:
         with monkeypatch.context() as patch:
-            patch.setattr("hybridgen.manifest.write", broken)
+            patch.setattr("hybridgen.runs.manifest.write", broken)
             saver.save(4, state_of(4))
             saver._thread.join()
         with pytest.raises(SaveError, match="4 .*No space left"):

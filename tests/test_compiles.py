@@ -10,7 +10,7 @@ from PIL import Image
 
 from hybridgen import evaluate, metrics, sample, train
 from hybridgen.core import config
-from hybridgen.experiment import restore
+from hybridgen.runs.experiment import restore
 
 ROOT = Path(__file__).parents[1]
 

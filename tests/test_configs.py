@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import compare, experiment, pictures, recipe
+from hybridgen import compare, recipe
 from hybridgen.core import config as config_lib
 from hybridgen.core import sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
-from hybridgen.experiment import restore
 from hybridgen.models.ar import raster
+from hybridgen.runs import drawing, experiment
+from hybridgen.runs.experiment import restore
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/recipes/*.py"))
@@ -52,7 +53,7 @@ def test_tiny_trains_and_samples(path, tiny_run):
     batch = next(pipeline.batches(sources.build(loaded.config.data, "validation"), loaded.text, batch=count, seed=0))
     cond = {name: batch[name] for name in ("image", "text", "text_mask", "label")}
     with jax.set_mesh(loaded.mesh):
-        pieces = list(pictures.draw_all(loaded.draw, cond, seed=0, batch=2, put=loaded.put))
+        pieces = list(drawing.draw_all(loaded.draw, cond, seed=0, batch=2, put=loaded.put))
     if loaded.config.family.startswith("text."):  # draws no pictures
         text = np.concatenate([piece["text"] for piece in pieces])  # b n
         assert text.shape[0] == count and (0 <= text).all() and (text < loaded.text.vocab_size).all()

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torchfile
 
-from hybridgen import checkpoint, cli, experiment, importing
+from hybridgen import cli
 from hybridgen.core import trees
+from hybridgen.runs import checkpoint, experiment, importing
 from hybridgen.weights import safetensors, tables
 from hybridgen.weights.files import open_weights
 

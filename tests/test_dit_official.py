@@ -12,12 +12,13 @@ import reference_dit
 from test_autoencoders import drawn
 from test_verify import GOLDEN
 
-from hybridgen import experiment, importing, sample, verify
+from hybridgen import sample, verify
 from hybridgen.core import config as config_lib
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.models.diffusion import dit, process, variance
+from hybridgen.runs import experiment, importing
 from hybridgen.sampling import guidance, official, schedules
 from hybridgen.weights import rules, safetensors, tables
 

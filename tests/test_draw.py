@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import evaluate, pictures, profiling, sample, train
+from hybridgen import evaluate, profiling, sample, train
 from hybridgen.core import config
 from hybridgen.core.errors import UserError
+from hybridgen.runs import drawing
 from hybridgen.sampling import guidance
 
 ROOT = Path(__file__).parents[1]
@@ -90,11 +91,11 @@ def test_a_prior_that_reads_takes_no_class(tiny_run, tmp_path):
 
 
 def test_guidance_is_a_scale_a_schedule_or_several_scales():
-    plain = pictures.checked({"prior": {"guidance": 3, "guidance_schedule": "constant"}})
+    plain = drawing.checked({"prior": {"guidance": 3, "guidance_schedule": "constant"}})
     assert plain == {"prior": {"guidance": 3.0}}
-    ramp = pictures.checked({"guidance": 3.0, "guidance_schedule": "linear"})["guidance"]
+    ramp = drawing.checked({"guidance": 3.0, "guidance_schedule": "linear"})["guidance"]
     np.testing.assert_allclose([ramp(p) for p in (0.0, 0.5, 1.0)], [1, 2, 3])
-    levels = pictures.checked({"guidance": {"plan": 1.5, "plan+text|text": 2}, "guidance_schedule": "linear"})
+    levels = drawing.checked({"guidance": {"plan": 1.5, "plan+text|text": 2}, "guidance_schedule": "linear"})
     assert sorted(levels["guidance"]) == ["plan", "plan+text|text"] and callable(levels["guidance"]["plan"])
     assert len(guidance.parse(levels["guidance"])) == 2
     for wrong, says in (
@@ -104,7 +105,7 @@ def test_guidance_is_a_scale_a_schedule_or_several_scales():
         ({"decoder": {"size": 3}}, "unknown option 'decoder.size'"),
     ):
         with pytest.raises(UserError, match=says):
-            pictures.checked(wrong)
+            drawing.checked(wrong)
 
 
 def test_render_and_draft_are_compared_picture_by_picture():

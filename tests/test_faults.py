@@ -17,10 +17,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from hybridgen import skipping, stream, train
-from hybridgen.checkpoint import Checkpointer
 from hybridgen.core import config, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline
+from hybridgen.runs.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import distances, evaluate, importing
+from hybridgen import distances, evaluate
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.evals import fid, prdc
-from hybridgen.experiment import restore
 from hybridgen.models.features import inception
 from hybridgen.models.parts import Part
 from hybridgen.nn import convnorm
+from hybridgen.runs import importing
+from hybridgen.runs.experiment import restore
 from hybridgen.weights import rules, safetensors, tables
 from hybridgen.weights.files import open_weights
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text, transforms
-from hybridgen.identity import check_fingerprint
+from hybridgen.runs.fingerprint import check_fingerprint
 
 EMOJI = Path(__file__).parents[2] / "shared" / "data" / "emoji"
 RED, BLUE = (255, 0, 0), (0, 0, 255)

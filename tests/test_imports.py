@@ -127,7 +127,7 @@ def test_what_is_imported_is_declared():
         ("hybridgen.sampling.decode", "hybridgen.core.rng"),
         ("hybridgen.data.text", "hybridgen.models.parts.find"),
         ("hybridgen.weights.llamagen", "hybridgen.models.ar.raster"),
-        ("hybridgen.weights.tables.taming_vqgan", "hybridgen.importing"),
+        ("hybridgen.weights.tables.taming_vqgan", "hybridgen.runs.importing"),
         ("hybridgen.models.ar.raster", "hybridgen.models.diffusion.dit.DiT"),
         ("hybridgen.models.ar.raster", "hybridgen.train"),
         ("hybridgen.models.ar.raster", "hybridgen.data.shapes"),

@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torchfile
 
-from hybridgen import cli, importing, sample
+from hybridgen import cli, sample
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.models.ar import conditions, raster
+from hybridgen.runs import importing
 from hybridgen.sampling import guidance
 from hybridgen.weights import rules, tables
 from hybridgen.weights.files import open_weights

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridgen import experiment, importing
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
+from hybridgen.runs import experiment, importing
 from hybridgen.weights import rules, tables
 
 GOLDEN = Path(__file__).parent / "golden" / "lpips_vgg.npz"

@@ -17,7 +17,7 @@ import pytest
 
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text, transforms
-from hybridgen.identity import check_fingerprint
+from hybridgen.runs.fingerprint import check_fingerprint
 
 
 class Numbers:

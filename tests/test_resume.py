@@ -12,11 +12,12 @@ import pytest
 import tiny
 from fault_cases import ends, final, log_of, newest, notes_of
 
-from hybridgen import manifest, train
-from hybridgen.checkpoint import Checkpointer
+from hybridgen import train
 from hybridgen.core import config
 from hybridgen.core.errors import UserError
-from hybridgen.experiment import load
+from hybridgen.runs import manifest
+from hybridgen.runs.checkpoint import Checkpointer
+from hybridgen.runs.experiment import load
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, KILLS = 800, 20, 20
@@ -119,7 +120,7 @@ def test_a_failed_save_is_noted_and_the_run_goes_on(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(folder, step)
 
-    monkeypatch.setattr("hybridgen.manifest.write", sometimes)
+    monkeypatch.setattr("hybridgen.runs.manifest.write", sometimes)
     words = ["steps=6", "batch=4", "model.channels=(16,)", "model.attention=False", "log.every=1"]
     words += ["checkpoint.every=2", "checkpoint.keep=5"]
     assert train.run(config_of("configs/tokenizers/vq.py:vq", *words), tmp_path / "run")

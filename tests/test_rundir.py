@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hybridgen import recipe, rundir, train
+from hybridgen import recipe, train
 from hybridgen.core.errors import UserError
+from hybridgen.runs import folder as run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ def holder(folder: Path, work: str = "time.sleep(60)") -> subprocess.Popen:
 def test_the_second_trainer_is_refused_by_host_and_pid(tmp_path):
     process = holder(tmp_path)
     try:
-        with pytest.raises(UserError) as error, rundir.lock(tmp_path):
+        with pytest.raises(UserError) as error, run_folder.lock(tmp_path):
             pass
         assert f"host {socket.gethostname()}, pid {process.pid}" in str(error.value) and "\n" not in str(error.value)
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == process.pid  # as it was
@@ -46,7 +47,7 @@ def test_the_second_trainer_is_refused_by_host_and_pid(tmp_path):
         process.kill()
         process.wait()
     assert (tmp_path / "lock.json").exists()  # killed: not tidied
-    with rundir.lock(tmp_path):  # and yet free
+    with run_folder.lock(tmp_path):  # and yet free
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock.json").exists()
 
@@ -58,7 +59,7 @@ def test_a_worker_of_a_dead_trainer_does_not_hold_the_folder(tmp_path):
         process.kill()
         process.wait()
         os.kill(worker, 0)  # it lives, with the lock's file open
-        with rundir.lock(tmp_path):
+        with run_folder.lock(tmp_path):
             assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -66,26 +67,26 @@ def test_a_worker_of_a_dead_trainer_does_not_hold_the_folder(tmp_path):
 
 
 def test_the_lock_is_released_by_an_exception_and_refused_within_a_process(tmp_path):
-    with pytest.raises(ZeroDivisionError), rundir.lock(tmp_path):
-        with pytest.raises(UserError, match=f"pid {os.getpid()}"), rundir.lock(tmp_path):
+    with pytest.raises(ZeroDivisionError), run_folder.lock(tmp_path):
+        with pytest.raises(UserError, match=f"pid {os.getpid()}"), run_folder.lock(tmp_path):
             pass
         _ = 1 / 0
     files = len(os.listdir("/proc/self/fd"))
-    with rundir.lock(tmp_path):
+    with run_folder.lock(tmp_path):
         pass
     assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_a_lock_that_is_none(tmp_path):
     (tmp_path / "lock.json").mkdir()
-    with pytest.raises(UserError, match=r"cannot open .*lock\.json: Is a directory"), rundir.lock(tmp_path):
+    with pytest.raises(UserError, match=r"cannot open .*lock\.json: Is a directory"), run_folder.lock(tmp_path):
         pass
 
 
 def test_sigterm_and_sigint_ask_once():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
-        with rundir.Signals() as signals:
+        with run_folder.Signals() as signals:
             assert not signals.requested
             os.kill(os.getpid(), number)
             assert signals.requested
@@ -99,7 +100,7 @@ def test_signals_in_a_thread_leave_the_handlers_alone():
     found = []
 
     def work():
-        with rundir.Signals() as signals:
+        with run_folder.Signals() as signals:
             found.append((signals.requested, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=work)
@@ -111,18 +112,18 @@ def test_signals_in_a_thread_leave_the_handlers_alone():
 def test_the_folder_is_the_owners(tmp_path):
     old = os.umask(0o022)
     try:
-        folder = rundir.make(tmp_path / "runs" / "a")
+        folder = run_folder.make(tmp_path / "runs" / "a")
     finally:
         os.umask(old)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     folder.chmod(0o750)
-    assert rundir.make(folder) == folder and stat.S_IMODE(folder.stat().st_mode) == 0o750  # the owner's wish
+    assert run_folder.make(folder) == folder and stat.S_IMODE(folder.stat().st_mode) == 0o750  # the owner's wish
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="cannot create the folder"):
-            rundir.make(wrong)
+            run_folder.make(wrong)
     (tmp_path / "a:b").mkdir()
-    assert rundir.make(tmp_path / "a:b" / "run").is_dir()  # a colon alone is a name
+    assert run_folder.make(tmp_path / "a:b" / "run").is_dir()  # a colon alone is a name
 
 
 @pytest.mark.parametrize("main", [train.main, recipe.main])
@@ -136,7 +137,7 @@ def test_a_bucket_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for where in (Path("gs://bucket/run"), "gs://bucket/run", Path("s3://bucket"), Path("hdfs://host/run")):
         with pytest.raises(UserError, match="not a path on a file system"):
-            rundir.make(where)
+            run_folder.make(where)
     assert not list(tmp_path.iterdir())
 
 
@@ -144,21 +145,21 @@ def test_a_bucket_is_refused(tmp_path, monkeypatch):
 def test_an_unwritable_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write"):
-        rundir.make(tmp_path)
+        run_folder.make(tmp_path)
 
 
 def test_json_is_whole_or_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    rundir.write_json(path, {"a": [1, "ä"]})
-    assert rundir.read_json(path) == {"a": [1, "ä"]}
+    run_folder.write_json(path, {"a": [1, "ä"]})
+    assert run_folder.read_json(path) == {"a": [1, "ä"]}
     with pytest.raises(TypeError):
-        rundir.write_json(path, {"a": 1, "b": object()})
+        run_folder.write_json(path, {"a": 1, "b": object()})
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
-        rundir.write_json(path, {"b": 2})
-    assert rundir.read_json(path) == {"a": [1, "ä"]} and os.listdir(tmp_path) == ["config.json"]
+        run_folder.write_json(path, {"b": 2})
+    assert run_folder.read_json(path) == {"a": [1, "ä"]} and os.listdir(tmp_path) == ["config.json"]
     with pytest.raises(UserError, match="cannot read"):
-        rundir.read_json(tmp_path / "none.json")
+        run_folder.read_json(tmp_path / "none.json")
     path.write_text('{"a": ')
     with pytest.raises(UserError, match="not JSON"):
-        rundir.read_json(path)
+        run_folder.read_json(path)

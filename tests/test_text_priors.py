@@ -15,7 +15,7 @@ import tiny
 from PIL import Image
 
 import hybridgen
-from hybridgen import experiment, export, importing, sample
+from hybridgen import export, sample
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
@@ -23,7 +23,8 @@ from hybridgen.cost import programs
 from hybridgen.data import text as text_lib
 from hybridgen.models.ar import raster
 from hybridgen.models.hybrid import cascade
-from hybridgen.rundir import read_json
+from hybridgen.runs import experiment, importing
+from hybridgen.runs.folder import read_json
 from hybridgen.weights import safetensors
 from hybridgen.weights.files import open_weights
 

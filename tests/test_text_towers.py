@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from test_autoencoders import drawn
 
-from hybridgen import cache, experiment, importing, sample
+from hybridgen import cache, sample
 from hybridgen.core import sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.models.parts import Part, find
 from hybridgen.models.text import clip
 from hybridgen.nn.position import relative_buckets, rotary, stretched
-from hybridgen.rundir import read_json
+from hybridgen.runs import experiment, importing
+from hybridgen.runs.folder import read_json
 from hybridgen.weights import rules, tables
 from hybridgen.weights.files import open_weights
 from hybridgen.weights.options import Options

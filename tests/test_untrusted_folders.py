@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 from test_untrusted import HUGE, refused
 
-from hybridgen import cli, experiment, manifest, rundir
-from hybridgen.checkpoint import Checkpointer
+from hybridgen import cli
 from hybridgen.core import config as config_lib
 from hybridgen.core import hostmemory, quiet
 from hybridgen.data import sources, text
+from hybridgen.runs import experiment, manifest
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,9 +163,9 @@ def test_the_json_of_a_run_of_somebody(tmp_path):
     path = tmp_path / "text.json"
     for raw in (b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe\xff", b"9" * 5000, b"{"):
         path.write_bytes(raw)
-        assert "is not JSON" in refused(rundir.read_json, path)
+        assert "is not JSON" in refused(run_folder.read_json, path)
     os.truncate(path, 2**33)
-    assert "bytes" in refused(rundir.read_json, path, megabytes=80)
+    assert "bytes" in refused(run_folder.read_json, path, megabytes=80)
     deep = json.loads("[" * 500 + "]" * 500)
     for data in (
         [],
@@ -189,12 +191,12 @@ def test_a_manifest_of_somebody(tmp_path):
     leads_out = [(name, "unreadable") for name in ("../../../dev/zero", "/dev/zero", "model/../../x", "", ".")]
     for name, says in [*leads_out, ("model/pipe", "not a regular file"), ("model/zero", "not a regular file")]:
         body = {"step": 0, "processes": 1, "files": {name: [0, "x"]}}
-        rundir.write_json(step / "manifest.json", body | {"digest": manifest._digest(body)})
+        run_folder.write_json(step / "manifest.json", body | {"digest": manifest._digest(body)})
         (fault,) = manifest.faults(step, 0)
         assert says in fault
     for files in ([], {"a": 1}, {"a": [1]}, {"a": ["1", "x"]}, {"a": [1, 2]}, "x"):
         body = {"step": 0, "processes": 1, "files": files}
-        rundir.write_json(step / "manifest.json", body | {"digest": manifest._digest(body)})
+        run_folder.write_json(step / "manifest.json", body | {"digest": manifest._digest(body)})
         assert "unreadable" in manifest.faults(step, 0)[0]
     (step / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(manifest.Damaged, match="RecursionError"):
@@ -251,7 +253,7 @@ def test_folders_are_their_owners(tmp_path):
     """Run folders and those of checkpoints; and whatever sets a compilation cache makes its folder so."""
     old = os.umask(0)
     try:
-        run = rundir.make(tmp_path / "run")
+        run = run_folder.make(tmp_path / "run")
         Checkpointer(run / "checkpoints").close()
     finally:
         os.umask(old)

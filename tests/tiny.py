@@ -13,9 +13,9 @@ import numpy as np
 
 from hybridgen import state, train
 from hybridgen.core import rng, sharding, trees
-from hybridgen.experiment import Experiment
 from hybridgen.models.losses import weighted
 from hybridgen.models.parts import Part, find
+from hybridgen.runs.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:

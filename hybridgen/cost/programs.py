@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybridgen import pictures, rundir
 from hybridgen.core import config as config_lib
 from hybridgen.core import rng, sharding, trees
 from hybridgen.core.errors import UserError
@@ -24,9 +23,10 @@ from hybridgen.cost import flops
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.buckets import largest
-from hybridgen.experiment import Experiment, Run, context, find_run, part_shardings, read_by
-from hybridgen.experiment import load as load_run
 from hybridgen.models.parts import Part, find
+from hybridgen.runs import drawing, folder
+from hybridgen.runs.experiment import Experiment, Run, context, find_run, part_shardings, read_by
+from hybridgen.runs.experiment import load as load_run
 from hybridgen.sampling import guidance
 from hybridgen.state import inference_params
 from hybridgen.train import Rule, program, specs_of
@@ -55,7 +55,7 @@ class Programs(NamedTuple):
         family, config = self.experiment.family, self.experiment.config
         if not hasattr(family, "prefill") and not hasattr(family, "member"):
             return None
-        options = pictures.checked(config.sample.options).get("prior", {})
+        options = drawing.checked(config.sample.options).get("prior", {})
 
         def prior(params: Any, extra: Any, parts: Any) -> Part:
             if hasattr(family, "member"):
@@ -211,7 +211,7 @@ def build(
     count = sharding.padded(mesh, count or config.sample.count)
     asked = [name for name in ("text", "text_mask", "label", "image") if name in specs]
     cond = {name: jax.ShapeDtypeStruct((count, *specs[name].shape[1:]), specs[name].dtype) for name in asked}
-    keys = jax.eval_shape(lambda: pictures.keys_for(config.seed, np.arange(count)))
+    keys = jax.eval_shape(lambda: drawing.keys_for(config.seed, np.arange(count)))
 
     def make() -> tuple:
         rows = next(read(batch=max(config.batch, count)))
@@ -221,7 +221,7 @@ def build(
         for name in encoders:
             batch |= jax.jit(functools.partial(_encoded, name))(real[name], batch)
         told = sharding.to_global({name: rows[name][:count] for name in cond}, mesh)
-        drawn = jax.device_put(pictures.keys_for(config.seed, np.arange(count)), by_row)
+        drawn = jax.device_put(drawing.keys_for(config.seed, np.arange(count)), by_row)
         with jax.set_mesh(mesh):
             return make_state(real), batch, real, told, drawn
 
@@ -231,7 +231,7 @@ def build(
         host = pipeline.batches(source, text, workers=config.data.workers, **options)
         return pipeline.prefetch(map(_unbroken, host), functools.partial(sharding.to_global, mesh=mesh))
 
-    draw = pictures.sampler(family, model, config.sample.options, rule.shape(batch))
+    draw = drawing.sampler(family, model, config.sample.options, rule.shape(batch))
     inputs = (_placed(x, jax.tree.map(lambda _: by_row, x)) for x in (batch, cond, keys))
     return Programs(experiment, rule, step, draw, state, *inputs, make, None if encoders else stream)
 
@@ -341,7 +341,7 @@ def load(args: argparse.Namespace, overrides: Any, devices: Any = None, changes:
 def writable(path: Path | None) -> Path | None:
     """`path`, once it is clear that a file can be written there; UserError otherwise."""
     if path is not None:
-        rundir.make(path.resolve().parent)
+        folder.make(path.resolve().parent)
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a file to write")
     return path

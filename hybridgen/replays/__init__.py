@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import importing
 from hybridgen.core.errors import UserError
 from hybridgen.models.parts import Part
+from hybridgen.runs import importing
 from hybridgen.weights import tables
 from hybridgen.weights.files import open_weights
 

@@ -27,9 +27,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from hybridgen import identity, manifest, rundir
 from hybridgen.core import distributed
 from hybridgen.core.errors import PeerError, UserError
+from hybridgen.runs import fingerprint as fingerprint_lib
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs import manifest
 
 MODEL = ("params", "ema", "extra")  # the branches of a state that lie in `model/`
 
@@ -70,7 +72,7 @@ class Checkpointer:
         self._turns = itertools.count()  # the same in every process: names for what they exchange
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         if not read_only:
-            rundir.make(self.directory)
+            run_folder.make(self.directory)
             self._sweep()
         self._saved = {step for step in self._folders() if self._marked(step)}
 
@@ -184,7 +186,7 @@ class Checkpointer:
 
     def _sound(self, step: int) -> bool:
         try:
-            return rundir.read_json(self._folder(step) / "about" / "metadata").get("sound", True)
+            return run_folder.read_json(self._folder(step) / "about" / "metadata").get("sound", True)
         except (UserError, AttributeError):  # damaged meanwhile
             return False
 
@@ -273,7 +275,7 @@ class Checkpointer:
         has = {name: {} for name, branch in abstract.items() if not jax.tree.leaves(branch)}
         for item in ("model", "training"):
             has |= self._metadata(step, item)
-        identity.compare(f"checkpoint {self._folder(step)}", has, abstract)
+        fingerprint_lib.compare(f"checkpoint {self._folder(step)}", has, abstract)
         state = {name: {} for name in abstract}
         for item, wanted in _items(abstract).items():
             state |= self._read(step, item, wanted)
@@ -320,16 +322,16 @@ class Checkpointer:
 
     def check_fingerprint(self, step: int, allow: Collection[str] = ()) -> None:
         """Raises UserError naming every key, but for `allow`, in which a step's fingerprint is not this run's."""
-        identity.check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)
+        fingerprint_lib.check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)
 
     def check_model(self, step: int, config: Mapping) -> None:
         """Raises UserError naming the keys in which this config's model is not the one that a step was saved with."""
         if saved := self._about(step)["fingerprint"].get("config"):
-            identity.check_model(f"checkpoint {self._folder(step)}", saved, config)
+            fingerprint_lib.check_model(f"checkpoint {self._folder(step)}", saved, config)
 
     def _about(self, step: int) -> dict:
         self._check(step)
-        return rundir.read_json(self._folder(step) / "about" / "metadata")
+        return run_folder.read_json(self._folder(step) / "about" / "metadata")
 
     def _check(self, step: int) -> None:
         self.wait()

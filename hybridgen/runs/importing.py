@@ -24,13 +24,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hybridgen import experiment, manifest, rundir
 from hybridgen.cli import make_parser
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.data.published import Published
 from hybridgen.models.parts import Part, find
+from hybridgen.runs import experiment, manifest
+from hybridgen.runs import folder as run_folder
 from hybridgen.weights import rules, safetensors, tables
 from hybridgen.weights.files import open_weights
 
@@ -96,7 +97,7 @@ def read_config(about: tables.About, given: str | None, where: Path) -> dict[str
             raise UserError(f"no {given}: give --config FILE{presets}")
     elif not Path(given).is_file():
         raise UserError(f"no config {given!r}: neither a file nor a preset ({', '.join(about.presets) or 'none'})")
-    config = rundir.read_json(Path(given))
+    config = run_folder.read_json(Path(given))
     if not isinstance(config, dict):
         raise UserError(f"{given} is not a config: it holds no mapping")
     return config
@@ -184,14 +185,16 @@ def write_run(
     reader = read_text(goal, parts, text, asked)
     places = {name: os.path.relpath(path.resolve(), folder.resolve()) for name, path in (given or {}).items()}
     there = folder.exists()
-    rundir.make(folder)
+    run_folder.make(folder)
     try:
         count = _save(folder / "checkpoints" / "0", arrays, {name: run.digest for name, run in parts.items()})
         shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
-        rundir.write_json(folder / "official.json", {"source": source.name, "config": dict(config), "shapes": shapes})
+        run_folder.write_json(
+            folder / "official.json", {"source": source.name, "config": dict(config), "shapes": shapes}
+        )
         if reader is not None:
-            rundir.write_json(folder / "text.json", reader.to_json())
-        rundir.write_json(folder / "config.json", run_config(goal.plan, parts, places))
+            run_folder.write_json(folder / "text.json", reader.to_json())
+        run_folder.write_json(folder / "config.json", run_config(goal.plan, parts, places))
     except BaseException:
         for name in ("checkpoints", "official.json", "text.json", "config.json"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -249,7 +252,7 @@ def read_run(folder: Path) -> dict[str, np.ndarray]:
 
 def _official(source: tables.Source, folder: Path, given: str | None) -> tuple[Mapping, Mapping]:
     """(official config, shapes of the official tensors) of a run; of one that was not imported the shapes are {}."""
-    kept = rundir.read_json(folder / "official.json") if (folder / "official.json").is_file() else {}
+    kept = run_folder.read_json(folder / "official.json") if (folder / "official.json").is_file() else {}
     shapes = kept.get("shapes", {}) if isinstance(kept, dict) else {}
     if given is not None:
         return read_config(source.about, given, folder), shapes

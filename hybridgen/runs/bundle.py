@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from hybridgen import manifest, rundir
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
+from hybridgen.runs import folder as run_folder
+from hybridgen.runs import manifest
 from hybridgen.weights import safetensors
 
 FORMAT = 1
@@ -51,7 +52,7 @@ def at(folder: Path) -> bool:
 
 def read(folder: Path) -> Bundle:
     """Verifies the files of a bundle, those of its parts aside, and reads its arrays. Raises UserError."""
-    about = rundir.read_json(folder / ABOUT)
+    about = run_folder.read_json(folder / ABOUT)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         given = about.get("format") if isinstance(about, dict) else None
         raise UserError(f"{folder / ABOUT} is of the format {str(given)[:40]!r}, {FORMAT} is read here")
@@ -106,15 +107,15 @@ def _widened(path: Path, tensors: Mapping[str, Any], stored: str) -> dict[str, n
 
 def write(folder: Path, bundle: Bundle, config: Any, text: Any, dtype: str) -> None:
     """Writes a bundle with its config and text tokenizer, plain data (or None); the parts lie in it already."""
-    rundir.make(folder)
+    run_folder.make(folder)
     stored: dict[str, np.ndarray] = {}
     for path, leaf in trees.flatten(bundle.arrays).items():
         stored |= _narrowed(path, np.asarray(leaf), dtype)
     safetensors.write(folder / WEIGHTS, stored, {"format": "np", "dtype": dtype})
-    rundir.write_json(folder / "config.json", config)
+    run_folder.write_json(folder / "config.json", config)
     if text is not None:
-        rundir.write_json(folder / "text.json", text)
-    rundir.write_json(folder / ABOUT, {"format": FORMAT, "step": bundle.step, "parts": bundle.parts})
+        run_folder.write_json(folder / "text.json", text)
+    run_folder.write_json(folder / ABOUT, {"format": FORMAT, "step": bundle.step, "parts": bundle.parts})
     manifest.write(folder, bundle.step)
 
 

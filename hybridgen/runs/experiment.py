@@ -2,7 +2,7 @@
 
 A run folder holds `config.json` (resolved: no "auto" left), `text.json` (the text tokenizer), `checkpoints/` and logs.
 Parts are runs too: `config.parts = {"tokenizer": "../tokenizer"}`, relative to the run folder or to where one stands.
-A bundle (hybridgen.bundle) is read wherever a run is.
+A bundle (hybridgen.runs.bundle) is read wherever a run is.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hybridgen import bundle, checkpoint, pictures
 from hybridgen.core import config as config_lib
 from hybridgen.core import sharding, trees
 from hybridgen.core.errors import UserError
@@ -25,7 +24,8 @@ from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.buckets import LARGEST
 from hybridgen.models.parts import Part, Shape, find, sized
-from hybridgen.rundir import read_json
+from hybridgen.runs import bundle, checkpoint, drawing
+from hybridgen.runs.folder import read_json
 from hybridgen.state import inference_params
 
 
@@ -281,7 +281,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
     def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
         options = config.sample.options.copy_and_resolve_references()
         _change(options, changes)
-        program = pictures.sampler(experiment.family, experiment.model, options, shape)
+        program = drawing.sampler(experiment.family, experiment.model, options, shape)
         return lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys)
 
     members = getattr(experiment.family, "members", lambda model: ())(run.part.model)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from hybridgen import rundir
+from hybridgen.runs import folder as run_folder
 
 
 class Damaged(Exception):
@@ -29,7 +29,7 @@ def write(folder: Path, step: int) -> None:
     names = [path.relative_to(folder).as_posix() for path in paths][process::processes]
     files = {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in names}
     body = {"step": step, "processes": processes, "files": files}
-    rundir.write_json(folder / _name(process), body | {"digest": _digest(body)})
+    run_folder.write_json(folder / _name(process), body | {"digest": _digest(body)})
 
 
 def remove(folder: Path) -> None:
