@@ -32,9 +32,9 @@ from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import records, sources, transforms
 from hybridgen.data import write as write_lib
-from hybridgen.metrics import progress
 from hybridgen.models.parts import Part, find
 from hybridgen.runs.experiment import Run, find_run, load, part_shardings, read_by
+from hybridgen.training.logging import progress
 
 VIEWS = ("one", "flip", "ten")
 OPTIONS = {

@@ -19,8 +19,8 @@ from hybridgen.core import sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, transforms
 from hybridgen.evals import fid, prdc, reference
-from hybridgen.metrics import progress
 from hybridgen.runs import experiment
+from hybridgen.training.logging import progress
 
 SPLITS = ("train", "validation", "holdout")
 LEAST = 2 * (prdc.COVERED + 1)  # pictures of a side

@@ -26,10 +26,10 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
-from hybridgen.metrics import progress
 from hybridgen.runs import drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import Loaded, find_run, restore
+from hybridgen.training.logging import progress
 
 CALLED = (("image", "render"), ("draft", "draft"))
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridgen import cache, compare, distances, evaluate, resume, train
+from hybridgen import cache, compare, distances, evaluate, train
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed
@@ -24,6 +24,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import find_run, restore
+from hybridgen.training import resume
 
 
 def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:

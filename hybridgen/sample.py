@@ -20,10 +20,10 @@ from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.evals.sheet import sheet
-from hybridgen.metrics import progress
 from hybridgen.models.parts import Shape
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.experiment import Loaded, find_run, restore
+from hybridgen.training.logging import progress
 
 Asked = tuple[str | None, int | None]  # a prompt, a class
 

@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybridgen import metrics, optim, profiling, resume, skipping, stream
-from hybridgen import state as state_lib
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, rng, sharding, trees
@@ -34,8 +32,11 @@ from hybridgen.runs import checkpoint
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.drawing import sample_grid
 from hybridgen.runs.experiment import Experiment, build
-from hybridgen.warmup import shaped
-from hybridgen.watchdog import Watchdog
+from hybridgen.training import batches as batch_stream
+from hybridgen.training import logging, optim, profiling, resume, rollback
+from hybridgen.training import state as state_lib
+from hybridgen.training.shapes import shaped
+from hybridgen.training.watchdog import Watchdog
 
 
 class Rule(NamedTuple):
@@ -178,7 +179,7 @@ class Job(NamedTuple):
     batches: Callable  # start -> prefetched iterator
     state_at: Callable  # step of a checkpoint, or None for the start -> state
     saved: checkpoint.Checkpointer
-    writer: metrics.Writer
+    writer: logging.Writer
     grid: Callable | None  # (params, extra) -> picture
     skipped: list  # intervals [first, end) of batches that are not trained on
     watchdog: Watchdog
@@ -199,11 +200,11 @@ def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
     """Runs from `start` to the config's steps, past what is skipped; (state, whether it was stopped by a signal)."""
     step = start
     while True:
-        state, step = skipping.past(job, state, step)
+        state, step = rollback.past(job, state, step)
         state, step, ended = segment(job, state, step)
         if ended == "bad":
             del state
-            state, step = skipping.roll_back(job, step)
+            state, step = rollback.roll_back(job, step)
         elif ended != "interval":
             return state, ended == "stopped"
 
@@ -279,13 +280,13 @@ def prepare(
     config: Any,
     folder: Path,
     allow: tuple[str, ...],
-    timer: metrics.Timer,
+    timer: logging.Timer,
     label: str,
     watchdog: Watchdog,
     signals: run_folder.Signals,
 ) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
-    source, skipped = resume.checked(config), skipping.intervals(config, folder)
+    source, skipped = resume.checked(config), rollback.intervals(config, folder)
     with timer.time("build"):
         experiment = build(config, folder, source)
     resolved, fingerprint = resume.described(config, experiment, source)
@@ -296,7 +297,7 @@ def prepare(
         start = saved.newest_good(report=print)
         if start is not None:
             saved.check_fingerprint(start, allow=allow)
-        read, put = stream.reader(experiment)
+        read, put = batch_stream.reader(experiment)
         rule, step, abstract, make = program(experiment, specs_of(next(read(source, 0)), config.batch))
         places = jax.tree.map(lambda s: s.sharding, abstract)
         grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
@@ -308,7 +309,7 @@ def prepare(
                 run_folder.write_json(folder / "text.json", experiment.text.to_json())
         state = state_at(start)
         options = {"start_step": start or 0, "total_steps": config.steps, "batch": config.batch}
-        writer = metrics.Writer(folder, every=config.log.every, label=label, timer=timer, **options)
+        writer = logging.Writer(folder, every=config.log.every, label=label, timer=timer, **options)
         programs = step, jax.jit(functools.partial(eval_step, rule))
         beat = functools.partial(watchdog.beat, start or 0, "compile")
         step, evaluate = shaped(config, source, programs, beat, writer.line)
@@ -316,9 +317,9 @@ def prepare(
     job = Job(
         experiment,
         step,
-        jax.jit(skipping.jump, donate_argnums=0, out_shardings=places),
-        stream.evaluation(evaluate, experiment, read, put),
-        stream.training(read, put, source, writer),
+        jax.jit(rollback.jump, donate_argnums=0, out_shardings=places),
+        batch_stream.evaluation(evaluate, experiment, read, put),
+        batch_stream.training(read, put, source, writer),
         state_at,
         saved,
         writer,
@@ -337,7 +338,7 @@ def specs_of(batch: dict, rows: int) -> dict:
 
 def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = "train") -> bool:
     """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
-    timer = metrics.Timer()
+    timer = logging.Timer()
     run_folder.make(folder)
     watchdog = Watchdog(config.health.hang)
     with run_folder.lock(folder), run_folder.Signals() as signals, watchdog:

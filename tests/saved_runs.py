@@ -6,10 +6,10 @@ import tiny
 from tiny import ROOT  # noqa: F401  so that configs can be imported
 
 from configs import common
-from hybridgen import resume, state
 from hybridgen.data import sources
 from hybridgen.runs import checkpoint, experiment
 from hybridgen.runs import folder as run_folder
+from hybridgen.training import resume, state
 
 DATA = common.shapes(resolution=tiny.SIDE, length=8, shapes=("circle", "square"), templates=1)
 PROMPT = "a small red circle"

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import hybridgen
-from hybridgen import metrics, sample, train
+from hybridgen import sample, train
 from hybridgen.core import config, rng
 from hybridgen.core.errors import UserError
 from hybridgen.data import buckets, sources
@@ -29,7 +29,8 @@ from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn.position import learned
 from hybridgen.runs import experiment
 from hybridgen.runs.experiment import load
-from hybridgen.state import spec_of
+from hybridgen.training import logging
+from hybridgen.training.state import spec_of
 
 STEPS, EVERY, B = 8, 4, 4
 WIDE, TALL = (12, 20), (20, 12)
@@ -84,7 +85,7 @@ def watched(settings, folder: Path) -> SimpleNamespace:
     def heard(event: str, seconds: float, **_: object) -> None:
         compiled[0] += event == "/jax/core/compile/backend_compile_duration"
 
-    class Writer(metrics.Writer):
+    class Writer(logging.Writer):
         def step(self, number, report):
             super().step(number, report)
             seen[number] = compiled[0]
@@ -94,7 +95,7 @@ def watched(settings, folder: Path) -> SimpleNamespace:
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "Writer", Writer)
+        patch.setattr(logging, "Writer", Writer)
         assert train.run(settings, folder)
     with contextlib.suppress(Exception):
         jax.monitoring.unregister_event_duration_listener(heard)

@@ -8,9 +8,10 @@ import jax
 import pytest
 from PIL import Image
 
-from hybridgen import evaluate, metrics, sample, train
+from hybridgen import evaluate, sample, train
 from hybridgen.core import config
 from hybridgen.runs.experiment import restore
+from hybridgen.training import logging
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,13 +42,13 @@ def compilations():
 def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, compilations, monkeypatch, steps, every):
     """Now and then it evaluates, draws and saves; the step after the first time has seen every program."""
     seen: dict[int, int] = {}
-    step = metrics.Writer.step
+    step = logging.Writer.step
 
     def counted(self, number, report):
         step(self, number, report)
         seen[number] = compilations.count
 
-    monkeypatch.setattr(metrics.Writer, "step", counted)
+    monkeypatch.setattr(logging.Writer, "step", counted)
     tokenizer = tiny_run("configs/tokenizers/vq.py").folder
     seen.clear()
     compilations.count = 0

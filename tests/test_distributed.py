@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from hybridgen import watchdog
 from hybridgen.cli import command, make_parser
 from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import PeerError, UserError
+from hybridgen.training import watchdog
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import evaluate, profiling, sample, train
+from hybridgen import evaluate, sample, train
 from hybridgen.core import config
 from hybridgen.core.errors import UserError
 from hybridgen.runs import drawing
 from hybridgen.sampling import guidance
+from hybridgen.training import profiling
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a small red circle in the centre"

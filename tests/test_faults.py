@@ -16,11 +16,13 @@ from fault_cases import ends, final, log_of, newest, notes_of, state_of, wait_fo
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from hybridgen import skipping, stream, train
+from hybridgen import train
 from hybridgen.core import config, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline
 from hybridgen.runs.checkpoint import Checkpointer
+from hybridgen.training import batches as batch_stream
+from hybridgen.training import rollback
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,7 +152,7 @@ def test_intervals_at_the_end_and_beyond_it(run):
 def test_a_list_of_intervals_that_is_none(tmp_path, text):
     (tmp_path / "skipped.json").write_text(text)
     with pytest.raises(UserError, match=r"skipped\.json: .* is no interval"):
-        skipping.intervals(configured(6, 5), tmp_path)
+        rollback.intervals(configured(6, 5), tmp_path)
 
 
 # ---- ends
@@ -277,13 +279,13 @@ def test_another_run_is_refused_by_its_keys(run):
 
 def test_a_checkpoint_has_consumed_its_number_of_batches(run, monkeypatch):
     """Steps, good steps, updates, position in the data and log agree, also after a failure; nothing is done twice."""
-    began, make = [], stream.training
+    began, make = [], batch_stream.training
 
     def noticed(*args):
         batches = make(*args)
         return lambda start: began.append(start) or batches(start)
 
-    monkeypatch.setattr(stream, "training", noticed)
+    monkeypatch.setattr(batch_stream, "training", noticed)
     options = (12, 5, "eval.every=4", "eval.batches=1", "sample.every=0")
     what = {"nan": [3]}
     whole = run("whole", what, *options)

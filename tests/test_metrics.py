@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hybridgen.core.errors import UserError
-from hybridgen.metrics import Timer, Writer, accounts, cut_back, progress
+from hybridgen.training.logging import Timer, Writer, accounts, cut_back, progress
 
 
 def entries(folder):

@@ -8,9 +8,9 @@ import pytest
 import test_sharding
 import tiny
 
-from hybridgen import optim
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
+from hybridgen.training import optim
 
 ADAM = {"kind": "adamw", "lr": 0.1, "schedule": "constant", "warmup": 0, "final": 0.0, "clip": 0.0, "decay": 0.0}
 ADAM |= {"decay_on": "kernel$", "b1": 0.9, "b2": 0.95, "eps": 1e-8}

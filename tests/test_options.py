@@ -7,10 +7,11 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from hybridgen import recipe, resume, train
+from hybridgen import recipe, train
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data import buckets, sources
+from hybridgen.training import resume
 
 VQ, RECIPE = (f"{tiny.ROOT}/configs/{name}.py:tiny" for name in ("tokenizers/vq", "recipes/imagefolder"))
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import optim, state, stream, train
+from hybridgen import train
 from hybridgen.core import config, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline
+from hybridgen.training import batches as batch_stream
+from hybridgen.training import optim, state
 
 ROOT = Path(__file__).parents[1]
 ADAM = {"kind": "adamw", "lr": 0.1, "schedule": "constant", "warmup": 0, "final": 0.0, "clip": 0.0, "decay": 0.0}
@@ -92,7 +94,7 @@ def test_batches_are_read_as_the_config_says(monkeypatch):
     monkeypatch.setattr(pipeline, "batches", lambda *_, **options: asked.append(options))
     words = ["data.workers=3", "data.threads=5", "data.flip=True", "batch=8", "seed=2"]
     config_of = config.load(f"{ROOT}/configs/tokenizers/vq.py:tiny", words)
-    read, _ = stream.reader(SimpleNamespace(config=config_of, mesh=sharding.make_mesh({"data": -1}), text=None))
+    read, _ = batch_stream.reader(SimpleNamespace(config=config_of, mesh=sharding.make_mesh({"data": -1}), text=None))
     read(None, 7)
     read(None, 0, shuffle=False)
     same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5}

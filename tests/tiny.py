@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen import state, train
+from hybridgen import train
 from hybridgen.core import rng, sharding, trees
 from hybridgen.models.losses import weighted
 from hybridgen.models.parts import Part, find
 from hybridgen.runs.experiment import Experiment
+from hybridgen.training import state
 
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:

@@ -28,7 +28,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.runs import drawing
 from hybridgen.sampling import guidance
-from hybridgen.state import inference_params
+from hybridgen.training.state import inference_params
 
 EPS = 1e-6  # of the norms
 PAUSE = 0.05  # seconds before a turn

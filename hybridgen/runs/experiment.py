@@ -26,7 +26,7 @@ from hybridgen.data.buckets import LARGEST
 from hybridgen.models.parts import Part, Shape, find, sized
 from hybridgen.runs import bundle, checkpoint, drawing
 from hybridgen.runs.folder import read_json
-from hybridgen.state import inference_params
+from hybridgen.training.state import inference_params
 
 
 class Experiment(NamedTuple):

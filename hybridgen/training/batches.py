@@ -10,8 +10,8 @@ import numpy as np
 
 from hybridgen.core import sharding
 from hybridgen.data import pipeline, sources
-from hybridgen.metrics import Writer
 from hybridgen.runs.experiment import Experiment
+from hybridgen.training.logging import Writer
 
 
 def reader(experiment: Experiment) -> tuple[Callable, Callable]:

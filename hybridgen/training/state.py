@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from hybridgen import optim
 from hybridgen.core import rng, sharding, trees
 from hybridgen.core.errors import UserError
+from hybridgen.training import optim
 
 
 class Trainable(NamedTuple):

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-from hybridgen import metrics
-from hybridgen import state as state_lib
 from hybridgen.core import config as config_lib
 from hybridgen.core import sharding
 from hybridgen.core.errors import UserError
@@ -17,6 +15,8 @@ from hybridgen.models.parts import find
 from hybridgen.runs import checkpoint, drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import Experiment, earlier
+from hybridgen.training import logging
+from hybridgen.training import state as state_lib
 
 
 def checked(config: Any, source: Callable = sources.build) -> Any:
@@ -39,7 +39,7 @@ def beginning(
     which: state_lib.Trainable,
     abstract: dict,
     make: Callable,
-    timer: metrics.Timer,
+    timer: logging.Timer,
     step: int | None,
 ) -> dict:
     """The state of a checkpoint, or (step None) of a new run, with what `init_from` names."""
