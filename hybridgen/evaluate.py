@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen import distances
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, sharding
@@ -26,6 +25,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
+from hybridgen.reports import distances
 from hybridgen.runs import drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import Loaded, find_run, restore

@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridgen import cache, compare, distances, evaluate, train
+from hybridgen import cache, evaluate, train
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
+from hybridgen.reports import distances, points
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import find_run, restore
 from hybridgen.training import resume
@@ -41,7 +42,7 @@ def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
         elif "cache" in stage:
             cache.stage(stage, place)
         elif "compare" in stage:
-            compare.stage(stage, place)
+            points.stage(stage, place)
         elif not train.run(stage, place, allow=allow, label=name):
             return False
     print(f"done in {time.monotonic() - started:.0f} s")
@@ -59,7 +60,7 @@ def check(config: Any) -> None:
         if name not in config.stages:
             raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")
         if "compare" in config.stages[name]:
-            compare.check(config.stages[name], list(config.stages))
+            points.check(config.stages[name], list(config.stages))
 
 
 def awaited(stage: Any) -> bool:
@@ -108,7 +109,7 @@ def measure(stage: Any, place: Path) -> None:
         about = (splits, stage.count, stage.batch, stage.seed)
         reference = (stage.get("reference"), stage.get("reference_count"))
         compare = distances.build(loaded, stage.features, *about, *reference)
-    report = evaluate.evaluate(loaded, splits, stage.count, stage.batch, stage.seed, place, compare)
+    report = evaluate.evaluate(loaded, splits, stage.count, stage.batch, stage.seed, place, points)
     print(evaluate.markdown(report))
     print(f"report {place / 'report.md'}")
     for split in stage.splits:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from hybridgen import compare, recipe
+from hybridgen import recipe
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.models.parts import find
+from hybridgen.reports import points as points_lib
 
 ROOT = Path(__file__).parents[1]
 SWEEP = f"{ROOT}/configs/recipes/sweep.py"
@@ -47,7 +48,7 @@ def points(tmp_path):
 
 
 def test_the_table_has_the_numbers_of_the_runs(points, tmp_path, capsys):
-    compare.stage(points, tmp_path / "table")
+    points_lib.stage(points, tmp_path / "table")
     table = json.loads((tmp_path / "table" / "table.json").read_text())
     codes, latents = table["points"]["8x512"], table["points"]["16x8"]
     assert codes["code_bits"] == 8 * 9 and codes["perplexity"] == 0.5 and codes["psnr"] == 20.5
@@ -59,7 +60,7 @@ def test_the_table_has_the_numbers_of_the_runs(points, tmp_path, capsys):
     assert not latents.keys() & {"nats_a_token", "nats_a_picture", "bits_a_picture", "perplexity"}
     text = (tmp_path / "table" / "table.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert {len(row) for row in rows} == {len(compare.HEAD)}
+    assert {len(row) for row in rows} == {len(points_lib.HEAD)}
     assert rows[2] == ["8x512", "72", "50 %", "20.5", "75.0 % (s.e. 6.2)", "1.50 a token", "12.0", "17.3",
                        "25.0 % (s.e. 6.2)", "1: 100.0 %"]  # fmt: skip
     assert rows[3][:8] == ["16x8", "20", "", "31.0", "75.0 % (s.e. 6.2)", "(0.125)", "", ""]
@@ -69,13 +70,13 @@ def test_the_table_has_the_numbers_of_the_runs(points, tmp_path, capsys):
 
 def test_a_point_that_is_not_measured_is_named(points, tmp_path):
     (tmp_path / "drawn" / "report.json").unlink()
-    compare.stage(points, tmp_path / "table")
+    points_lib.stage(points, tmp_path / "table")
     table = json.loads((tmp_path / "table" / "table.json").read_text())
     assert list(table["points"]) == ["16x8"] and "no report in" in table["missing"]["8x512"]
     assert "\nNot measured yet: 8x512.\n" in (tmp_path / "table" / "table.md").read_text()
     (tmp_path / "diffusion" / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     with pytest.raises(UserError, match="there is nothing to compare yet: .*diffusion has logged no evaluation yet"):
-        compare.stage(points, tmp_path / "table")
+        points_lib.stage(points, tmp_path / "table")
 
 
 def test_a_point_of_no_stage_is_refused_before_anything_is_trained(tmp_path):

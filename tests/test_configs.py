@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import tiny
 
-from hybridgen import compare, recipe
+from hybridgen import recipe
 from hybridgen.core import config as config_lib
 from hybridgen.core import sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
 from hybridgen.models.ar import raster
+from hybridgen.reports import points as points_lib
 from hybridgen.runs import drawing, experiment
 from hybridgen.runs.experiment import restore
 
@@ -94,7 +95,7 @@ def test_recipes_fit_together(path):
             stage = config.stages[name]
             points = stage.get("compare", {}).values()
             needs = [stage.evaluate] if "evaluate" in stage else stage.get("parts", {}).values()
-            needs = [*needs, *(run for point in points for run in compare.runs(point))]
+            needs = [*needs, *(run for point in points for run in points_lib.runs(point))]
             assert all(need.removeprefix("../") in known[:number] for need in needs), (variant, name)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen import distances, evaluate
+from hybridgen import evaluate
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
@@ -18,6 +18,7 @@ from hybridgen.evals import fid, prdc
 from hybridgen.models.features import inception
 from hybridgen.models.parts import Part
 from hybridgen.nn import convnorm
+from hybridgen.reports import distances
 from hybridgen.runs import importing
 from hybridgen.runs.experiment import restore
 from hybridgen.weights import rules, safetensors, tables
