@@ -30,8 +30,9 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
-from hybridgen.data import records, sources, transforms
-from hybridgen.data import write as write_lib
+from hybridgen.data import sources, transforms
+from hybridgen.data.prepare import write as write_lib
+from hybridgen.data.sources import records
 from hybridgen.models.parts import Part, find
 from hybridgen.runs.experiment import Run, find_run, load, part_shardings, read_by
 from hybridgen.training.logging import progress

@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from hybridgen.core.errors import UserError
-from hybridgen.data.shapes import BACKGROUNDS, PALETTE, RADII, RELATIONS, SHAPES, Shapes, render
+from hybridgen.data.sources.shapes import BACKGROUNDS, PALETTE, RADII, RELATIONS, SHAPES, Shapes, render
 from hybridgen.evals.alignment import ATTRIBUTES, cell_name, judge, judge_batch, moments, read, size_name, summary
 
 FULL = dict(sizes=tuple(RADII), objects=(1, 2, 3, 4), counts=True, backgrounds=BACKGROUNDS)

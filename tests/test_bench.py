@@ -10,7 +10,7 @@ from hybridgen import bench, cli, preflight
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
-from hybridgen.data import buckets
+from hybridgen.data.sources import buckets
 
 PRIOR = ["--config", "configs/ar/raster.py:tiny", "--config.parts.tokenizer=configs/tokenizers/vq.py:tiny"]
 SMALL = ["--config.model.depth=1", "--config.batch=2", "--count", "3"]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import bpe, text, text_steps
-from hybridgen.data.published import Published
+from hybridgen.data import text
+from hybridgen.data.text import bpe, steps
+from hybridgen.data.text.published import Published
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
@@ -193,5 +194,5 @@ def test_folders_without_a_tokenizer(tmp_path):
 
 
 def test_categories_in_patterns():
-    cut = text_steps.pattern(r"[^\s\p{L}\p{N}]+|\p{Lu}")
+    cut = steps.pattern(r"[^\s\p{L}\p{N}]+|\p{Lu}")
     assert cut.findall("Ab1 ²!?É 红—") == ["A", "!?", "É", "—"]

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import buckets, pipeline, sources
+from hybridgen.data import pipeline, sources
+from hybridgen.data.sources import buckets
 
 SIZES = [(40, 40)] * 9 + [(60, 30)] * 7 + [(30, 60)] * 5 + [(90, 10)]  # width, height
 

@@ -19,7 +19,8 @@ import hybridgen
 from hybridgen import sample, train
 from hybridgen.core import config, rng
 from hybridgen.core.errors import UserError
-from hybridgen.data import buckets, sources
+from hybridgen.data import sources
+from hybridgen.data.sources import buckets
 from hybridgen.models import parts as parts_lib
 from hybridgen.models.ar import raster
 from hybridgen.models.diffusion import dit

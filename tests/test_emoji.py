@@ -9,7 +9,8 @@ from PIL import Image
 
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
-from hybridgen.data import emoji, pipeline, sources, text
+from hybridgen.data import pipeline, sources, text
+from hybridgen.data.prepare import emoji
 
 CONCEPTS = [f"1f{600 + i}" for i in range(30)]
 NAMES = {"en": "face {}", "zh": "脸{}"}

@@ -130,7 +130,7 @@ def test_what_is_imported_is_declared():
         ("hybridgen.weights.tables.taming_vqgan", "hybridgen.runs.importing"),
         ("hybridgen.models.ar.raster", "hybridgen.models.diffusion.dit.DiT"),
         ("hybridgen.models.ar.raster", "hybridgen.train"),
-        ("hybridgen.models.ar.raster", "hybridgen.data.shapes"),
+        ("hybridgen.models.ar.raster", "hybridgen.data.sources.shapes"),
         ("hybridgen.nn.norm", "hybridgen.models.losses"),
         ("hybridgen.evals.recon", "hybridgen.nn.conv"),
         ("hybridgen.train", "flax.linen.Module"),
@@ -151,7 +151,7 @@ def test_allowed_imports_pass():
         ("hybridgen.models.diffusion.dit", "hybridgen.models.diffusion.process"),
         ("hybridgen.models.diffusion.dit", "hybridgen.models.text.transformer.TextTower"),
         ("hybridgen.sampling.decode", "hybridgen.sampling.tokens"),
-        ("hybridgen.evals.alignment", "hybridgen.data.shapes.PALETTE"),
+        ("hybridgen.evals.alignment", "hybridgen.data.sources.shapes.PALETTE"),
         ("hybridgen.train", "hybridgen.models.parts.find"),
         ("configs.hybrid.cascade", "configs.ar.raster"),
     ):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import mixture, pipeline, sources, text
-from hybridgen.data.folder import BrokenRecord
+from hybridgen.data import pipeline, sources, text
+from hybridgen.data.sources import mixture
+from hybridgen.data.sources.folder import BrokenRecord
 
 
 class Numbers:

@@ -10,7 +10,8 @@ from PIL import Image
 from hybridgen import recipe, train
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
-from hybridgen.data import buckets, sources
+from hybridgen.data import sources
+from hybridgen.data.sources import buckets
 from hybridgen.training import resume
 
 VQ, RECIPE = (f"{tiny.ROOT}/configs/{name}.py:tiny" for name in ("tokenizers/vq", "recipes/imagefolder"))

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import folder, pipeline, records, sources, text, write
+from hybridgen.data import pipeline, sources, text
+from hybridgen.data.prepare import write
+from hybridgen.data.sources import folder, records
 
 SHAPES = {"source": "shapes", "options": {"size": 40}, "resolution": 16, "text": {"kind": "words", "length": 16}}
 
@@ -151,6 +153,6 @@ def test_a_hostile_record_is_only_broken():
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "-m", "hybridgen.data.write", "--config", "configs/recipes/shapes.py:tiny"]
+    command = [sys.executable, "-m", "hybridgen.data.prepare.write", "--config", "configs/recipes/shapes.py:tiny"]
     done = subprocess.run([*command, f"--out={tmp_path}", "--stage=decodr"], capture_output=True, text=True)
     assert done.returncode == 2 and "did you mean 'decoder'?" in done.stderr and not list(tmp_path.iterdir())

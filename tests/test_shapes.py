@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import captions
-from hybridgen.data.captions import caption, template_count, units, vocabulary
-from hybridgen.data.shapes import (
+from hybridgen.data.sources import captions
+from hybridgen.data.sources.captions import caption, template_count, units, vocabulary
+from hybridgen.data.sources.shapes import (
     BACKGROUNDS,
     CELLS,
     COLOURS,

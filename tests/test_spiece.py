@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hybridgen.core.errors import UserError
-from hybridgen.data.published import Published
+from hybridgen.data.text.published import Published
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """The cascade on emoji at 64 px: two drawing styles, captions in English and Chinese that name the style.
 
-    python -m hybridgen.data.emoji --packages FOLDER --out emoji
+    python -m hybridgen.data.prepare.emoji --packages FOLDER --out emoji
     python -m hybridgen.recipe --config configs/recipes/emoji.py:cpu --config.path=emoji --workdir runs/emoji
 
 Captions are "red heart, noto" and "红心, twemoji": each picture's name in one of the two languages, chosen anew every

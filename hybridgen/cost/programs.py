@@ -22,7 +22,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.cost import flops
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
-from hybridgen.data.buckets import largest
+from hybridgen.data.sources.buckets import largest
 from hybridgen.models.parts import Part, find
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.experiment import Experiment, Run, context, find_run, part_shardings, read_by

@@ -28,7 +28,7 @@ from hybridgen.cli import make_parser
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
-from hybridgen.data.published import Published
+from hybridgen.data.text.published import Published
 from hybridgen.models.parts import Part, find
 from hybridgen.runs import experiment, manifest
 from hybridgen.runs import folder as run_folder

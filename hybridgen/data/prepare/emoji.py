@@ -1,6 +1,6 @@
 """A folder of emoji pictures in two drawing styles, with names in English and Chinese, from four npm packages.
 
-    python -m hybridgen.data.emoji --packages FOLDER --out emoji
+    python -m hybridgen.data.prepare.emoji --packages FOLDER --out emoji
 
 FOLDER holds, unpacked (`npm pack NAME@VERSION`, then tar), each in a folder of its own, emoji-datasource-google and
 emoji-datasource-twitter (16.0.0), cldr-annotations-full and cldr-annotations-derived-full (48.2.0). Nothing is
@@ -23,7 +23,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.data.files import read_json, whole_folder
-from hybridgen.data.folder import header_size
+from hybridgen.data.sources.folder import header_size
 
 STYLES = {"noto": "google", "twemoji": "twitter"}  # by the name of the package that has them
 TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}

@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: pictures of like shape share batches, so that none is cropped to a square (NovelAI 2022; SDXL).
 
-    python -m hybridgen.data.buckets --config configs/recipes/imagefolder.py --config.path=FOLDER --out buckets.json
+    python -m hybridgen.data.sources.buckets --config configs/recipes/imagefolder.py --config.path=FOLDER --out buckets.json
 
 The command reads the headers of a folder's pictures and writes an index table: a few shapes of about the same area, and
 which of them each record has. A config then has `data.options.buckets = "buckets.json"`, and every batch is of one
@@ -26,8 +26,8 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
-from hybridgen.data.folder import SPLITS, BrokenRecord, Folder
 from hybridgen.data.shuffle import order
+from hybridgen.data.sources.folder import SPLITS, BrokenRecord, Folder
 
 FORMAT = 1
 LARGEST = 4096  # pixels of a side
@@ -205,7 +205,8 @@ def _sizes(source: Folder) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from hybridgen.data import sources, write  # they import this file
+    from hybridgen.data import sources
+    from hybridgen.data.prepare import write  # they import this file
 
     parser = make_parser("data.buckets", __doc__)
     config_lib.add_argument(parser)

@@ -27,7 +27,7 @@ import zlib
 import numpy as np
 
 from hybridgen.core.errors import UserError
-from hybridgen.data.captions import LANGUAGES, caption, template_count
+from hybridgen.data.sources.captions import LANGUAGES, caption, template_count
 
 PALETTE = {
     "red": (220, 20, 40),

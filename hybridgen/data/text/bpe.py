@@ -1,6 +1,6 @@
 """Byte-pair encoding over UTF-8 bytes (Sennrich et al. 2016; on bytes, Radford et al. 2019), trained on captions.
 
-    python -m hybridgen.data.bpe --config configs/recipes/imagefolder.py:base --size 4096 --out bpe.json
+    python -m hybridgen.data.text.bpe --config configs/recipes/imagefolder.py:base --size 4096 --out bpe.json
 
 A config then has `data.text = {"kind": "bpe", "path": "bpe.json", "length": L}`. Id 0 is padding, 1 + b is byte b, and
 each id from 257 on joins two before it. Nothing is normalised: text of any script comes back as it was. Merges never
@@ -21,7 +21,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
-from hybridgen.data.prompts import PAD, check_prompt, checked_length, fit
+from hybridgen.data.text.prompts import PAD, check_prompt, checked_length, fit
 
 FIRST = 257  # the first id that joins two
 MAX_MERGES, MAX_PIECE, MAX_BYTES = 2**20, 2**12, 2**27
@@ -174,7 +174,8 @@ class Bpe:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from hybridgen.data import sources, write  # they import this file
+    from hybridgen.data import sources
+    from hybridgen.data.prepare import write  # they import this file
 
     parser = make_parser("data.bpe", __doc__)
     config_lib.add_argument(parser)

@@ -1,6 +1,6 @@
 """Writes any source of pictures into ArrayRecord shards, which the source "records" reads back.
 
-    python -m hybridgen.data.write --config configs/recipes/imagefolder.py:base --config.path=FOLDER --out records
+    python -m hybridgen.data.prepare.write --config configs/recipes/imagefolder.py:base --config.path=FOLDER --out records
 
 The `data` of a config, or of a stage of a recipe, says what is written, at its resolution. Training from the records is
 training from the source, sample for sample: a broken record is written as what stands in for it, and counted and named.
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
-from hybridgen.data import pipeline, records, sources
+from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
+from hybridgen.data.sources import records
 
 NAMED = 20  # broken records that an index names
 

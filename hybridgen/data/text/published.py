@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import spiece, text_steps
-from hybridgen.data.bpe import KEPT, KEPT_LENGTH, merge
 from hybridgen.data.files import read_json
-from hybridgen.data.prompts import check_prompt, checked_length, fit
+from hybridgen.data.text import spiece
+from hybridgen.data.text import steps as text_steps
+from hybridgen.data.text.bpe import KEPT, KEPT_LENGTH, merge
+from hybridgen.data.text.prompts import check_prompt, checked_length, fit
 
 UNKNOWN_COST = 10.0  # SentencePiece: what an unknown letter costs more than the rarest piece
 PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens", "post_processor")

@@ -28,10 +28,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from hybridgen.core.errors import UserError
-from hybridgen.data.bpe import Bpe
-from hybridgen.data.captions import vocabulary
-from hybridgen.data.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit
-from hybridgen.data.published import Published
+from hybridgen.data.sources.captions import vocabulary
+from hybridgen.data.text.bpe import Bpe
+from hybridgen.data.text.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit
+from hybridgen.data.text.published import Published
 
 __all__ = [
     "MAX_PROMPT_BYTES",

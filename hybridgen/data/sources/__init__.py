@@ -27,12 +27,12 @@ import inspect
 from collections.abc import Mapping
 
 from hybridgen.core.errors import UserError
-from hybridgen.data.buckets import Buckets
-from hybridgen.data.folder import MAX_LINE, MAX_TEXT, BrokenRecord, Folder, header_size, known
-from hybridgen.data.mixture import Mixture
-from hybridgen.data.records import Records
-from hybridgen.data.shapes import Shapes
-from hybridgen.data.tfds import Tfds
+from hybridgen.data.sources.buckets import Buckets
+from hybridgen.data.sources.folder import MAX_LINE, MAX_TEXT, BrokenRecord, Folder, header_size, known
+from hybridgen.data.sources.mixture import Mixture
+from hybridgen.data.sources.records import Records
+from hybridgen.data.sources.shapes import Shapes
+from hybridgen.data.sources.tfds import Tfds
 
 __all__ = ["MAX_LINE", "MAX_TEXT", "BrokenRecord", "Folder", "build", "describe", "encoders", "fits", "header_size"]
 
