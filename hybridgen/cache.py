@@ -33,7 +33,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources, transforms
 from hybridgen.data.prepare import write as write_lib
 from hybridgen.data.sources import records
-from hybridgen.models.parts import Part, find
+from hybridgen.models.contract import Part, find
 from hybridgen.runs.experiment import Run, find_run, load, part_shardings, read_by
 from hybridgen.training.logging import progress
 

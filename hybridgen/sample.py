@@ -20,7 +20,7 @@ from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.evals.sheet import sheet
-from hybridgen.models.parts import Shape
+from hybridgen.models.contract import Shape
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.experiment import Loaded, find_run, restore
 from hybridgen.training.logging import progress

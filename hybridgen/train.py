@@ -27,7 +27,7 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, rng, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
-from hybridgen.models.parts import sized
+from hybridgen.models.contract import sized
 from hybridgen.runs import checkpoint
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.drawing import sample_grid

@@ -19,7 +19,7 @@ from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.models import losses
-from hybridgen.models.parts import find
+from hybridgen.models.contract import find
 from hybridgen.models.tokenizers import judging, kl, vq
 from hybridgen.nn.discriminator import PatchGAN
 from hybridgen.runs import experiment

@@ -10,7 +10,7 @@ import reference
 
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
-from hybridgen.models.parts import find
+from hybridgen.models.contract import find
 from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn import quantize
 from hybridgen.nn.autoencoder import Autoencoder

@@ -21,7 +21,7 @@ from hybridgen.core import config, rng
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data.sources import buckets
-from hybridgen.models import parts as parts_lib
+from hybridgen.models import contract as parts_lib
 from hybridgen.models.ar import raster
 from hybridgen.models.diffusion import dit
 from hybridgen.models.hybrid import cascade

@@ -12,7 +12,7 @@ from hybridgen import cache, recipe
 from hybridgen.core.config import load as load_config
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text, transforms
-from hybridgen.models.parts import find
+from hybridgen.models.contract import find
 
 DATA = {
     "source": "shapes",

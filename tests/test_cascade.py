@@ -17,8 +17,8 @@ import tiny
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.models.ar import raster
+from hybridgen.models.contract import Part, find
 from hybridgen.models.hybrid import cascade
-from hybridgen.models.parts import Part, find
 from hybridgen.runs import drawing
 
 B, N = 8, 16

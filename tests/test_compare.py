@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from hybridgen import recipe
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
-from hybridgen.models.parts import find
+from hybridgen.models.contract import find
 from hybridgen.reports import points as points_lib
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.evals import fid, prdc
+from hybridgen.models.contract import Part
 from hybridgen.models.features import inception
-from hybridgen.models.parts import Part
 from hybridgen.nn import convnorm
 from hybridgen.reports import distances
 from hybridgen.runs import importing

@@ -7,8 +7,8 @@ import pytest
 
 from hybridgen.cost import flops
 from hybridgen.models.ar import raster
+from hybridgen.models.contract import Part
 from hybridgen.models.diffusion import dit
-from hybridgen.models.parts import Part
 from hybridgen.models.tokenizers import vq
 from hybridgen.nn.attention import Mask, attend
 from hybridgen.nn.conv import Conv

@@ -125,7 +125,7 @@ def test_what_is_imported_is_declared():
     [
         ("hybridgen.sampling.decode", "hybridgen.models.ar.raster"),
         ("hybridgen.sampling.decode", "hybridgen.core.rng"),
-        ("hybridgen.data.text", "hybridgen.models.parts.find"),
+        ("hybridgen.data.text", "hybridgen.models.contract.find"),
         ("hybridgen.weights.llamagen", "hybridgen.models.ar.raster"),
         ("hybridgen.weights.tables.taming_vqgan", "hybridgen.runs.importing"),
         ("hybridgen.models.ar.raster", "hybridgen.models.diffusion.dit.DiT"),
@@ -152,7 +152,7 @@ def test_allowed_imports_pass():
         ("hybridgen.models.diffusion.dit", "hybridgen.models.text.transformer.TextTower"),
         ("hybridgen.sampling.decode", "hybridgen.sampling.tokens"),
         ("hybridgen.evals.alignment", "hybridgen.data.sources.shapes.PALETTE"),
-        ("hybridgen.train", "hybridgen.models.parts.find"),
+        ("hybridgen.train", "hybridgen.models.contract.find"),
         ("configs.hybrid.cascade", "configs.ar.raster"),
     ):
         assert not faults(module, [name]), (module, name)

@@ -11,7 +11,7 @@ from test_autoencoders import drawn
 from hybridgen import cache, sample
 from hybridgen.core import sharding, trees
 from hybridgen.core.errors import UserError
-from hybridgen.models.parts import Part, find
+from hybridgen.models.contract import Part, find
 from hybridgen.models.text import clip
 from hybridgen.nn.position import relative_buckets, rotary, stretched
 from hybridgen.runs import experiment, importing

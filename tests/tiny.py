@@ -13,8 +13,8 @@ import numpy as np
 
 from hybridgen import train
 from hybridgen.core import rng, sharding, trees
+from hybridgen.models.contract import Part, find
 from hybridgen.models.losses import weighted
-from hybridgen.models.parts import Part, find
 from hybridgen.runs.experiment import Experiment
 from hybridgen.training import state
 

@@ -23,7 +23,7 @@ from hybridgen.cost import flops
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources.buckets import largest
-from hybridgen.models.parts import Part, find
+from hybridgen.models.contract import Part, find
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.experiment import Experiment, Run, context, find_run, part_shardings, read_by
 from hybridgen.runs.experiment import load as load_run

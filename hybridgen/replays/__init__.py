@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from hybridgen.core.errors import UserError
-from hybridgen.models.parts import Part
+from hybridgen.models.contract import Part
 from hybridgen.runs import importing
 from hybridgen.weights import tables
 from hybridgen.weights.files import open_weights

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core.errors import UserError
+from hybridgen.models.contract import Part
 from hybridgen.models.losses import cross_entropy, weighted
-from hybridgen.models.parts import Part
 from hybridgen.replays import Case
 from hybridgen.sampling import guidance
 

@@ -17,7 +17,7 @@ from hybridgen.core import rng, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals.sheet import sheet
-from hybridgen.models.parts import Shape, sized
+from hybridgen.models.contract import Shape, sized
 from hybridgen.sampling import guidance
 from hybridgen.sampling.solvers import SOLVERS
 

@@ -23,7 +23,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources.buckets import LARGEST
-from hybridgen.models.parts import Part, Shape, find, sized
+from hybridgen.models.contract import Part, Shape, find, sized
 from hybridgen.runs import bundle, checkpoint, drawing
 from hybridgen.runs.folder import read_json
 from hybridgen.training.state import inference_params

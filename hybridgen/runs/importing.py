@@ -29,7 +29,7 @@ from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.data.text.published import Published
-from hybridgen.models.parts import Part, find
+from hybridgen.models.contract import Part, find
 from hybridgen.runs import experiment, manifest
 from hybridgen.runs import folder as run_folder
 from hybridgen.weights import rules, safetensors, tables

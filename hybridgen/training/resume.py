@@ -11,7 +11,7 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.models.parts import find
+from hybridgen.models.contract import find
 from hybridgen.runs import checkpoint, drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import Experiment, earlier

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from hybridgen.data import sources
-from hybridgen.models.parts import Shape
+from hybridgen.models.contract import Shape
 
 
 class Shaped:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
-from hybridgen.models.parts import Parts, need
+from hybridgen.models.contract import Parts, need
 from hybridgen.nn.linear import Linear, cast, normal
 
 PREFIXES = ("start", "class", "caption", "codes")

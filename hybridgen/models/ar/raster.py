@@ -22,8 +22,8 @@ from hybridgen.core import rng
 from hybridgen.core.errors import UserError
 from hybridgen.core.sharding import shard
 from hybridgen.models.ar import conditions
+from hybridgen.models.contract import Parts, Shape, need
 from hybridgen.models.losses import cross_entropy, rows, weighted
-from hybridgen.models.parts import Parts, Shape, need
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask

@@ -27,9 +27,9 @@ from flax.core import FrozenDict
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
+from hybridgen.models.contract import Parts, Shape, divided, need, sides
 from hybridgen.models.diffusion import process, variance
 from hybridgen.models.losses import per_sample, rows, weighted
-from hybridgen.models.parts import Parts, Shape, divided, need, sides
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.conv import patchify, unpatchify

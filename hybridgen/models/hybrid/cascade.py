@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
+from hybridgen.models.contract import Part, Parts, Shape, find, need
 from hybridgen.models.losses import cross_entropy, rows, weighted
-from hybridgen.models.parts import Part, Parts, Shape, find, need
 from hybridgen.nn.linear import at_least_float32
 
 MODES = ("tokens", "soft", "features")

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen.core.errors import UserError
+from hybridgen.models.contract import Parts, need
 from hybridgen.models.losses import attached, hinge, per_sample, rows, weighted
-from hybridgen.models.parts import Parts, need
 from hybridgen.nn.discriminator import PatchGAN
 
 DISC = "disc"

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from hybridgen.core import rng
+from hybridgen.models.contract import Parts, Shape, divided, sides
 from hybridgen.models.losses import rows, weighted
-from hybridgen.models.parts import Parts, Shape, divided, sides
 from hybridgen.models.tokenizers import judging
 from hybridgen.nn.autoencoder import Autoencoder
 

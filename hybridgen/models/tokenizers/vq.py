@@ -26,8 +26,8 @@ from flax.core import FrozenDict
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
+from hybridgen.models.contract import Parts, Shape, divided, sides
 from hybridgen.models.losses import per_sample, rows, weighted
-from hybridgen.models.parts import Parts, Shape, divided, sides
 from hybridgen.models.tokenizers import judging
 from hybridgen.nn import quantize
 from hybridgen.nn.autoencoder import Autoencoder
