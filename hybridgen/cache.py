@@ -30,12 +30,12 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import progress
 from hybridgen.data import sources, transforms
 from hybridgen.data.prepare import write as write_lib
 from hybridgen.data.sources import records
 from hybridgen.models.contract import Part, find
 from hybridgen.runs.experiment import Run, find_run, load, part_shardings, read_by
-from hybridgen.training.logging import progress
 
 VIEWS = ("one", "flip", "ten")
 OPTIONS = {

@@ -91,5 +91,4 @@ def _module(name: str):
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
-    # a package that reads files is no command: that of `convert` is where the models are known
-    return importlib.import_module(f"hybridgen.{'importing' if name == 'convert' else name}")
+    return importlib.import_module(f"hybridgen.{name}")

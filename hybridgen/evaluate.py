@@ -22,6 +22,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources
 from hybridgen.evals import alignment, recon
 from hybridgen.evals.sheet import sheet
@@ -29,7 +30,6 @@ from hybridgen.reports import distances
 from hybridgen.runs import drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import Loaded, find_run, restore
-from hybridgen.training.logging import progress
 
 CALLED = (("image", "render"), ("draft", "draft"))
 

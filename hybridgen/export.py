@@ -4,7 +4,7 @@
     hybridgen sample --run shapes --prompt "a small red circle"
 
 The bundle draws what the run draws, and stands wherever a run is read: `sample`, `evaluate`, `config.parts.NAME`,
-`init_from`, `hybridgen.load`. It does not train on: the optimiser stays behind. See hybridgen.runs.bundle for the files.
+`init_from`, `hybridgen.load`. It does not train on: the optimiser stays behind. For the files see runs/bundle.py.
 """
 
 import shutil

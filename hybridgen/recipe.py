@@ -104,12 +104,12 @@ def check_stages(config: Any) -> None:
 def measure(stage: Any, place: Path) -> None:
     """Evaluates the run that `stage.evaluate` names, and says where report and pictures are."""
     loaded = restore(find_run(stage.evaluate, place), {})
-    splits, compare = tuple(stage.splits), None
+    splits, distance = tuple(stage.splits), None
     if stage.get("features"):
         about = (splits, stage.count, stage.batch, stage.seed)
         reference = (stage.get("reference"), stage.get("reference_count"))
-        compare = distances.build(loaded, stage.features, *about, *reference)
-    report = evaluate.evaluate(loaded, splits, stage.count, stage.batch, stage.seed, place, points)
+        distance = distances.build(loaded, stage.features, *about, *reference)
+    report = evaluate.evaluate(loaded, splits, stage.count, stage.batch, stage.seed, place, distance)
     print(evaluate.markdown(report))
     print(f"report {place / 'report.md'}")
     for split in stage.splits:

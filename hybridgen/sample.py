@@ -18,12 +18,12 @@ from PIL import Image
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import distributed, sharding
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import progress
 from hybridgen.data import transforms
 from hybridgen.evals.sheet import sheet
 from hybridgen.models.contract import Shape
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.experiment import Loaded, find_run, restore
-from hybridgen.training.logging import progress
 
 Asked = tuple[str | None, int | None]  # a prompt, a class
 

@@ -31,7 +31,7 @@ from hybridgen.models.contract import sized
 from hybridgen.runs import checkpoint
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.drawing import sample_grid
-from hybridgen.runs.experiment import Experiment, build
+from hybridgen.runs.experiment import Experiment, build, inference_params
 from hybridgen.training import batches as batch_stream
 from hybridgen.training import logging, optim, profiling, resume, rollback
 from hybridgen.training import state as state_lib
@@ -139,7 +139,7 @@ def check(loss: jax.Array, norm: jax.Array, health: dict, spike: float) -> tuple
 
 def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
     """Weighted sums of the metrics of one batch, with averaged parameters."""
-    params = state_lib.inference_params(state["params"], state["ema"])
+    params = inference_params(state["params"], state["ema"])
     key = rng.step_key(jax.random.key(rule.seed), 0, "eval")
     model, parts = rule.fitted(batch, parts)
     options = {"parts": parts, "extra": state["extra"], "step": state["step"], "train": False}
@@ -260,7 +260,7 @@ def look(job: Job, state: dict, step: int, due: Callable[[int], bool]) -> None:
             writer.scalars(step, {f"eval/{name}": value for name, value in job.evaluate(state).items()})
     if job.grid and due(config.sample.every):
         with job.doing(step, "sample"):
-            params = state_lib.inference_params(state["params"], state["ema"])
+            params = inference_params(state["params"], state["ema"])
             writer.image(step, "samples", job.grid(params, state["extra"]))
 
 

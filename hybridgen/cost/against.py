@@ -27,8 +27,8 @@ from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.runs import drawing
+from hybridgen.runs.experiment import inference_params
 from hybridgen.sampling import guidance
-from hybridgen.training.state import inference_params
 
 EPS = 1e-6  # of the norms
 PAUSE = 0.05  # seconds before a turn

@@ -25,11 +25,10 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.sources.buckets import largest
 from hybridgen.models.contract import Part, find
 from hybridgen.runs import drawing, folder
-from hybridgen.runs.experiment import Experiment, Run, context, find_run, part_shardings, read_by
+from hybridgen.runs.experiment import Experiment, Run, context, find_run, inference_params, part_shardings, read_by
 from hybridgen.runs.experiment import load as load_run
 from hybridgen.sampling import guidance
 from hybridgen.train import Rule, program, specs_of
-from hybridgen.training.state import inference_params
 
 WHAT = ("train", "sample")
 # part: what a batch may hold in place of its encoding

@@ -20,17 +20,8 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from hybridgen.core.errors import UserError
-from hybridgen.data.sources.shapes import (
-    BACKGROUNDS,
-    CELLS,
-    COLOURS,
-    PALETTE,
-    POSITIONS,
-    RADII,
-    RELATIONS,
-    SHAPES,
-    coverage,
-)
+from hybridgen.data.sources.outlines import BACKGROUNDS, COLOURS, PALETTE, SHAPES, coverage
+from hybridgen.data.sources.shapes import CELLS, POSITIONS, RADII, RELATIONS
 
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background")
 COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette's, of 255 a channel

@@ -17,10 +17,10 @@ import numpy as np
 
 from hybridgen.core import sharding
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources, transforms
 from hybridgen.evals import fid, prdc, reference
 from hybridgen.runs import experiment
-from hybridgen.training.logging import progress
 
 SPLITS = ("train", "validation", "holdout")
 LEAST = 2 * (prdc.COVERED + 1)  # pictures of a side

@@ -26,7 +26,6 @@ from hybridgen.data.sources.buckets import LARGEST
 from hybridgen.models.contract import Part, Shape, find, sized
 from hybridgen.runs import bundle, checkpoint, drawing
 from hybridgen.runs.folder import read_json
-from hybridgen.training.state import inference_params
 
 
 class Experiment(NamedTuple):
@@ -164,6 +163,12 @@ def saved_arrays(
     saved.close()
     params = inference_params(state.get("params", {}), state.get("ema", {}))
     return {"params": params, "extra": state.get("extra", {})}, part_digests, found
+
+
+def inference_params(params: Any, ema: Any) -> dict:
+    """Parameters to sample with: the average where there is one, and what has none as it is."""
+    flat = trees.flatten(params) | trees.flatten(ema)
+    return trees.unflatten(flat)
 
 
 def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution: int) -> None:

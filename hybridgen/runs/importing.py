@@ -1,15 +1,7 @@
-"""Official weights to a run folder and back: where the tables of convert/ meet the models.
-
-    python -m hybridgen.convert taming_vqgan vqgan.ckpt runs/vqgan --config config.json
-    python -m hybridgen.convert taming_vqgan runs/vqgan vqgan.safetensors --export
-    python -m hybridgen.convert llamagen_gpt c2i_L_256.pt runs/gpt --config c2i-L-256 --part tokenizer=runs/vq
-    python -m hybridgen.convert --list
+"""Official weights to a run folder and back: where the tables of weights/ meet the models.
 
 A run folder made so is like one that training wrote, at step 0: it can be a part of another config, the start of one
-(`init_from`), sampled and evaluated. `official.json` in it keeps source and official config for the way back. The
-official config is that of --config (a JSON file or the name of a preset), otherwise `config.json` beside the weights.
-A model that needs others to draw pictures (a tokenizer, a text tower) is told their runs by --part. A text model brings
-the text tokenizer that lies beside its weights, or in the folder --text.
+(`init_from`), sampled and evaluated. `official.json` in it keeps source and official config for the way back.
 """
 
 import contextlib
@@ -24,7 +16,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hybridgen.cli import make_parser
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
@@ -33,7 +24,6 @@ from hybridgen.models.contract import Part, find
 from hybridgen.runs import experiment, manifest
 from hybridgen.runs import folder as run_folder
 from hybridgen.weights import rules, safetensors, tables
-from hybridgen.weights.files import open_weights
 
 PROMPT = 512  # positions of a prompt, where a model does not say fewer
 
@@ -261,59 +251,3 @@ def _official(source: tables.Source, folder: Path, given: str | None) -> tuple[M
     if kept.get("source") != source.name:
         raise UserError(f"{folder} was imported from {kept.get('source')}, not from {source.name}")
     return kept["config"], shapes
-
-
-# ---------------------------------------------------------------- the command
-
-
-def listing() -> str:
-    """What `--list` prints."""
-    lines = []
-    for name in tables.names():
-        about = tables.find(name).about
-        lines.append(f"{name:14s} {about.what}; {about.licence}; {about.sizes}")
-        if about.presets:
-            lines.append(f"{'':14s} presets: {', '.join(about.presets)}")
-    return "\n".join(lines)
-
-
-def named_runs(given: list[str]) -> dict[str, Path]:
-    """`NAME=RUN` of a command line. Raises UserError for anything else, and for a name twice."""
-    runs = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path) or name in runs:
-            raise UserError(f"--part takes NAME=RUN, each name once, such as tokenizer=runs/vq, and was given {text!r}")
-        runs[name] = Path(path)
-    return runs
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("convert", __doc__)
-    parser.add_argument("source", nargs="?", help="where the weights are from; see --list")
-    parser.add_argument("input", nargs="?", type=Path, help="file or folder of weights; with --export a run folder")
-    parser.add_argument("out", nargs="?", type=Path, help="new run folder; with --export a .safetensors file")
-    parser.add_argument("--config", help="official config: a JSON file or a preset (default: config.json there)")
-    parser.add_argument("--part", action="append", default=[], metavar="NAME=RUN", help="a run that it is used with")
-    parser.add_argument("--text", type=Path, metavar="FOLDER", help="text tokenizer (default: beside the weights)")
-    parser.add_argument("--export", action="store_true", help="from a run folder to official weights")
-    parser.add_argument("--list", action="store_true", help="show sources, licences and sizes")
-    args = parser.parse_args(argv)
-    if args.list:
-        with contextlib.suppress(BrokenPipeError):
-            print(listing())
-        return 0
-    if args.out is None:
-        parser.error("three things are asked for: SOURCE IN OUT")
-    source = tables.find(args.source)
-    if args.export:
-        count = write_official(source, args.input, args.config, args.out)
-        print(f"{count} tensors in {args.out}")
-        return 0
-    weights = open_weights(args.input)
-    config = read_config(source.about, args.config, args.input)
-    beside = args.input if args.input.is_dir() else args.input.parent
-    asked = args.text is not None
-    count = write_run(args.out, source, config, weights, named_runs(args.part), args.text or beside, asked)
-    print(f"{count:,} parameters in {args.out}")
-    return 0

@@ -18,16 +18,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from hybridgen.core.errors import UserError
-
-T = TypeVar("T")
 
 
 class Timer:
@@ -325,29 +323,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def progress(items: Iterable[T] | int, label: str, total: int | None = None, seconds: float = 15) -> Iterator[T]:
-    """Goes through `items` (or range(items)), showing progress with ETA: a bar on a terminal, else a line now and then.
-
-    On a plain log there is a line every `seconds`, so that short work prints nothing.
-    """
-    from tqdm import tqdm
-
-    if isinstance(items, int):
-        items = range(items)  # type: ignore[assignment]
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, total=total, leave=False)
-        return
-    start = shown = time.perf_counter()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        if now - shown >= seconds and jax.process_index() == 0:
-            shown = now
-            print(tqdm.format_meter(done, total, now - start, prefix=label, ncols=100), file=sys.stderr, flush=True)
 
 
 def _numbers(report: Mapping[str, Any]) -> dict[str, float]:

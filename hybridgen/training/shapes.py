@@ -1,4 +1,6 @@
-"""Training on pictures of several shapes (data/buckets.py): one executable a shape, all compiled before the first step.
+"""Training on pictures of several shapes (data/sources/buckets.py).
+
+There is one executable a shape, and all are compiled before the first step.
 
 XLA compiles for shapes: a step that meets a new one would wait for a compilation, amid the run and on every host.
 """

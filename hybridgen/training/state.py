@@ -138,12 +138,6 @@ def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
     return trees.unflatten(flat)
 
 
-def inference_params(params: Any, ema: Any) -> dict:
-    """Parameters to sample with: the average where there is one, and what has none as it is."""
-    flat = trees.flatten(params) | trees.flatten(ema)
-    return trees.unflatten(flat)
-
-
 def spec_of(batch: dict) -> dict:
     """ShapeDtypeStructs of a batch."""
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}

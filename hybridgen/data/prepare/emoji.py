@@ -116,7 +116,7 @@ def build(packages: Path, out: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("data.emoji", __doc__)
+    parser = make_parser("data.prepare.emoji", __doc__)
     parser.add_argument("--packages", required=True, type=Path, help="folder with the four unpacked packages")
     parser.add_argument("--out", required=True, type=Path, help="a new folder")
     args: Any = parser.parse_args(argv)

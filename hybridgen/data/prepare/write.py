@@ -1,6 +1,7 @@
 """Writes any source of pictures into ArrayRecord shards, which the source "records" reads back.
 
-    python -m hybridgen.data.prepare.write --config configs/recipes/imagefolder.py:base --config.path=FOLDER --out records
+    python -m hybridgen.data.prepare.write --config configs/recipes/imagefolder.py:base --config.path=FOLDER \
+        --out records
 
 The `data` of a config, or of a stage of a recipe, says what is written, at its resolution. Training from the records is
 training from the source, sample for sample: a broken record is written as what stands in for it, and counted and named.
@@ -82,7 +83,7 @@ def write(data: Mapping, split: str, out: Path, shards: int, threads: int, repor
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("data.write", __doc__)
+    parser = make_parser("data.prepare.write", __doc__)
     config_lib.add_argument(parser)
     parser.add_argument("--stage", help="the stage whose data is written, if the config is a recipe")
     parser.add_argument("--out", required=True, type=Path, help="folder that gets a folder of records for each split")

@@ -8,12 +8,12 @@
     {"source": "shapes", "options": {"objects": (1, 2)}, "resolution": 32, "flip": False, "workers": 0, "threads": 1,
      "text": {"kind": "words", "length": 24}}
     {"source": "folder", "options": {"path": "pictures", "text_key": ("text", "text_zh"), "split_key": "split"}, ...}
-    {"source": "records", "options": {"path": "written"}, ...}       what data.write or the caching command wrote
+    {"source": "records", "options": {"path": "written"}, ...}   what data.prepare.write or the caching command wrote
     {"source": "tfds", "options": {"path": "prepared data set", "text_key": "caption"}, ...}
     {"source": "mixture", "options": {"sources": {"a": {"source": ..., "options": ..., "weight": 3}, "b": ...}}, ...}
 
-With `buckets`, a table of data/buckets.py, in its options a folder has batches of several shapes; a run's config.json
-keeps those that it was trained on as `shapes`.
+With `buckets`, a table of data/sources/buckets.py, in its options a folder has batches of several shapes; a run's
+config.json keeps those that it was trained on as `shapes`.
 
 A record that cannot be read raises `BrokenRecord`; `pipeline.read` replaces it by a fixed rule. What else a source may
 have: `class_names`, `captions()`, `words` (its vocabulary, counted), `digest()`, `view(index, own)` (a record with
@@ -37,7 +37,7 @@ from hybridgen.data.sources.tfds import Tfds
 __all__ = ["MAX_LINE", "MAX_TEXT", "BrokenRecord", "Folder", "build", "describe", "encoders", "fits", "header_size"]
 
 KEYS = ("source", "options", "resolution", "text", "flip", "workers", "threads", "shapes")
-BUCKETS = "buckets"  # option of a folder: the table of data/buckets.py
+BUCKETS = "buckets"  # option of a folder: the table of data/sources/buckets.py
 KINDS = {"shapes": Shapes, "folder": Folder, "records": Records, "tfds": Tfds, "mixture": Mixture}
 
 

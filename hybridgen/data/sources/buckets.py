@@ -1,12 +1,11 @@
 """Aspect-ratio buckets: pictures of like shape share batches, so that none is cropped to a square (NovelAI 2022; SDXL).
 
-    python -m hybridgen.data.sources.buckets --config configs/recipes/imagefolder.py --config.path=FOLDER --out buckets.json
-
-The command reads the headers of a folder's pictures and writes an index table: a few shapes of about the same area, and
-which of them each record has. A config then has `data.options.buckets = "buckets.json"`, and every batch is of one
-shape (on a command line: --config.data.options.buckets=buckets.json). Batch k is a function of (seed, k): an epoch has
-floor(n / B) batches of a bucket with n records, in a seeded order, of a seeded permutation of its records; what is left
-over is another rest in each epoch. A sequential pass has all records, the batches of all buckets evenly mixed.
+data/prepare/buckets.py reads the headers of a folder's pictures and writes an index table: a few shapes of about the
+same area, and which of them each record has. A config then has `data.options.buckets = "buckets.json"`, and every batch
+is of one shape (on a command line: --config.data.options.buckets=buckets.json). Batch k is a function of (seed, k): an
+epoch has floor(n / B) batches of a bucket with n records, in a seeded order, of a seeded permutation of its records;
+what is left over is another rest in each epoch. A sequential pass has all records, the batches of all buckets evenly
+mixed.
 
 Letters: B rows of a global batch, N sample numbers, n records of a bucket, m batches of an epoch.
 """
@@ -22,8 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridgen.cli import command, make_parser
-from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
 from hybridgen.data.shuffle import order
@@ -202,43 +199,3 @@ def _sizes(source: Folder) -> np.ndarray:
         except BrokenRecord:
             continue
     return out
-
-
-def main(argv: list[str] | None = None) -> int:
-    from hybridgen.data import sources
-    from hybridgen.data.prepare import write  # they import this file
-
-    parser = make_parser("data.buckets", __doc__)
-    config_lib.add_argument(parser)
-    parser.add_argument("--stage", help="the stage whose folder is read, if the config is a recipe")
-    parser.add_argument("--step", type=int, default=64, metavar="N", help="sides are multiples of it (default: 64)")
-    parser.add_argument("--aspect", type=float, default=2.0, help="longest side over shortest, at most (default: 2)")
-    parser.add_argument(
-        "--least",
-        type=int,
-        default=256,
-        metavar="N",
-        help="records of a bucket, at least; give the batch size or more (default: 256)",
-    )
-    parser.add_argument("--out", required=True, type=Path, help="a new file, such as buckets.json")
-    args, overrides = config_lib.parse(parser, argv)
-    if args.step < 1 or args.least < 1 or not 1 <= args.aspect <= 16:
-        raise UserError(f"--step {args.step} and --least {args.least} are at least 1, --aspect {args.aspect} 1 to 16")
-    if args.out.exists() or not args.out.parent.is_dir():
-        raise UserError(f"{args.out} is there already" if args.out.exists() else f"no folder {args.out.parent}")
-    data = write.data_of(config_lib.load(args.config, overrides), args.stage)
-    if data.source != "folder":
-        raise UserError(f"data.source is {data.source!r}: buckets are of a folder, whose pictures have many shapes")
-    options = {name: value for name, value in sources.checked("folder", data.options).items() if name != "buckets"}
-    table = build(options, data.resolution, args.step, args.aspect, args.least)
-    temporary = args.out.with_name(f".{args.out.name}.tmp")
-    temporary.write_text(json.dumps(table, separators=(",", ":")) + "\n")
-    temporary.replace(args.out)
-    counts = np.bincount(table["splits"]["train"]["bucket"], minlength=len(table["shapes"]))
-    for (height, width), count in zip(table["shapes"], counts, strict=True):
-        print(f"{height:5d} x {width:<5d} {count} records")
-    return 0
-
-
-if __name__ == "__main__":
-    command(main)

@@ -261,7 +261,7 @@ def _check(index: Mapping) -> None:
 
 
 class Records:
-    """Records that data.write or the caching command wrote, for one split.
+    """Records that data.prepare.write or the caching command wrote, for one split.
 
     path: the folder that holds a folder a split. Items are those of the source they were written from, with the entries
     that were cached; of several views, `source[i]` is the first and `view(i, own)` one that `own` picks: its lowest bit

@@ -6,7 +6,7 @@
     same = from_json(tokenizer.to_json())                         # plain JSON: it travels with a checkpoint
 
 `data.text` of a config: {"kind": "words" | "bytes" | "bpe" | "published", "length": L} with "max_words", the most words
-kept (words), or "path", the file of data.bpe (bpe) or a folder with a published tokenizer (published).
+kept (words), or "path", the file of data.prepare.bpe (bpe) or a folder with a published tokenizer (published).
 
 `words`: text is NFKC-normalised and lower-cased, then cut into words of letters (any alphabet), single digits, single
 Chinese / Japanese / Korean characters and single punctuation marks. Ids: 0 padding, 1 unknown, then the vocabulary.

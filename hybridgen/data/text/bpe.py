@@ -1,15 +1,13 @@
 """Byte-pair encoding over UTF-8 bytes (Sennrich et al. 2016; on bytes, Radford et al. 2019), trained on captions.
 
-    python -m hybridgen.data.text.bpe --config configs/recipes/imagefolder.py:base --size 4096 --out bpe.json
-
-A config then has `data.text = {"kind": "bpe", "path": "bpe.json", "length": L}`. Id 0 is padding, 1 + b is byte b, and
-each id from 257 on joins two before it. Nothing is normalised: text of any script comes back as it was. Merges never
-reach over the end of a word (a run of letters, up to three digits or punctuation marks, with the space before it).
+After `python -m hybridgen.data.prepare.bpe` a config has `data.text = {"kind": "bpe", "path": "bpe.json", "length":
+L}`. Id 0 is padding, 1 + b is byte b, and each id from 257 on joins two before it. Nothing is normalised: text of any
+script comes back as it was. Merges never reach over the end of a word (a run of letters, up to three digits or
+punctuation marks, with the space before it).
 """
 
 import collections
 import heapq
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen.cli import command, make_parser
-from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
 from hybridgen.data.text.prompts import PAD, check_prompt, checked_length, fit
@@ -169,46 +165,5 @@ class Bpe:
         """The tokenizer in a file that the command wrote, for prompts of `length`."""
         data = read_json(Path(path))
         if not isinstance(data, dict) or data.get("kind") != cls.kind:
-            raise UserError(f"{path} is not a file of data.bpe")
+            raise UserError(f"{path} is not a file of data.prepare.bpe")
         return cls.from_json(data | {"length": length})
-
-
-def main(argv: list[str] | None = None) -> int:
-    from hybridgen.data import sources
-    from hybridgen.data.prepare import write  # they import this file
-
-    parser = make_parser("data.bpe", __doc__)
-    config_lib.add_argument(parser)
-    parser.add_argument("--stage", help="the stage whose captions are read, if the config is a recipe")
-    parser.add_argument("--size", type=int, default=4096, help="ids, 257 of them padding and bytes (default: 4096)")
-    parser.add_argument(
-        "--count",
-        type=int,
-        default=50_000,
-        metavar="N",
-        help="records read of a source that does not list its captions (default: 50000)",
-    )
-    parser.add_argument("--out", required=True, type=Path, help="a new file, such as bpe.json")
-    args, overrides = config_lib.parse(parser, argv)
-    if not FIRST <= args.size <= MAX_MERGES or args.count < 1:
-        raise UserError(f"--size {args.size} is not within {FIRST} and {MAX_MERGES}, or --count {args.count} below 1")
-    if args.out.exists() or not args.out.parent.is_dir():
-        raise UserError(f"{args.out} is there already" if args.out.exists() else f"no folder {args.out.parent}")
-    source = sources.build(write.data_of(config_lib.load(args.config, overrides), args.stage), "train")
-    items = (source[index] for index in range(min(args.count, len(source))))
-    captions = (
-        source.captions()
-        if hasattr(source, "captions")
-        else (text for item in items for text in item.get("texts") or (item["text"],))
-    )
-    merges = train(captions, args.size)
-    text = json.dumps({"kind": Bpe.kind, "merges": merges}, separators=(",", ":"))
-    temporary = args.out.with_name(f".{args.out.name}.tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(args.out)
-    print(f"{FIRST + len(merges)} ids in {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    command(main)

@@ -3,7 +3,7 @@
 The encoder gives mean and log-variance of a Gaussian over each latent, the loss draws from it and pulls it weakly to a
 standard normal. What a diffusion model sees is `(latent - shift) * scale`: `encode` gives the mean so or, with keys, a
 draw, and `decode` takes it so. Stable Diffusion's autoencoders (also those of SD3 and Flux) and MAR's are this family
-with the options that their tables in convert/ set; the convolutions are those of nn/autoencoder.py. With `adversarial`
+with the options that their tables in weights/ set; the convolutions are those of nn/autoencoder.py. With `adversarial`
 a discriminator judges the pictures (judging.py).
 
 Letters: b batch, H W picture, h w grid, d channels of the latent.

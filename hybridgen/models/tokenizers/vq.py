@@ -5,7 +5,7 @@ VQ-VAE (van den Oord et al. 2017) with options that a config sets: finite scalar
 codebook learned by gradient or by moving averages, and revival of dead codes; codes drawn from logits ("gumbel", Jang
 et al. 2016); "none" is a plain autoencoder with a continuous latent. The convolutions are our light ones, or with
 `residual` those of official tokenizers: VQGAN (Esser et al. 2021) and LlamaGen's (Sun et al. 2024) are this family with
-the options that their tables in convert/ set. With `adversarial` a discriminator judges the pictures (judging.py).
+the options that their tables in weights/ set. With `adversarial` a discriminator judges the pictures (judging.py).
 
 `extra`: `use [v]`, the moving average of tokens a step per code, from zero on: what usage and perplexity are read from.
 With a moving codebook also `codebook [v, d]` and what it is the quotient of, `total [v, d]` and `count [v]`, where a

@@ -1,0 +1,261 @@
+"""Meshes: the same numbers on 1, 2, 4 and 8 devices, parameters really cut, and in words what does not fit.
+
+Several devices are a process of their own (sharded_cases.py) with eight host devices. The complete product of systems,
+meshes and precisions is slow; a selection of it is not.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from hybridgen.core import sharding
+from hybridgen.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+ONE = {"data": 1}
+MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
+MESHES = {  # 2, 4 and 8 devices and every axis, for each precision
+    "float32": ({"tensor": 2}, {"fsdp": 2, "tensor": 2}, {"data": 8}, {"dcn": 2, "fsdp": 4}),
+    "float64": ({"data": 2}, {"fsdp": 4}, MIXED),
+}
+# large programs then compile in a sixth of the time; XLA ends at a flag it does not know, so only where it was tried
+QUICK = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+SYSTEMS = ("fsq", "moving", "prior", "decoder", "cascade")
+
+
+def on(name: str, dtype: str, steps: int, *meshes: dict, **changes) -> list[dict]:
+    """What sharded_cases.py measures for this system on each mesh."""
+    flags = [f"--{key}={json.dumps(value)}" for key, value in changes.items()]
+    line = [sys.executable, str(ROOT / "tests/sharded_cases.py"), name, dtype, str(steps), *flags]
+    settings = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8{QUICK}"}
+    settings |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    line += [json.dumps(mesh) for mesh in meshes]
+    done = subprocess.run(line, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(text) for text in done.stdout.splitlines()]
+    assert len(found) == len(meshes)
+    return found
+
+
+def apart(one: dict, many: dict) -> float:
+    """Largest relative difference of the losses."""
+    a, b = np.asarray(one["losses"]), np.asarray(many["losses"])
+    return float((np.abs(a - b) / np.abs(a)).max())
+
+
+def check(found: list[dict], tolerance: float, exact: float) -> None:
+    """Losses within `tolerance` (relative) of the first mesh's, the final arrays within `exact` of their size."""
+    one, *others = found
+    steps = len(one["losses"])
+    assert np.isfinite(one["losses"]).all() and len(set(one["losses"])) == steps > 1
+    for many in others:
+        size = int(np.prod(list(many["mesh"].values())))
+        assert many["devices"] == [size] and many["dtype"] == one["dtype"]
+        assert many["skipped"] == 0 and many["pinned"] and many["donated"] and many["copies"], many["mesh"]
+        assert apart(one, many) < tolerance, (many["mesh"], apart(one, many))
+        assert set(many["final"]) == set(one["final"])
+        for path, value in one["final"].items():
+            value, other = np.asarray(value), np.asarray(many["final"][path])
+            assert np.abs(value - other).max() <= exact * max(np.abs(value).max(), 1e-3), (many["mesh"], path)
+
+
+def cut(found: dict, *groups: str) -> dict[str, float]:
+    """Share of each array of these groups of the state that one device holds."""
+    return {
+        path: np.prod(part) / np.prod(whole)
+        for path, (whole, part) in found["shards"].items()
+        if path.startswith(groups)
+    }
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.slow
+def test_a_moving_codebook_is_merged_over_devices():
+    """`extra` is learned without gradients: sums over tokens, wherever the tokens lie; dead codes are reborn alike."""
+    one, many = found = on("moving", "float64", 10, ONE, {"dcn": 2, "data": 2, "fsdp": 2})
+    check(found, 1e-9, 1e-9)
+    assert {"extra/count", "extra/codebook", "extra/total"} <= set(many["final"])
+    start = np.ones(16)
+    assert np.abs(np.asarray(one["final"]["extra/count"]) - start).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_masked_loss_on_every_mesh():
+    """Also where microbatches, which weigh differently, are cut over devices again."""
+    meshes = (ONE, *MESHES["float32"], *MESHES["float64"])
+    whole = on("toy", "float64", 50, *meshes)
+    by_parts = on("toy", "float64", 50, *meshes[::2], accumulate=2)
+    check(whole, 1e-9, 1e-9)
+    check([whole[0], *by_parts[1:]], 1e-9, 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float32", 10, 1e-5), ("float64", 50, 1e-9)])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_on_every_mesh(name, dtype, steps, tolerance):
+    # Adam makes whole steps of gradients that are nothing but rounding, and a code that falls the other way is a jump
+    changes = {"optim__eps": 1e-4} if name == "fsq" else {}
+    found = on(name, dtype, steps, ONE, *MESHES[dtype], **changes)
+    assert found[0]["dtype"] == [dtype]
+    check(found, tolerance, 1e-7 if dtype == "float64" else 1e-2)
+    if name == "prior":
+        for many in found[1:]:
+            check_cuts(many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moving", "prior"])
+def test_microbatches_on_a_mesh(name):
+    check(on(name, "float64", 10, ONE, {"data": 2, "fsdp": 2}, accumulate=2), 1e-9, 1e-7)
+
+
+# ---------------------------------------------------------------- really cut
+
+
+def check_cuts(found: dict) -> None:
+    """Shares of a prior that a device holds, by hand."""
+    fsdp, tensor = (found["mesh"].get(axis, 1) for axis in ("fsdp", "tensor"))
+    layers = "blocks/layers"
+    both = 1 / (fsdp * tensor)
+    want = {
+        f"{layers}/attention/qkv/kernel": both,
+        f"{layers}/attention/out/kernel": both,
+        f"{layers}/mlp/up/kernel": both,
+        f"{layers}/mlp/down/kernel": both,
+        "text/blocks/layers/mlp/up/kernel": both,
+        "tokens/table": both,
+        "head/kernel": both,
+        f"{layers}/attention_norm/scale": 1,
+    }
+    shares = cut(found, "params/", "opt/", "ema/")
+    for name, share in want.items():
+        own = re.compile(f"(params|ema|.*/mu|.*/nu)/{name}$")  # the parameter, its average and two moments
+        copies = {path: value for path, value in shares.items() if own.match(path)}
+        assert len(copies) == 4, (name, sorted(shares))
+        assert set(copies.values()) == {share}, (found["mesh"], copies)
+
+
+@pytest.mark.slow
+def test_a_prior_on_eight_devices_is_the_prior_on_one_and_is_cut():
+    """Parameters, moments and average, so that a device holds a part of them, and the same losses."""
+    one, many = found = on("prior", "float32", 10, ONE, MIXED)
+    check(found, 1e-5, 1e-2)
+    check_cuts(many)
+    held = sum(np.prod(part) for whole, part in many["shards"].values())
+    assert held < 0.35 * sum(np.prod(whole) for whole, part in many["shards"].values())
+    assert set(cut(one, "params/").values()) == {1}
+
+
+def test_rows_of_a_batch_are_cut_and_so_is_the_work():
+    sizes = [{"data": -1, "tensor": 2}, {"dcn": 2, "data": 2, "fsdp": 2}, {"tensor": 8}]
+    paired, eight, whole = on("places", "float32", 0, *sizes)
+    assert paired["shape"] == {"dcn": 1, "data": 4, "fsdp": 1, "tensor": 2}
+    rows = [list(range(i, i + 4)) for i in (0, 0, 4, 4, 8, 8, 12, 12)]  # the two of a tensor pair hold the same ones
+    assert [[2 * row for row in part] for part in rows] == [held for _, held in sorted(paired["rows"])]
+    assert [held for _, held in sorted(eight["rows"])] == [[4 * i, 4 * i + 2] for i in range(8)]
+    assert all(held == list(range(0, 32, 2)) for _, held in whole["rows"])
+    for found in (paired, eight, whole):
+        assert found["local"] == list(range(16))
+
+    one, many = on("memory", "float32", 0, ONE, {"data": 8})
+    assert many["temporary"] < 0.3 * one["temporary"]
+
+
+# ---------------------------------------------------------------- rules, on one device
+
+
+def abstract(**sizes) -> AbstractMesh:
+    """A mesh of no devices."""
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
+    return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    six = list(range(6))  # whatever they are: nothing is placed on them
+    with pytest.raises(UserError, match=r"mesh \{'data': 4\} takes 4 devices and there are 6"):
+        sharding.make_mesh({"data": 4}, six)
+    with pytest.raises(UserError, match="takes 3 devices and there are 6"):
+        sharding.make_mesh({"data": 3}, six)  # it divides, and would leave three idle
+    with pytest.raises(UserError, match="takes 4 devices and there are 6"):
+        sharding.make_mesh({"data": -1, "tensor": 4}, six)
+    with pytest.raises(UserError, match="at most one is -1"):
+        sharding.make_mesh({"data": -1, "fsdp": -1}, six)
+    for size in (0, -2):
+        with pytest.raises(UserError, match="sizes are positive"):
+            sharding.make_mesh({"data": size}, six)
+    with pytest.raises(UserError, match="mesh axis 'model' is not one of dcn, data, fsdp, tensor"):
+        sharding.make_mesh({"model": 6}, six)
+    mesh = sharding.make_mesh({"fsdp": -1}, jax.devices()[:1])
+    assert mesh.axis_names == ("dcn", "data", "fsdp", "tensor") and set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh = abstract(dcn=2, data=2, fsdp=2, tensor=3)
+    sharding.check_batch(mesh, 16)
+    sharding.check_batch(mesh, 32, accumulate=4)
+    assert [sharding.padded(mesh, rows) for rows in (1, 8, 9)] == [8, 8, 16]
+    with pytest.raises(UserError, match="batch 12 in 1 accumulation steps does not divide over 8 data-parallel"):
+        sharding.check_batch(mesh, 12)
+    with pytest.raises(UserError, match="batch 16 in 4 accumulation steps does not divide over 8"):
+        sharding.check_batch(mesh, 16, accumulate=4)
+    with pytest.raises(UserError, match="batch 16 in 3 accumulation steps"):
+        sharding.check_batch(abstract(), 16, accumulate=3)
+
+
+def test_two_logical_axes_on_one_mesh_axis_are_an_error():
+    assert sharding.logical_spec("batch", None, "mlp") == PartitionSpec(("dcn", "data", "fsdp"), None, ("tensor",))
+    for names in (("heads", "mlp"), ("batch", "embed"), ("vocab", None, "vocab")):
+        with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
+            sharding.logical_spec(*names)
+        with jax.sharding.use_abstract_mesh(abstract(data=2)), pytest.raises(ValueError, match="on one mesh axis"):
+            jax.eval_shape(lambda x, names=names: sharding.shard(x, *names), jnp.zeros((2,) * len(names)))
+
+
+def test_activations_are_constrained_where_there_is_a_mesh():
+    x = jnp.zeros((8, 3, 4))
+    assert sharding.shard(x, "batch", None, "mlp") is x
+    with jax.sharding.use_abstract_mesh(abstract(data=2, tensor=2)):
+        program = jax.make_jaxpr(lambda x: sharding.shard(x, "batch", "heads", None))(x)
+        (constraint,) = program.eqns
+        assert constraint.primitive.name == "sharding_constraint"
+        # three heads over two devices stay whole
+        assert constraint.params["sharding"].spec == PartitionSpec(("dcn", "data", "fsdp"), None, None)
+        with pytest.raises(ValueError, match=r"2 axis names \('batch', None\) for an array of shape \(8, 3, 4\)"):
+            jax.eval_shape(lambda x: sharding.shard(x, "batch", None), x)
+
+
+def test_every_parameter_needs_a_rule_and_the_first_one_counts():
+    with pytest.raises(ValueError, match=r"no sharding rule matches parameter 'blocks/odd' of shape \(3, 4\)"):
+        sharding.param_spec("blocks/odd", (3, 4))
+    fsdp, tensor = ("fsdp",), ("tensor",)
+    assert sharding.param_spec("blocks/layers/mlp/up/kernel", (5, 8, 2, 16)) == PartitionSpec(None, fsdp, None, tensor)
+    # a kernel of its own name, and any other one
+    assert sharding.param_spec("x/mlp/down/kernel", (16, 8)) == PartitionSpec(tensor, fsdp)
+    assert sharding.param_spec("x/other/kernel", (16, 8)) == PartitionSpec(fsdp, None)
+    assert sharding.param_spec("layers/norm/scale", (5, 8)) == PartitionSpec(None, None)
+
+
+def test_what_mirrors_parameters_is_placed_like_them_and_what_does_not_divide_stays_whole():
+    mesh = abstract(fsdp=4, tensor=2)
+    params = {"a": {"kernel": jnp.zeros((8, 3))}, "b": {"kernel": jnp.zeros((6, 3))}}
+    state = {"0": {"mu": params, "count": jnp.zeros(())}, "odd": jnp.zeros((8, 3))}
+    places = sharding.mirror_shardings(state, params, mesh)
+    for found in (sharding.param_shardings(params, mesh), places["0"]["mu"]):
+        assert found["a"]["kernel"].spec == PartitionSpec(("fsdp",), None)
+        assert found["b"]["kernel"].spec == PartitionSpec(None, None)  # 6 over 4
+    factored = sharding.mirror_shardings({"row": {"a": {"kernel": jnp.zeros(8)}}}, params, mesh)
+    for whole in (places["0"]["count"], places["odd"], factored["row"]["a"]["kernel"]):
+        assert not any(whole.spec)
+    with pytest.raises(ValueError, match="no sharding rule matches parameter 'count'"):
+        sharding.param_shardings({"count": jnp.zeros(())}, mesh)

@@ -1,0 +1,132 @@
+"""Every config: at `tiny` it trains, its loss falls and it samples the right shape; every parameter of it has a place.
+
+A new file in configs/ is found by itself. Parts come from one tiny tokenizer, trained once (conftest.py).
+"""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from hybridgen import recipe
+from hybridgen.core import config as config_lib
+from hybridgen.core import sharding, trees
+from hybridgen.core.errors import UserError
+from hybridgen.cost import programs
+from hybridgen.data import pipeline, sources
+from hybridgen.models.ar import raster
+from hybridgen.reports import points as points_lib
+from hybridgen.runs import drawing, experiment
+from hybridgen.runs.experiment import restore
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/recipes/*.py"))
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*/*.py") if path.parent.name != "recipes")
+LARGE = 2**20  # elements of a parameter that must not be whole on every device of a large mesh
+
+
+def variants(path: Path) -> list[str]:
+    """The names of a config's variants, from the error that an unknown one gets; the default is ""."""
+    with pytest.raises(UserError) as error:
+        config_lib.load(f"{ROOT / path}:no_such_variant")
+    names = re.search(r"one of (.*), or none", str(error.value))
+    return ["", *names[1].split(", ")]
+
+
+JUDGED = ("kl", "vqgan")  # a discriminator compiles for long
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=pytest.mark.slow) if path.stem in JUDGED else path for path in FILES], ids=str
+)
+def test_tiny_trains_and_samples(path, tiny_run):
+    folder, losses = tiny_run(str(path))
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < 0.97 * np.mean(losses[:4]), losses
+
+    loaded = restore(folder, {})
+    count, side = 3, loaded.config.data.resolution
+    batch = next(pipeline.batches(sources.build(loaded.config.data, "validation"), loaded.text, batch=count, seed=0))
+    cond = {name: batch[name] for name in ("image", "text", "text_mask", "label")}
+    with jax.set_mesh(loaded.mesh):
+        pieces = list(drawing.draw_all(loaded.draw, cond, seed=0, batch=2, put=loaded.put))
+    if loaded.config.family.startswith("text."):  # draws no pictures
+        text = np.concatenate([piece["text"] for piece in pieces])  # b n
+        assert text.shape[0] == count and (0 <= text).all() and (text < loaded.text.vocab_size).all()
+        return
+    images = np.concatenate([piece["image"] for piece in pieces])  # b H W 3
+    assert images.shape == (count, side, side, 3) and np.isfinite(images).all() and np.abs(images).max() <= 1
+    assert images.std() > 0
+    for piece in pieces:
+        if "tokens" in piece:
+            assert (0 <= piece["tokens"]).all() and (piece["tokens"] < loaded.tokenizer.model.vocab).all()
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_parameter_has_a_place(path):
+    neighbours = {"tokenizer": "tokenizers/vq.py", "prior": "ar/raster.py", "decoder": "diffusion/dit.py"}
+    stages = {name: config_lib.load(f"{ROOT}/configs/{file}:tiny") for name, file in neighbours.items()}
+    tower = {"vocab": 64, "length": 120, "width": 2048, "depth": 0}  # in the place of Flan-T5-XL
+    stages["text"] = tiny.common.stage("text.transformer", tower, {})
+    for variant in variants(path):
+        config = config_lib.load(f"{ROOT / path}:{variant}").copy_and_resolve_references()
+        with config.unlocked():
+            config.mesh = {"data": -1}
+            for name, part in config.parts.items():
+                config.parts[name] = str(ROOT / part) if part.startswith("configs/") else part
+        built = programs.build(config, stages, devices=jax.devices()[:1])  # raises for a parameter that no rule fits
+        for name, leaf in trees.flatten(built.state["params"]).items():
+            spec = sharding.param_spec(name, leaf.shape)
+            assert leaf.size < LARGE or any(spec), f"{path}:{variant} {name} {leaf.shape} would be whole everywhere"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_recipes_fit_together(path):
+    for variant in variants(path):
+        config = config_lib.load(f"{ROOT / path}:{variant}")
+        recipe.check(config)
+        known = list(config.order)
+        for number, name in enumerate(known):
+            stage = config.stages[name]
+            points = stage.get("compare", {}).values()
+            needs = [stage.evaluate] if "evaluate" in stage else stage.get("parts", {}).values()
+            needs = [*needs, *(run for point in points for run in points_lib.runs(point))]
+            assert all(need.removeprefix("../") in known[:number] for need in needs), (variant, name)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_at_tiny(tmp_path, capfd):
+    config = config_lib.load(f"{ROOT}/configs/recipes/shapes.py:tiny")
+    assert recipe.run(config, tmp_path / "run")
+    assert "done in" in capfd.readouterr().out
+    report = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())
+    for split in ("validation", "holdout"):
+        assert (tmp_path / "run" / "evaluation" / f"{split}.png").stat().st_size > 10_000
+        assert report["splits"][split]["from captions"]["render"]["judge"]["all"]["pictures"] == 16
+
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/checkpoints/*/manifest.json")}
+    assert recipe.run(config, tmp_path / "run")  # every stage is there: nothing is trained or saved again
+    assert stamps and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+@pytest.mark.parametrize("name", ["llamagen", pytest.param("llamagen:t2i_tiny", marks=pytest.mark.slow), "taming"])
+def test_official_priors_know_more_than_frequencies(name, tiny_run):
+    """On pictures that were not trained on, by the margin that the config promises."""
+    name, *variant = name.split(":")
+    folder, _ = tiny_run(":".join([f"configs/ar/{name}.py", *variant]))
+    run = experiment.load(folder)
+    part, parts = run.part, experiment.build(run.config, folder, text=run.text).parts
+    batch = next(pipeline.batches(sources.build(run.config.data, "validation"), run.text, batch=64, seed=0))
+    tokens = np.asarray(parts["tokenizer"].call("encode", batch["image"]))
+    share = np.bincount(tokens.ravel(), minlength=parts["tokenizer"].model.vocab) / tokens.size
+    unigram = -(share * np.log(np.maximum(share, 1e-9))).sum()  # the best that frequencies alone can do, on these
+    given = {key: value for key, value in batch.items() if key != "image"} | {"tokens": tokens}
+    options = {"parts": parts, "extra": {}, "step": 0, "train": False}
+    loss = raster.loss(part.model, part.params, given, jax.random.key(0), **options)[0]
+    margin = importlib.import_module(f"configs.ar.{name}").MARGIN
+    assert margin > 0.1 and float(loss) < unigram - margin, (float(loss), unigram)

@@ -1,0 +1,47 @@
+"""Recipes: what is wrong is said before anything is trained; what is stopped says how to go on."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from hybridgen import recipe
+from hybridgen.core.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+RECIPE = f"{ROOT}/configs/recipes/shapes.py:tiny"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("cascade.sample.options.decoder.steps=0", "stage 'cascade': decoder.steps 0 is not within 1 and 1000"),
+        ("cascade.family=hybrid.cascad", "stage 'cascade': no family 'hybrid.cascad'"),
+        ("decoder.mesh.data=3", "stage 'decoder': mesh"),
+        ("decoder.data.source=cloud", "stage 'decoder': unknown data.source 'cloud'"),
+        ("evaluation.splits=('validation','test')", "stage 'evaluation': shapes: split has no 'test'"),
+    ],
+)
+def test_what_is_wrong_with_a_later_stage_is_said_before_the_first(override, says, tmp_path):
+    with pytest.raises(UserError) as error:
+        recipe.main(["--config", RECIPE, "--workdir", str(tmp_path / "run"), f"--config.stages.{override}"])
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_that_is_stopped_says_how_to_go_on(number, tmp_path, monkeypatch, capsys):
+    """What a recipe does between its trainings is not saved, and soon done again."""
+
+    def measure(stage, place):
+        os.kill(os.getpid(), number)
+        time.sleep(20)
+
+    monkeypatch.setattr(recipe, "measure", measure)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(["--config", f"{RECIPE},order=('evaluation',)", "--workdir", str(tmp_path)])
+    assert "the same command goes on from what is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
