@@ -91,11 +91,11 @@ class Model:
 
         Raises UserError for a prompt, label, size or option that this model does not take.
         """
-        asked = _asked(prompts, labels)
+        requests = _requests(prompts, labels)
         for name, value in (("count", count), ("batch", batch), ("seed", seed)):
             drawing.check_number(name, value)
         loaded, draw = self._loaded, self._drawn_by(options, size)
-        repeated = [one for one in asked for _ in range(count)]
+        repeated = [one for one in requests for _ in range(count)]
         cond = conditions(loaded, repeated)
         batch = sharding.padded(loaded.mesh, min(batch, len(repeated)))
         with jax.set_mesh(loaded.mesh):
@@ -121,7 +121,7 @@ def load(path: str | os.PathLike, checkpoint: int | None = None) -> Model:
     return Model(restore(find_run(os.fspath(path), None), {}, checkpoint))
 
 
-def _asked(prompts: Any, labels: Any) -> list[tuple[str | None, int | None]]:
+def _requests(prompts: Any, labels: Any) -> list[tuple[str | None, int | None]]:
     """(prompt, class) a picture, of one or of several."""
     texts = [prompts] if isinstance(prompts, str) else prompts
     classes = [labels] if isinstance(labels, int) else labels

@@ -182,7 +182,7 @@ def sample(built: programs.Programs, given: tuple, ceilings: Ceilings, runs: int
         median = statistics.median(seconds)
         chip = report["chip"]
         entry["decode"] = decode | {
-            "seconds": spread(seconds),
+            "seconds": quartiles(seconds),
             "steps": decoding.steps,
             "tokens_per_s": count * (decoding.steps + 1) / median,
             "bytes": decoding.bytes,
@@ -229,7 +229,7 @@ def alternate(turns: Iterator, ceiling: Any, runs: int) -> tuple[list[float], li
     return seconds, rates, last
 
 
-def spread(seconds: list) -> dict[str, float]:
+def quartiles(seconds: list) -> dict[str, float]:
     """Median, quartiles and least of some times, and how many there are."""
     q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"median": statistics.median(seconds), "q1": q1, "q3": q3, "min": min(seconds), "runs": len(seconds)}
@@ -241,7 +241,7 @@ def summary(seconds: list, rates: list, images: int, tokens: int, flops: dict, r
     devices = report["devices"] // shared(report)
     fractions = [total / second / rate / devices for second, rate in zip(seconds, rates, strict=True)]
     return {
-        "seconds": spread(seconds),
+        "seconds": quartiles(seconds),
         "images": images,
         "images_per_s": images / median,
         "tokens_per_s": images * tokens / median,
@@ -277,9 +277,9 @@ def headline(report: dict) -> str:
 def line(name: str, entry: dict) -> str:
     """A row of the table under HEAD."""
     seconds, human = entry["seconds"], programs.human
-    spread = (seconds["q3"] - seconds["q1"]) / seconds["median"]
+    relative = (seconds["q3"] - seconds["q1"]) / seconds["median"]
     return (
-        f"{name:8}{human(seconds['median'], 's'):>10}{spread:>9.1%}{human(entry['tokens_per_s']):>11}"
+        f"{name:8}{human(seconds['median'], 's'):>10}{relative:>9.1%}{human(entry['tokens_per_s']):>11}"
         f"{human(entry['images_per_s']):>10}{human(entry['flops']['total']):>10}{entry['matmul_fraction']:>11.1%}"
         f"{entry['lower_s'] + entry['compile_s']:>7.1f} s{entry['memory']['peak'] / 2**30:>6.2f} GiB"
     )
@@ -294,8 +294,8 @@ def details(entry: dict) -> list[str]:
     ]
     waits, decode = entry.get("input"), entry.get("decode")
     if waits:
-        wait = human(waits["wait_s"], "s")
-        out.append(f"{'':8}fed by the loader: waits {wait} a step, {waits['stall']:.1%} of the time")
+        waited = human(waits["wait_s"], "s")
+        out.append(f"{'':8}fed by the loader: waits {waited} a step, {waits['stall']:.1%} of the time")
     if decode:
         out.append(
             f"{'':8}decode: {human(decode['seconds']['median'], 's')}, {decode['steps']} steps that must read "

@@ -83,8 +83,8 @@ def _latents(part: Part, image: jax.Array) -> dict[str, jax.Array]:
     latent = part.call("encode", image)
     if not hasattr(part.model, "moments"):
         return {"latent": latent}
-    _, spread = part.model.apply({"params": part.params}, image, method="moments")  # b h w d
-    return {"latent": latent, "latent_std": jax.numpy.exp(0.5 * spread) * abs(part.model.scale)}
+    _, log_variance = part.model.apply({"params": part.params}, image, method="moments")  # b h w d
+    return {"latent": latent, "latent_std": jax.numpy.exp(0.5 * log_variance) * abs(part.model.scale)}
 
 
 def _features(part: Part, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -176,9 +176,9 @@ def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, th
             )
     for split in options["splits"]:
         built = data_sources(data, split, options)
-        said, count = about(data, split, options, encoders, built[0]), len(built[0])
+        description, count = about(data, split, options, encoders, built[0]), len(built[0])
         if (out / split / records.INDEX).is_file():
-            compare(out, split, said)
+            compare(out, split, description)
             continue
         given = encoded(
             rows(built, data["resolution"], options, threads), encoders, mesh, options["batch"], options["pictures"]
@@ -194,19 +194,19 @@ def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, th
                 if writes:
                     writer.add(item)
             if writes:
-                index = writer.finish(said)
+                index = writer.finish(description)
                 entries = ", ".join(f"{name} {about['shape']}" for name, about in index["fields"].items())
                 print(f"{split}: {count} records in {out / split}, each {entries}, digest {index['digest']}")
 
 
-def compare(out: Path, split: str, said: Mapping) -> None:
+def compare(out: Path, split: str, description: Mapping) -> None:
     """Raises UserError where a cache that is there was made of something else."""
     found = records.read_index(out, split)
     for name in ("encoders", "source", "resolution", "cache"):
-        if found.get(name) != said[name]:
+        if found.get(name) != description[name]:
             raise UserError(
                 f"{out / split} is a cache of something else: its {name} is {found.get(name)}, and "
-                f"{said[name]} is asked for; remove it or give another folder"
+                f"{description[name]} is asked for; remove it or give another folder"
             )
     print(f"{split}: {found['count']} records in {out / split} are there already")
 

@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     weights = open_weights(args.input)
     config = read_config(source.about, args.config, args.input)
     beside = args.input if args.input.is_dir() else args.input.parent
-    asked = args.text is not None
-    count = write_run(args.out, source, config, weights, named_runs(args.part), args.text or beside, asked)
+    required = args.text is not None
+    count = write_run(args.out, source, config, weights, named_runs(args.part), args.text or beside, required)
     print(f"{count:,} parameters in {args.out}")
     return 0
 

@@ -87,14 +87,14 @@ def measure(
     if loaded.generates:
         given = {name: value for name, value in cond.items() if name != "image"}
         drawn = sets["from captions"] = draw(loaded, given, seed, batch, label)
-        out["from captions"] = judged(drawn, scenes, None)
+        out["from captions"] = judge_pictures(drawn, scenes, None)
         if loaded.plans and loaded.tokenizer:
             given = cond | {"tokens": loaded.tokens(true, batch)}
             sets["from true tokens"] = draw(loaded, given, seed, batch, f"{label}, true tokens")
-            out["from true tokens"] = judged(sets["from true tokens"], scenes, true)
+            out["from true tokens"] = judge_pictures(sets["from true tokens"], scenes, true)
     else:
         drawn = sets["reconstructed"] = draw(loaded, cond, seed, batch, label)
-        out["reconstructed"] = judged(drawn, scenes, true)
+        out["reconstructed"] = judge_pictures(drawn, scenes, true)
     if compare:
         out["distances"] = compared(compare, sets, true, label)
     names = [name for name in ("draft", "image") if name in drawn]
@@ -126,7 +126,7 @@ def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def judged(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
+def judge_pictures(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
     """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of what was drawn.
 
     Where there are both, also "paired": render against draft of the same tokens, see `paired`.

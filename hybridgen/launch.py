@@ -162,8 +162,8 @@ def known(variable: str, wanted: list[str]) -> list[str]:
         _warn("libtpu is not installed here: the flags are not checked")
         return wanted
     left = list(wanted)
-    while left and (said := _complaint(variable, left)) is not None:
-        lines = " ".join(line for line in said.splitlines() if "nknown" in line)
+    while left and (complaint := _complaint(variable, left)) is not None:
+        lines = " ".join(line for line in complaint.splitlines() if "nknown" in line)
         bad = [flag for flag in left if re.search(rf"\b{_bare(flag)}\b", lines)]
         if not bad and _complaint(variable, []) is not None:
             _warn(f"XLA does not start here, so {variable} cannot be checked and is left alone")

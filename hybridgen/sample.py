@@ -25,13 +25,13 @@ from hybridgen.models.contract import Shape
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.experiment import Loaded, find_run, restore
 
-Asked = tuple[str | None, int | None]  # a prompt, a class
+Request = tuple[str | None, int | None]  # a prompt, a class
 
 
-def sample(loaded: Loaded, asked: list[Asked], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
+def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
     """Draws `count` pictures of each (prompt, class) asked for into `out`; returns the path of the grid."""
-    cond = conditions(loaded, [one for one in asked for _ in range(count)])
-    prompts = [words(one) for one in asked for _ in range(count)]
+    cond = conditions(loaded, [one for one in requests for _ in range(count)])
+    prompts = [words(one) for one in requests for _ in range(count)]
     batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
     folder.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
@@ -60,26 +60,28 @@ def a_folder(text: str) -> Path:
     return path
 
 
-def words(asked: Asked) -> str:
+def words(requests: Request) -> str:
     """A prompt and a class as a caption."""
-    text, label = asked
+    text, label = requests
     return ", ".join(filter(None, (text, label is not None and f"class {label}")))
 
 
-def conditions(loaded: Loaded, asked: list[Asked]) -> dict[str, np.ndarray]:
+def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]:
     """Prompts and classes as model input. Raises UserError for what the run does not take, or lacks."""
-    kind, (text, label) = loaded.config.family, asked[0]
+    kind, (text, label) = loaded.config.family, requests[0]
     if not loaded.draws:
         raise UserError(f"a {kind} run draws no pictures")
     if not loaded.generates:
         raise UserError(f"a {kind} run takes no prompts")
     if (text is not None) != loaded.reads:
         raise UserError(f"this {kind} run {'takes a prompt: --prompt' if loaded.reads else 'takes no prompts'}")
-    cond = drawing.text_cond(loaded.text, [text for text, _ in asked]) if loaded.reads else {}
-    if (label is not None) != (loaded.classes > 0) or not all(0 <= (n or 0) < max(loaded.classes, 1) for _, n in asked):
+    cond = drawing.text_cond(loaded.text, [text for text, _ in requests]) if loaded.reads else {}
+    if (label is not None) != (loaded.classes > 0) or not all(
+        0 <= (n or 0) < max(loaded.classes, 1) for _, n in requests
+    ):
         known = f"takes a class: --label 0 to {loaded.classes - 1}" if loaded.classes else "takes no --label"
         raise UserError(f"this {kind} run {known}, and was given {label}")
-    return cond | ({"label": np.asarray([n for _, n in asked], np.int32)} if loaded.classes else {})
+    return cond | ({"label": np.asarray([n for _, n in requests], np.int32)} if loaded.classes else {})
 
 
 def shape_of(loaded: Loaded, size: str | None) -> Shape | None:
@@ -100,7 +102,7 @@ def shape_of(loaded: Loaded, size: str | None) -> Shape | None:
     return tuple(shape) if loaded.shapes else None
 
 
-def read_asked(args: argparse.Namespace) -> list[Asked]:
+def read_requests(args: argparse.Namespace) -> list[Request]:
     """Prompts of the command line and of the file, a line each, each with every class that was given."""
     prompts = list(args.prompt)
     if args.prompts:
@@ -134,13 +136,13 @@ def main(argv: list[str] | None = None) -> int:
     distributed.add_arguments(parser)
     args = parser.parse_args(argv)
     drawing.check_arguments(args)
-    asked = read_asked(args)
+    requests = read_requests(args)
     distributed.start(args)
     loaded = restore(find_run(args.run, None), drawing.changes(args), args.checkpoint)
     if shape := shape_of(loaded, args.size):
         loaded = loaded._replace(draw=loaded.drawer({}, shape))
-    grid = sample(loaded, asked, args.count, args.seed, args.batch, args.out, args.draft)
-    print(f"{len(asked) * args.count} pictures in {args.out}, grid {grid}")
+    grid = sample(loaded, requests, args.count, args.seed, args.batch, args.out, args.draft)
+    print(f"{len(requests) * args.count} pictures in {args.out}, grid {grid}")
     return 0
 
 

@@ -27,7 +27,7 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, rng, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
-from hybridgen.models.contract import sized
+from hybridgen.models.contract import for_shape
 from hybridgen.runs import checkpoint
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.drawing import sample_grid
@@ -54,7 +54,7 @@ class Rule(NamedTuple):
     def fitted(self, batch: dict, parts: Any) -> tuple[Any, Any]:
         """Model and parts for a batch of this shape."""
         shape = self.shape(batch)
-        return sized(self.family, self.model, parts, shape) if shape else (self.model, parts)
+        return for_shape(self.family, self.model, parts, shape) if shape else (self.model, parts)
 
     def shape(self, batch: dict) -> tuple[int, int] | None:
         """(height, width) of a batch, where others have other shapes."""
@@ -231,9 +231,9 @@ def segment(job: Job, state: dict, start: int) -> tuple[dict, int, str]:
             looks = due(config.eval.every) or due(config.sample.every)
             # what is looked at or saved waits for its step anyway: so nothing is that has to be taken back
             while len(unread) > (0 if last or stop or saves or looks else LAG):
-                behind, streak, asked = unread.popleft()
+                behind, streak, stopping = unread.popleft()
                 with job.doing(step, "step"):  # waits for that step, so that no more than LAG are in flight
-                    streak, stop = int(streak), stop or bool(asked)
+                    streak, stop = int(streak), stop or bool(stopping)
                 if streak >= config.health.streak:
                     return state, behind, "bad"
             look(job, state, step, due)
@@ -352,7 +352,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
                 state, stopped = train_loop(job, state, start)
             step = int(state["step"])
             with job.doing(step, "save"):
-                job.saved.wait()
+                job.saved.wait_until_saved()
             if not job.saved.holds(step):
                 raise UserError(f"the last step, {step}, is not saved: see the lines above")
         except checkpoint.SaveError as error:

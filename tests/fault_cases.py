@@ -103,7 +103,7 @@ def looking(look: Callable, fail: int = -1, full: tuple = (-1, -1, 0), begun: bo
         if step == fail:
             raise RuntimeError(f"step {step} fails")
         if step == full[0]:
-            job.saved.wait()
+            job.saved.wait_until_saved()
             resource.setrlimit(resource.RLIMIT_FSIZE, (full[2], hard))
         if step == full[1]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -99,9 +99,9 @@ class Reference:
             y = acts[self.act](y)
         return self.linear(prefix + last, y)
 
-    def block(self, i, x, told):
+    def block(self, i, x, reported):
         name = f"blocks.{i}.adaLN_modulation.1" if self.published else f"transformer_blocks.{i}.norm1.linear"
-        parts = np.split(self.linear(name, told)[:, None], 6, -1)
+        parts = np.split(self.linear(name, reported)[:, None], 6, -1)
         x = x + parts[2] * self.attention(i, norm(x, 1e-6) * (1 + parts[1]) + parts[0])
         y = norm(x, self.eps)
         if (scale := f"transformer_blocks.{i}.norm3.weight") in self.state:
@@ -146,14 +146,14 @@ class Process:
         c = x_t.shape[1]
         eps = out[:, :c]
         share = (out[:, c:] + 1) / 2
-        spread = share * np.log(self.betas[i]) + (1 - share) * self.low[i] if self.learned else self.large[i]
-        return (x_t - np.sqrt(1 - self.bar[i]) * eps) / np.sqrt(self.bar[i]), eps, spread
+        log_var = share * np.log(self.betas[i]) + (1 - share) * self.low[i] if self.learned else self.large[i]
+        return (x_t - np.sqrt(1 - self.bar[i]) * eps) / np.sqrt(self.bar[i]), eps, log_var
 
     def ancestral(self, network, x, noise):
         trail = [x]
         for step, i in enumerate(reversed(range(len(self.kept)))):
-            clean, _, spread = self.model(network(x, self.kept[i]), x, i)
-            x = self.mean(clean, x, i) + (i > 0) * np.exp(spread / 2) * noise[step]
+            clean, _, log_var = self.model(network(x, self.kept[i]), x, i)
+            x = self.mean(clean, x, i) + (i > 0) * np.exp(log_var / 2) * noise[step]
             trail.append(x)
         return np.stack(trail)
 
@@ -168,13 +168,15 @@ class Process:
     def losses(self, out, x, noise, i):
         """(squared error, bits) of one picture at timestep i of all."""
         x_t = np.sqrt(self.bar[i]) * x + np.sqrt(1 - self.bar[i]) * noise
-        clean, eps, spread = self.model(out, x_t, i)
+        clean, eps, log_var = self.model(out, x_t, i)
         true, mean = self.mean(x, x_t, i), self.mean(clean, x_t, i)
-        bits = 0.5 * (-1 + spread - self.low[i] + np.exp(self.low[i] - spread) + (true - mean) ** 2 * np.exp(-spread))
+        bits = 0.5 * (
+            -1 + log_var - self.low[i] + np.exp(self.low[i] - log_var) + (true - mean) ** 2 * np.exp(-log_var)
+        )
         if i == 0:
             below = [
                 0.5 + 0.5 * np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
-                for z in (np.exp(-spread / 2) * (x - mean + side / 255) for side in (1, -1))
+                for z in (np.exp(-log_var / 2) * (x - mean + side / 255) for side in (1, -1))
             ]
             inside = np.where(x < -0.999, below[0], np.where(x > 0.999, 1 - below[1], below[0] - below[1]))
             bits = -np.log(np.maximum(inside, 1e-12))

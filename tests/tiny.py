@@ -127,7 +127,7 @@ class Run:
 
     def step(self, batch: dict) -> dict[str, float]:
         with jax.set_mesh(self.experiment.mesh):
-            put = sharding.spread(wide(batch, self.dtype), self.experiment.mesh)
+            put = sharding.shard_batch(wide(batch, self.dtype), self.experiment.mesh)
             self.state, report = self.compiled(self.state, put, self.parts)
         return {name: float(value) for name, value in report.items()}
 
@@ -157,7 +157,7 @@ def same(a, b) -> bool:
     )
 
 
-def apart(a, b) -> float:
+def gap(a, b) -> float:
     """The largest difference of two trees, relative to the size of its leaf."""
     worst = 0.0
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):

@@ -155,7 +155,7 @@ def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
         kind = UserError if place[0] else PeerError  # a process before this one may not have ended yet
         raise kind(f"--coordinator {place[0]}:{place[1]}: cannot listen there: {error.strerror}") from None
     come: dict[int, socket.socket] = {}
-    told = time.monotonic()
+    last_report = time.monotonic()
     with server:
         try:
             while len(come) < count - 1:
@@ -163,8 +163,8 @@ def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
                 missing = [i for i in range(1, count) if i not in come]
                 if now > deadline:
                     raise PeerError(f"{_who(missing, count)} did not come")
-                if now - told >= PATIENCE:
-                    told = now
+                if now - last_report >= PATIENCE:
+                    last_report = now
                     print(
                         f"waiting for {_who(missing, count)}; start it with\n  {command_of(missing[0])}",
                         file=sys.stderr,
@@ -192,8 +192,8 @@ def _introduced(peer: socket.socket, count: int) -> tuple[int, str]:
     """(number of a process that has connected, what is wrong with it or "")."""
     peer.settimeout(2.0)
     try:
-        said = json.loads(peer.recv(4096))
-        number, of = int(said["process"]), int(said["of"])
+        greeting = json.loads(peer.recv(4096))
+        number, of = int(greeting["process"]), int(greeting["of"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0, "this is a hybridgen coordinator"
     if of != count or not 0 < number < count:
@@ -212,7 +212,7 @@ def _gone(peer: socket.socket) -> bool:
 
 def _report(place: tuple[str, int], count: int, process: int, deadline: float) -> None:
     """Another process: tells process 0 that it is there, and waits until all are."""
-    told = time.monotonic()
+    last_report = time.monotonic()
     while True:
         now = time.monotonic()
         if now > deadline:
@@ -228,8 +228,8 @@ def _report(place: tuple[str, int], count: int, process: int, deadline: float) -
             raise UserError(f"process 0 at {place[0]}:{place[1]} says: {answer['error']}")
         if answer:
             return
-        if now - told >= PATIENCE:
-            told = now
+        if now - last_report >= PATIENCE:
+            last_report = now
             where = f"waiting for process 0, which does not answer at {place[0]}:{place[1]}"
             print(f"{where}; start it with\n  {command_of(0)}", file=sys.stderr, flush=True)
         time.sleep(0.2)

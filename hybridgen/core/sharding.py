@@ -205,7 +205,7 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
 
 
-def spread(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Global arrays, rows over the data axes, from all rows of each entry, which every process has."""
     return put(dict(batch), batch_sharding(mesh))
 
@@ -218,7 +218,7 @@ def by_batches(program: Callable, arrays: Mapping[str, np.ndarray], batch: int, 
     count, batch = len(next(iter(arrays.values()))), padded(mesh, batch)
     for start in range(0, count, batch):
         rows = np.minimum(np.arange(start, start + batch), count - 1)
-        out = whole(program(spread({name: x[rows] for name, x in arrays.items()}, mesh)))
+        out = whole(program(shard_batch({name: x[rows] for name, x in arrays.items()}, mesh)))
         yield jax.tree.map(lambda x, kept=count - start: x[:kept], out)
 
 

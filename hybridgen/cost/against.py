@@ -47,14 +47,14 @@ def check(built: programs.Programs) -> None:
     config, mesh = built.experiment.config, built.experiment.mesh
     if config.family != "ar.raster":
         raise UserError(f"--against torch: there is a twin of ar.raster, and none of {config.family}")
-    asked = {
+    differing = {
         "model.dtype": (built.dtype, "float32"),
         "accumulate": (config.accumulate, 1),
         "optim.kind": (config.optim.kind, "adamw"),
         "the number of devices": (mesh.devices.size, 1),
         "the platform": (mesh.devices.flat[0].platform, "cpu"),
     }
-    for name, (value, twin) in asked.items():
+    for name, (value, twin) in differing.items():
         if value != twin:
             raise UserError(f"--against torch: {name} is {value}, the twin's is {twin}")
 

@@ -65,16 +65,16 @@ def _real(var: Any) -> bool:
 
 
 def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
-    name, spread = _name(eqn), [any(given)] * len(eqn.outvars)
+    name, all_batched = _name(eqn), [any(given)] * len(eqn.outvars)
     if name in PRODUCTS or name in KERNELS:
-        return _product(eqn, given, scope, turns), spread
+        return _product(eqn, given, scope, turns), all_batched
     if name == "stop_gradient":
         return Counter(), [False] * len(eqn.outvars)
     if name == "scan":
         return _scan(eqn, given, scope, turns)
     if name == "while":  # how often it turns is not known: once
         carried = given[eqn.params["cond_nconsts"] :]
-        return _walk(eqn.params["body_jaxpr"].jaxpr, carried, scope, turns)[0], spread
+        return _walk(eqn.params["body_jaxpr"].jaxpr, carried, scope, turns)[0], all_batched
     if name == "cond":
         branches = [_walk(branch.jaxpr, given[1:], scope, turns) for branch in eqn.params["branches"]]
         return max((count for count, _ in branches), key=Counter.total), [
@@ -88,7 +88,7 @@ def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Coun
             if name in REMAT and any(given):
                 count[AGAIN] += _recomputed(eqn.params["policy"], body, scope, turns)
             return count, out
-    return Counter(), spread
+    return Counter(), all_batched
 
 
 def _recomputed(policy: Callable | None, body: Any, scope: str, turns: int) -> float:

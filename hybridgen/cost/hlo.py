@@ -245,9 +245,9 @@ class _Reader:
             return "?", 0
         group = group if len(group) else np.arange(math.prod(self.mesh.values()))
         places = np.stack(np.unravel_index(group, tuple(self.mesh.values())))  # axes x members
-        apart = [name for name, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1]
-        full = math.prod(self.mesh[name] for name in apart) == len(group) or it.kind.startswith("collective-permute")
-        return ("+".join(apart) if full and apart else "?"), len(group)
+        crossed = [name for name, row in zip(self.mesh, places, strict=True) if len(set(row.tolist())) > 1]
+        full = math.prod(self.mesh[name] for name in crossed) == len(group) or it.kind.startswith("collective-permute")
+        return ("+".join(crossed) if full and crossed else "?"), len(group)
 
 
 def _goes_on(it: Instruction, among: dict) -> bool:
@@ -270,9 +270,9 @@ def _numbered(it: Instruction, among: dict) -> Iterator[tuple[int, str]]:
 
 def trips(loop: Instruction, computations: dict) -> int:
     """How often a loop turns: as the compiler says, or the number that its condition compares with; 1 if not known."""
-    told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
-    if told:
-        return int(told[1])
+    trips = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if trips:
+        return int(trips[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     found, names = [], [condition[1]] if condition else []
     for name in names:  # grows: the comparison may lie in a fusion

@@ -63,12 +63,12 @@ class Programs(NamedTuple):
 
         def plan(params: Any, extra: Any, parts: Any, cond: dict, keys: Any) -> Any:
             part = prior(params, extra, parts)
-            return part.call("plan", find(part.family).condition(part.model, cond, parts), keys, options)[0]
+            return part.call("generate", find(part.family).conditioning(part.model, cond, parts), keys, options)[0]
 
         params, extra, parts, cond, _ = self.sample_arguments()
         part = jax.eval_shape(prior, params, extra, parts)
         cache = jax.eval_shape(
-            lambda part, cond, parts: part.call("prefill", find(part.family).condition(part.model, cond, parts))[1],
+            lambda part, cond, parts: part.call("prefill", find(part.family).conditioning(part.model, cond, parts))[1],
             part,
             cond,
             parts,
@@ -114,11 +114,11 @@ class Programs(NamedTuple):
     def trains(self) -> bool:
         return self.experiment.config.steps > 0
 
-    def names(self, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    def names(self, requested: tuple[str, ...] | None) -> tuple[str, ...]:
         """Which programs to look at: those asked for, or what the config has."""
-        if asked and "train" in asked and not self.trains:
+        if requested and "train" in requested and not self.trains:
             raise UserError(f"this {self.experiment.config.family} config has no training steps: --what sample")
-        return asked or (WHAT if self.trains else WHAT[1:])
+        return requested or (WHAT if self.trains else WHAT[1:])
 
     def tokens(self) -> int:
         """Image tokens of a picture, or patches; 0 where the model has no such thing."""
@@ -143,8 +143,8 @@ def _bytes_of_step(part: Part, cache: dict, guided: int, mesh: jax.sharding.Mesh
     length = cache["valid"].shape[1]
     filled = length - (part.model.length - 1) / 2  # positions of them, on average
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache["k"], cache["v"])))
-    held = guided * whole * filled / length
-    return sum(used) * width / mesh.shape["tensor"] + held / mesh.devices.size
+    cached_bytes = guided * whole * filled / length
+    return sum(used) * width / mesh.shape["tensor"] + cached_bytes / mesh.devices.size
 
 
 def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
@@ -208,8 +208,8 @@ def build(
         batch |= jax.eval_shape(functools.partial(_encoded, name), parts[name], specs)
     rule, step, state, make_state = program(experiment, batch)
     count = sharding.padded(mesh, count or config.sample.count)
-    asked = [name for name in ("text", "text_mask", "label", "image") if name in specs]
-    cond = {name: jax.ShapeDtypeStruct((count, *specs[name].shape[1:]), specs[name].dtype) for name in asked}
+    requested = [name for name in ("text", "text_mask", "label", "image") if name in specs]
+    cond = {name: jax.ShapeDtypeStruct((count, *specs[name].shape[1:]), specs[name].dtype) for name in requested}
     keys = jax.eval_shape(lambda: drawing.keys_for(config.seed, np.arange(count)))
 
     def make() -> tuple:
@@ -219,10 +219,10 @@ def build(
         batch = sharding.to_global({name: x[: config.batch] for name, x in rows.items()}, mesh)
         for name in encoders:
             batch |= jax.jit(functools.partial(_encoded, name))(real[name], batch)
-        told = sharding.to_global({name: rows[name][:count] for name in cond}, mesh)
+        conditions = sharding.to_global({name: rows[name][:count] for name in cond}, mesh)
         drawn = jax.device_put(drawing.keys_for(config.seed, np.arange(count)), by_row)
         with jax.set_mesh(mesh):
-            return make_state(real), batch, real, told, drawn
+            return make_state(real), batch, real, conditions, drawn
 
     def stream() -> pipeline.Prefetch:
         rows = sharding.local_rows(mesh, config.batch)

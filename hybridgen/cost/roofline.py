@@ -83,17 +83,17 @@ def changes(built: programs.Programs, name: str, entry: dict, room: float) -> li
     """What to change for a program that is over, the first thing first. `entry` as in preflight's report."""
     config, mesh = built.experiment.config, built.experiment.mesh
     train = name == "train"
-    held = programs.bytes_each(built.state if train else built.sample_arguments()[0])
-    held += programs.bytes_each(built.experiment.parts)
+    resident = programs.bytes_each(built.state if train else built.sample_arguments()[0])
+    resident += programs.bytes_each(built.experiment.parts)
     out = []
-    if held > 0.5 * room:
+    if resident > 0.5 * room:
         most = mesh.devices.size // mesh.shape["dcn"] // mesh.shape["tensor"]
-        ways = 2 ** math.ceil(math.log2(held / (0.4 * room)))
+        ways = 2 ** math.ceil(math.log2(resident / (0.4 * room)))
         fsdp = min(mesh.shape["fsdp"] * ways, most)
-        after = held * mesh.shape["fsdp"] / fsdp
+        after = resident * mesh.shape["fsdp"] / fsdp
         if fsdp > mesh.shape["fsdp"]:
             what = "the state is" if train else "the parameters are"
-            why = f"{what} {held / GIB:.1f} GiB a device, and would be about {after / GIB:.1f}"
+            why = f"{what} {resident / GIB:.1f} GiB a device, and would be about {after / GIB:.1f}"
             out.append(f"--config.mesh.fsdp={fsdp} --config.mesh.data=-1 ({why})")
         if after > 0.7 * room:
             need = 2 ** math.ceil(math.log2(mesh.devices.size * after / (0.5 * room)))

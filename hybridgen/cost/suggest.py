@@ -59,8 +59,8 @@ def search(args: Namespace, overrides: Any, devices: Any, room: float | None, at
     if room is None:
         raise UserError("the memory of this device is not known: nothing to search by")
     policies = dict(_policies(args, overrides, devices))
-    asked = programs.chosen(args, overrides)[0].batch
-    ranked = sorted(_candidates(policies, asked, devices, chip, args.slices), key=lambda one: -one.rate)
+    batch_size = programs.chosen(args, overrides)[0].batch
+    ranked = sorted(_candidates(policies, batch_size, devices, chip, args.slices), key=lambda one: -one.rate)
     title = f"{len(ranked)} ways to train on {len(devices)} x {devices[0].device_kind} estimated"
     print(title, HEAD, sep="\n", flush=True)
     start, found, scale, over = time.monotonic(), [], dict.fromkeys(POLICIES, 1.0), set()
@@ -121,7 +121,7 @@ def _backward(loss: Callable, trainable: Any, *rest: Any) -> Callable:
 
 
 def _candidates(
-    policies: dict[str, Policy], asked: int, devices: list, chip: chips.Chip, slices: int
+    policies: dict[str, Policy], batch_size: int, devices: list, chip: chips.Chip, slices: int
 ) -> Iterator[Candidate]:
     """Every shape of the mesh, remat policy and batch (from a quarter to four times what was `asked`) that divides."""
     base = next(iter(policies.values())).built
@@ -138,7 +138,7 @@ def _candidates(
             continue
         places = sharding.param_shardings(base.state["params"], mesh)
         ways = len(devices) // tensor
-        batches = {max(ways, round(asked * factor / ways) * ways) for factor in FACTORS}
+        batches = {max(ways, round(batch_size * factor / ways) * ways) for factor in FACTORS}
         for (name, policy), batch in itertools.product(policies.items(), sorted(batches)):
             memory, rate = _estimate(policies, policy, places, mesh, chip, batch)
             yield Candidate(name, sizes, batch, memory, rate)

@@ -60,8 +60,8 @@ def frechet_of_roots(mean_a: np.ndarray, root_a: np.ndarray, mean_b: np.ndarray,
     each direction that a singular covariance lacks.
     """
     common = np.linalg.svd(root_a.T @ root_b, compute_uv=False).sum()
-    apart = np.square(np.asarray(mean_a, np.float64) - mean_b).sum()
-    return float(apart + np.square(root_a).sum() + np.square(root_b).sum() - 2 * common)
+    between = np.square(np.asarray(mean_a, np.float64) - mean_b).sum()
+    return float(between + np.square(root_a).sum() + np.square(root_b).sum() - 2 * common)
 
 
 def root(covariance: np.ndarray) -> np.ndarray:

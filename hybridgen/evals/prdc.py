@@ -34,16 +34,16 @@ def prdc(true: np.ndarray, generated: np.ndarray, manifold: int = MANIFOLD, cove
     near, wide = radii(true, (manifold, covered))  # n each
     (own,) = radii(generated, (manifold,))  # m
     precise = np.zeros(len(generated), bool)
-    recalled, balls, held = [], 0, []
+    recalled, balls, covering = [], 0, []
     for start, far in chunks(true, generated):  # c m
         rows = slice(start, start + len(far))
         precise |= (far <= near[rows, None]).any(0)
         recalled.append((far <= own).any(1))
         within = far <= wide[rows, None]
         balls += int(within.sum())
-        held.append(within.any(1))
+        covering.append(within.any(1))
     shares = {"precision": precise.mean(), "recall": np.concatenate(recalled).mean()}
-    shares |= {"density": balls / (covered * len(generated)), "coverage": np.concatenate(held).mean()}
+    shares |= {"density": balls / (covered * len(generated)), "coverage": np.concatenate(covering).mean()}
     return {name: float(share) for name, share in shares.items()}
 
 

@@ -66,22 +66,22 @@ Parts = Mapping[str, Part]
 Shape = tuple[int, int]  # height, width
 
 
-def sized(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> tuple[nn.Module, dict]:
+def for_shape(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> tuple[nn.Module, dict]:
     """A model and its parts for pictures of `shape`. UserError naming a family that has one shape only."""
     ready: dict[str, Part] = {}
     for name in sorted(parts, key=lambda name: (name not in ("tokenizer", "autoencoder"), name)):  # others need these
         part, module = parts[name], find(parts[name].family)
-        draws = hasattr(module, "sized") or hasattr(part.model, "grid")  # towers and feature networks have no shape
-        ready[name] = dataclasses.replace(part, model=_sized(module, part.model, ready, shape)) if draws else part
-    return _sized(family, model, ready, shape), ready
+        draws = hasattr(module, "for_shape") or hasattr(part.model, "grid")  # towers and feature networks have no shape
+        ready[name] = dataclasses.replace(part, model=_for_shape(module, part.model, ready, shape)) if draws else part
+    return _for_shape(family, model, ready, shape), ready
 
 
-def _sized(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> nn.Module:
+def _for_shape(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> nn.Module:
     name, size = family.__name__.removeprefix("hybridgen.models."), "{} x {}".format(*shape)
-    if not hasattr(family, "sized"):
+    if not hasattr(family, "for_shape"):
         raise UserError(f"{name} takes pictures of one shape, and these are of several, such as {size}")
     try:
-        return family.sized(model, tuple(shape), parts)
+        return family.for_shape(model, tuple(shape), parts)
     except UserError as error:
         raise UserError(f"{name} cannot take pictures of {size}: {error}") from None
 

@@ -20,13 +20,13 @@ Cache = dict[str, Any]
 
 
 def empty(
-    layers: int, b: int, length: int, heads: int, width: int, dtype: str = "float32", *, apart: bool = False
+    layers: int, b: int, length: int, heads: int, width: int, dtype: str = "float32", *, unstacked: bool = False
 ) -> Cache:
     """A cache of `length` positions, for `heads` key heads of `width`; `apart`: for layers that run one by one."""
-    shape = (b, heads, length, width) if apart and platform() == "cpu" else (b, length, heads * width)
+    shape = (b, heads, length, width) if unstacked and platform() == "cpu" else (b, length, heads * width)
 
     def made() -> Any:
-        return [jnp.zeros(shape, dtype) for _ in range(layers)] if apart else jnp.zeros((layers, *shape), dtype)
+        return [jnp.zeros(shape, dtype) for _ in range(layers)] if unstacked else jnp.zeros((layers, *shape), dtype)
 
     return {"k": made(), "v": made(), "valid": jnp.zeros((b, length), bool), "index": jnp.zeros((), jnp.int32)}
 
@@ -38,10 +38,10 @@ def grown(cache: Cache, length: int) -> Cache:
     def longer(rows: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(rows, [(0, more if i == axis else 0) for i in range(rows.ndim)])
 
-    def each(held: Any) -> Any:
-        if isinstance(held, list):
-            return [longer(rows, rows.ndim - 2) for rows in held]  # b h s k, or b s hk
-        return longer(held, 2)
+    def each(stored: Any) -> Any:
+        if isinstance(stored, list):
+            return [longer(rows, rows.ndim - 2) for rows in stored]  # b h s k, or b s hk
+        return longer(stored, 2)
 
     valid = longer(cache["valid"], 1)
     return cache | {"k": each(cache["k"]), "v": each(cache["v"]), "valid": valid}
@@ -50,7 +50,7 @@ def grown(cache: Cache, length: int) -> Cache:
 def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
     """Stores `k, v [b, t, h, k]` of one layer at the cache's index; returns the cache and all keys and values of it."""
     new = dict(cache)
-    store = _apart if isinstance(cache["k"], list) else _stacked
+    store = _store_unstacked if isinstance(cache["k"], list) else _stacked
     out = []
     for name, chunk in (("k", k), ("v", v)):
         new[name], rows = store(cache[name], layer, cache["index"], chunk)
@@ -59,19 +59,19 @@ def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> t
 
 
 def _stacked(
-    held: jax.Array, layer: jax.Array | int, index: jax.Array, chunk: jax.Array
+    stored: jax.Array, layer: jax.Array | int, index: jax.Array, chunk: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     b, t, h, width = chunk.shape
     start = [jnp.asarray(place, jnp.int32) for place in (layer, 0, index, 0)]  # all of one type
-    held = jax.lax.dynamic_update_slice(held, chunk.reshape(1, b, t, h * width).astype(held.dtype), start)
-    held = shard(held, None, "batch", None, "heads")
-    rows = jax.lax.dynamic_index_in_dim(held, layer, 0, keepdims=False)  # b s hk
-    return held, rows.reshape(b, -1, h, width)
+    stored = jax.lax.dynamic_update_slice(stored, chunk.reshape(1, b, t, h * width).astype(stored.dtype), start)
+    stored = shard(stored, None, "batch", None, "heads")
+    rows = jax.lax.dynamic_index_in_dim(stored, layer, 0, keepdims=False)  # b s hk
+    return stored, rows.reshape(b, -1, h, width)
 
 
-def _apart(held: list, layer: int, index: jax.Array, chunk: jax.Array) -> tuple[list, jax.Array]:
+def _store_unstacked(stored: list, layer: int, index: jax.Array, chunk: jax.Array) -> tuple[list, jax.Array]:
     b, t, h, width = chunk.shape
-    rows = held[layer]
+    rows = stored[layer]
     if rows.ndim == 4:
         chunk = chunk.swapaxes(1, 2).astype(rows.dtype)  # b h t k
         rows = jax.lax.dynamic_update_slice_in_dim(rows, chunk, index, 2)
@@ -82,7 +82,7 @@ def _apart(held: list, layer: int, index: jax.Array, chunk: jax.Array) -> tuple[
         rows = jax.lax.dynamic_update_slice_in_dim(rows, chunk, index, 1)
         rows = shard(rows, "batch", None, "heads")
         seen = rows.reshape(b, -1, h, width)
-    return [*held[:layer], rows, *held[layer + 1 :]], seen
+    return [*stored[:layer], rows, *stored[layer + 1 :]], seen
 
 
 def admit(cache: Cache, valid: jax.Array) -> Cache:

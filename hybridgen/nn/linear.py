@@ -25,7 +25,7 @@ def cast(x: jax.Array, dtype: str) -> jax.Array:
     return x.astype(wanted if wanted == jnp.bfloat16 else jnp.promote_types(x.dtype, wanted))
 
 
-def held(params: Any, dtype: str, gather: bool = True) -> Any:
+def cast_for_inference(params: Any, dtype: str, gather: bool = True) -> Any:
     """Parameters as a loop over a model that computes in `dtype` holds them, to the same results.
 
     Kernels and tables are in that dtype: layers cast them themselves, and in a loop over tokens or solver steps would

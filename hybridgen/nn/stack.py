@@ -191,7 +191,7 @@ class Stack(nn.Module):
         return each if every else x, cache
 
 
-def stands_apart(unroll: int) -> bool:
+def layers_are_unstacked(unroll: int) -> bool:
     """Whether layers stand apart in decoding: where they are not scanned, and on a GPU.
 
     A scan reads a layer's weights out of their stacks. XLA for TPUs does so within the product; for GPUs it writes them
@@ -200,14 +200,14 @@ def stands_apart(unroll: int) -> bool:
     return unroll < 0 or platform() in ("gpu", "cuda")
 
 
-def apart(params: Any, unroll: int) -> Any:
+def unstack_layers(params: Any, unroll: int) -> Any:
     """Parameters for decoding: where layers stand apart, those of each an entry of their own.
 
     To be called outside of the loop over tokens, so that its body does not cut the layers out of the stacks anew.
     """
-    if not stands_apart(unroll):
+    if not layers_are_unstacked(unroll):
         return params
     if "layers" in params:
         depth = jax.tree.leaves(params["layers"])[0].shape[0]
         return {f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(depth)}
-    return {name: apart(value, unroll) if hasattr(value, "items") else value for name, value in params.items()}
+    return {name: unstack_layers(value, unroll) if hasattr(value, "items") else value for name, value in params.items()}

@@ -55,7 +55,7 @@ class Tokens:
     def greedy(self, scale: object = 1.0) -> jax.Array:
         keys = jax.random.split(jax.random.key(0), self.tokens.shape[0])
         options = {"guidance": scale, "temperature": 0.0}
-        return jax.jit(lambda part, cond: part.call("plan", cond, keys, options)[0])(self.part, self.cond)
+        return jax.jit(lambda part, cond: part.call("generate", cond, keys, options)[0])(self.part, self.cond)
 
 
 def first(case: Case, names: re.Pattern) -> np.ndarray | None:

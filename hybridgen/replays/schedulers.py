@@ -104,10 +104,10 @@ def sched_flowmatch(case: Case) -> None:
         train = official.flow_sigmas(count, 1.0 if dynamic else shift)
         trained[run.name] = train, count
         sigmas = _flow_grid(run, train, count)
-        inverted, told = options.flag("invert_sigmas", False), run.grid.take("timesteps", None)
+        inverted, explicit = options.flag("invert_sigmas", False), run.grid.take("timesteps", None)
         sigmas = np.append(1 - sigmas if inverted else sigmas, np.float32(inverted))
         # given timesteps are what the network is told, whatever the sigmas became
-        steps = sigmas[:-1] * np.float32(count) if told is None or inverted else np.asarray(told, np.float32)
+        steps = sigmas[:-1] * np.float32(count) if explicit is None or inverted else np.asarray(explicit, np.float32)
         if len(steps) != len(sigmas) - 1:
             raise UserError(f"{run.name}: {len(steps)} timesteps for {len(sigmas) - 1} sigmas")
         noisy = options.flag("stochastic_sampling", False)

@@ -42,8 +42,8 @@ def runs(case: Case, kind: str, each: Callable[[Case, Run], None]) -> None:
             with Options(parts.take("set_timesteps", {}), f"{name}.set_timesteps") as grid:
                 with Options(parts.take("step", {}), f"{name}.step") as step:
                     given = grid.take("timesteps", None) or grid.take("sigmas", None) or ()
-                    told = parts.take("num_inference_steps", None) is not None
-                    n = parts.count("num_inference_steps") if told else len(given)
+                    counted = parts.take("num_inference_steps", None) is not None
+                    n = parts.count("num_inference_steps") if counted else len(given)
                     each(case, Run(name, scheduler, grid, step, n))
 
 
@@ -135,7 +135,7 @@ def forward_run(case: Case, known: Mapping[str, Any]) -> Any:
 
 def regrid(options: Options) -> str:
     """The name of the grid that replaces that of the timesteps, or ""."""
-    asked = [name for name in official.REGRIDDED if options.flag(f"use_{name}_sigmas", False)]
-    if len(asked) > 1:
-        raise UserError(f"{options.where}: {' and '.join(asked)} sigmas at once")
-    return asked[0] if asked else ""
+    regridded = [name for name in official.REGRIDDED if options.flag(f"use_{name}_sigmas", False)]
+    if len(regridded) > 1:
+        raise UserError(f"{options.where}: {' and '.join(regridded)} sigmas at once")
+    return regridded[0] if regridded else ""

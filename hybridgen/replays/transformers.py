@@ -46,7 +46,7 @@ class Network:
             raise UserError("config: class_dropout_prob is 0: there is no null class")
         return np.full_like(self.labels, self.model.classes)
 
-    def said(self, y: np.ndarray) -> jax.Array:
+    def output(self, y: np.ndarray) -> jax.Array:
         return self(self.x, self.case.takes("in_t"), y)
 
     def guided(self, channels: int | None) -> jax.Array:
@@ -60,8 +60,8 @@ class Network:
 
     def common(self) -> None:
         """The outputs that both may have."""
-        self.case.gives("out_cond", lambda: rows_first(self.said(self.labels)))
-        self.case.gives("out_uncond", lambda: rows_first(self.said(self.null)))
+        self.case.gives("out_cond", lambda: rows_first(self.output(self.labels)))
+        self.case.gives("out_uncond", lambda: rows_first(self.output(self.null)))
 
 
 def dit(case: Case) -> None:
@@ -80,7 +80,7 @@ def dit_official(case: Case) -> None:
 
     def both_halves() -> np.ndarray:
         """Guided prediction in both, the other channels each half's own."""
-        front, null = it.guided(3), it.said(it.null)
+        front, null = it.guided(3), it.output(it.null)
         return rows_first(jnp.concatenate([front, jnp.concatenate([front[..., :3], null[..., 3:]], -1)]))
 
     case.gives("out_cfg", both_halves)

@@ -63,17 +63,17 @@ def measured(point: Any, split: str, place: Path) -> dict[str, Any]:
     """A point's numbers, as found in its runs. Raises UserError for what is not there yet."""
     tokenizer, prior = (find_run(point[role], place) for role in ("tokenizer", "prior"))
     model = config_lib.read(prior / "config.json").model
-    said, told = last_evaluation(tokenizer), last_evaluation(prior)
-    steps = {"tokenizer_step": said["step"], "prior_step": told["step"]}
+    of_tokenizer, of_prior = last_evaluation(tokenizer), last_evaluation(prior)
+    steps = {"tokenizer_step": of_tokenizer["step"], "prior_step": of_prior["step"]}
     if "vocab" in model:
         tokens = math.prod(model.grid)
         out = {"tokens": tokens, "codes": model.vocab, "code_bits": tokens * math.log2(model.vocab)}
-        out |= {"nats_a_token": told["eval/nll"], "nats_a_picture": tokens * told["eval/nll"]}
+        out |= {"nats_a_token": of_prior["eval/nll"], "nats_a_picture": tokens * of_prior["eval/nll"]}
         out |= {"bits_a_picture": out["nats_a_picture"] / math.log(2)}
     else:
-        out = {"places": model.resolution**2, "values": model.channels, "error": told["eval/loss"]}
-        if "eval/divergence" in said:
-            out["code_bits"] = said["eval/divergence"] / math.log(2)
+        out = {"places": model.resolution**2, "values": model.channels, "error": of_prior["eval/loss"]}
+        if "eval/divergence" in of_tokenizer:
+            out["code_bits"] = of_tokenizer["eval/divergence"] / math.log(2)
     for path in point.pictures:
         out |= pictures(Path(os.path.normpath(place / path)), split)
     return out | steps

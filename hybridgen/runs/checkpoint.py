@@ -93,7 +93,7 @@ class Checkpointer:
         """
         if self.read_only:
             raise ValueError(f"{self.directory} was opened read_only")
-        self.wait()
+        self.wait_until_saved()
         if step in self._saved:
             return False
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in _items(state).items()}
@@ -115,7 +115,7 @@ class Checkpointer:
         """Whether `step` was saved, or is being saved and has not failed yet."""
         return step in self._saved
 
-    def wait(self) -> None:
+    def wait_until_saved(self) -> None:
         """Waits for the save in flight. Raises SaveError if it failed."""
         if self._thread is not None:
             self._thread.join()
@@ -125,9 +125,9 @@ class Checkpointer:
             raise failure
 
     def close(self) -> None:
-        """As `wait`, and lets go of Orbax's threads."""
+        """As `wait_until_saved`, and lets go of Orbax's threads."""
         try:
-            self.wait()
+            self.wait_until_saved()
         finally:
             self._orbax.close()
 
@@ -136,7 +136,7 @@ class Checkpointer:
         failure = None
         try:
             self._orbax.wait_until_finished()
-        except BaseException as error:  # handed to the caller's next save or wait
+        except BaseException as error:  # handed to the caller's next save or wait_until_saved
             failure = error
         try:
             problem = _anyone(f"save/{turn}/written", failure)  # also: the files of all processes are final
@@ -168,7 +168,11 @@ class Checkpointer:
             time.sleep(0.5)
             if not self._leftovers():
                 break
-        text = (error if isinstance(error, str) else said(error)).split(" [tensorstore_spec")[0].replace("\n", " ")
+        text = (
+            (error if isinstance(error, str) else describe_error(error))
+            .split(" [tensorstore_spec")[0]
+            .replace("\n", " ")
+        )
         text = text if len(text) < 300 else f"{text[:100]} ... {text[-200:]}"
         return SaveError(f"checkpoint {step} was not saved: {text}")
 
@@ -222,7 +226,7 @@ class Checkpointer:
 
     def newest_good(self, report: Callable[[str], Any] = print) -> int | None:
         """The newest step that verifies, or None; each newer one is named to `report` with its bad file."""
-        self.wait()
+        self.wait_until_saved()
         for step in reversed(self._folders()):
             problems = self.verify(step)
             if not problems:
@@ -235,7 +239,7 @@ class Checkpointer:
 
     def drop_after(self, most: int) -> int | None:
         """Deletes the steps beyond `most`; the newest good one that is left, or None."""
-        self.wait()
+        self.wait_until_saved()
         for step in [step for step in self._folders() if step > most]:
             self._remove(step)
         # by number, in every process alike: another one may find the folders gone already
@@ -334,7 +338,7 @@ class Checkpointer:
         return run_folder.read_json(self._folder(step) / "about" / "metadata")
 
     def _check(self, step: int) -> None:
-        self.wait()
+        self.wait_until_saved()
         if step in self._verified:
             return
         if step not in (steps := self._folders()):
@@ -364,11 +368,11 @@ class Checkpointer:
 
 def _anyone(name: str, failure: BaseException | None) -> str:
     """What went wrong in this process or in another one, which all of them learn; "" if nothing did."""
-    told = distributed.exchange(name, said(failure) if failure else "")
-    return next((f"process {i}: {text}" if len(told) > 1 else text for i, text in enumerate(told) if text), "")
+    reports = distributed.exchange(name, describe_error(failure) if failure else "")
+    return next((f"process {i}: {text}" if len(reports) > 1 else text for i, text in enumerate(reports) if text), "")
 
 
-def said(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {str(error).replace(chr(10), ' ')}"
 

@@ -17,7 +17,7 @@ from hybridgen.core import rng, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals.sheet import sheet
-from hybridgen.models.contract import Shape, sized
+from hybridgen.models.contract import Shape, for_shape
 from hybridgen.sampling import guidance
 from hybridgen.sampling.solvers import SOLVERS
 
@@ -92,7 +92,7 @@ def sampler(family: Any, model: Any, options: Mapping, shape: Shape | None = Non
 
     @jax.jit
     def draw(params: Any, extra: Any, parts: Any, cond: dict, keys: jax.Array) -> dict[str, jax.Array]:
-        fitted, parts = sized(family, model, parts, shape) if shape else (model, parts)
+        fitted, parts = for_shape(family, model, parts, shape) if shape else (model, parts)
         return family.sample(fitted, params, cond, keys, parts=parts, extra=extra, options=ready)
 
     return draw
@@ -142,7 +142,7 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     cond = {name: value for name, value in batch.items() if name in ("text", "text_mask", "label", "image")}
     shape = batch["image"].shape[1:3] if hasattr(source, "occurring") else None
     draw = sampler(experiment.family, experiment.model, config.sample.options, shape)
-    put = functools.partial(sharding.spread, mesh=experiment.mesh)
+    put = functools.partial(sharding.shard_batch, mesh=experiment.mesh)
     seed = config.seed
 
     def grid(params: Any, extra: Any) -> np.ndarray:

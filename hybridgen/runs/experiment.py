@@ -23,7 +23,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources.buckets import LARGEST
-from hybridgen.models.contract import Part, Shape, find, sized
+from hybridgen.models.contract import Part, Shape, find, for_shape
 from hybridgen.runs import bundle, checkpoint, drawing
 from hybridgen.runs.folder import read_json
 
@@ -72,7 +72,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     family = find(config.family)
     model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
     for shape in getattr(source, "shapes", ()):
-        sized(family, model, parts, shape)  # refused before anything is compiled
+        for_shape(family, model, parts, shape)  # refused before anything is compiled
     parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
 
@@ -299,10 +299,12 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         run.step,
         drawer({}),
         drawer,
-        functools.partial(sharding.spread, mesh=experiment.mesh),
+        functools.partial(sharding.shard_batch, mesh=experiment.mesh),
         part,
         functools.partial(jax.jit(lambda part, image: part.call("encode", image)), part) if part else None,
-        hasattr(experiment.family, "plan") or "prior" in experiment.parts or bool(getattr(run.part.model, "prior", "")),
+        hasattr(experiment.family, "generate")
+        or "prior" in experiment.parts
+        or bool(getattr(run.part.model, "prior", "")),
         "text" in experiment.parts or any(getattr(model, "text_vocab", 0) for model in networks),
         max(getattr(model, "classes", 0) for model in networks),
         _shapes(config.data.get("shapes", ()), folder),

@@ -97,8 +97,8 @@ def run_config(plan: tables.Plan, parts: Mapping[str, experiment.Run], places: M
     """The config of a run folder: what reading it back asks for. `places`: of the parts, as seen from that folder."""
     data = {"source": "shapes", "options": {}, "flip": False, "workers": 0, "threads": 1}
     sizes = plan.inputs.get("image", (32,))  # what reads text alone is asked for none
-    sized = parts["tokenizer"].config.data.resolution if "tokenizer" in parts else sizes[0]
-    data["resolution"] = sized
+    side = parts["tokenizer"].config.data.resolution if "tokenizer" in parts else sizes[0]
+    data["resolution"] = side
     sample = {"every": 0, "count": 16, "options": dict(plan.sample)}
     rest = {"parts": dict(places), "init_from": {}, "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1}}
     return {"family": plan.family, "model": plan.model, "data": data, "seed": 0, "batch": 1, "sample": sample} | rest
@@ -127,20 +127,20 @@ def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, experiment.
     return parts
 
 
-def read_text(goal: Target, parts: Mapping[str, experiment.Run], folder: Path | None, asked: bool) -> Any:
+def read_text(goal: Target, parts: Mapping[str, experiment.Run], folder: Path | None, required: bool) -> Any:
     """The text tokenizer of a run, or None: that in `folder` of a text model, or that of the tower among its parts.
 
     Raises UserError for one that was `asked` for and cannot be had; otherwise it is said.
     """
     if not goal.plan.family.startswith("text."):
-        if asked:
+        if required:
             raise UserError(f"--text is for text models, and this is a {goal.plan.family}: give its tower by --part")
         length = getattr(goal.model, "text_length", 0)
         return text_lib.resized(parts["text"].text, length) if "text" in parts and length else None
     try:
         return _fitting(goal.model, folder, min(goal.plan.inputs["text"][0], PROMPT)) if folder else None
     except UserError as error:
-        if asked:
+        if required:
             raise
         print(f"this run cannot read prompts yet, only ids: {error}")
         return None
@@ -161,7 +161,7 @@ def write_run(
     weights: Mapping[str, Any],
     given: Mapping[str, Path] | None = None,
     text: Path | None = None,
-    asked: bool = False,
+    required: bool = False,
 ) -> int:
     """Imports into a new run folder, with the runs `given` as parts; the number of parameters.
 
@@ -172,7 +172,7 @@ def write_run(
         raise UserError(f"{folder} is there already: give a new folder")
     goal, arrays = load(source, config, weights)
     parts = read_parts(goal, given or {})
-    reader = read_text(goal, parts, text, asked)
+    reader = read_text(goal, parts, text, required)
     places = {name: os.path.relpath(path.resolve(), folder.resolve()) for name, path in (given or {}).items()}
     there = folder.exists()
     run_folder.make(folder)

@@ -45,7 +45,7 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
         )
     with job.doing(end, "restore"):
         with contextlib.suppress(checkpoint.SaveError):  # older steps are there
-            job.saved.wait()
+            job.saved.wait_until_saved()
         start = job.saved.drop_after(end - health.streak)  # before the list says so: cut short, it happens again
         first = start or 0
         job.skipped.append((first, end))

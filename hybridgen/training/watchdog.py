@@ -78,10 +78,10 @@ class Watchdog:
         while not self._ended.wait(min(1.0, self.timeout / 4)):
             step, doing = self._where
             still = round(time.monotonic() - self._since, 1)
-            said = json.dumps([step, doing, still, socket.gethostname(), os.getpid(), time.time()])
+            status = json.dumps([step, doing, still, socket.gethostname(), os.getpid(), time.time()])
             client = distributed.client()
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                client.key_value_set(f"hybridgen/where/{jax.process_index()}", said, allow_overwrite=True)
+                client.key_value_set(f"hybridgen/where/{jax.process_index()}", status, allow_overwrite=True)
                 self._first = self._first or json.loads(client.blocking_key_value_get("hybridgen/where/0", 5000))
 
     def _end(self, still: float) -> None:
@@ -100,8 +100,8 @@ class Watchdog:
 
         def ask() -> None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                for key, said in distributed.client().key_value_dir_get("hybridgen/where/"):
-                    where[int(key.rsplit("/", 1)[1])] = json.loads(said)
+                for key, status in distributed.client().key_value_dir_get("hybridgen/where/"):
+                    where[int(key.rsplit("/", 1)[1])] = json.loads(status)
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
@@ -118,10 +118,10 @@ def behind(where: dict[int, list], lately: float) -> list[str]:
     Those that have said nothing since `lately`; or else those of the lowest step and, among them, those that wait for
     nobody (a "step" is where processes wait for each other).
     """
-    silent = {i: said for i, said in where.items() if said[5] < lately}
+    silent = {i: status for i, status in where.items() if status[5] < lately}
     least = min((step for step, *_ in where.values()), default=0)
-    late = {i: said for i, said in where.items() if said[0] == least}
-    late = silent or {i: said for i, said in late.items() if said[1] != "step"} or late
+    late = {i: status for i, status in where.items() if status[0] == least}
+    late = silent or {i: status for i, status in late.items() if status[1] != "step"} or late
     if len(late) == len(where):
         return [f"all {len(where)} processes are at step {least}: none is behind the others"]
     return [

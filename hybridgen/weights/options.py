@@ -23,19 +23,19 @@ class Options:
     def __init__(self, config: Any, where: str = "config"):
         if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
             raise UserError(f"{where} is not a mapping of options by name")
-        self.config, self.where, self.asked = config, where, set()
+        self.config, self.where, self.taken = config, where, set()
 
     def __enter__(self) -> "Options":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
-        unknown = sorted(set(self.config) - self.asked)
+        unknown = sorted(set(self.config) - self.taken)
         if kind is None and unknown:
             raise UserError(f"{self.where} has the key {shown(unknown[0])}, which is not understood")
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
         """The value as it is."""
-        self.asked.add(name)
+        self.taken.add(name)
         if name in self.config:
             return self.config[name]
         if default is REQUIRED:
@@ -82,4 +82,4 @@ class Options:
 
     def skip(self, *names: str) -> None:
         """Keys that say nothing about what the model computes."""
-        self.asked.update(names)
+        self.taken.update(names)

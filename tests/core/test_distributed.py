@@ -100,11 +100,11 @@ def test_a_stranger_at_the_port_harms_nobody():
     out = {}
     first = threading.Thread(target=lambda: out.update(meet_all(address, [(0, 2)])))
     first.start()
-    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[" * 3000, b'{"process": 7, "of": 2}'):
+    for message in (b"GET / HTTP/1.1\r\n\r\n", b"[" * 3000, b'{"process": 7, "of": 2}'):
         while True:
             try:
                 with socket.create_connection((host, int(port)), timeout=2) as link:
-                    link.sendall(said)
+                    link.sendall(message)
                     assert "error" in json.loads(link.recv(4096))
                 break
             except ConnectionRefusedError:
@@ -172,8 +172,8 @@ def test_under_slurm_the_missing_are_named_too(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a"])
     with pytest.raises(PeerError, match=r"2 of 3 processes \(processes 1, 2\) did not come"):
         distributed.start(options("--init-timeout", "1"))
-    told = "waiting for 2 of 3 processes (processes 1, 2); start it with\n  hybridgen train --config a\n"
-    assert told in capfd.readouterr().err
+    reported = "waiting for 2 of 3 processes (processes 1, 2); start it with\n  hybridgen train --config a\n"
+    assert reported in capfd.readouterr().err
 
 
 def test_where_nothing_says_who_the_others_are():
@@ -213,14 +213,14 @@ def test_alone_it_agrees_with_itself():
 
 def test_a_name_may_be_used_again(monkeypatch):
     """As by the stages of a recipe, each with saves of its own; the service takes a key once."""
-    said: dict[str, str] = {f"hybridgen/stage/{turn}/1": f"other {turn}" for turn in (1, 2)}
+    message: dict[str, str] = {f"hybridgen/stage/{turn}/1": f"other {turn}" for turn in (1, 2)}
 
     class Service:
         def key_value_set(self, key: str, text: str) -> None:
-            assert said.setdefault(key, text) is text, f"{key} is there already"
+            assert message.setdefault(key, text) is text, f"{key} is there already"
 
         def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
-            return said[key]
+            return message[key]
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "client", Service)
@@ -228,17 +228,23 @@ def test_a_name_may_be_used_again(monkeypatch):
     assert distributed.exchange("stage", "mine 2") == ["mine 2", "other 2"]
 
 
-def said(step: int, doing: str, when: float = 100.0) -> list:
+def message(step: int, doing: str, when: float = 100.0) -> list:
     return [step, doing, 31.0, "tpu-7", 4242, when]
 
 
 @pytest.mark.parametrize(
     ("where", "late"),
     [
-        ({0: said(8, "step"), 1: said(7, "step"), 2: said(8, "step")}, [1]),  # a step behind
-        ({0: said(8, "step"), 1: said(8, "data"), 2: said(8, "step")}, [1]),  # waits for its data, the others for it
-        ({0: said(8, "step"), 1: said(8, "step", 50.0), 2: said(8, "step")}, [1]),  # stopped: says nothing any more
-        ({0: said(8, "step"), 1: said(8, "step")}, []),
+        ({0: message(8, "step"), 1: message(7, "step"), 2: message(8, "step")}, [1]),  # a step behind
+        (
+            {0: message(8, "step"), 1: message(8, "data"), 2: message(8, "step")},
+            [1],
+        ),  # waits for its data, the others for it
+        (
+            {0: message(8, "step"), 1: message(8, "step", 50.0), 2: message(8, "step")},
+            [1],
+        ),  # stopped: says nothing any more
+        ({0: message(8, "step"), 1: message(8, "step")}, []),
     ],
 )
 def test_the_straggler_is_named(where, late):

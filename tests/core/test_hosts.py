@@ -110,16 +110,16 @@ def whole(tmp_path_factory, cache) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [(1,), (0, 1)])
-def test_sigterm_to_one_or_both(whole, cache, tmp_path, told):
+@pytest.mark.parametrize("reported", [(1,), (0, 1)])
+def test_sigterm_to_one_or_both(whole, cache, tmp_path, reported):
     """A checkpoint at the last finished step, and no step twice."""
     processes = pair(tmp_path, cache)
     wait_for(lambda: logged(tmp_path) >= 10, "no steps")
-    asked = time.monotonic()
-    for i in told:
+    requested = time.monotonic()
+    for i in reported:
         processes[i].send_signal(signal.SIGTERM)
     both_end(processes, 130, 20)
-    took = time.monotonic() - asked
+    took = time.monotonic() - requested
     stopped = newest(tmp_path)
     print(f"stopped at {stopped} after {took:.1f} s")
     assert took < 10 and 10 <= stopped < STEPS and stopped % EVERY

@@ -46,7 +46,7 @@ def on(name: str, dtype: str, steps: int, *meshes: dict, **changes) -> list[dict
     return found
 
 
-def apart(one: dict, many: dict) -> float:
+def gap(one: dict, many: dict) -> float:
     """Largest relative difference of the losses."""
     a, b = np.asarray(one["losses"]), np.asarray(many["losses"])
     return float((np.abs(a - b) / np.abs(a)).max())
@@ -61,7 +61,7 @@ def check(found: list[dict], tolerance: float, exact: float) -> None:
         size = int(np.prod(list(many["mesh"].values())))
         assert many["devices"] == [size] and many["dtype"] == one["dtype"]
         assert many["skipped"] == 0 and many["pinned"] and many["donated"] and many["copies"], many["mesh"]
-        assert apart(one, many) < tolerance, (many["mesh"], apart(one, many))
+        assert gap(one, many) < tolerance, (many["mesh"], gap(one, many))
         assert set(many["final"]) == set(one["final"])
         for path, value in one["final"].items():
             value, other = np.asarray(value), np.asarray(many["final"][path])
@@ -152,8 +152,8 @@ def test_a_prior_on_eight_devices_is_the_prior_on_one_and_is_cut():
     one, many = found = on("prior", "float32", 10, ONE, MIXED)
     check(found, 1e-5, 1e-2)
     check_cuts(many)
-    held = sum(np.prod(part) for whole, part in many["shards"].values())
-    assert held < 0.35 * sum(np.prod(whole) for whole, part in many["shards"].values())
+    holding = sum(np.prod(part) for whole, part in many["shards"].values())
+    assert holding < 0.35 * sum(np.prod(whole) for whole, part in many["shards"].values())
     assert set(cut(one, "params/").values()) == {1}
 
 
@@ -162,9 +162,9 @@ def test_rows_of_a_batch_are_cut_and_so_is_the_work():
     paired, eight, whole = on("places", "float32", 0, *sizes)
     assert paired["shape"] == {"dcn": 1, "data": 4, "fsdp": 1, "tensor": 2}
     rows = [list(range(i, i + 4)) for i in (0, 0, 4, 4, 8, 8, 12, 12)]  # the two of a tensor pair hold the same ones
-    assert [[2 * row for row in part] for part in rows] == [held for _, held in sorted(paired["rows"])]
-    assert [held for _, held in sorted(eight["rows"])] == [[4 * i, 4 * i + 2] for i in range(8)]
-    assert all(held == list(range(0, 32, 2)) for _, held in whole["rows"])
+    assert [[2 * row for row in part] for part in rows] == [holding for _, holding in sorted(paired["rows"])]
+    assert [holding for _, holding in sorted(eight["rows"])] == [[4 * i, 4 * i + 2] for i in range(8)]
+    assert all(holding == list(range(0, 32, 2)) for _, holding in whole["rows"])
     for found in (paired, eight, whole):
         assert found["local"] == list(range(16))
 

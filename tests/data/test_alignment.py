@@ -162,16 +162,16 @@ def test_touching_objects_of_different_colours_are_two(resolution):
 def test_a_shapeless_blob_has_no_shape():
     """Blobs of the right colour, area and place: rough ones are no shape at all, and no blob is right by default."""
     rng = np.random.default_rng(0)
-    seen, judged = [], []
+    seen, verdict_ = [], []
     for _ in range(60):
         field = ndimage.gaussian_filter(rng.standard_normal((128, 128)), 5)
         field -= 10 * field.std() * np.hypot(*(np.mgrid[:128, :128] / 128 - 0.5))
         mask = (field > np.sort(field.ravel())[-1600]).reshape(32, 4, 32, 4).mean((1, 3))[:, :, None]
         image = (255 + mask * (np.array(PALETTE["blue"]) - 255)).astype(np.uint8)
         seen += [o["shape"] for o in read(image)["objects"]]
-        judged += [judge(image, scene_of((shape, "blue", "large", 0.5, 0.5)))["shape"] for shape in SHAPES]
+        verdict_ += [judge(image, scene_of((shape, "blue", "large", 0.5, 0.5)))["shape"] for shape in SHAPES]
     assert seen.count(None) >= 0.7 * len(seen)
-    assert np.mean(judged) < 0.05
+    assert np.mean(verdict_) < 0.05
 
 
 def test_a_colour_far_from_the_palette_is_none():

@@ -136,8 +136,10 @@ def test_the_fingerprint_tells_tables_apart(data, tmp_path):
     whole = buckets.build({name: data["options"][name] for name in ("path", "validation")}, 16, 4, 2, least=99)
     (tmp_path / "one.json").write_text(json.dumps(whole))
     other = {**data, "options": data["options"] | {"buckets": str(tmp_path / "one.json")}}
-    said = [pipeline.fingerprint(d, sources.build(d, "train"), None, batch=4, seed=0)["source"] for d in (data, other)]
-    assert said[0]["records"] != said[1]["records"] and said[0]["options"] == said[1]["options"]
+    message = [
+        pipeline.fingerprint(d, sources.build(d, "train"), None, batch=4, seed=0)["source"] for d in (data, other)
+    ]
+    assert message[0]["records"] != message[1]["records"] and message[0]["options"] == message[1]["options"]
 
 
 def test_the_command(data, tmp_path, capsys):

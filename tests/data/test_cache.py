@@ -109,10 +109,10 @@ def test_ten_crops(tmp_path, encode, tokenizer):
 def test_latents_are_drawn_by_the_samples_number(tmp_path):
     part = tiny.part("tokenizers.kl", KL)
     data = cached(tmp_path, part)
-    mean, spread = jax.jit(lambda image: part.model.apply({"params": part.params}, image, method="moments"))(
+    mean, spread_of = jax.jit(lambda image: part.model.apply({"params": part.params}, image, method="moments"))(
         batches(DATA, 1)[0]["image"]
     )
-    mean, deviation = (mean - 0.1) * 0.5, np.exp(0.5 * spread) * 0.5
+    mean, deviation = (mean - 0.1) * 0.5, np.exp(0.5 * spread_of) * 0.5
     again = [batches(data, 1)[0]["latent"] for _ in range(2)]
     np.testing.assert_array_equal(*again)
     noise = (again[0] - mean) / deviation
@@ -146,8 +146,8 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
     sources.fits(source, {"tokenizer": "of the first", "text": "any"})
     with pytest.raises(UserError, match="of the first.*another"):
         sources.fits(source, {"tokenizer": "another"})
-    said = pipeline.fingerprint(data, source, None, batch=8, seed=0)["source"]
-    assert said["encoders"] == {"tokens": "of the first"}
+    message = pipeline.fingerprint(data, source, None, batch=8, seed=0)["source"]
+    assert message["encoders"] == {"tokens": "of the first"}
     cached(tmp_path, tokenizer, "of the first")  # is there already
     with pytest.raises(UserError, match="encoders.*of the first.*another"):
         cached(tmp_path, tokenizer, "another")

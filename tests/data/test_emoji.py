@@ -81,10 +81,10 @@ def test_the_recipe_reads_it(folder):
     source = sources.build(data, "train")
     reader = text.build(data, source)
     batch = next(pipeline.batches(source, reader, batch=64, seed=0))
-    said = {reader.decode(ids) for ids in batch["text"]}
-    assert any(caption.endswith(", twemoji") and "face" in caption for caption in said)
-    assert any(caption.startswith("脸") and caption.endswith(", noto") for caption in said)
-    assert not {"<unk>"} & {word for caption in said for word in caption.split()}
+    message = {reader.decode(ids) for ids in batch["text"]}
+    assert any(caption.endswith(", twemoji") and "face" in caption for caption in message)
+    assert any(caption.startswith("脸") and caption.endswith(", noto") for caption in message)
+    assert not {"<unk>"} & {word for caption in message for word in caption.split()}
 
 
 def test_weights_say_how_often_a_field_is_drawn(folder):

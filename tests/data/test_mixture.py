@@ -105,8 +105,8 @@ def test_from_a_config():
     reader = text.build(data, source)
     for index in (0, 35):  # the vocabulary is that of both
         reader.encode(source[index]["text"], strict=True)
-    said = pipeline.fingerprint(data, source, reader, batch=4, seed=0)
-    assert said["source"]["options"]["sources"]["one"]["weight"] == 2 and said["source"]["length"] == 40
+    message = pipeline.fingerprint(data, source, reader, batch=4, seed=0)
+    assert message["source"]["options"]["sources"]["one"]["weight"] == 2 and message["source"]["length"] == 40
 
 
 @pytest.mark.parametrize(

@@ -106,16 +106,16 @@ def test_holdout_is_compositional(options):
         return found
 
     seen = scenes(3000, **options) + scenes(1500, split="validation", **options)
-    held = scenes(1500, split="holdout", **options)
+    holding = scenes(1500, split="holdout", **options)
     assert not any(compositions(s) for s in seen)
-    assert all(compositions(s) for s in held)
-    assert {len(c) for s in held for c in compositions(s)} == {2, 3}
+    assert all(compositions(s) for s in holding)
+    assert {len(c) for s in holding for c in compositions(s)} == {2, 3}
     for key in ("shape", "colour"):  # every element of a held-out composition is learned in others
-        assert {o[key] for s in held for o in s["objects"]} == {o[key] for s in seen for o in s["objects"]}
+        assert {o[key] for s in holding for o in s["objects"]} == {o[key] for s in seen for o in s["objects"]}
     relations = [
         (s["objects"][0]["shape"], r, s["objects"][1]["shape"]) for s in seen if (r := s["stated"]["relation"])
     ]
-    for s in held:
+    for s in holding:
         for c in compositions(s):
             if len(c) == 3:
                 assert any(r[:2] == c[:2] for r in relations) and any(r[1:] == c[1:] for r in relations)
@@ -326,12 +326,12 @@ def test_templates_limits_the_paraphrases():
 def test_the_vocabulary_is_closed_and_tight():
     """Every unit of every caption is in it, and every unit in it is in some caption."""
     for language in ("en", "zh"):
-        said = set()
+        message = set()
         for options in ({}, FULL, dict(state_sizes=False)):
             for scene in scenes(2000, **options):
                 for k in range(template_count(scene, language)):
-                    said |= set(units(caption(scene, language, k)))
-        assert said == set(vocabulary([language]))
+                    message |= set(units(caption(scene, language, k)))
+        assert message == set(vocabulary([language]))
     both = vocabulary()
     assert both == vocabulary(("en", "zh")) and len(both) == len(set(both))
     assert both[: len(vocabulary(["en"]))] == vocabulary(["en"])

@@ -46,8 +46,8 @@ def of_t5(trainer=(), normaliser=(), kinds=()) -> bytes:
     special = {0: 3, 1: 3, 2: 2} | dict(kinds)
     pieces = [(piece, float(score), special.get(i, 1)) for i, (piece, score) in enumerate(about["model"]["vocab"])]
     table = base64.b64decode(about["normalizer"]["normalizers"][0]["precompiled_charsmap"])
-    said = {3: 1, 40: 2, 41: -1, 42: 1, 43: 0} | dict(trainer)
-    return model(pieces, said, {1: "nmt_nfkc", 2: table, 3: 1, 4: 1, 5: 1} | dict(normaliser))
+    message = {3: 1, 40: 2, 41: -1, 42: 1, 43: 0} | dict(trainer)
+    return model(pieces, message, {1: "nmt_nfkc", 2: table, 3: 1, 4: 1, 5: 1} | dict(normaliser))
 
 
 def test_ids_are_those_of_the_recorded_tokenizer(tmp_path):

@@ -11,11 +11,11 @@ import pytest
 from hybridgen.core import trees
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask, attend
-from hybridgen.nn.linear import Embed, Linear, held
+from hybridgen.nn.linear import Embed, Linear, holding
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import GroupNorm, Norm
 from hybridgen.nn.position import grid_positions, rotary, rotate
-from hybridgen.nn.stack import Block, Stack, apart
+from hybridgen.nn.stack import Block, Stack, gap
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_cached_equals_uncached(monkeypatch, kind, chunks, unroll, platform):
     params = init(model, x)
     full = apply(model, params, x, Mask(kind, prefix, jnp.asarray(valid)), rotary=TABLE)
 
-    params = {"params": apart(params, unroll)}
+    params = {"params": gap(params, unroll)}
 
     @jax.jit
     def chunk(cache, x, valid):
@@ -210,7 +210,7 @@ def test_cached_equals_uncached(monkeypatch, kind, chunks, unroll, platform):
         y, cache = model.apply(params, x, Mask(kind, prefix), rotary=table, cache=cache)
         return y, kv.advance(cache, t)
 
-    cache, parts, start = kv.empty(DEPTH, b, LENGTH + 3, 2, 8, apart=unroll < 0), [], 0
+    cache, parts, start = kv.empty(DEPTH, b, LENGTH + 3, 2, 8, unstacked=unroll < 0), [], 0
     for t in chunks:
         part, cache = chunk(cache, x[:, start : start + t], jnp.asarray(valid[:, start : start + t]))
         parts.append(part)
@@ -224,11 +224,11 @@ def test_weights_as_a_loop_holds_them_give_the_same_numbers(options):
     x, side = draw(0, 2, LENGTH, WIDTH), {"condition": draw(1, 2, WIDTH)} if options is DIT else {}
     model = stack(dtype="bfloat16", **options)
     params = init(model, x, **side)
-    narrow = held(params, "bfloat16")
+    narrow = holding(params, "bfloat16")
     kinds = {path.rsplit("/")[-1]: leaf.dtype for path, leaf in trees.flatten(narrow).items()}
     assert kinds.pop("kernel") == jnp.bfloat16 and set(kinds.values()) <= {jnp.dtype("float32")}
     np.testing.assert_array_equal(apply(model, narrow, x, Mask(), **side), apply(model, params, x, Mask(), **side))
-    assert held(params, "float32") is params
+    assert holding(params, "float32") is params
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ def by_hand(rows, options, scale=None):
 def two_chains(cache, token):
     """The second branch sees other logits, turned round."""
     logits, cache = chain(cache, token)
-    told, dropped = guidance.split(logits, 2)
-    return guidance.join([told, jnp.flip(dropped, -1)]), cache
+    reported, dropped = guidance.split(logits, 2)
+    return guidance.join([reported, jnp.flip(dropped, -1)]), cache
 
 
 def test_generate_is_the_loop_in_any_batch():

@@ -31,8 +31,8 @@ def gaussian(x_t, level):
 
 def flow_map(x, levels):
     """Where the probability flow takes x from the first level to the last."""
-    spread = np.sqrt((levels.alpha * S) ** 2 + levels.sigma**2)
-    return levels.alpha[-1] * MU + spread[-1] / spread[0] * (x - levels.alpha[0] * MU)
+    spread_of = np.sqrt((levels.alpha * S) ** 2 + levels.sigma**2)
+    return levels.alpha[-1] * MU + spread_of[-1] / spread_of[0] * (x - levels.alpha[0] * MU)
 
 
 def keys_of(ids):
@@ -124,8 +124,8 @@ def test_times():
         grid = schedules.times(7, spacing=spacing, shift=3.0)
         assert len(grid) == 8 and grid[0] == 1 and grid[-1] == 0 and (np.diff(grid) < 0).all()
     np.testing.assert_allclose(schedules.times(4, shift=3.0), [1, 0.9, 0.75, 0.5, 0])
-    for wrong, said in (({"steps": 0}, "steps 0"), ({"steps": 3, "spacing": "odd"}, "'odd' is none of")):
-        with pytest.raises(UserError, match=said):
+    for wrong, message in (({"steps": 0}, "steps 0"), ({"steps": 3, "spacing": "odd"}, "'odd' is none of")):
+        with pytest.raises(UserError, match=message):
             schedules.times(**wrong)
 
 

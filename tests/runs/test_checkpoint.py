@@ -55,10 +55,10 @@ def test_parts_without_the_optimiser(saved):
         assert same(reader.restore_params(3, "params/blocks"), want["params"]["blocks"])
         assert reader.restore_params(3, "ema") == {}
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        asked = []
-        placed = reader.restore_params(3, "params/blocks", lambda path, shape: asked.append((path, shape)) or place)
+        requested = []
+        placed = reader.restore_params(3, "params/blocks", lambda path, shape: requested.append((path, shape)) or place)
         assert same(placed, want["params"]["blocks"]) and placed["bias"].sharding == place
-        assert ("params/blocks/kernel", (7, 6)) in asked
+        assert ("params/blocks/kernel", (7, 6)) in requested
         with pytest.raises(UserError, match="no 'params/block'; at the top: .*params"):
             reader.restore_params(3, "params/block")
     with Checkpointer(saved) as saver:

@@ -119,9 +119,9 @@ def test_render_and_draft_are_compared_picture_by_picture():
     assert got["psnr_gain"] == 1.0 and got["psnr_higher"] == 0.75
     assert got["standard_error"] == pytest.approx(np.std([1, 1, -1, 3]) / 2)
     drawn = {"image": np.zeros((2, 16, 16, 3)), "draft": np.full((2, 16, 16, 3), 0.1)}
-    judged = evaluate.judged(drawn, None, np.zeros((2, 16, 16, 3)))
-    assert judged["paired"]["psnr_higher"] == 1.0 and "only_render_right" not in judged["paired"]
-    report = {"family": "x", "step": 1, "splits": {"validation": {"from true tokens": judged}}}
+    verdict = evaluate.judge_pictures(drawn, None, np.zeros((2, 16, 16, 3)))
+    assert verdict["paired"]["psnr_higher"] == 1.0 and "only_render_right" not in verdict["paired"]
+    report = {"family": "x", "step": 1, "splits": {"validation": {"from true tokens": verdict}}}
     assert "PSNR +" in evaluate.markdown(report) and "higher in 100 %" in evaluate.markdown(report)
 
 

@@ -216,11 +216,11 @@ def test_the_legacy_loss_swaps_the_two_weights():
 
 
 def test_the_posterior_is_drawn_from_and_pulled():
-    mean, spread = jnp.asarray([[[[1.0, -2.0]]]]), jnp.log(jnp.asarray([[[[4.0, 0.25]]]]))
+    mean, spread_of = jnp.asarray([[[[1.0, -2.0]]]]), jnp.log(jnp.asarray([[[[4.0, 0.25]]]]))
     # in closed form: sum of (mean^2 + variance - 1 - log variance) / 2
     want = 0.5 * ((1 + 4 - 1 - np.log(4)) + (4 + 0.25 - 1 - np.log(0.25)))
-    np.testing.assert_allclose(kl.divergence(mean, spread), [want], rtol=1e-6)
-    np.testing.assert_allclose(kl.drawn(mean, spread, jnp.ones((1, 1, 1, 2))), [[[[3.0, -1.5]]]], rtol=1e-6)
+    np.testing.assert_allclose(kl.divergence(mean, spread_of), [want], rtol=1e-6)
+    np.testing.assert_allclose(kl.drawn(mean, spread_of, jnp.ones((1, 1, 1, 2))), [[[[3.0, -1.5]]]], rtol=1e-6)
     model = kl.KL(scale=0.5, shift=1.0)
     np.testing.assert_allclose(kl.scaled(model, jnp.asarray([3.0])), [1.0])
     config = SD | {"scaling_factor": 0.5, "shift_factor": 1.0}
@@ -240,9 +240,9 @@ def test_the_posterior_is_drawn_from_and_pulled():
         ({"attend": (2,)}, r"attention at the levels \(2,\), of which there are 2"),
     ],
 )
-def test_options_that_make_no_autoencoder(options, said):
+def test_options_that_make_no_autoencoder(options, message):
     net = Autoencoder(**({"channels": (8, 8), "stem": 8, "z": 2, "code": 2, "blocks": 1, "groups": 4} | options))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
@@ -250,7 +250,7 @@ def test_families_say_what_cannot_be():
     family = find("tokenizers.vq")
     specs = {"image": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)}
     residual = {"stem": 8, "z": 2, "groups": 4}
-    for options, said in (({"residual": residual}, "patch 4"), ({"used": 3}, "used 3 rows")):
+    for options, message in (({"residual": residual}, "patch 4"), ({"used": 3}, "used 3 rows")):
         model = family.build({"channels": (8,), "resolution": 8} | options)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             jax.eval_shape(lambda model=model: family.init(model, jax.random.key(0), specs, {}))

@@ -41,7 +41,7 @@ def batch_of(b=B, start=0):
     return jax.tree.map(jnp.asarray, tiny.batch(b, start))
 
 
-def asked(b=B, start=0):
+def requested(b=B, start=0):
     batch = batch_of(b, start)
     return {name: batch[name] for name in ("text", "text_mask")}
 
@@ -129,10 +129,10 @@ def at(run, name, path):
 def test_own_plans_are_drawn_in_parallel_and_every_k_steps_rolled_out():
     part = joint(own=1.0, rollout_every=3)
     prior = cascade.member(part.model, "prior", part.params, parts())
-    cond, keys = asked(), keys_of()
+    cond, keys = requested(), keys_of()
     logits = 3 * jax.random.normal(jax.random.key(5), (B, N, prior.model.vocab))  # not what this prior says
     run = jax.jit(lambda logits, keys, step: cascade.own_tokens(part.model, prior, cond, logits, keys, step))
-    rolled, _ = jax.jit(lambda keys: prior.call("plan", cond, keys, {}))(keys)
+    rolled, _ = jax.jit(lambda keys: prior.call("generate", cond, keys, {}))(keys)
     parallel = rng.categorical(keys, logits)
     assert not tiny.same(rolled, parallel)
     for step in range(7):
@@ -154,26 +154,26 @@ def test_the_decoder_is_trained_on_its_share_of_own_plans():
     assert 0 < picked.sum() < B
 
     @jax.jit
-    def told(step, flip):
+    def reported(step, flip):
         tokenizer = parts()["tokenizer"]
         tokens = tokenizer.call("encode", batch["image"])
         dropped = {"drop": rng.bernoulli(rng.named(keys, "drop"), prior.model.drop)}
-        logits = prior.call("score", tokens, asked() | dropped)
-        own = cascade.own_tokens(part.model, prior, asked(), logits, rng.named(keys, "own plan"), step)
+        logits = prior.call("score", tokens, requested() | dropped)
+        own = cascade.own_tokens(part.model, prior, requested(), logits, rng.named(keys, "own plan"), step)
         plan = jnp.where((picked ^ flip)[:, None], own, tokens)
-        flow = find(decoder.family).planned(decoder.model, tokenizer.call("embed", plan), parts())
-        render = find(decoder.family).judged
+        flow = find(decoder.family).plan_conditioning(decoder.model, tokenizer.call("embed", plan), parts())
+        render = find(decoder.family).decoder_loss
         alone = raster.loss(prior.model, prior.params, batch, key, parts=parts(), extra={}, step=step, train=True)
-        judged = render(decoder.model, decoder.params, batch, flow, rng.named(keys, "decoder"), parts(), True)
-        return alone[0], judged[0]
+        verdict = render(decoder.model, decoder.params, batch, flow, rng.named(keys, "decoder"), parts(), True)
+        return alone[0], verdict[0]
 
     run = jax.jit(loss_of(part))
     seen = [run(part.params, batch, key, jnp.int32(step))[1] for step in range(2)]
     for step in range(2):
-        nll, render = told(jnp.int32(step), False)
+        nll, render = reported(jnp.int32(step), False)
         assert float(seen[step]["render"]) == pytest.approx(float(render), rel=1e-5)
         assert float(seen[step]["nll"]) == pytest.approx(float(nll), rel=1e-5)  # the prior learns from true tokens
-        assert abs(seen[step]["render"] / told(jnp.int32(step), True)[1] - 1) > 1e-3
+        assert abs(seen[step]["render"] / reported(jnp.int32(step), True)[1] - 1) > 1e-3
     assert abs(seen[0]["render"] / seen[1]["render"] - 1) > 1e-3  # a rollout, and none
     with pytest.raises(TypeError):
         jax.eval_shape(lambda params: loss_of(part)(params, batch, key, None), part.params)
@@ -199,7 +199,7 @@ def draw(cond, keys, **options):
 @pytest.mark.parametrize("mode", ["tokens", "features"])
 def test_one_program_from_text_to_tokens_draft_and_picture(mode):
     part, program = drawn_by(mode=mode)
-    args = jax.device_put((part.params, {}, parts(), asked(), keys_of()))
+    args = jax.device_put((part.params, {}, parts(), requested(), keys_of()))
     one = program.lower(*args).compile()  # a single executable
     with jax.transfer_guard("disallow"):  # that never comes back to the host
         out = jax.block_until_ready(one(*args))
@@ -211,15 +211,15 @@ def test_one_program_from_text_to_tokens_draft_and_picture(mode):
     }
     tokenizer = parts()["tokenizer"]
     decode = jax.jit(lambda tokens: jnp.clip(tokenizer.call("decode", tokenizer.call("embed", tokens)), -1, 1))
-    assert tiny.apart(out["draft"], decode(out["tokens"])) < 1e-6
-    assert tiny.apart(out["draft"], decode(out["tokens"][::-1])) > 1e-2
-    assert tiny.apart(out["draft"], out["image"]) > 1e-2 and np.abs(out["image"]).max() <= 1
+    assert tiny.gap(out["draft"], decode(out["tokens"])) < 1e-6
+    assert tiny.gap(out["draft"], decode(out["tokens"][::-1])) > 1e-2
+    assert tiny.gap(out["draft"], out["image"]) > 1e-2 and np.abs(out["image"]).max() <= 1
     assert len({row.tobytes() for row in np.asarray(out["tokens"])}) == B
     # arrays are arguments: other parameters, texts and keys run in the same executable and say something else
     params, _, _, cond, keys = args
     other = [
         (params | {"prior": jax.tree.map(lambda x: x + 0.1, params["prior"])}, *args[1:]),
-        (params, {}, parts(), asked(start=50), keys),
+        (params, {}, parts(), requested(start=50), keys),
         (params, {}, parts(), cond, keys_of(start=50)),
     ]
     for changed in other:
@@ -229,16 +229,16 @@ def test_one_program_from_text_to_tokens_draft_and_picture(mode):
 
 
 def test_given_tokens_are_rendered_and_the_text_is_not_asked():
-    cond = asked() | {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 12, (B, N)), jnp.int32)}
-    out, other = draw(cond, keys_of()), draw(cond | asked(start=50), keys_of())
+    cond = requested() | {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 12, (B, N)), jnp.int32)}
+    out, other = draw(cond, keys_of()), draw(cond | requested(start=50), keys_of())
     assert tiny.same(out, other) and tiny.same(out["tokens"], cond["tokens"])
-    own = draw(asked(), keys_of())
-    again = draw(asked() | {"tokens": own["tokens"]}, keys_of())  # the same noise for the picture either way
-    assert tiny.apart(own["image"], again["image"]) < 1e-5
+    own = draw(requested(), keys_of())
+    again = draw(requested() | {"tokens": own["tokens"]}, keys_of())  # the same noise for the picture either way
+    assert tiny.gap(own["image"], again["image"]) < 1e-5
 
 
 def test_guidance_of_one_is_no_guidance_and_each_member_has_its_own():
-    cond, keys, part = asked(), keys_of(), joint()
+    cond, keys, part = requested(), keys_of(), joint()
 
     def program(**options):
         steps = {"decoder": {"steps": 2} | options.pop("decoder", {})}
@@ -257,13 +257,13 @@ def test_guidance_of_one_is_no_guidance_and_each_member_has_its_own():
         return guided(cond, keys, jnp.float32(prior), jnp.float32(decoder))
 
     unguided, none = draw(cond, keys), at_scales(1, 1)
-    assert tiny.same(unguided["tokens"], none["tokens"]) and tiny.apart(unguided["image"], none["image"]) < 1e-5
+    assert tiny.same(unguided["tokens"], none["tokens"]) and tiny.gap(unguided["image"], none["image"]) < 1e-5
     render, plan = at_scales(1, 4), at_scales(20, 1)
     assert tiny.same(render["tokens"], none["tokens"]) and tiny.same(render["draft"], none["draft"])
-    assert tiny.apart(render["image"], none["image"]) > 1e-3
+    assert tiny.gap(render["image"], none["image"]) > 1e-3
     assert not tiny.same(plan["tokens"], none["tokens"])
     both = at_scales(20, 4)
-    assert tiny.same(both["tokens"], plan["tokens"]) and tiny.apart(both["image"], plan["image"]) > 1e-3
+    assert tiny.same(both["tokens"], plan["tokens"]) and tiny.gap(both["image"], plan["image"]) > 1e-3
 
 
 GUIDED = {"prior": (("guidance", 2.0), ("top_p", 0.9)), "decoder": (("guidance", 2.0), ("solver", "ddpm"))}
@@ -271,11 +271,11 @@ GUIDED = {"prior": (("guidance", 2.0), ("top_p", 0.9)), "decoder": (("guidance",
 
 def test_a_picture_is_the_same_whatever_the_batch():
     """Row, neighbours, batch size and padding: tokens bit for bit, pictures too in one shape, else to rounding."""
-    cond, keys = asked(), keys_of()
+    cond, keys = requested(), keys_of()
     out = draw(cond, keys, **GUIDED)
     turned = draw(jax.tree.map(lambda x: x[::-1], cond), keys[::-1], **GUIDED)
     assert tiny.same(out, jax.tree.map(lambda x: x[::-1], turned))
-    mixed = jax.tree.map(lambda x, y: jnp.concatenate([y[:5], x[:3]]), cond, asked(start=50))
+    mixed = jax.tree.map(lambda x, y: jnp.concatenate([y[:5], x[:3]]), cond, requested(start=50))
     other = draw(mixed, jnp.concatenate([keys_of(start=50)[:5], keys[:3]]), **GUIDED)
     for name in out:
         assert tiny.same(out[name][:3], other[name][5:]), name
@@ -283,9 +283,9 @@ def test_a_picture_is_the_same_whatever_the_batch():
     rows = {name: np.asarray(value) for name, value in cond.items()}
     pieces = list(drawing.draw_all(lambda cond, keys: draw(cond, keys, **GUIDED), rows, 0, 5, jax.device_put))
     assert [len(piece["image"]) for piece in pieces] == [5, 3]
-    apart = {name: np.concatenate([piece[name] for piece in pieces]) for name in out}
-    assert tiny.same(out["tokens"], apart["tokens"])
-    assert tiny.apart(out["image"], apart["image"]) < 1e-5 and tiny.apart(out["draft"], apart["draft"]) < 1e-5
+    gap = {name: np.concatenate([piece[name] for piece in pieces]) for name in out}
+    assert tiny.same(out["tokens"], gap["tokens"])
+    assert tiny.gap(out["image"], gap["image"]) < 1e-5 and tiny.gap(out["draft"], gap["draft"]) < 1e-5
 
 
 # ---------------------------------------------------------------- members: given, or trained here
@@ -297,14 +297,14 @@ def given_parts(part, *names):
 
 
 def test_given_members_draw_what_members_trained_here_draw():
-    cond, keys = asked(), keys_of()
+    cond, keys = requested(), keys_of()
     part, program = drawn_by()
     out = program(part.params, {}, parts(), cond, keys)
-    apart = cascade.build({})
+    gap = cascade.build({})
     given = given_parts(part, *MEMBERS)
-    alone = drawing.sampler(cascade, apart, {"prior": {}, "decoder": {"steps": 2}})
+    alone = drawing.sampler(cascade, gap, {"prior": {}, "decoder": {"steps": 2}})
     assert tiny.same(out, alone({}, {}, given, cond, keys))
-    assert cascade.init(apart, jax.random.key(0), {}, given) == {"params": {}, "extra": {}}
+    assert cascade.init(gap, jax.random.key(0), {}, given) == {"params": {}, "extra": {}}
     # what a config says of a member, and its way through JSON, is the model that is trained alone
     model = raster.build(tiny.prior_options(parts()["tokenizer"], **SMALL))
     assert given["prior"].model == model and given["prior"].family == "ar.raster"
@@ -326,7 +326,7 @@ def test_a_member_can_be_trained_on_top_of_the_other(trained):
     value, grads = jax.jit(jax.value_and_grad(lambda p: loss_of(one, ready)(p, batch, key, 1)[0]))(one.params)
     (whole, _), all_grads = run(both.params)
     assert float(value) == pytest.approx(float(whole), rel=1e-5)
-    assert list(grads) == [trained] and tiny.apart(grads[trained], all_grads[trained]) < 1e-3
+    assert list(grads) == [trained] and tiny.gap(grads[trained], all_grads[trained]) < 1e-3
 
 
 def test_what_is_missing_or_unknown_is_named():
@@ -339,7 +339,7 @@ def test_what_is_missing_or_unknown_is_named():
     for name in (*MEMBERS, "tokenizer"):
         short = {other: value for other, value in both.items() if other != name}
         with pytest.raises(UserError, match=f"a cascade needs the part '{name}'"):
-            cascade.sample(cascade.build({}), {}, asked(), keys_of(), parts=short, extra={}, options={})
+            cascade.sample(cascade.build({}), {}, requested(), keys_of(), parts=short, extra={}, options={})
 
 
 # ---------------------------------------------------------------- roles
@@ -375,11 +375,11 @@ def test_any_prior_with_any_decoder(prior, decoder):
     assert out["tokens"].shape == (4, N) and 0 <= out["tokens"].min() and out["tokens"].max() < tokenizer.model.vocab
     assert out["image"].shape == out["draft"].shape == (4, tiny.SIDE, tiny.SIDE, 3)
     assert np.isfinite(out["image"]).all() and np.isfinite(out["logprob"]).all()
-    assert not tiny.same(out["tokens"], program(part.params, {}, parts(), cond | asked(4, 50), keys)["tokens"])
+    assert not tiny.same(out["tokens"], program(part.params, {}, parts(), cond | requested(4, 50), keys)["tokens"])
     others = program(part.params, {}, parts(), cond, keys_of(4, 50))
     assert not tiny.same(out["tokens"], others["tokens"])
     own, foreign = (
         program(part.params, {}, parts(), cond | {"tokens": tokens}, keys)["image"]
         for tokens in (out["tokens"], others["tokens"])
     )
-    assert tiny.apart(out["image"], own) < 1e-5 and tiny.apart(out["image"], foreign) > 1e-3
+    assert tiny.gap(out["image"], own) < 1e-5 and tiny.gap(out["image"], foreign) > 1e-3

@@ -23,17 +23,17 @@ def run(capsys, *args):
     """(exit code, what it said) of `hybridgen convert`."""
     with pytest.raises(SystemExit) as end:
         cli.command(lambda: convert.main([str(arg) for arg in args]))
-    told = capsys.readouterr()
-    return end.value.code, told.err if end.value.code else told.out
+    reported = capsys.readouterr()
+    return end.value.code, reported.err if end.value.code else reported.out
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_in_and_out_again(system, tmp_path, capsys):
     source = GOLDEN / system
-    code, said = run(capsys, system, source, tmp_path / "run")
-    assert code == 0 and "parameters" in said
-    code, said = run(capsys, system, tmp_path / "run", tmp_path / "back.safetensors", "--export")
-    assert code == 0, said
+    code, message = run(capsys, system, source, tmp_path / "run")
+    assert code == 0 and "parameters" in message
+    code, message = run(capsys, system, tmp_path / "run", tmp_path / "back.safetensors", "--export")
+    assert code == 0, message
     first, back = (open_weights(path) for path in (source / "weights.safetensors", tmp_path / "back.safetensors"))
     assert set(first) == set(back)
     assert all(first[name].read().tobytes() == back[name].read().tobytes() for name in first)
@@ -57,8 +57,8 @@ def test_a_lightning_checkpoint(tmp_path, capsys):
     whole = {"state_dict": state | {"loss.perceptual.weight": more}, "epoch": 3}
     torchfile.save(tmp_path / "last.ckpt", whole | {"optimizer_states": [{"state": {"0": more}}]})
     config = golden / "config.json"
-    code, said = run(capsys, "taming_gumbel", tmp_path / "last.ckpt", tmp_path / "run", "--config", config)
-    assert code == 0, said
+    code, message = run(capsys, "taming_gumbel", tmp_path / "last.ckpt", tmp_path / "run", "--config", config)
+    assert code == 0, message
     assert run(capsys, "taming_gumbel", tmp_path / "run", tmp_path / "w.safetensors", "--export")[0] == 0
     back = open_weights(tmp_path / "w.safetensors")
     assert set(back) == set(state) and all((back[name].read() == state[name]).all() for name in state)
@@ -86,11 +86,11 @@ def dropped(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
-def refused(capsys, tmp_path, said, *args):
+def refused(capsys, tmp_path, message, *args):
     """One line that says so, exit code 2, nothing written."""
     before = sorted(tmp_path.rglob("*"))
-    code, told = run(capsys, *args)
-    assert code == 2 and said in told and told.count("\n") == 1, told
+    code, reported = run(capsys, *args)
+    assert code == 2 and message in reported and reported.count("\n") == 1, reported
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -100,10 +100,10 @@ def test_tensors_that_do_not_fit(tmp_path, capsys, state):
         "extra": (state | {"more.bias": np.ones(3, np.float32)}, "the tensor 'more.bias' is matched by no rule"),
         "shape": (state | {"quant_conv.bias": np.ones(7, np.float32)}, "bias' has the shape 7, 8 is expected"),
     }
-    for name, (tensors, said) in bad.items():
+    for name, (tensors, message) in bad.items():
         (tmp_path / name).mkdir()
         folder = folder_of(tmp_path / name, tensors)
-        refused(capsys, tmp_path, said, "sd_kl_vae", folder, tmp_path / "run")
+        refused(capsys, tmp_path, message, "sd_kl_vae", folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_tensors_that_do_not_fit(tmp_path, capsys, state):
         ({"scaling_factor": "one"}, "scaling_factor 'one' is not a number"),
     ],
 )
-def test_configs_that_do_not_fit(tmp_path, capsys, state, changes, said):
+def test_configs_that_do_not_fit(tmp_path, capsys, state, changes, message):
     folder = folder_of(tmp_path, state, **changes)
-    code, told = run(capsys, "sd_kl_vae", folder, tmp_path / "run")
-    assert code == 2 and told.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert said in told or (said.startswith("the tensor") and "is missing" in told), told
+    code, reported = run(capsys, "sd_kl_vae", folder, tmp_path / "run")
+    assert code == 2 and reported.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert message in reported or (message.startswith("the tensor") and "is missing" in reported), reported
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys, state):
@@ -142,16 +142,16 @@ def test_files_that_cannot_be_read(tmp_path, capsys, state):
     (folder / "config.json").unlink()
     refused(capsys, tmp_path, "presets SD, SDXL, SD3, Flux", "sd_kl_vae", folder, tmp_path / "run")
     # a checkpoint of another size than its config
-    said = "a model of this config does not have"
-    refused(capsys, tmp_path, said, "sd_kl_vae", folder, tmp_path / "run", "--config", "SD3")
+    message = "a model of this config does not have"
+    refused(capsys, tmp_path, message, "sd_kl_vae", folder, tmp_path / "run", "--config", "SD3")
 
 
 def test_exports_that_cannot_be(tmp_path, capsys):
     assert run(capsys, "sd_kl_vae", GOLDEN / "sd_kl_vae", tmp_path / "run")[0] == 0
     made, out = tmp_path / "run", tmp_path / "out.safetensors"
     refused(capsys, tmp_path, "was imported from sd_kl_vae", "llamagen_vq", made, out, "--export")
-    said = "is no model of that config"
-    refused(capsys, tmp_path, said, "llamagen_vq", made, out, "--export", "--config", "VQ-16")
+    message = "is no model of that config"
+    refused(capsys, tmp_path, message, "llamagen_vq", made, out, "--export", "--config", "VQ-16")
     refused(capsys, tmp_path, "not the name of a safetensors", "sd_kl_vae", made, tmp_path / "o", "--export")
     (made / "official.json").unlink()
     refused(capsys, tmp_path, "was not imported", "sd_kl_vae", made, out, "--export")
@@ -181,11 +181,11 @@ def test_published_sizes(source, preset):
 
 
 def test_the_list_shows_every_source(capsys):
-    code, said = run(capsys, "--list")
+    code, message = run(capsys, "--list")
     assert code == 0
     for name in tables.names():
         about = tables.find(name).about
-        assert name in said and about.licence in said and all(preset in said for preset in about.presets)
+        assert name in message and about.licence in message and all(preset in message for preset in about.presets)
 
 
 def test_suffixes_name_variants():

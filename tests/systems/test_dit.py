@@ -45,9 +45,9 @@ def keys_of(b=B):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def told(model, batch):
+def reported(model, batch):
     """cond of a batch with tokens."""
-    return dit.condition(model, batch, parts_of())
+    return dit.conditioning(model, batch, parts_of())
 
 
 def predict(part):
@@ -70,7 +70,7 @@ def test_every_parameterisation_says_the_same_x_and_has_the_same_loss(schedule):
     level_of = schedules.schedule(schedule)
     settings = {"schedule": schedule, "time_mean": 0.0, "time_std": 1.0, "time_min": 0.05}
 
-    def said(kind, wrong, x_t, t, cond):
+    def message(kind, wrong, x_t, t, cond):
         at = level_of(t.astype(x_t.dtype))
         alpha, sigma = (part.reshape(-1, 1, 1, 1) for part in (at.alpha, at.sigma))
         return schedules.target(at, kind, wrong, (x_t - alpha * wrong) / jnp.maximum(sigma, 1e-9))
@@ -79,8 +79,8 @@ def test_every_parameterisation_says_the_same_x_and_has_the_same_loss(schedule):
     def run(x, wrong, keys):
         out = {}
         for kind in schedules.KINDS:
-            network = functools.partial(said, kind, wrong)
-            models = [SimpleNamespace(**settings, kind=kind, loss_kind=judged) for judged in ("x", "velocity")]
+            network = functools.partial(message, kind, wrong)
+            models = [SimpleNamespace(**settings, kind=kind, loss_kind=verdict) for verdict in ("x", "velocity")]
             losses = [process.errors(model, network, x, keys, {}) for model in models]
             out[kind] = losses, process.render(models[0], network, {}, keys, x.shape[1:], {"steps": 3})
         return out
@@ -96,14 +96,14 @@ def test_every_parameterisation_says_the_same_x_and_has_the_same_loss(schedule):
                 np.testing.assert_allclose(metrics["x_mse"], jnp.square(wrong - x).mean((1, 2, 3)), rtol=1e-6)
                 np.testing.assert_allclose(each, usual, rtol=2e-6)
             np.testing.assert_allclose(render, wrong, atol=2e-6)
-        assert tiny.apart(out["x"][0][0][0], out["x"][0][1][0]) > 0.1  # judged in x, and in velocity
+        assert tiny.gap(out["x"][0][0][0], out["x"][0][1][0]) > 0.1  # judged in x, and in velocity
 
 
 def test_times_and_noise_belong_to_the_sample():
     model = SimpleNamespace(kind="x", loss_kind="velocity", schedule="flow", time_mean=-1.0, time_std=0.5, time_min=0.3)
 
     @jax.jit
-    def asked(keys):
+    def requested(keys):
         seen = []
 
         def network(x_t, t, cond):
@@ -113,8 +113,8 @@ def test_times_and_noise_belong_to_the_sample():
         process.errors(model, network, jnp.zeros((64, 2, 2, 3)), keys, {})
         return seen[0]
 
-    x_t, t = asked(keys_of(64))
-    assert tiny.same((x_t, t), jax.tree.map(lambda x: x[::-1], asked(keys_of(64)[::-1])))
+    x_t, t = requested(keys_of(64))
+    assert tiny.same((x_t, t), jax.tree.map(lambda x: x[::-1], requested(keys_of(64)[::-1])))
     assert len({row.tobytes() for row in np.asarray(x_t)}) == 64
     assert t.min() == np.float32(0.3) and 0.35 < (t == t.min()).mean() < 0.75  # P(sigmoid(N(-1, 1/2)) < 0.3) = 0.62
     assert len(set(np.asarray(t[t > t.min()]))) == (t > t.min()).sum()
@@ -129,36 +129,36 @@ def test_at_initialisation_the_prediction_is_the_draft():
     model = dit.build(options)
     # another generator than everywhere else: this one compiles in no time
     params = jax.jit(lambda key: dit.init(model, key, {}, parts)["params"])(jax.random.key(0, impl="rbg"))
-    cond = told(model, batch_of())
+    cond = reported(model, batch_of())
     x, t = jax.random.normal(jax.random.key(1), (B, 16, 16, 3)), jnp.linspace(0.1, 1, B)
     run = jax.jit(lambda x, t, cond: dit.predict(model, params, {}, x, t, cond))
     assert tiny.same(run(x, t, cond), cond["draft"])
     decode = jax.jit(lambda codes: parts["tokenizer"].call("decode", codes))
-    assert tiny.apart(cond["draft"], decode(parts["tokenizer"].call("embed", batch_of()["tokens"]))) < 1e-6
+    assert tiny.gap(cond["draft"], decode(parts["tokenizer"].call("embed", batch_of()["tokens"]))) < 1e-6
     assert tiny.same(run(x, t, cond | {"drop_plan": jnp.ones(B, bool)}), jnp.zeros_like(x))
     velocity = dit.build(options | {"kind": "velocity"})
-    said = jax.jit(lambda x, t, cond: dit.predict(velocity, params, {}, x, t, cond))(x, t, cond)
-    assert tiny.same(said, jnp.zeros_like(x))
+    message = jax.jit(lambda x, t, cond: dit.predict(velocity, params, {}, x, t, cond))(x, t, cond)
+    assert tiny.same(message, jnp.zeros_like(x))
 
 
 def test_a_dropped_plan_tells_nothing_and_a_kept_one_does():
     part = decoder(cross=True)
     run = predict(part)
     x, t = jax.random.normal(jax.random.key(1), (B, 16, 16, 3)), jnp.linspace(0.1, 1, B)
-    conds = [told(part.model, batch_of(start=start)) for start in (0, 50)]
+    conds = [reported(part.model, batch_of(start=start)) for start in (0, 50)]
     drop = jnp.array([True, True, False, False])
     one, other = (run(x, t, cond | {"drop_plan": drop}) for cond in conds)
     same_rows = [tiny.same(one[i], other[i]) for i in range(B)]
     assert same_rows == [True, True, False, False], "plan and draft must both go, and their rows only"
     plan_only, draft_only = (conds[0] | {name: conds[1][name]} for name in ("plan", "draft"))
     for cond in (plan_only, draft_only):
-        assert tiny.apart(run(x, t, conds[0]), run(x, t, cond)) > 1e-4
+        assert tiny.gap(run(x, t, conds[0]), run(x, t, cond)) > 1e-4
 
 
 def test_each_way_of_the_plan_carries_it():
     """Grid, adaLN and cross-attention: cutting any one of them changes the prediction."""
     part = decoder(cross=True, draft=False)
-    cond = dit.condition(part.model, batch_of(), parts_of())
+    cond = dit.conditioning(part.model, batch_of(), parts_of())
     assert "draft" not in cond
     x, t = jax.random.normal(jax.random.key(1), (B, 16, 16, 3)), jnp.linspace(0.1, 1, B)
     run = jax.jit(lambda params: dit.predict(part.model, params, {}, x, t, cond))
@@ -169,7 +169,7 @@ def test_each_way_of_the_plan_carries_it():
             lambda p, leaf, names=names: jnp.zeros_like(leaf) if [k.key for k in p] == names else leaf, part.params
         )
         assert not tiny.same(params, part.params)
-        assert tiny.apart(before, run(params)) > 1e-5, path
+        assert tiny.gap(before, run(params)) > 1e-5, path
 
 
 @pytest.mark.parametrize("patch", [2, 8], ids=["finer patches", "coarser patches"])
@@ -198,11 +198,11 @@ def test_text_and_labels_by_name():
     part = decoder(plan_width=0, draft=False, text_vocab=tiny.WORDS, text_length=tiny.LENGTH, classes=tiny.CLASSES)
     run, batch = predict(part), batch_of()
     x, t = jax.random.normal(jax.random.key(1), (B, 16, 16, 3)), jnp.linspace(0.1, 1, B)
-    cond = dit.condition(part.model, batch, {})
+    cond = dit.conditioning(part.model, batch, {})
     assert set(cond) == {"text", "text_mask", "label"}
     before = run(x, t, cond)
-    assert tiny.apart(before, run(x, t, cond | {"text": (cond["text"] % 11) + 1})) > 1e-4
-    assert tiny.apart(before, run(x, t, cond | {"label": (cond["label"] + 1) % tiny.CLASSES})) > 1e-4
+    assert tiny.gap(before, run(x, t, cond | {"text": (cond["text"] % 11) + 1})) > 1e-4
+    assert tiny.gap(before, run(x, t, cond | {"label": (cond["label"] + 1) % tiny.CLASSES})) > 1e-4
     padding = jnp.where(cond["text_mask"], cond["text"], 5)
     assert tiny.same(before, run(x, t, cond | {"text": padding}))
     gone = cond | {"drop_text": jnp.ones(B, bool), "drop_label": jnp.ones(B, bool)}
@@ -225,9 +225,9 @@ def test_latents_cached_or_from_an_autoencoder():
     parts = parts_of() | {"autoencoder": auto}
     part = decoder(parts, resolution=4, patch=1, channels=5)
     batch = batch_of()
-    latent, cond = jax.jit(lambda b: (dit.clean(part.model, b, parts), dit.condition(part.model, b, parts)))(batch)
+    latent, cond = jax.jit(lambda b: (dit.clean(part.model, b, parts), dit.conditioning(part.model, b, parts)))(batch)
     assert latent.shape == (B, 4, 4, 5)
-    assert tiny.apart(latent, jax.jit(lambda image: auto.call("encode", image))(batch["image"])) < 1e-6
+    assert tiny.gap(latent, jax.jit(lambda image: auto.call("encode", image))(batch["image"])) < 1e-6
     given = batch | {"latent": latent + 1}
     assert tiny.same(dit.clean(part.model, given, parts), latent + 1)
     assert cond["draft"].shape == (B, 4, 4, 5)  # the draft is seen as a latent too
@@ -246,12 +246,12 @@ def test_latents_cached_or_from_an_autoencoder():
 
     image, latents = sample(batch["tokens"])
     assert image.shape == (B, 16, 16, 3) and np.abs(image).max() <= 1
-    assert tiny.apart(image, jnp.clip(jax.jit(lambda z: auto.call("decode", z))(latents), -1, 1)) < 1e-5
+    assert tiny.gap(image, jnp.clip(jax.jit(lambda z: auto.call("decode", z))(latents), -1, 1)) < 1e-5
 
 
 def test_corruption_is_for_training_and_by_picture():
     keys, tokens = keys_of(512), jnp.zeros((512, 16), jnp.int32)
-    corrupted = jax.jit(lambda keys: dit.corrupted(tokens, keys, 12, 0.5))
+    corrupted = jax.jit(lambda keys: dit.corrupt_tokens(tokens, keys, 12, 0.5))
     out = np.asarray(corrupted(keys))
     assert out.min() >= 0 and set(out.reshape(-1)) == set(range(12))
     rate = (out > 0).mean(1) * 12 / 11
@@ -274,12 +274,12 @@ def test_corruption_is_for_training_and_by_picture():
 
 def drawer(part):
     """(cond, keys, **options) -> pictures, three steps."""
-    return lambda cond, keys, **options: part.call("draw", cond, keys, parts_of(), {"steps": 3} | options)
+    return lambda cond, keys, **options: part.call("render", cond, keys, parts_of(), {"steps": 3} | options)
 
 
 def test_guidance_of_one_is_no_guidance():
     part = decoder(draft=False)
-    cond, keys, draw = dit.condition(part.model, batch_of(8), parts_of()), keys_of(8), drawer(part)
+    cond, keys, draw = dit.conditioning(part.model, batch_of(8), parts_of()), keys_of(8), drawer(part)
     given = [str(jax.make_jaxpr(functools.partial(draw, **options))(cond, keys)) for options in ({}, {"guidance": 1.0})]
     assert given[0] == given[1]  # the same program: bit for bit
     # a scale that is only known when the program runs: as many rows, half of them without the plan
@@ -289,51 +289,51 @@ def test_guidance_of_one_is_no_guidance():
     twice = {"plan": jnp.repeat(cond["plan"], 2, 0), "drop_plan": jnp.arange(16) % 2 == 1}
     kept, dropped = plain(twice, jnp.repeat(keys, 2)).reshape(8, 2, 16, 16, 3).swapaxes(0, 1)
     assert tiny.same(first, kept)
-    assert tiny.apart(first, plain(cond, keys)) < 1e-5
-    assert tiny.apart(dropped, none) < 1e-5  # c - (c - u)
+    assert tiny.gap(first, plain(cond, keys)) < 1e-5
+    assert tiny.gap(dropped, none) < 1e-5  # c - (c - u)
     for other in (strong, dropped):
-        assert tiny.apart(first, other) > 1e-3
+        assert tiny.gap(first, other) > 1e-3
 
 
 def test_text_and_plan_are_guided_apart():
     """Each term drops what it names: its scale does nothing where that condition says nothing."""
     part = decoder(text_vocab=tiny.WORDS, text_length=tiny.LENGTH, draft=False)
-    cond, keys, draw = dit.condition(part.model, batch_of(), parts_of()), keys_of(), drawer(part)
+    cond, keys, draw = dit.conditioning(part.model, batch_of(), parts_of()), keys_of(), drawer(part)
     guided = jax.jit(lambda cond, plan, text: draw(cond, keys, guidance={"plan": plan, "text": text}))
     silent = cond | {"text_mask": jnp.zeros_like(cond["text_mask"])}
     scale = jnp.float32
     assert tiny.same(guided(silent, scale(1), scale(1)), guided(silent, scale(1), scale(5)))
     before = guided(cond, scale(1), scale(1))
     for plan, text in ((1, 5), (5, 1)):
-        assert tiny.apart(before, guided(cond, scale(plan), scale(text))) > 1e-3
+        assert tiny.gap(before, guided(cond, scale(plan), scale(text))) > 1e-3
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_renders(solver):
     """Alone or in company; with one step it lands on the prediction from pure noise."""
     part = decoder(draft=False)
-    cond, keys, draw = dit.condition(part.model, batch_of(), parts_of()), keys_of(), drawer(part)
+    cond, keys, draw = dit.conditioning(part.model, batch_of(), parts_of()), keys_of(), drawer(part)
     run = jax.jit(lambda cond, keys: draw(cond, keys, solver=solver))
     image = run(cond, keys)
     assert image.shape == (B, 16, 16, 3) and np.isfinite(image).all() and np.abs(image).max() <= 1
     assert tiny.same(image, run(cond, keys)) and len({np.asarray(row).tobytes() for row in image}) == B
-    assert tiny.apart(image, run(cond, keys[::-1])) > 1e-3
+    assert tiny.gap(image, run(cond, keys[::-1])) > 1e-3
 
     @jax.jit
     def one_step(cond, keys):
         noise = rng.normal(rng.named(keys, "noise"), (16, 16, 3))
-        said = part.call("predict", noise, jnp.ones(B), cond)
-        return draw(cond, keys, solver=solver, steps=1), jnp.clip(said, -1, 1)
+        message = part.call("predict", noise, jnp.ones(B), cond)
+        return draw(cond, keys, solver=solver, steps=1), jnp.clip(message, -1, 1)
 
-    once, said = one_step(cond, keys)
-    assert tiny.apart(said, once) < 1e-5
-    assert tiny.apart(image, once) > 1e-3
+    once, message = one_step(cond, keys)
+    assert tiny.gap(message, once) < 1e-5
+    assert tiny.gap(image, once) > 1e-3
 
 
 def test_a_render_is_the_same_whatever_the_batch():
     """Bit for bit in a batch of one shape, whatever the row and the neighbours; to rounding in another shape."""
     part = decoder(draft=False)
-    cond, keys, draw = dit.condition(part.model, batch_of(8), parts_of()), keys_of(8), drawer(part)
+    cond, keys, draw = dit.conditioning(part.model, batch_of(8), parts_of()), keys_of(8), drawer(part)
     run = jax.jit(lambda cond, keys: draw(cond, keys, guidance=2.0, solver="ddpm"))
     all_of = run(cond, keys)
     order = jnp.array([5, 2, 7, 0, 1, 6, 3, 4])
@@ -342,13 +342,13 @@ def test_a_render_is_the_same_whatever_the_batch():
     assert tiny.same(all_of[0], run(other, jnp.repeat(keys[:1], 8))[0])
     for b in (1, 3):
         some = run(jax.tree.map(lambda x, b=b: x[:b], cond), keys[:b])
-        assert tiny.apart(all_of[:b], some) < 1e-5
+        assert tiny.gap(all_of[:b], some) < 1e-5
 
 
 def test_relative_errors_count_in_units_of_the_drafts():
     part, batch, key = decoder(), batch_of(), jax.random.key(0)
     keys, clean = rng.sample_keys(key, batch["id"]), np.asarray(batch["image"])
-    cond = told(part.model, batch)
+    cond = reported(part.model, batch)
     gone = np.asarray(rng.bernoulli(rng.named(keys, "drop plan"), part.model.drop_plan))
     start = np.where(gone[:, None, None, None], 0, cond["draft"])
     model = part.model.clone(relative=True)
@@ -370,7 +370,7 @@ def test_what_is_missing_is_named():
     alone = decoder(draft=False, relative=True)
     with pytest.raises(UserError, match="model.relative needs model.draft"):
         jax.eval_shape(training(alone, parts_of()), alone.params, batch_of(), jax.random.key(0))
-    cond = dit.condition(alone.model, batch_of(), parts_of())
+    cond = dit.conditioning(alone.model, batch_of(), parts_of())
     with pytest.raises(UserError, match="guidance against 'text': the decoder is conditioned on plan"):
         jax.eval_shape(lambda: drawer(alone)(cond, keys_of(), guidance={"text": 2.0}))
     model = dit.build(tiny.decoder_options(tokenizer()))

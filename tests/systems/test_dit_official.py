@@ -70,11 +70,11 @@ def test_a_fixture_of_another_size(case, tmp_path):
     t, y, null = np.array([3.0, min(400, len(betas) - 1)]), np.array([1, 4]), np.array([5, 5])
     chain = reference_dit.Process(betas, np.array(kept), learned)
     whole = reference_dit.Process(betas, np.arange(len(betas)), learned)
-    told = lambda x, k: it(x, np.full(2, float(k)), y)  # noqa: E731
+    reported = lambda x, k: it(x, np.full(2, float(k)), y)  # noqa: E731
     io = {"in_x": x, "in_t": t, "in_y": y.astype(np.int32), "in_step_noise": noise, "in_q_noise": noise[0]}
     io |= {"out_cond": it(x, t, y), "out_t_freq": reference_dit.features(t, 128, 128)}
     io |= {"out_timesteps_kept": np.array(kept, np.int32), "in_q_t": np.array([0, len(betas) // 2], np.int32)}
-    io |= {"out_p_traj": chain.ancestral(told, x, noise), "out_ddim_traj": chain.ddim(told, x)}
+    io |= {"out_p_traj": chain.ancestral(reported, x, noise), "out_ddim_traj": chain.ddim(reported, x)}
     bar = np.cumprod(1 - betas)[io["in_q_t"]][:, None, None, None]
     io["out_q_sample"] = np.sqrt(bar) * x + np.sqrt(1 - bar) * noise[0]
     out = it(io["out_q_sample"], io["in_q_t"].astype(float), y)
@@ -147,8 +147,8 @@ def test_every_option_of_the_library(changes, tmp_path):
         ("dit", LIBRARY | {"sample_size": 5}, "patches of 2 in 5, do not divide"),
     ],
 )
-def test_configs_that_are_not_built_are_named(source, config, said):
-    with pytest.raises(UserError, match=said):
+def test_configs_that_are_not_built_are_named(source, config, message):
+    with pytest.raises(UserError, match=message):
         tables.find(source).plan(config, {})
 
 
@@ -200,8 +200,8 @@ def test_respacing():
     assert official.respaced("ddim25", 1000).tolist() == list(range(0, 1000, 40))
     assert official.respaced("1", 7).tolist() == [0] and official.respaced("2,1", 5).tolist() == [0, 2, 3]
     wrong = {"ddim3,3": "not like", "x": "not like", "0": "keeps no", "9": "9 timesteps of a section of 7"}
-    for text, said in wrong.items():
-        with pytest.raises(UserError, match=said):
+    for text, message in wrong.items():
+        with pytest.raises(UserError, match=message):
             official.respaced(text, 7)
     with pytest.raises(UserError, match="no whole stride leaves 6 of 7"):
         official.respaced("ddim6", 7)

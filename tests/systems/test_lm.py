@@ -67,22 +67,22 @@ def test_cached_is_the_full_forward_for_any_chunks(name):
     full = role("score")(it, tokens, cond)
     assert full.shape == (B, N, 23)
     for chunks in [[1] * N, [N - 1], [3, 1, 4, 1]] if name == "plain" else [[2, 1, 2, 4]]:
-        assert tiny.apart(full, by_chunks(it, cond, tokens, chunks)) < 1e-5
+        assert tiny.gap(full, by_chunks(it, cond, tokens, chunks)) < 1e-5
 
 
 def test_padding_anywhere_is_no_text():
     """A row gives what it gives alone, without padding; what stands at the padding does not matter."""
     it, tokens = part(), tokens_of()
     left, right, gap = (role("score")(it, tokens, prompts(side)) for side in ("left", "right", "gap"))
-    assert tiny.apart(left, right) < 1e-5 and tiny.apart(left, gap) < 1e-5
+    assert tiny.gap(left, right) < 1e-5 and tiny.gap(left, gap) < 1e-5
     real = prompts("right")["text"][:1, :2]
     alone = role("score")(it, tokens[:1], {"text": real, "text_mask": real > 0})
-    assert tiny.apart(left[:1], alone) < 1e-5
+    assert tiny.gap(left[:1], alone) < 1e-5
     cond = prompts("gap")
     noise = jnp.where(cond["text_mask"], cond["text"], 7)
     assert (noise != cond["text"]).any()
     np.testing.assert_array_equal(gap, role("score")(it, tokens, cond | {"text": noise}))
-    assert tiny.apart(gap, by_chunks(it, cond, tokens, [1, 3, 1, 4])) < 1e-5
+    assert tiny.gap(gap, by_chunks(it, cond, tokens, [1, 3, 1, 4])) < 1e-5
 
 
 def test_a_chunk_may_hold_padding():
@@ -92,7 +92,7 @@ def test_a_chunk_may_hold_padding():
     logits, _ = role("prefill")(it, cond)
     _, cache = role("prefill")(it, {"text": text[:, :1], "text_mask": mask[:, :1]})
     pieces, _ = role("step")(it, cache, text[:, 1:], mask[:, 1:])
-    assert tiny.apart(logits, pieces[:, -1]) < 1e-5
+    assert tiny.gap(logits, pieces[:, -1]) < 1e-5
 
 
 def test_embeddings_enter_as_ids_do():

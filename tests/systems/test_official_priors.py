@@ -132,11 +132,11 @@ def test_wrapped_files():
         ("taming_gpt", {"n_past": 5}, "has the key 'n_past', which is not understood"),
     ],
 )
-def test_configs_that_are_refused(source, changes, said):
+def test_configs_that_are_refused(source, changes, message):
     about, config, state = golden(source)
     with pytest.raises(UserError) as error:
         importing.load(about, config | changes, state)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_the_published_yaml_says_of_the_condition():
@@ -150,13 +150,13 @@ def test_what_the_published_yaml_says_of_the_condition():
     assert model(16, cond_stage_config=classes) == (10, 1, (4, 4))
     assert model(32, cond_stage_config={"target": "taming.models.vqgan.VQModel", "params": {}}) == (0, 16, (4, 4))
     assert model(16, cond_stage_config={"target": "taming.modules.util.SOSProvider"}) == (0, 1, (4, 4))
-    for net, said in [
+    for net, message in [
         ({"permuter_config": {"target": "taming.modules.transformer.permuter.ZCurve"}}, "permuter_config is not built"),
         ({"sos_token": 3}, "sos_token 3 is not built, only 0"),
         ({"downsample": 3}, "has the key 'downsample', which is not understood"),
         ({"cond_stage_config": classes | {"params": {"n_classes": 31}}}, "31 classes are no tokens of a vocabulary"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             model(16, **{"cond_stage_config": classes} | net)
 
 
@@ -287,7 +287,7 @@ def test_captions_are_padded_on_the_left():
     draw = np.random.default_rng(0)
     features, lengths = draw.normal(size=(B, 5, 8)).astype(np.float32), np.array([1, 5, 3, 2])
     right = np.arange(5) < lengths[:, None]
-    cond = raster.condition(part.model, {"text_features": features, "text_features_mask": right}, {})
+    cond = raster.conditioning(part.model, {"text_features": features, "text_features_mask": right}, {})
     assert (np.asarray(cond["text_features_mask"]) == right[:, ::-1]).all()
     for row, length in enumerate(lengths):
         moved = np.asarray(cond["text_features"])[row, 5 - length :]
@@ -297,14 +297,14 @@ def test_captions_are_padded_on_the_left():
     tokens = batch()["tokens"]
     assert tiny.same(run(tokens, cond), run(tokens, cond | {"text_features": hidden}))  # padding says nothing
     with pytest.raises(UserError, match="text features are 4x8, positions by width, and this prior takes 5x8"):
-        raster.condition(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]}, {})
+        raster.conditioning(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]}, {})
 
 
 @pytest.mark.parametrize("kind", ["codes", "class"])
 def test_cached_is_the_full_forward_for_any_chunks(kind):
     part = prior(kind, **({"cond_length": 3, "unmasked": 3, "places": 30} if kind == "codes" else {}))
     tokens = jnp.asarray(batch()["tokens"])
-    cond = raster.condition(part.model, batch() | {"cond_tokens": tokens[:, :3]}, {})
+    cond = raster.conditioning(part.model, batch() | {"cond_tokens": tokens[:, :3]}, {})
     full = jax.jit(lambda tokens, cond: part.call("score", tokens, cond))(tokens, cond)
     logits, cache = jax.jit(lambda cond: part.call("prefill", cond))(cond)
     step, out, at = jax.jit(lambda cache, chunk: part.call("step", cache, chunk)), [logits[:, None]], 0
@@ -312,14 +312,14 @@ def test_cached_is_the_full_forward_for_any_chunks(kind):
         logits, cache = step(cache, tokens[:, at : at + length])
         out.append(logits)
         at += length
-    assert tiny.apart(full, jnp.concatenate(out, 1)) < 1e-5
+    assert tiny.gap(full, jnp.concatenate(out, 1)) < 1e-5
 
 
 def test_guidance_needs_a_dropped_condition():
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(B))
     with pytest.raises(UserError, match="knows no dropped condition"):
         part = prior("codes")
-        part.call("plan", raster.condition(part.model, batch(), {}), keys, {"guidance": 2.0})
+        part.call("generate", raster.conditioning(part.model, batch(), {}), keys, {"guidance": 2.0})
     assert guidance.until(3.0, -1, 16) == guidance.until(3.0, 14, 16) == 3.0
     scale = guidance.until(3.0, 4, 16)  # runs 0 to 4 over the cache give tokens 1 to 5, prefill token 0
     assert [float(guidance.at(scale, jnp.float32(i) / 15)) for i in range(16)] == [3.0] * 6 + [1.0] * 10

@@ -36,7 +36,7 @@ def test_draws_have_the_mean_and_the_variance_of_the_posterior():
     """Within four standard errors over all values; the scale and the shift are those of the mean."""
     part, count = autoencoder(), 2048
     image = tiny.batch(1)["image"]
-    mean, spread = part.model.apply({"params": part.params}, image, method="moments")  # 1 h w d
+    mean, spread_of = part.model.apply({"params": part.params}, image, method="moments")  # 1 h w d
     keys = rng.sample_keys(jax.random.key(0), np.arange(count))
     given = jnp.broadcast_to(image, (count, *image.shape[1:]))
     draws = np.asarray(
@@ -44,7 +44,7 @@ def test_draws_have_the_mean_and_the_variance_of_the_posterior():
         np.float64,
     )
     draws = draws.reshape(count, *mean.shape[1:])
-    want, deviation = (np.asarray(mean)[0] - 0.1) * 0.5, 0.5 * np.exp(0.5 * np.asarray(spread)[0])
+    want, deviation = (np.asarray(mean)[0] - 0.1) * 0.5, 0.5 * np.exp(0.5 * np.asarray(spread_of)[0])
     np.testing.assert_allclose(encode()(image)[0], want, atol=1e-5)
     off = (draws.mean(0) - want) / deviation * np.sqrt(count)  # standard normal, as many as values
     assert np.abs(off).max() < 4.5 and abs(np.square(off).mean() - 1) < 4 * np.sqrt(2 / off.size)
@@ -70,7 +70,7 @@ def test_training_draws_by_the_samples_key_and_evaluation_takes_the_mean():
     batch, key = tiny.batch(B), jax.random.key(1)
     noise = rng.named(rng.sample_keys(key, batch["id"]), "posterior")
     mean, drawn = encode()(batch["image"]), encode()(batch["image"], noise)
-    assert tiny.apart(mean, drawn) > 0.1
+    assert tiny.gap(mean, drawn) > 0.1
     turned = encode()(batch["image"][::-1], noise[::-1])
     assert tiny.same(drawn, turned[::-1])
     seen = {}

@@ -72,7 +72,7 @@ def test_cached_is_the_full_forward_for_any_chunks(name):
     assert full.shape == (B, N, tokenizer().model.vocab)
     cases = [[1] * N, [N - 1], [3, 1, 5, 2, 4]] if name == "text" else [[1, 1, 2, 7, 4]]
     for chunks in cases:
-        assert tiny.apart(full, cached(part, cond, tokens, chunks)) < 1e-5
+        assert tiny.gap(full, cached(part, cond, tokens, chunks)) < 1e-5
 
 
 def test_a_token_changes_no_logits_up_to_its_own():
@@ -96,12 +96,12 @@ def test_padding_and_dropped_text_say_nothing():
     assert tiny.same(run(tokens, cond), run(tokens, padded))
     dropped = [c | {"drop": jnp.ones((B,), bool)} for c in (cond, other)]
     assert tiny.same(*(run(tokens, c) for c in dropped))
-    assert tiny.apart(run(tokens, cond), run(tokens, other)) > 1e-3
-    assert tiny.apart(run(tokens, cond), run(tokens, dropped[0])) > 1e-3
+    assert tiny.gap(run(tokens, cond), run(tokens, other)) > 1e-3
+    assert tiny.gap(run(tokens, cond), run(tokens, dropped[0])) > 1e-3
 
 
 def draw(part, **options):
-    return jax.jit(lambda cond, keys: part.call("plan", cond, keys, options))
+    return jax.jit(lambda cond, keys: part.call("generate", cond, keys, options))
 
 
 def keys_of(b=B, start=0, seed=0):
@@ -113,7 +113,7 @@ def test_sampled_tokens_have_the_probability_that_the_forward_gives_them():
     tokens, logprob = draw(part)(cond, keys_of())
     logits = jax.nn.log_softmax(forward(part)(tokens, cond), -1)
     picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-    assert tiny.apart(picked, logprob) < 1e-5
+    assert tiny.gap(picked, logprob) < 1e-5
     assert len({tuple(row) for row in np.asarray(tokens)}) == B  # a key each
     greedy, _ = draw(part, temperature=0.0)(cond, keys_of(seed=3))
     assert tiny.same(greedy, forward(part)(greedy, cond).argmax(-1).astype(jnp.int32))
@@ -127,7 +127,7 @@ def test_a_cache_that_grows_in_parts_draws_the_same(monkeypatch, unroll, platfor
     monkeypatch.setattr(decode, "PART", 5)  # in three parts of 16 tokens
     assert decode.parts(N) == (5, 10, 16)
     tokens, logprob = draw(part, guidance=2.0)(cond_of(), keys_of())
-    assert tiny.same(tokens, whole[0]) and tiny.apart(logprob, whole[1]) < 1e-5
+    assert tiny.same(tokens, whole[0]) and tiny.gap(logprob, whole[1]) < 1e-5
 
 
 def test_parts_end_where_the_tokens_do():
@@ -140,7 +140,7 @@ def test_parts_end_where_the_tokens_do():
 @functools.cache
 def traced_guidance():
     """(cond, keys, scale) -> tokens and their log-probabilities, both branches computed whatever the scale."""
-    return jax.jit(lambda cond, keys, scale: prior().call("plan", cond, keys, {"guidance": scale}))
+    return jax.jit(lambda cond, keys, scale: prior().call("generate", cond, keys, {"guidance": scale}))
 
 
 def test_guidance_of_one_is_the_conditional_model_bit_for_bit():
@@ -159,10 +159,10 @@ def test_each_picture_is_guided_against_its_own_dropped_condition():
     part, cond = prior(), cond_of()
     tokens, logprob = traced_guidance()(cond, keys_of(), jnp.float32(3.0))
     run = forward(part)
-    told, dropped = (run(tokens, cond | {"drop": jnp.full(B, gone)}) for gone in (False, True))
-    logits = jax.nn.log_softmax(dropped + 3.0 * (told - dropped), -1)
+    reported, dropped = (run(tokens, cond | {"drop": jnp.full(B, gone)}) for gone in (False, True))
+    logits = jax.nn.log_softmax(dropped + 3.0 * (reported - dropped), -1)
     picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
-    assert tiny.apart(picked, logprob) < 1e-5
+    assert tiny.gap(picked, logprob) < 1e-5
 
 
 def test_a_picture_is_the_same_whatever_the_batch():
@@ -186,7 +186,7 @@ def test_class_conditions():
     part = prior(text_vocab=0, classes=tiny.CLASSES)
     run, tokens = forward(part), tokens_of()
     logits = run(tokens, {"label": jnp.zeros((B,), jnp.int32)})
-    assert tiny.apart(logits, run(tokens, {"label": jnp.ones((B,), jnp.int32)})) > 1e-3
+    assert tiny.gap(logits, run(tokens, {"label": jnp.ones((B,), jnp.int32)})) > 1e-3
     dropped = [{"label": jnp.full((B,), label), "drop": jnp.ones((B,), bool)} for label in range(2)]
     assert tiny.same(*(run(tokens, cond) for cond in dropped))
     cond = {"label": jnp.arange(B) % tiny.CLASSES}

@@ -132,7 +132,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_name_the_tensor(fault):
-    state, said = FAULTS[fault]
+    state, message = FAULTS[fault]
 
     class Unread:
         def __init__(self, array):
@@ -143,7 +143,7 @@ def test_faults_name_the_tensor(fault):
 
     with pytest.raises(UserError) as error:
         rules.load({name: Unread(value) for name, value in state.items()}, TABLE, SPECS)
-    assert str(error.value) == said and "\n" not in said
+    assert str(error.value) == message and "\n" not in message
 
 
 def test_a_tensor_that_two_rules_match_is_refused():
@@ -207,8 +207,8 @@ def test_one_tensor_is_in_memory_beside_the_arrays(tmp_path):
         ([], "config is not a mapping"),
     ],
 )
-def test_configs_are_read_key_by_key(config, said):
-    with pytest.raises(UserError, match=said), Options(config) as options:
+def test_configs_are_read_key_by_key(config, message):
+    with pytest.raises(UserError, match=message), Options(config) as options:
         options.count("a")
         options.only("b", False)
         options.counts("c", (1,))

@@ -107,8 +107,8 @@ def test_from_prompts_to_pictures_by_run_and_by_bundle(runs, tmp_path):
     assert all(not tiny.same(one, other) for one, other in zip(drawn.tokens, turned.tokens, strict=True))  # by one key
     export.export(runs / "cascade", tmp_path / "bundle")
     assert sorted(path.name for path in (tmp_path / "bundle" / "parts").iterdir()) == sorted(PARTS)
-    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
-    command = ["--run", str(tmp_path / "bundle"), *asked, "--seed", "3", "--out", str(tmp_path / "out")]
+    requested = [part for prompt in prompts for part in ("--prompt", prompt)]
+    command = ["--run", str(tmp_path / "bundle"), *requested, "--seed", "3", "--out", str(tmp_path / "out")]
     assert sample.main(command) == 0
     again = [np.asarray(Image.open(tmp_path / "out" / f"{number:05d}.png")) for number in range(2)]
     np.testing.assert_array_equal(drawn.array, again)
@@ -130,9 +130,9 @@ def test_a_joint_step_with_the_tower_or_with_cached_features(runs):
     run = tiny.Run(tiny.experiment("hybrid.cascade", options, parts), batch)
     model, before = run.experiment.model, jax.device_get(run.state["params"])
     prior = cascade.member(model, "prior", before, parts)
-    told = jax.jit(lambda batch, parts: raster.condition(prior.model, batch, parts))
-    straight, kept = told(batch, parts), told(cached, {})
-    assert tiny.apart(straight["text_features"], kept["text_features"]) < 1e-5
+    reported = jax.jit(lambda batch, parts: raster.conditioning(prior.model, batch, parts))
+    straight, kept = reported(batch, parts), reported(cached, {})
+    assert tiny.gap(straight["text_features"], kept["text_features"]) < 1e-5
     assert tiny.same(straight["text_features_mask"], kept["text_features_mask"])
 
     def loss(batch, parts):

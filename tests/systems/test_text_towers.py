@@ -67,8 +67,8 @@ def test_published_sizes(source, preset):
     shapes = importing.target(known.plan(known.about.presets[preset], {})).shapes
     assert sum(int(np.prod(spec.shape)) for spec in shapes.values()) == OFFICIAL[source, preset]
     for path, spec in shapes.items():
-        spread = any(sharding.param_spec(path.removeprefix("params/"), spec.shape))
-        assert spread or spec.size < 2**20, f"{path} {spec.shape} would be whole on every device"
+        spread_of = any(sharding.param_spec(path.removeprefix("params/"), spec.shape))
+        assert spread_of or spec.size < 2**20, f"{path} {spec.shape} would be whole on every device"
 
 
 # ---------------------------------------------------------------- the way back
@@ -97,8 +97,8 @@ def test_the_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(tmp_path, ca
     assert convert.main(["t5_encoder", *run]) == 0 and not (tmp_path / "run" / "text.json").exists()
     assert "this run cannot read prompts yet, only ids: no tokenizer in" in capsys.readouterr().out
     run[1] = str(tmp_path / "new")
-    for folder, said in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, the model 99")):
-        with pytest.raises(UserError, match=said):
+    for folder, message in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, the model 99")):
+        with pytest.raises(UserError, match=message):
             convert.main(["t5_encoder", *run, "--text", folder])
         assert not (tmp_path / "new").exists()
     assert convert.main(["t5_encoder", *run, "--text", folders["t5"]]) == 0
@@ -190,8 +190,8 @@ def test_copies_of_one_table():
         ("llama_lm", LLAMA | {"head_dim": 3}, "head width 3 does not divide by 2"),
     ],
 )
-def test_configs_that_are_not_built(source, changes, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_configs_that_are_not_built(source, changes, message):
+    with pytest.raises(UserError, match=message) as error:
         importing.target(tables.find(source).plan(changes, {}))
     assert "\n" not in str(error.value)
 

@@ -44,12 +44,12 @@ def test_what_is_encoded_is_embedded_and_decoded(name):
     z = tokenizer.model.apply({"params": tokenizer.params}, images(), method="features")
     quantised, ids = vq.quantise(tokenizer.model, tokenizer.params, tokenizer.extra, z)
     assert tiny.same(ids.reshape(4, 16), tokens)
-    assert tiny.apart(quantised, codes) < 1e-6  # the loss decodes what sampling will decode
+    assert tiny.gap(quantised, codes) < 1e-6  # the loss decodes what sampling will decode
     options = {"parts": {}, "extra": tokenizer.extra, "options": {}}
     drawn = vq.sample(tokenizer.model, tokenizer.params, {"image": images()}, None, **options)
     assert tiny.same(drawn["tokens"], tokens) and drawn["image"].shape == (4, 16, 16, 3)
-    assert tiny.apart(drawn["image"], jnp.clip(tokenizer.call("decode", codes), -1, 1)) < 1e-6
-    assert tiny.apart(drawn["image"], jnp.clip(tokenizer.call("decode", codes[::-1]), -1, 1)) > 1e-3
+    assert tiny.gap(drawn["image"], jnp.clip(tokenizer.call("decode", codes), -1, 1)) < 1e-6
+    assert tiny.gap(drawn["image"], jnp.clip(tokenizer.call("decode", codes[::-1]), -1, 1)) > 1e-3
 
 
 def test_every_fsq_code_can_be_reached_and_reaches_itself():
@@ -117,7 +117,7 @@ def test_a_continuous_latent_has_the_scale_that_noise_schedules_expect():
     # what was trained is what is drawn: the picture of the raw latent
     out = vq.decode(tokenizer.model, tokenizer.params, extra, latent)
     raw = tokenizer.model.apply({"params": tokenizer.params}, batch["image"])
-    assert tiny.apart(out, raw) < 1e-5
+    assert tiny.gap(out, raw) < 1e-5
 
 
 # ---------------------------------------------------------------- gradients
@@ -268,7 +268,7 @@ def test_accumulated_is_a_large_batch_for_a_moving_codebook():
         model, image = run.experiment.model, jnp.asarray(batch["image"], jnp.float64)
         z = np.asarray(model.apply({"params": before["params"]}, image, method="features")).reshape(-1, 4)
     whole, by_parts = states
-    assert tiny.apart(whole, by_parts) < 1e-9
+    assert tiny.gap(whole, by_parts) < 1e-9
     count = 0.5 * before["extra"]["count"] + by_parts["use"]
     dead = count < 0.5 * count.mean()  # v
     far = np.abs(by_parts["codebook"][:, None] - z[None]).max(-1).min(1)  # v, from the nearest output

@@ -29,9 +29,9 @@ def test_recorded_outputs_are_reproduced(system):
     lines = []
     assert verify.verify(f"{system}-variant", GOLDEN / system, lines.append), "\n".join(lines)
     io = np.load(GOLDEN / system / "io.npz")
-    told = {line.split()[0] for line in lines}
+    reported = {line.split()[0] for line in lines}
     outputs = {name for name in io.files if name.startswith("out_")}
-    assert told and outputs <= told <= set(io.files) and all(line.endswith(" ok") for line in lines)
+    assert reported and outputs <= reported <= set(io.files) and all(line.endswith(" ok") for line in lines)
 
 
 @pytest.mark.parametrize("system", sorted(set(SYSTEMS) - set(HERE)))
@@ -88,10 +88,10 @@ def test_a_kl16_of_another_size(tmp_path):
         draw = np.random.RandomState(0)
         image, noise, z = (draw.randn(1, 3, side, side).astype(np.float32) for side in (8, 4, 4))
         moments = it.encode(image, 2, 1)
-        mean, spread = moments[:, :3], moments[:, 3:]
-        sample = mean + np.exp(spread / 2) * noise
-        each = 0.5 * (mean**2 + np.exp(spread) - 1 - spread)
-        out = {"image": image, "noise": noise, "z": z, "moments": moments, "mean": mean, "logvar": spread}
+        mean, spread_of = moments[:, :3], moments[:, 3:]
+        sample = mean + np.exp(spread_of / 2) * noise
+        each = 0.5 * (mean**2 + np.exp(spread_of) - 1 - spread_of)
+        out = {"image": image, "noise": noise, "z": z, "moments": moments, "mean": mean, "logvar": spread_of}
         out |= {"kl": each.sum((1, 2, 3)), "latent": 0.2325 * sample}
         return out | {"recon": it.decode(sample, 2, 1), "decoded": it.decode(z, 2, 1)}
 
@@ -169,11 +169,11 @@ def test_numbers_that_are_none_do_not_hold(tmp_path):
 # ---------------------------------------------------------------- folders that cannot be replayed
 
 
-def refused(said, capsys, *args):
+def refused(message, capsys, *args):
     with pytest.raises(SystemExit) as end:
         cli.command(lambda: verify.main([str(arg) for arg in args]))
-    told = capsys.readouterr().err
-    assert end.value.code == 2 and said in told and told.count("\n") == 1, told
+    reported = capsys.readouterr().err
+    assert end.value.code == 2 and message in reported and reported.count("\n") == 1, reported
 
 
 def test_bad_folders(tmp_path, capsys):

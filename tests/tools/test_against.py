@@ -35,7 +35,7 @@ def pair(request):
 def test_the_same_logits_at_once_and_over_the_cache(pair):
     """Conditions given and dropped, and both in a guided plan."""
     part, twin, batch = pair
-    torch, cond = twin.torch, raster.condition(part.model, batch, {})
+    torch, cond = twin.torch, raster.conditioning(part.model, batch, {})
     drop = np.arange(4) % 2 == 0
     ours = jax.jit(lambda: part.call("score", batch["tokens"], cond | {"drop": drop}))()
     given = against.as_torch(torch, batch)

@@ -128,10 +128,10 @@ def test_of_two_shifted_gaussians():
         *(fid.kernel(draw.normal(size=(200, 1)), draw.normal(size=(160, 1)) + shift, seed) for seed in range(150)),
         strict=True,
     )
-    spread = np.std(found)
-    assert abs(np.mean(found) - expected) < 3 * spread / np.sqrt(150)
+    spread_of = np.std(found)
+    assert abs(np.mean(found) - expected) < 3 * spread_of / np.sqrt(150)
     # the standard error is what it says: how far one estimate lies from the truth
-    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(spread, rel=0.25)
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(spread_of, rel=0.25)
 
 
 def test_a_seed_gives_the_same_subsets():
@@ -177,8 +177,8 @@ def test_nested_uniform_sets():
     inside, around = prdc.prdc(outer, inner), prdc.prdc(inner, outer)
     assert inside["precision"] > 0.95 and inside["recall"] < 0.1 and inside["coverage"] < 0.15
     assert around["recall"] == inside["precision"] and around["precision"] == inside["recall"]
-    apart = prdc.prdc(inner, outer + 5)
-    assert set(apart.values()) == {0.0}
+    gap = prdc.prdc(inner, outer + 5)
+    assert set(gap.values()) == {0.0}
 
 
 def test_of_equal_sets_all_is_found():

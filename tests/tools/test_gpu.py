@@ -105,9 +105,9 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
 
 
 def test_what_the_compiler_is_told_of_a_gpu():
-    told = topology.target(topology.GPUS["h100"], chips.CHIPS["h100"])
+    reported = topology.target(topology.GPUS["h100"], chips.CHIPS["h100"])
     for line in ("core_count: 132", "memory_bandwidth: 3350000000000", "cuda_compute_capability { major: 9 }"):
-        assert line in told.splitlines()
+        assert line in reported.splitlines()
     for name, gpu in topology.GPUS.items():  # of the device's name the peak rates are found
         assert chips.find(gpu.name) is chips.CHIPS[name]
 

@@ -247,8 +247,8 @@ def test_slurm_starts_a_process_a_node_and_queues_again(tmp_path, mode, number, 
 
 def test_slurm_asks_for_the_signal_and_the_queue():
     lines = (ROOT / "launch" / "slurm.sbatch").read_text().splitlines()
-    asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
-    assert {"--requeue", "--ntasks-per-node=1", "--signal=B:USR1@300", "--open-mode=append"} <= set(asked)
+    requested = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    assert {"--requeue", "--ntasks-per-node=1", "--signal=B:USR1@300", "--open-mode=append"} <= set(requested)
 
 
 # gcloud that does on this machine what it is asked to do on all workers

@@ -52,11 +52,11 @@ def test_slurm(capfd, monkeypatch):
 def test_tpu_vm(capfd, monkeypatch):
     words = ["--type", "v5litepod-256", "--zone", "z", "--name", "prior", "--slices", "2", "--bucket", "bk", "--spot"]
     lines = printed(capfd, monkeypatch, "--on", "tpu_vm", *words).splitlines()
-    create, wait, pack, copy, install, train = map(shlex.split, lines)
+    create, waiting, pack, copy, install, train = map(shlex.split, lines)
     gcloud = ["gcloud", "compute", "tpus", "queued-resources"]
     made = ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite", "--node-count=2"]
     assert create == [*gcloud, "create", "prior", "--zone=z", *made, "--node-prefix=prior", "--spot"]
-    assert wait[0] == "until" and lines[1].count("describe prior --zone=z") == 1
+    assert waiting[0] == "until" and lines[1].count("describe prior --zone=z") == 1
     assert pack[:2] == ["bash", "-c"] and pack[-1] == copy[5]
     assert copy[4:] == ["scp", pack[-1], "prior:hybridgen.tar.gz", "--zone=z", "--node=all", "--worker=all"]
     for line in (install, train):

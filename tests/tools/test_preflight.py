@@ -132,14 +132,14 @@ def test_times_of_a_program_on_a_chip():
 def test_what_to_change(monkeypatch):
     options = ["parts.tokenizer=configs/tokenizers/vq.py:tiny", "batch=64"]
     built = programs.build(*programs.choose(config_lib.load("configs/ar/raster.py:tiny", options), None))
-    held = programs.bytes_each(built.state)
-    entry = {"spare": -1.0, "memory": {"peak": 20 * held, "temporaries": 18 * held}}
-    told = roofline.changes(built, "train", entry, 8.0 * held)
-    assert told[0].startswith("--config.model.remat=full") and told[1].startswith("--config.accumulate=4 ")
-    assert roofline.changes(built, "train", entry, 1.0 * held)[0].startswith("more devices, 4 or so")
+    holding = programs.bytes_each(built.state)
+    entry = {"spare": -1.0, "memory": {"peak": 20 * holding, "temporaries": 18 * holding}}
+    reported = roofline.changes(built, "train", entry, 8.0 * holding)
+    assert reported[0].startswith("--config.model.remat=full") and reported[1].startswith("--config.accumulate=4 ")
+    assert roofline.changes(built, "train", entry, 1.0 * holding)[0].startswith("more devices, 4 or so")
     for name in ("train", "sample"):  # a smaller batch would not make it fit
-        assert len(roofline.changes(built, name, entry, 0.25 * held)) == 1
-    assert roofline.changes(built, "sample", entry, 8.0 * held) == ["--count 8 (draws 16 at a time)"]
+        assert len(roofline.changes(built, name, entry, 0.25 * holding)) == 1
+    assert roofline.changes(built, "sample", entry, 8.0 * holding) == ["--count 8 (draws 16 at a time)"]
 
 
 @pytest.mark.slow

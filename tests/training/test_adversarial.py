@@ -63,8 +63,8 @@ def by_formula(part, batch, params):
         if of_vq:
             codes = vq.quantise(model, params, part.extra, model.apply({"params": params}, image, method="features"))[0]
         else:
-            mean, spread = moments(params)
-            codes = kl.drawn(mean, spread, rng.normal(rng.sample_keys(KEY, batch["id"]), mean.shape[1:], mean.dtype))
+            mean, spread_of = moments(params)
+            codes = kl.drawn(mean, spread_of, rng.normal(rng.sample_keys(KEY, batch["id"]), mean.shape[1:], mean.dtype))
         return model.apply({"params": params}, codes, method="picture")
 
     values = 1 if of_vq else image[0].size  # latent diffusion sums over a picture
@@ -136,9 +136,9 @@ def test_until_its_start_the_game_is_none_and_costs_nothing():
     plain, want, seen, evaluated = jax.jit(without)(alone)
     assert all(float(metrics[key]) == 0 for key in ("generator", "discriminator", "adversarial_weight"))
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(early.pop("disc")))
-    assert tiny.apart(early, want) < 1e-5
+    assert tiny.gap(early, want) < 1e-5
     later, metrics, late = compiled(subject.params, 3)
-    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(late.pop("disc"))) > 0 and tiny.apart(late, want) > 1e-3
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(late.pop("disc"))) > 0 and tiny.gap(late, want) > 1e-3
     assert float(metrics["discriminator"]) > 0.5
     # training and evaluation report the reconstruction, before and after
     np.testing.assert_allclose([plain, later, seen], [value] * 3, rtol=1e-6)
@@ -186,7 +186,7 @@ def test_accumulated_is_a_large_batch():
             after = jax.device_get(run.state["params"])
             slopes[accumulate] = (jax.tree.map(np.subtract, after, before), report)
     whole, by_parts = slopes[1], slopes[2]
-    assert tiny.apart(whole[0], by_parts[0]) < 1e-7
+    assert tiny.gap(whole[0], by_parts[0]) < 1e-7
     for name in ("loss", "mse", "generator", "discriminator", "adversarial_weight"):
         assert whole[1][name] == pytest.approx(by_parts[1][name], rel=1e-9), name
 

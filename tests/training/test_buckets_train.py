@@ -81,7 +81,7 @@ def run(data, tmp_path_factory) -> SimpleNamespace:
 
 def watched(settings, folder: Path) -> SimpleNamespace:
     """A run: its folder, how many programs were compiled up to each step, and what was printed."""
-    compiled, seen, said = [0], {}, []
+    compiled, seen, message = [0], {}, []
 
     def heard(event: str, seconds: float, **_: object) -> None:
         compiled[0] += event == "/jax/core/compile/backend_compile_duration"
@@ -92,7 +92,7 @@ def watched(settings, folder: Path) -> SimpleNamespace:
             seen[number] = compiled[0]
 
         def line(self, text):
-            said.append(text)
+            message.append(text)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     with pytest.MonkeyPatch.context() as patch:
@@ -100,12 +100,12 @@ def watched(settings, folder: Path) -> SimpleNamespace:
         assert train.run(settings, folder)
     with contextlib.suppress(Exception):
         jax.monitoring.unregister_event_duration_listener(heard)
-    return SimpleNamespace(folder=folder, seen=seen, said=said)
+    return SimpleNamespace(folder=folder, seen=seen, message=message)
 
 
 def test_nothing_compiles_after_the_first_step(run):
     """Batches of both shapes, evaluations whose last batches are not full, and saves: all of it was there before."""
-    assert "compiled the step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(run.said)
+    assert "compiled the step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(run.message)
     assert run.seen[1] >= 4 and sorted(run.seen) == list(range(1, STEPS + 1))
     assert set(run.seen.values()) == {run.seen[1]}
     (image,) = (run.folder / "images").glob("samples-*.png")
@@ -136,12 +136,12 @@ def test_an_evaluation_is_the_mean_over_all_records(run, data):
         image = source[index]["image"].astype(np.float32)[None] / 127.5 - 1
         shape = image.shape[1:3]
         if shape not in of_shape:
-            of_shape[shape] = parts_lib.sized(vq, part.model, {"tokenizer": part}, shape)[1]["tokenizer"]
+            of_shape[shape] = parts_lib.for_shape(vq, part.model, {"tokenizer": part}, shape)[1]["tokenizer"]
         errors.append(float(error(of_shape[shape], image)))
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    (said,) = (line["eval/mse"] for line in lines if line["step"] == STEPS and "eval/mse" in line)
+    (message,) = (line["eval/mse"] for line in lines if line["step"] == STEPS and "eval/mse" in line)
     assert set(of_shape) == {WIDE, TALL}
-    assert said == pytest.approx(np.mean(errors), rel=1e-5)
+    assert message == pytest.approx(np.mean(errors), rel=1e-5)
 
 
 def test_resumed_is_uninterrupted_bit_for_bit(run, data, tmp_path):
@@ -165,7 +165,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(run, data, tmp_path):
 
 def shapes_at(module, model, parts, shape) -> dict:
     """Shapes of the arrays that a model of another size is made with."""
-    model, parts = parts_lib.sized(module, model, parts, shape)
+    model, parts = parts_lib.for_shape(module, model, parts, shape)
     specs = spec_of(tiny.batch(1)) | {"image": jax.ShapeDtypeStruct((1, *shape, 3), np.float32)}
     arrays = jax.eval_shape(lambda key: module.init(model, key, specs, parts), jax.random.key(0))
     return jax.tree.map(lambda leaf: leaf.shape, arrays)
@@ -203,7 +203,7 @@ def test_learned_positions_are_read_between_their_places():
 @pytest.mark.parametrize("options", [{"attention": True}, {"local": True}])
 def test_a_tokenizer_that_knows_its_places_takes_any_shape(options):
     part = tiny.tokenizer(tiny.FSQ | options)
-    model, _ = parts_lib.sized(vq, part.model, {}, WIDE)
+    model, _ = parts_lib.for_shape(vq, part.model, {}, WIDE)
     image = np.random.default_rng(0).uniform(-1, 1, (2, *WIDE, 3)).astype(np.float32)
 
     @jax.jit
@@ -217,7 +217,7 @@ def test_a_tokenizer_that_knows_its_places_takes_any_shape(options):
 
 def test_a_latent_has_the_shape_that_its_autoencoder_gives_it():
     autoencoder = tiny.tokenizer(tiny.VQ | {"quantizer": "none", "width": 4})
-    model, parts = parts_lib.sized(dit, dit.build({"channels": 4, "patch": 1}), {"autoencoder": autoencoder}, TALL)
+    model, parts = parts_lib.for_shape(dit, dit.build({"channels": 4, "patch": 1}), {"autoencoder": autoencoder}, TALL)
     assert model.shape == parts["autoencoder"].model.grid == (5, 3) and model.length == 15
     assert autoencoder.model.grid == (4, 4)  # the part itself is as it was
 
@@ -226,7 +226,7 @@ def test_a_prior_of_another_grid_draws_what_it_scores():
     """Cached logits are the uncached ones, and the place of a token is its row and column."""
     tokenizer = {"tokenizer": tiny.tokenizer()}
     part = tiny.part("ar.raster", tiny.prior_options(tokenizer["tokenizer"], depth=1, text_vocab=0, classes=3))
-    model, _ = parts_lib.sized(raster, part.model, tokenizer, WIDE)
+    model, _ = parts_lib.for_shape(raster, part.model, tokenizer, WIDE)
     assert model.grid == (3, 5) and model.length == 15
     tokens = np.random.default_rng(0).integers(0, 12, (2, 15)).astype(np.int32)
     cond = {"label": np.asarray([0, 2], np.int32)}
@@ -247,15 +247,15 @@ def test_a_prior_of_another_grid_draws_what_it_scores():
 def test_a_decoder_with_a_plan_renders_and_learns_at_any_shape():
     tokenizer = {"tokenizer": tiny.tokenizer()}
     part = tiny.part("diffusion.dit", tiny.decoder_options(tokenizer["tokenizer"], depth=1), parts=tokenizer)
-    model, parts = parts_lib.sized(dit, part.model, tokenizer, TALL)
+    model, parts = parts_lib.for_shape(dit, part.model, tokenizer, TALL)
     batch = tiny.batch(2) | {"image": np.random.default_rng(0).uniform(-1, 1, (2, *TALL, 3)).astype(np.float32)}
     keys = rng.sample_keys(jax.random.key(0), np.arange(2))
 
     @jax.jit
     def run(batch):
         image = dit.sample(model, part.params, batch, keys, parts=parts, extra={}, options={"decoder": {"steps": 1}})
-        asked = {"parts": parts, "extra": {}, "step": 0, "train": True}
-        return image["image"], dit.loss(model, part.params, batch, jax.random.key(1), **asked)[0]
+        requested = {"parts": parts, "extra": {}, "step": 0, "train": True}
+        return image["image"], dit.loss(model, part.params, batch, jax.random.key(1), **requested)[0]
 
     image, loss = run(batch)
     assert image.shape == (2, *TALL, 3) and np.isfinite(loss) and np.std(image) > 0
@@ -265,11 +265,11 @@ def test_a_joint_cascade_draws_and_learns_at_any_shape():
     tokenizer = {"tokenizer": tiny.tokenizer()}
     options = tiny.cascade_options(tokenizer["tokenizer"], {"depth": 1}, {"depth": 1})
     part = tiny.part("hybrid.cascade", options, parts=tokenizer)
-    model, parts = parts_lib.sized(cascade, part.model, tokenizer, WIDE)
+    model, parts = parts_lib.for_shape(cascade, part.model, tokenizer, WIDE)
     batch = tiny.batch(2) | {"image": np.random.default_rng(0).uniform(-1, 1, (2, *WIDE, 3)).astype(np.float32)}
     keys = rng.sample_keys(jax.random.key(0), np.arange(2))
-    asked = {"parts": parts, "extra": {}, "step": 0, "train": True}
-    loss = jax.jit(lambda batch: cascade.loss(model, part.params, batch, jax.random.key(1), **asked)[0])(batch)
+    requested = {"parts": parts, "extra": {}, "step": 0, "train": True}
+    loss = jax.jit(lambda batch: cascade.loss(model, part.params, batch, jax.random.key(1), **requested)[0])(batch)
     drawing = {"parts": parts, "extra": {}, "options": {"prior": {}, "decoder": {"steps": 1}}}
     out = jax.jit(lambda batch: cascade.sample(model, part.params, batch, keys, **drawing))(batch)
     assert np.isfinite(loss) and out["image"].shape == (2, *WIDE, 3) and out["tokens"].shape == (2, 15)
@@ -289,7 +289,7 @@ REFUSED = {
 def test_what_cannot_take_several_shapes_says_so(case):
     module, options, shape, says = REFUSED[case]
     with pytest.raises(UserError, match=says):
-        parts_lib.sized(module, module.build(options), {}, shape)
+        parts_lib.for_shape(module, module.build(options), {}, shape)
 
 
 def test_a_run_is_refused_before_anything_is_made(data, tmp_path):

@@ -84,8 +84,8 @@ def test_drawing_compiles_once_whatever_the_number(tiny_run, tmp_path, compilati
     assert measure(8) == 0
     assert measure(10) == 0  # a last batch of two, padded
     report = json.loads((tmp_path / "report10" / "report.json").read_text())
-    judged = report["splits"]["validation"]["from captions"]["render"]["judge"]["all"]
-    assert judged["pictures"] == 10 and 0 <= judged["all_right"] <= 1
+    verdict = report["splits"]["validation"]["from captions"]["render"]["judge"]["all"]
+    assert verdict["pictures"] == 10 and 0 <= verdict["all_right"] <= 1
     table = (tmp_path / "report10" / "report.md").read_text()
-    assert f"| from captions, render | 10 | all | {100 * judged['all_right']:.1f} %" in table
+    assert f"| from captions, render | 10 | all | {100 * verdict['all_right']:.1f} %" in table
     assert Image.open(tmp_path / "report10" / "validation.png").width > 3 * 64

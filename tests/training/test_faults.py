@@ -164,10 +164,10 @@ def test_sigterm_saves_the_last_finished_step(run, tmp_path):
     whole = run("whole", {}, *options)
     process = fault_cases.start(tmp_path / "run", words(*options))
     wait_for(lambda: fault_cases.logged(tmp_path / "run") >= 10, "no steps")
-    asked = time.monotonic()
+    requested = time.monotonic()
     process.send_signal(signal.SIGTERM)
     ends(process, 130, 20)
-    took, stopped = time.monotonic() - asked, newest(tmp_path / "run")
+    took, stopped = time.monotonic() - requested, newest(tmp_path / "run")
     print(f"stopped at {stopped} after {took:.1f} s")
     assert took < 10 and 10 <= stopped < 300
     assert fault_cases.steps_of(tmp_path / "run") == list(range(1, stopped + 1))
@@ -360,13 +360,13 @@ def test_the_account_of_time_is_complete(run, monkeypatch):
 
 @SLOW
 def test_a_second_start_compiles_no_step(tmp_path):
-    told = []
+    reported = []
     for folder in ("first", "second"):
         settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
         out, _ = ends(fault_cases.start(tmp_path / folder, words(3, 5), {"compiled": True}, **settings))
-        told.append([int(number) for number in out.splitlines()[-1].split()[-2:]])
-    print(told)
-    assert told[0][1] > 0 and told[1][1] == 0 and told[1][0] >= told[0][1]
+        reported.append([int(number) for number in out.splitlines()[-1].split()[-2:]])
+    print(reported)
+    assert reported[0][1] > 0 and reported[1][1] == 0 and reported[1][0] >= reported[0][1]
 
 
 @SLOW

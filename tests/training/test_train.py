@@ -45,8 +45,8 @@ def test_accumulated_is_a_large_batch_for_a_masked_loss():
         whole, losses = steps(tiny.toy, {}, batches, **options)
         parts, by_parts = steps(tiny.toy, {}, batches, accumulate=4, **options)
     assert whole["params"]["a"]["kernel"].dtype == jnp.float64
-    assert tiny.apart(whole, parts) < 1e-12
-    assert tiny.apart(losses, by_parts) < 1e-12
+    assert tiny.gap(whole, parts) < 1e-12
+    assert tiny.gap(losses, by_parts) < 1e-12
 
 
 def test_accumulated_is_a_large_batch_for_a_prior_with_rows_that_do_not_count():
@@ -59,8 +59,8 @@ def test_accumulated_is_a_large_batch_for_a_prior_with_rows_that_do_not_count():
         parts, by_parts = steps("ar.raster", model, [batch] * 2, accumulate=2)
         changed = batch | {"tokens": np.where(batch["valid"][:, None], batch["tokens"], 0)}
         other, _ = steps("ar.raster", model, [changed] * 2, accumulate=2)
-    assert tiny.apart(whole["params"], parts["params"]) < 1e-9
-    assert tiny.apart(losses, by_parts) < 1e-11
+    assert tiny.gap(whole["params"], parts["params"]) < 1e-9
+    assert tiny.gap(losses, by_parts) < 1e-11
     assert tiny.same(parts, other)  # what is not valid counts for nothing
 
 
@@ -91,16 +91,16 @@ def test_noise_belongs_to_the_sample_and_the_step(toy):
 
 def test_batches_are_read_as_the_config_says(monkeypatch):
     """Workers, threads and flips are for training; an evaluation is one pass of this process."""
-    asked = []
-    monkeypatch.setattr(pipeline, "batches", lambda *_, **options: asked.append(options))
+    requested = []
+    monkeypatch.setattr(pipeline, "batches", lambda *_, **options: requested.append(options))
     words = ["data.workers=3", "data.threads=5", "data.flip=True", "batch=8", "seed=2"]
     config_of = config.load(f"{ROOT}/configs/tokenizers/vq.py:tiny", words)
     read, _ = batch_stream.reader(SimpleNamespace(config=config_of, mesh=sharding.make_mesh({"data": -1}), text=None))
     read(None, 7)
     read(None, 0, shuffle=False)
     same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5}
-    assert asked[0] == same | {"start": 7, "shuffle": True, "flip": True, "workers": 3}
-    assert asked[1] == same | {"start": 0, "shuffle": False, "flip": False, "workers": 0}
+    assert requested[0] == same | {"start": 7, "shuffle": True, "flip": True, "workers": 3}
+    assert requested[1] == same | {"start": 0, "shuffle": False, "flip": False, "workers": 0}
 
 
 # ---------------------------------------------------------------- freezing
@@ -221,7 +221,7 @@ def test_init_from_takes_the_whole_or_a_subtree_and_nothing_of_the_optimizer(mad
     fresh, which = made
     source = jax.tree.map(lambda x: np.asarray(x, np.float32) + 1, fresh["params"])
     whole = state.start_from(fresh, {"": source}, which)
-    assert tiny.apart(jax.tree.map(lambda x: x.astype(jnp.float32), whole["params"]), source) < 1e-2  # bfloat16
+    assert tiny.gap(jax.tree.map(lambda x: x.astype(jnp.float32), whole["params"]), source) < 1e-2  # bfloat16
     assert tiny.same(whole["params"]["a"]["kernel"], source["a"]["kernel"])
     assert whole["params"]["b"]["bias"].dtype == jnp.bfloat16  # as it was to be
     assert tiny.same(whole["ema"]["a"], whole["params"]["a"])

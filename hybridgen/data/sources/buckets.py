@@ -88,8 +88,8 @@ class Buckets:
                 f"(digest {source.digest()}, resolution {source.resolution}): make it anew"
             )
         self._members = [np.flatnonzero(self._of == number) for number in range(len(self.shapes))]
-        said = json.dumps([self.shapes, self._of.tolist()]).encode()
-        self._digest = hashlib.sha256(said).hexdigest()[:16]
+        described = json.dumps([self.shapes, self._of.tolist()]).encode()
+        self._digest = hashlib.sha256(described).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.source)

@@ -178,8 +178,8 @@ class Writer:
         """Writes the index, with `about` in it."""
         if self._written != self.count:
             raise UserError(f"{self._written} records of {self.count} were written")
-        said = json.dumps(dict(about), sort_keys=True).encode()
-        self._digest.update(said)
+        described = json.dumps(dict(about), sort_keys=True).encode()
+        self._digest.update(described)
         index = {
             "format": FORMAT,
             "count": self.count,

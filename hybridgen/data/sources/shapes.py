@@ -182,15 +182,15 @@ class Shapes:
         """Fix which pairs and triples are held out, and which kinds of scene `in_validation` divides."""
         pairs = [(s, c) for s in shapes for c in colours]
         # With fewer than three of a kind, holding out would remove a shape or colour from training altogether.
-        apart = len(shapes) >= 3 and len(colours) >= 3
-        self.held_pairs = [p for p in pairs if apart and held_out_pair(*p)]
+        enough = len(shapes) >= 3 and len(colours) >= 3
+        self.held_pairs = [p for p in pairs if enough and held_out_pair(*p)]
         self.pairs = [p for p in pairs if p not in self.held_pairs]
         self.held_triples = [
             (a, r, b)
             for a in shapes
             for r in self.relations
             for b in shapes
-            if apart and 2 in self.objects and held_out_triple(a, r, b)
+            if enough and 2 in self.objects and held_out_triple(a, r, b)
         ]
         if self.split == "holdout" and not (self.held_pairs or self.held_triples):
             raise UserError(f"shapes: nothing is held out of {len(shapes)} shapes and {len(colours)} colours; use more")

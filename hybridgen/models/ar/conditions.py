@@ -40,7 +40,7 @@ class Captions(nn.Module):
         return Linear(self.width, dtype=self.dtype, name="down")(x)
 
 
-def asked(model: Any, batch: dict, parts: Parts) -> dict:
+def conditioning(model: Any, batch: dict, parts: Parts) -> dict:
     """The entries of a batch that a prior is conditioned on; text features are cached there, or of the part "text"."""
     if model.prefixed == "caption":
         return captions(model, batch, parts)

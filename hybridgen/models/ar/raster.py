@@ -27,10 +27,10 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, fan_in, held, zeros
+from hybridgen.nn.linear import Embed, Linear, cast_for_inference, fan_in, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
-from hybridgen.nn.stack import Stack, apart, dropped, stands_apart
+from hybridgen.nn.stack import Stack, dropped, layers_are_unstacked, unstack_layers
 from hybridgen.sampling import decode, guidance
 
 
@@ -129,7 +129,7 @@ class Raster(nn.Module):
         """Whether it knows a dropped condition, which guidance needs."""
         return self.prefixed in ("start", "caption") or (self.prefixed == "class" and self.drop > 0)
 
-    def condition(self, cond: dict) -> tuple[jax.Array, jax.Array | None]:
+    def conditioning(self, cond: dict) -> tuple[jax.Array, jax.Array | None]:
         """Prefix as features `[b, p, d]`, and which positions of it are visible `[b, p]` (None: all)."""
         if self.prefixed == "codes":
             ids = cond["label"][:, None] if self.classes else cond["cond_tokens"]  # b p
@@ -180,7 +180,7 @@ class Raster(nn.Module):
 
         `keys [b]`: of the dropout.
         """
-        prefix, seen = self.condition(cond)
+        prefix, seen = self.conditioning(cond)
         x = jnp.concatenate([prefix, self.tokens(tokens[:, :-1])], 1)  # b p+n-1 d
         valid = seen  # without what hides keys, kernels have less to do
         if seen is not None:
@@ -205,11 +205,13 @@ class Raster(nn.Module):
 
     def prefill(self, cond: dict, room: int) -> tuple[jax.Array, kv.Cache]:
         """Logits of the first token `[b, v]`, and the cache, with room for so many tokens."""
-        prefix, seen = self.condition(cond)
+        prefix, seen = self.conditioning(cond)
         heads = self.kv_heads or self.heads, self.width // self.heads
         dtype = self.dtype if self.dtype == "bfloat16" else prefix.dtype
         length = self.prefix + room
-        cache = kv.empty(self.depth, prefix.shape[0], length, *heads, dtype, apart=stands_apart(self.unroll))
+        cache = kv.empty(
+            self.depth, prefix.shape[0], length, *heads, dtype, unstacked=layers_are_unstacked(self.unroll)
+        )
         hidden, cache = self.cached(cache, prefix, jnp.ones(prefix.shape[:2], bool) if seen is None else seen)
         return self.logits(hidden[:, -1]), cache
 
@@ -232,7 +234,7 @@ def build(config: Any) -> Raster:
     return model
 
 
-def sized(model: Raster, shape: Shape, parts: Parts) -> Raster:
+def for_shape(model: Raster, shape: Shape, parts: Parts) -> Raster:
     """The model for pictures of `shape`, on the same arrays: its grid is the tokenizer's."""
     del shape
     if model.positions == "learned":
@@ -247,9 +249,9 @@ def init(model: Raster, key: jax.Array, specs: dict, parts: Any) -> dict[str, An
     return {"params": conditions.redrawn(params, key, model.std, model.zero_head) if model.std else params, "extra": {}}
 
 
-def condition(model: Raster, batch: dict, parts: Any) -> dict:
+def conditioning(model: Raster, batch: dict, parts: Any) -> dict:
     """The entries of a batch that this prior is conditioned on; of a caption, its features by the part "text"."""
-    return conditions.asked(model, batch, parts)
+    return conditions.conditioning(model, batch, parts)
 
 
 def tokens_of(batch: dict, parts: Any) -> jax.Array:
@@ -265,7 +267,7 @@ def loss(
     """Next-token cross-entropy in nats a token."""
     del step, extra
     tokens = read = tokens_of(batch, parts)  # b n
-    cond = condition(model, batch, parts)
+    cond = conditioning(model, batch, parts)
     keys = rng.sample_keys(key, batch["id"]) if train else None  # b
     if train and model.drop and model.unconditional:
         cond["drop"] = rng.bernoulli(rng.named(keys, "drop"), model.drop)
@@ -296,16 +298,16 @@ def features(model: Raster, params: Any, extra: Any, tokens: jax.Array, cond: di
 def prefill(model: Raster, params: Any, extra: Any, cond: dict, room: int | None = None) -> tuple[jax.Array, kv.Cache]:
     """(logits of the first token `[b, v]`, cache with room for `room` tokens, or all)."""
     del extra
-    return model.apply({"params": apart(params, model.unroll)}, cond, room or model.length, method="prefill")
+    return model.apply({"params": unstack_layers(params, model.unroll)}, cond, room or model.length, method="prefill")
 
 
 def step(model: Raster, params: Any, extra: Any, cache: kv.Cache, chunk: jax.Array) -> tuple[jax.Array, kv.Cache]:
     """(logits `[b, t, v]`, cache) after `chunk [b, t]`."""
     del extra
-    return model.apply({"params": apart(params, model.unroll)}, cache, chunk, method="step")
+    return model.apply({"params": unstack_layers(params, model.unroll)}, cache, chunk, method="step")
 
 
-def plan(
+def generate(
     model: Raster, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict
 ) -> tuple[jax.Array, jax.Array]:
     """Draws tokens `[b, n]` with their log-probabilities: a prefill, then a scan over the cache, which grows in parts.
@@ -318,9 +320,11 @@ def plan(
         if not model.unconditional:
             raise UserError(f"this prior knows no dropped condition: guidance must be 1, and is {scale}")
         cond = guidance.repeat(cond, 2)
-        told = jnp.zeros(keys.shape[:1], bool)  # b
-        cond = cond | {"drop": guidance.join([told, ~told])}
-    params = apart(held(params, model.dtype, options.get("gather", 1)), model.unroll)  # outside of the loop
+        kept_rows = jnp.zeros(keys.shape[:1], bool)  # b
+        cond = cond | {"drop": guidance.join([kept_rows, ~kept_rows])}
+    params = unstack_layers(
+        cast_for_inference(params, model.dtype, options.get("gather", 1)), model.unroll
+    )  # outside of the loop
     logits, cache = prefill(model, params, extra, cond, decode.parts(model.length)[0])
 
     def grow(cache: kv.Cache, count: int) -> kv.Cache:
@@ -341,7 +345,9 @@ def sample(
     if "tokens" in cond:
         out = {"tokens": cond["tokens"]}
     else:
-        tokens, logprob = plan(model, params, extra, condition(model, cond, parts), keys, options.get("prior", {}))
+        tokens, logprob = generate(
+            model, params, extra, conditioning(model, cond, parts), keys, options.get("prior", {})
+        )
         out = {"tokens": tokens, "logprob": logprob}
     if "tokenizer" in parts:
         codes = parts["tokenizer"].call("embed", out["tokens"])

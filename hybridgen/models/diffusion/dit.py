@@ -33,7 +33,7 @@ from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.conv import patchify, unpatchify
-from hybridgen.nn.linear import Embed, Linear, cast, held, zeros
+from hybridgen.nn.linear import Embed, Linear, cast, cast_for_inference, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, learned, rotary, sincos_2d
 from hybridgen.nn.stack import Stack, modulate
@@ -108,7 +108,7 @@ class DiT(nn.Module):
         pixels = x if draft is None else jnp.concatenate([x, draft.astype(x.dtype)], -1)
         y = Linear(self.width, bias=True, dtype=self.dtype, name="patches")(patchify(pixels, self.patch))
         y = y + cast(self._positions(), self.dtype).reshape(*self.sides, -1)
-        vector = self._told(t, cond)  # b d, or l b d
+        vector = self._time_and_label(t, cond)  # b d, or l b d
         context = None
         if self.plan_width:
             on_grid, pooled, plan = self._plan(cond)
@@ -127,13 +127,13 @@ class DiT(nn.Module):
         } | dict(self.block)
         stack = Stack(self.depth, tuple(options.items()), remat=self.remat, unroll=self.unroll, name="blocks")
         table = rotary(grid_positions(*self.sides), self.width // self.heads) if self.rotary else None
-        y, _ = stack(y, Mask(), rotary=table, condition=vector, context=context)
+        y, _ = stack(y, Mask(), rotary=table, conditioning=vector, context=context)
         ends = Linear((2, self.width), bias=True, dtype=self.dtype, init=zeros, name="modulation")(
             nn.silu(vector[0] if self.own_embedders else vector)  # the last layer has the first block's
         )
         y = modulate(Norm(options.get("norm", "rms"), affine=False, name="norm")(y), ends[:, 0, None], ends[:, 1, None])
-        said = (self.outputs or self.channels) * self.patch**2
-        y = Linear(said, bias=True, dtype=self.dtype, init=zeros, name="pixels")(y)
+        values = (self.outputs or self.channels) * self.patch**2
+        y = Linear(values, bias=True, dtype=self.dtype, init=zeros, name="pixels")(y)
         y = unpatchify(y.reshape(b, *self.sides, -1), self.patch).astype(wide)
         return y + draft if draft is not None and self.kind == "x" else y
 
@@ -148,7 +148,7 @@ class DiT(nn.Module):
             return jnp.asarray(table)
         return jax.lax.stop_gradient(self.param("position", lambda key, shape: jnp.asarray(table), table.shape))
 
-    def _told(self, t: jax.Array, cond: dict) -> jax.Array:
+    def _time_and_label(self, t: jax.Array, cond: dict) -> jax.Array:
         """Time and label, `[b, d]`; `[l, b, d]` for each block."""
         axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
         own = functools.partial(nn.vmap, **axes, axis_size=self.depth) if self.own_embedders else lambda layer: layer
@@ -211,7 +211,7 @@ def build(config: Any) -> DiT:
     return model
 
 
-def sized(model: DiT, shape: Shape, parts: Parts) -> DiT:
+def for_shape(model: DiT, shape: Shape, parts: Parts) -> DiT:
     """The model for pictures of `shape`, on the same arrays."""
     if model.position == "stored":
         raise UserError("model.position 'stored' is an array of one grid, 'rows' and 'columns' are not")
@@ -255,7 +255,7 @@ def clean(model: DiT, batch: dict, parts: Parts, keys: jax.Array | None = None) 
     return jax.lax.stop_gradient(auto.call("encode", batch["image"], **noise))
 
 
-def condition(model: DiT, batch: dict, parts: Parts, tokens: jax.Array | None = None) -> dict:
+def conditioning(model: DiT, batch: dict, parts: Parts, tokens: jax.Array | None = None) -> dict:
     """cond from a batch: codes and draft of its tokens (given, cached or from the tokenizer), text and label."""
     names = (("text", "text_mask") if model.text_vocab else ()) + (("label",) if model.classes else ())
     cond = {name: batch[name] for name in names}
@@ -263,11 +263,11 @@ def condition(model: DiT, batch: dict, parts: Parts, tokens: jax.Array | None = 
         tokenizer = need(parts, "tokenizer", "a decoder with a plan")
         if tokens is None:
             tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])
-        cond |= planned(model, tokenizer.call("embed", tokens), parts)
+        cond |= plan_conditioning(model, tokenizer.call("embed", tokens), parts)
     return jax.lax.stop_gradient(cond)
 
 
-def planned(model: DiT, codes: jax.Array, parts: Parts) -> dict:
+def plan_conditioning(model: DiT, codes: jax.Array, parts: Parts) -> dict:
     """The entries of cond that follow from codes `[b, h, w, d]`; gradients flow back to soft codes."""
     cond = {"plan": codes}
     if model.draft:
@@ -287,19 +287,19 @@ def loss(
         tokenizer = need(parts, "tokenizer", "a decoder with a plan")
         tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])
         if train and model.corrupt:
-            tokens = corrupted(tokens, keys, tokenizer.model.vocab, model.corrupt)
-    cond = condition(model, batch, parts, tokens)
-    return judged(model, params, batch, cond, keys, parts, train)
+            tokens = corrupt_tokens(tokens, keys, tokenizer.model.vocab, model.corrupt)
+    cond = conditioning(model, batch, parts, tokens)
+    return decoder_loss(model, params, batch, cond, keys, parts, train)
 
 
-def judged(
+def decoder_loss(
     model: DiT, params: Any, batch: dict, cond: dict, keys: jax.Array, parts: Parts, train: bool
 ) -> tuple[jax.Array, dict]:
     """The loss given its conditions, some of them dropped in training."""
     if train:
         cond |= {"drop_plan": rng.bernoulli(rng.named(keys, "drop plan"), model.drop_plan)}
-        told = rng.bernoulli(rng.named(keys, "drop text"), model.drop_text)
-        cond |= {"drop_text": told} | ({"drop_label": told} if model.drop_text else {})
+        unconditional = rng.bernoulli(rng.named(keys, "drop text"), model.drop_text)
+        cond |= {"drop_text": unconditional} | ({"drop_label": unconditional} if model.drop_text else {})
     x = clean(model, batch, parts, keys if train else None)
     each, metrics = process.errors(model, lambda x, t, cond: predict(model, params, {}, x, t, cond), x, keys, cond)
     if model.relative:
@@ -318,7 +318,7 @@ def draft_error(model: DiT, x: jax.Array, cond: dict) -> jax.Array:
     return jax.lax.stop_gradient(per_sample(jnp.square(draft - x)))
 
 
-def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> jax.Array:
+def corrupt_tokens(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> jax.Array:
     """`tokens [b, n]` with some replaced at random, at a rate of its own for each picture, uniform in [0, most]."""
     n = tokens.shape[1]
     rate = most * rng.uniform(rng.named(keys, "corruption rate"))  # b
@@ -326,12 +326,12 @@ def corrupted(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> ja
     return jnp.where(hit, rng.randint(rng.named(keys, "corrupted codes"), (n,), 0, vocab), tokens)
 
 
-def draw(model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict) -> jax.Array:
+def render(model: DiT, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict) -> jax.Array:
     """Renders `[b, H, W, 3]` in [-1, 1] from cond."""
     shape = (*model.shape, model.channels)
     if model.text_vocab:
         cond = cond | {"features": model.apply({"params": params}, cond, method="read")}
-    params = held(params, model.dtype, options.get("gather", 1))  # outside of the loop
+    params = cast_for_inference(params, model.dtype, options.get("gather", 1))  # outside of the loop
     x = process.render(model, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options)
     if "autoencoder" in parts:
         x = parts["autoencoder"].call("decode", x)
@@ -342,7 +342,7 @@ def sample(
     model: DiT, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
     """Renders of `cond["tokens"]`, or of the tokens of `cond["image"]`, or from text and label alone."""
-    ready = condition(model, cond, parts)
-    return {"image": draw(model, params, extra, ready, keys, parts, options.get("decoder", {}))} | (
+    ready = conditioning(model, cond, parts)
+    return {"image": render(model, params, extra, ready, keys, parts, options.get("decoder", {}))} | (
         {"draft": jnp.clip(ready["draft"], -1, 1)} if "draft" in ready and "autoencoder" not in parts else {}
     )

@@ -32,12 +32,12 @@ def errors(model: Any, network: Network, x: jax.Array, keys: jax.Array, cond: di
     level = schedules.schedule(model.schedule)(t)
     eps = rng.normal(rng.named(keys, "noise"), x.shape[1:], x.dtype)
     x_t = schedules.noised(level, x, eps)
-    said = schedules.to_x_eps(level, model.kind, x_t, network(x_t, t, cond))
+    x_eps = schedules.to_x_eps(level, model.kind, x_t, network(x_t, t, cond))
     if model.loss_kind == model.kind:
-        wrong = schedules.target(level, model.kind, *said) - schedules.target(level, model.kind, x, eps)
+        wrong = schedules.target(level, model.kind, *x_eps) - schedules.target(level, model.kind, x, eps)
     else:
-        wrong = schedules.target(level, model.loss_kind, said[0] - x, said[1] - eps)
-    return per_sample(jnp.square(wrong)), {"x_mse": per_sample(jnp.square(said[0] - x))}
+        wrong = schedules.target(level, model.loss_kind, x_eps[0] - x, x_eps[1] - eps)
+    return per_sample(jnp.square(wrong)), {"x_mse": per_sample(jnp.square(x_eps[0] - x))}
 
 
 def render(

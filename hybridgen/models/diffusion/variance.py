@@ -48,8 +48,8 @@ def parted(model: Any, out: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Output `[b, H, W, c or 2c]` -> the prediction and the share of variance (0: that of q, 1: beta) or None."""
     if not says_variance(model):
         return out, None
-    said, share = jnp.split(out, 2, -1)
-    return said, (share + 1) / 2
+    prediction, share = jnp.split(out, 2, -1)
+    return prediction, (share + 1) / 2
 
 
 # ---------------------------------------------------------------- training
@@ -100,9 +100,9 @@ def bound(model: Any, x: jax.Array, x_t: jax.Array, k: jax.Array, clean: jax.Arr
     """The variational bound's term of timesteps `k [b]`, in bits a value: `[b]`. `clean`: the predicted x."""
     _, _, of_x, of_x_t, low, high = at(model, k, x.dtype)
     true, mean = of_x * x + of_x_t * x_t, of_x * clean + of_x_t * x_t
-    spread = share * high + (1 - share) * low  # log-variance
-    nats = 0.5 * (spread - low - 1 + jnp.exp(low - spread) + jnp.square(true - mean) * jnp.exp(-spread))
-    first = -log_likelihood(x, mean, spread / 2)  # the last step of sampling ends in a picture of 256 levels
+    log_var = share * high + (1 - share) * low
+    nats = 0.5 * (log_var - low - 1 + jnp.exp(low - log_var) + jnp.square(true - mean) * jnp.exp(-log_var))
+    first = -log_likelihood(x, mean, log_var / 2)  # the last step of sampling ends in a picture of 256 levels
     return per_sample(jnp.where((k == 0).reshape(-1, 1, 1, 1), first, nats)) / np.log(2.0)
 
 

@@ -53,14 +53,14 @@ def build(config: Any) -> Cascade:
     return model
 
 
-def sized(model: Cascade, shape: Shape, parts: Parts) -> Cascade:
+def for_shape(model: Cascade, shape: Shape, parts: Parts) -> Cascade:
     """The model for pictures of `shape`, on the same arrays: members trained here are of it, as parts are."""
     for name in ("prior", "decoder"):
         if getattr(model, name):
             family, network = _trained(model, name, parts)
-            if not hasattr(find(family), "sized"):
+            if not hasattr(find(family), "for_shape"):
                 raise UserError(f"its {name}, {family}, takes pictures of one shape")
-            find(family).sized(network, shape, parts)
+            find(family).for_shape(network, shape, parts)
     return model.clone(shape=shape)
 
 
@@ -83,7 +83,7 @@ def _trained(model: Cascade, name: str, parts: Parts) -> tuple[str, nn.Module]:
         family, network = _network(model.decoder, plan_width=prior.width)
     else:
         family, network = _network(getattr(model, name))
-    return family, find(family).sized(network, model.shape, parts) if model.shape else network
+    return family, find(family).for_shape(network, model.shape, parts) if model.shape else network
 
 
 def member(model: Cascade, name: str, params: Any, parts: Parts) -> Part:
@@ -114,26 +114,26 @@ def loss(
     tokenizer = need(parts, "tokenizer", "a cascade")
     keys = rng.sample_keys(key, batch["id"])
     tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])  # b n
-    asked = find(prior.family).condition(prior.model, batch, parts)
+    prompt = find(prior.family).conditioning(prior.model, batch, parts)
     dropped = rng.bernoulli(rng.named(keys, "drop"), prior.model.drop if train and model.prior else 0.0)
-    cond = asked | {"drop": dropped}
+    cond = prompt | {"drop": dropped}
     logits = prior.call("score", tokens, cond)  # b n v
     nll = cross_entropy(logits, tokens)  # b n
 
     plan, own, decoding = tokens, jnp.zeros(tokens.shape[:1], bool), find(decoder.family)
     if train and model.own:
-        owned = own_tokens(model, prior, asked, logits, rng.named(keys, "own plan"), step)
+        owned = own_tokens(model, prior, prompt, logits, rng.named(keys, "own plan"), step)
         own = rng.bernoulli(rng.named(keys, "own"), model.own)  # b
         plan = jnp.where(own[:, None], owned, tokens)
     if train and decoder.model.corrupt:
-        plan = decoding.corrupted(plan, keys, tokenizer.model.vocab, decoder.model.corrupt)
-    flow = connect(model, prior, decoder, tokenizer, plan, logits, own, cond, parts) | told(batch)
-    rendered, aux = decoding.judged(
+        plan = decoding.corrupt_tokens(plan, keys, tokenizer.model.vocab, decoder.model.corrupt)
+    flow = connect(model, prior, decoder, tokenizer, plan, logits, own, cond, parts) | other_conditions(batch)
+    rendered, aux = decoding.decoder_loss(
         decoder.model, decoder.params, batch, flow, rng.named(keys, "decoder"), parts, train
     )
-    planned, _ = weighted(nll, rows(batch, nll))
-    total = model.prior_weight * planned + model.decoder_weight * rendered
-    metrics = {"nll": planned, "render": rendered} | aux["metrics"]
+    planning_loss, _ = weighted(nll, rows(batch, nll))
+    total = model.prior_weight * planning_loss + model.decoder_weight * rendered
+    metrics = {"nll": planning_loss, "render": rendered} | aux["metrics"]
     return total, {"metrics": metrics, "weight": aux["weight"], "extra": {}}
 
 
@@ -147,7 +147,7 @@ def own_tokens(
     still = jax.lax.stop_gradient(prior.params)
     frozen = Part(still, prior.extra, prior.family, prior.model)
     return jax.lax.cond(
-        step % model.rollout_every == 0, lambda: frozen.call("plan", cond, keys, {})[0], lambda: parallel
+        step % model.rollout_every == 0, lambda: frozen.call("generate", cond, keys, {})[0], lambda: parallel
     )
 
 
@@ -166,7 +166,7 @@ def connect(
     family, b = find(decoder.family), plan.shape[0]
     hard = jax.lax.stop_gradient(tokenizer.call("embed", plan))  # b h w d
     if model.mode == "tokens":
-        return family.planned(decoder.model, hard, parts)
+        return family.plan_conditioning(decoder.model, hard, parts)
     h, w = tokenizer.model.grid
     if model.mode == "soft":
         vocab = tokenizer.model.vocab
@@ -174,12 +174,12 @@ def connect(
         table = tokenizer.call("embed", ids.reshape(-1, h * w)).reshape(ids.size, -1)[:vocab]  # v d
         codes = jnp.einsum("bnv,vd->bnd", jax.nn.softmax(logits.astype(table.dtype), -1), table)
         codes = jnp.where(own[:, None, None, None], hard, codes.reshape(b, h, w, -1))
-        return family.planned(decoder.model, codes, parts)
+        return family.plan_conditioning(decoder.model, codes, parts)
     hidden = prior.call("features", plan, cond).reshape(b, h, w, -1)
-    return family.planned(decoder.model, hard, parts) | {"plan": at_least_float32(hidden)}
+    return family.plan_conditioning(decoder.model, hard, parts) | {"plan": at_least_float32(hidden)}
 
 
-def told(batch: dict) -> dict:
+def other_conditions(batch: dict) -> dict:
     """What else a decoder may be conditioned on."""
     return {name: batch[name] for name in ("text", "text_mask", "label") if name in batch}
 
@@ -193,15 +193,15 @@ def sample(
     """
     prior, decoder = (member(model, name, params, parts) for name in ("prior", "decoder"))
     tokenizer = need(parts, "tokenizer", "a cascade")
-    asked = find(prior.family).condition(prior.model, cond, parts)
+    prompt = find(prior.family).conditioning(prior.model, cond, parts)
     if "tokens" in cond:
         tokens, logprob = cond["tokens"], jnp.zeros(cond["tokens"].shape)
     else:
         with jax.named_scope("plan"):
-            tokens, logprob = prior.call("plan", asked, rng.named(keys, "plan"), options.get("prior", {}))
-    logits = prior.call("score", tokens, asked) if model.mode == "soft" else None
+            tokens, logprob = prior.call("generate", prompt, rng.named(keys, "plan"), options.get("prior", {}))
+    logits = prior.call("score", tokens, prompt) if model.mode == "soft" else None
     own = jnp.zeros(tokens.shape[:1], bool)
-    flow = connect(model, prior, decoder, tokenizer, tokens, logits, own, asked, parts) | told(cond)
-    image = decoder.call("draw", flow, rng.named(keys, "render"), parts, options.get("decoder", {}))
+    flow = connect(model, prior, decoder, tokenizer, tokens, logits, own, prompt, parts) | other_conditions(cond)
+    image = decoder.call("render", flow, rng.named(keys, "render"), parts, options.get("decoder", {}))
     draft = tokenizer.call("decode", tokenizer.call("embed", tokens))
     return {"image": image, "draft": jnp.clip(draft, -1, 1), "tokens": tokens, "logprob": logprob}

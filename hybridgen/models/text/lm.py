@@ -24,10 +24,10 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.text.transformer import round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
-from hybridgen.nn.linear import Embed, Linear, fan_in, held
+from hybridgen.nn.linear import Embed, Linear, cast_for_inference, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import rotary
-from hybridgen.nn.stack import Stack, apart, stands_apart
+from hybridgen.nn.stack import Stack, layers_are_unstacked, unstack_layers
 from hybridgen.sampling import decode
 
 
@@ -125,7 +125,7 @@ class LM(nn.Module):
         x, seen = self.enter(cond["text"]), cond["text_mask"]
         dtype = self.dtype if self.dtype == "bfloat16" else x.dtype
         heads = self.kv_heads or self.heads, self.key_width
-        cache = kv.empty(self.depth, x.shape[0], length, *heads, dtype, apart=stands_apart(self.unroll))
+        cache = kv.empty(self.depth, x.shape[0], length, *heads, dtype, unstacked=layers_are_unstacked(self.unroll))
         hidden, cache = self.cached(cache, x, seen)
         return self.logits(last(hidden, seen)), cache
 
@@ -156,7 +156,7 @@ def init(model: LM, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     return {"params": model.init(key, jnp.zeros((1, 1), jnp.int32), method="forward")["params"], "extra": {}}
 
 
-def condition(model: LM, batch: dict, parts: Any) -> dict:
+def conditioning(model: LM, batch: dict, parts: Any) -> dict:
     """The prompt among the entries of a batch."""
     del model, parts
     return {name: batch[name] for name in ("text", "text_mask")}
@@ -199,7 +199,7 @@ def features(model: LM, params: Any, extra: Any, tokens: jax.Array, cond: dict) 
 def prefill(model: LM, params: Any, extra: Any, cond: dict, length: int = 0) -> tuple[jax.Array, kv.Cache]:
     """(logits of the first token behind the prompt `[b, v]`, cache of `length` positions, or the model's)."""
     del extra
-    return model.apply({"params": apart(params, model.unroll)}, cond, length or model.length, method="prefill")
+    return model.apply({"params": unstack_layers(params, model.unroll)}, cond, length or model.length, method="prefill")
 
 
 def step(
@@ -207,16 +207,20 @@ def step(
 ) -> tuple[jax.Array, kv.Cache]:
     """(logits `[b, t, v]`, cache) after a chunk of ids `[b, t]` or embeddings; `seen [b, t]`: which of it is real."""
     del extra
-    return model.apply({"params": apart(params, model.unroll)}, cache, chunk, seen, method="step")
+    return model.apply({"params": unstack_layers(params, model.unroll)}, cache, chunk, seen, method="step")
 
 
-def plan(model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict) -> tuple[jax.Array, jax.Array]:
+def generate(
+    model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict
+) -> tuple[jax.Array, jax.Array]:
     """Draws `options["steps"]` tokens (or the model's length) behind the prompt, with their log-probabilities.
 
     options: also "temperature", "top_k", "top_p".
     """
     count = options.get("steps", model.length)
-    params = apart(held(params, model.dtype, options.get("gather", 1)), model.unroll)  # outside of the loop
+    params = unstack_layers(
+        cast_for_inference(params, model.dtype, options.get("gather", 1)), model.unroll
+    )  # outside of the loop
     prompt = cond["text"].shape[1]
     logits, cache = prefill(model, params, extra, cond, prompt + decode.parts(count)[0])
 
@@ -235,5 +239,5 @@ def sample(
     model: LM, params: Any, cond: dict, keys: jax.Array, *, parts: Any, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
     """Continuations of prompts."""
-    text, logprob = plan(model, params, extra, condition(model, cond, parts), keys, options.get("prior", {}))
+    text, logprob = generate(model, params, extra, conditioning(model, cond, parts), keys, options.get("prior", {}))
     return {"text": text, "logprob": logprob}

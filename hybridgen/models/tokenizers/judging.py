@@ -62,7 +62,7 @@ def init(judge: Judge, key: jax.Array, image: jax.Array) -> dict[str, Any]:
     return {DISC: judge.disc.init(key, image)["params"]} if judge.game else {}
 
 
-def judged(
+def reconstruction_loss(
     judge: Judge,
     params: Any,
     batch: dict,
@@ -89,10 +89,10 @@ def judged(
     (value, metrics), slope = jax.value_and_grad(near, has_aux=True)(still(out))
     # all of it fixed: no gradient is taken of a branch, so that the branch not taken costs nothing
     given = jax.tree.map(still, (out, slope, pull, params[DISC]))
-    found = jax.lax.cond(step >= judge.game.start, *(_turn(judge, batch, play) for play in (True, False)), given)
-    told, by_out, by_disc = found
+    found = jax.lax.cond(step >= judge.game.start, *(_turn(judge, batch, active) for active in (True, False)), given)
+    game_metrics, by_out, by_disc = found
     total = attached(value, slope, out) + attached(0.0, by_out, out) + attached(0.0, by_disc, params[DISC])
-    return total, metrics | told
+    return total, metrics | game_metrics
 
 
 def _near(judge: Judge, batch: dict, out: jax.Array, parts: Parts) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -108,7 +108,7 @@ def _near(judge: Judge, batch: dict, out: jax.Array, parts: Parts) -> tuple[jax.
     return weighted(total, rows(batch, total))[0], metrics
 
 
-def _turn(judge: Judge, batch: dict, play: bool) -> Callable:
+def _turn(judge: Judge, batch: dict, active: bool) -> Callable:
     """A turn of the game: (picture, slope of the reconstruction by it, pull to the last kernel, discriminator) ->
     (metrics, slope by the picture, slopes by the discriminator); without `play`, zeros of these."""
 
@@ -130,13 +130,13 @@ def _turn(judge: Judge, batch: dict, play: bool) -> Callable:
         if judge.game.adaptive:
             near, other = (judge.values * jnp.linalg.norm(pull(slope)[0]), jnp.linalg.norm(pull(by_out)[0]))
             weight = weight * jnp.clip(near / (other + 1e-4), 0.0, 1e4) / judge.values
-        told = {"generator": generator, "discriminator": discriminator, "adversarial_weight": weight}
-        return told, weight * by_out, by_disc
+        game_metrics = {"generator": generator, "discriminator": discriminator, "adversarial_weight": weight}
+        return game_metrics, weight * by_out, by_disc
 
-    def wait(given: tuple) -> tuple[dict, jax.Array, Any]:
+    def idle(given: tuple) -> tuple[dict, jax.Array, Any]:
         return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), jax.eval_shape(turn, given))
 
-    return turn if play else wait
+    return turn if active else idle
 
 
 def _leaf(params: Any, path: str) -> jax.Array:

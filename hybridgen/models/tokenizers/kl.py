@@ -92,8 +92,8 @@ class KL(nn.Module):
         return z if self.variational else jnp.concatenate([z, jnp.ones_like(z)], -1)
 
     def moments(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, spread = jnp.split(self.raw(image), 2, -1)
-        return mean, jnp.clip(spread, -30.0, 20.0)
+        mean, log_variance = jnp.split(self.raw(image), 2, -1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def picture(self, latent: jax.Array) -> jax.Array:
         return self.net.decode(latent).astype(latent.dtype)  # b H W 3
@@ -106,7 +106,7 @@ def build(config: Any) -> KL:
     return KL(**config)
 
 
-def sized(model: KL, shape: Shape, parts: Parts) -> KL:
+def for_shape(model: KL, shape: Shape, parts: Parts) -> KL:
     """The model for pictures of `shape`, on the same arrays."""
     del parts
     divided(shape, model.reduction)
@@ -120,15 +120,15 @@ def init(model: KL, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     return {"params": params, "extra": {}}
 
 
-def divergence(mean: jax.Array, spread: jax.Array) -> jax.Array:
+def divergence(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
     """KL in nats from a standard normal, summed over a latent: mean and log-variance `[b, h, w, d]` -> `[b]`."""
-    each = jnp.square(mean) + jnp.exp(spread) - 1.0 - spread
+    each = jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance
     return 0.5 * each.reshape(each.shape[0], -1).sum(-1)
 
 
-def drawn(mean: jax.Array, spread: jax.Array, noise: jax.Array) -> jax.Array:
+def draw_latent(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
     """A latent of its Gaussian, of standard normal noise; all `[b, h, w, d]`."""
-    return mean + jnp.exp(0.5 * spread) * noise
+    return mean + jnp.exp(0.5 * log_variance) * noise
 
 
 def scaled(model: KL, latent: jax.Array) -> jax.Array:
@@ -142,16 +142,16 @@ def loss(
     """What the picture is judged by (judging.py), and the divergence, both a value of the picture."""
     del extra
     image = batch["image"]  # b H W 3
-    mean, spread = model.apply({"params": params}, image, method="moments")  # b h w d
+    mean, log_variance = model.apply({"params": params}, image, method="moments")  # b h w d
     noise = rng.normal(rng.sample_keys(key, batch["id"]), mean.shape[1:], mean.dtype) if train else 0.0
-    latent = drawn(mean, spread, noise)
+    latent = draw_latent(mean, log_variance, noise)
 
     def paint(params: Any) -> jax.Array:
         return model.apply({"params": params}, latent, method="picture")
 
     options = {"parts": parts, "step": step, "train": train}
-    near, metrics = judging.judged(model.judge, params, batch, paint, LAST, **options)
-    far = divergence(mean, spread)  # b
+    near, metrics = judging.reconstruction_loss(model.judge, params, batch, paint, LAST, **options)
+    far = divergence(mean, log_variance)  # b
     nats, weight = weighted(far, rows(batch, far))
     metrics |= {"divergence": nats, "latent_std": scaled(model, mean).std()}
     scalar = near + model.divergence * nats / image[0].size
@@ -161,10 +161,10 @@ def loss(
 def encode(model: KL, params: Any, extra: Any, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     """`image [b, H, W, 3]` -> latent `[b, h, w, d]`, shifted and scaled: the mean, or with `keys [b]` a draw."""
     del extra
-    mean, spread = model.apply({"params": params}, image, method="moments")
+    mean, log_variance = model.apply({"params": params}, image, method="moments")
     if keys is None:
         return scaled(model, mean)
-    return scaled(model, drawn(mean, spread, rng.normal(keys, mean.shape[1:], mean.dtype)))
+    return scaled(model, draw_latent(mean, log_variance, rng.normal(keys, mean.shape[1:], mean.dtype)))
 
 
 def decode(model: KL, params: Any, extra: Any, latent: jax.Array) -> jax.Array:

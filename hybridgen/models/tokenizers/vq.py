@@ -181,7 +181,7 @@ def build(config: Any) -> VQ:
     return VQ(**config)
 
 
-def sized(model: VQ, shape: Shape, parts: Parts) -> VQ:
+def for_shape(model: VQ, shape: Shape, parts: Parts) -> VQ:
     """The model for pictures of `shape`, on the same arrays."""
     del parts
     divided(shape, model.reduction)
@@ -249,7 +249,7 @@ def loss(
         return model.apply({"params": params}, codes, method="picture")
 
     options = {"parts": parts, "step": step, "train": train}
-    near, metrics = judging.judged(model.judge, params, batch, paint, model.last, **options)
+    near, metrics = judging.reconstruction_loss(model.judge, params, batch, paint, model.last, **options)
     total, sums, seen = _code_terms(model, params, extra, z, ids)
     if model.quantizer == "vq" and model.moving:
         # by sample: the candidates are the same on every mesh and with any accumulation
