@@ -127,7 +127,7 @@ class DiT(nn.Module):
         } | dict(self.block)
         stack = Stack(self.depth, tuple(options.items()), remat=self.remat, unroll=self.unroll, name="blocks")
         table = rotary(grid_positions(*self.sides), self.width // self.heads) if self.rotary else None
-        y, _ = stack(y, Mask(), rotary=table, conditioning=vector, context=context)
+        y, _ = stack(y, Mask(), rotary=table, condition=vector, context=context)
         ends = Linear((2, self.width), bias=True, dtype=self.dtype, init=zeros, name="modulation")(
             nn.silu(vector[0] if self.own_embedders else vector)  # the last layer has the first block's
         )
