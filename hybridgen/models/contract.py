@@ -29,7 +29,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -46,6 +46,21 @@ def find(family: str) -> ModuleType:
             file = f"hybridgen/models/{family.replace('.', '/')}.py"
             raise UserError(f"no family {family!r}: there is no {file if file.isprintable() else 'such'}") from None
         raise
+
+
+class Option(NamedTuple):
+    """A sampling option of a family, an entry of its `OPTIONS`: {group: {name: Option}}, as in `config.sample.options`.
+
+    A number is within `low` and `high`, whole if the default is; a text is one of `choices`, or any if there are none.
+    `flag`: the name on the command line and in the Python API, if it is not that of the option.
+    """
+
+    default: Any
+    meaning: str
+    low: float = 0.0
+    high: float = 0.0
+    choices: tuple[str, ...] = ()
+    flag: str = ""
 
 
 @jax.tree_util.register_dataclass

@@ -11,11 +11,12 @@ import pytest
 from hybridgen.core import trees
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask, attend
-from hybridgen.nn.linear import Embed, Linear, holding
+from hybridgen.nn.blocks import Block
+from hybridgen.nn.linear import Embed, Linear, cast_for_inference
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import GroupNorm, Norm
 from hybridgen.nn.position import grid_positions, rotary, rotate
-from hybridgen.nn.stack import Block, Stack, gap
+from hybridgen.nn.stack import Stack
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ DIT = {"modulated": True, "norm": "layer", "mlp": "gelu", "bias": True}
 
 def stack(*, remat="none", unroll=1, **options):
     block = {"heads": 4, "head_width": 8, "hidden": 48, "kv_heads": 2} | options
-    return Stack(DEPTH, tuple(block.items()), remat=remat, unroll=unroll)
+    return Stack(DEPTH, Block, block, remat=remat, unroll=unroll)
 
 
 def init(model, x, **side):
@@ -200,7 +201,7 @@ def test_cached_equals_uncached(monkeypatch, kind, chunks, unroll, platform):
     params = init(model, x)
     full = apply(model, params, x, Mask(kind, prefix, jnp.asarray(valid)), rotary=TABLE)
 
-    params = {"params": gap(params, unroll)}
+    params = {"params": unstack_layers(params, unroll)}
 
     @jax.jit
     def chunk(cache, x, valid):
@@ -224,11 +225,11 @@ def test_weights_as_a_loop_holds_them_give_the_same_numbers(options):
     x, side = draw(0, 2, LENGTH, WIDTH), {"condition": draw(1, 2, WIDTH)} if options is DIT else {}
     model = stack(dtype="bfloat16", **options)
     params = init(model, x, **side)
-    narrow = holding(params, "bfloat16")
+    narrow = cast_for_inference(params, "bfloat16")
     kinds = {path.rsplit("/")[-1]: leaf.dtype for path, leaf in trees.flatten(narrow).items()}
     assert kinds.pop("kernel") == jnp.bfloat16 and set(kinds.values()) <= {jnp.dtype("float32")}
     np.testing.assert_array_equal(apply(model, narrow, x, Mask(), **side), apply(model, params, x, Mask(), **side))
-    assert holding(params, "float32") is params
+    assert cast_for_inference(params, "float32") is params
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ def test_scan_equals_loop_over_layers(x64, options, unroll, remat):
 
     def looped(params, x):
         for layer in range(DEPTH):
-            block = Block(**dict(model.block))
+            block = Block(**dict(model.options))
             sliced = jax.tree.map(lambda p, i=layer: p[i], params["layers"])
             x, _ = block.apply({"params": sliced}, x, Mask("causal"), **side)
         return x

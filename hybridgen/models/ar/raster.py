@@ -27,10 +27,11 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
+from hybridgen.nn.blocks import Block, dropout
 from hybridgen.nn.linear import Embed, Linear, cast_for_inference, fan_in, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, rotary
-from hybridgen.nn.stack import Stack, dropped, layers_are_unstacked, unstack_layers
+from hybridgen.nn.stack import Stack, layers_are_unstacked, unstack_layers
 from hybridgen.sampling import decode, guidance
 
 
@@ -108,7 +109,7 @@ class Raster(nn.Module):
             "dropout": self.dropout,
             "dtype": self.dtype,
         }
-        self.blocks = Stack(self.depth, tuple(block.items()), remat=self.remat, unroll=self.unroll)
+        self.blocks = Stack(self.depth, Block, block, remat=self.remat, unroll=self.unroll)
         self.norm = Norm(self.norm_kind, self.norm_eps)
         self.head = Linear(self.vocab, dtype=self.dtype, init=fan_in(0.1), wide=True)
 
@@ -173,7 +174,7 @@ class Raster(nn.Module):
             table = tuple(part[:t] for part in table)
         else:
             table = tuple(jax.lax.dynamic_slice_in_dim(part, at, t) for part in table)
-        return dropped(x, keys, "tokens", rate=self.token_dropout), table
+        return dropout(x, keys, "tokens", rate=self.token_dropout), table
 
     def __call__(self, tokens: jax.Array, cond: dict, keys: jax.Array | None = None) -> jax.Array:
         """Hidden states `[b, n, d]` from which token i is predicted; `tokens [b, n]` (the last is not read).

@@ -32,11 +32,12 @@ from hybridgen.models.diffusion import process, variance
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
+from hybridgen.nn.blocks import Block, modulate
 from hybridgen.nn.conv import patchify, unpatchify
 from hybridgen.nn.linear import Embed, Linear, cast, cast_for_inference, zeros
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import grid_positions, learned, rotary, sincos_2d
-from hybridgen.nn.stack import Stack, modulate
+from hybridgen.nn.stack import Stack
 from hybridgen.nn.timestep import TimestepEmbed
 
 
@@ -125,9 +126,10 @@ class DiT(nn.Module):
             "modulated": True,
             "dtype": self.dtype,
         } | dict(self.block)
-        stack = Stack(self.depth, tuple(options.items()), remat=self.remat, unroll=self.unroll, name="blocks")
+        stack = Stack(self.depth, Block, options, remat=self.remat, unroll=self.unroll, name="blocks")
         table = rotary(grid_positions(*self.sides), self.width // self.heads) if self.rotary else None
-        y, _ = stack(y, Mask(), rotary=table, condition=vector, context=context)
+        each, inputs = ({"condition": vector}, {}) if self.own_embedders else ({}, {"condition": vector})
+        y, _ = stack(y, Mask(), rotary=table, context=context, each=each, **inputs)
         ends = Linear((2, self.width), bias=True, dtype=self.dtype, init=zeros, name="modulation")(
             nn.silu(vector[0] if self.own_embedders else vector)  # the last layer has the first block's
         )

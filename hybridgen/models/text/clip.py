@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hybridgen.core.errors import UserError
 from hybridgen.nn.attention import Mask
+from hybridgen.nn.blocks import Block
 from hybridgen.nn.linear import Embed, Linear, cast
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
@@ -48,7 +49,7 @@ class CLIPText(nn.Module):
         self.position = self.param("position", nn.initializers.normal(0.01), (self.length, self.width))
         block = {"heads": self.heads, "head_width": self.width // self.heads, "hidden": self.hidden}
         block |= {"mlp": self.activation, "norm": "layer", "norm_eps": self.norm_eps, "bias": True}
-        self.blocks = Stack(self.depth, tuple({**block, "dtype": self.dtype}.items()), unroll=self.unroll)
+        self.blocks = Stack(self.depth, Block, {**block, "dtype": self.dtype}, unroll=self.unroll)
         self.norm = Norm("layer", self.norm_eps)
         if self.projection:
             self.project = Linear(self.projection, dtype=self.dtype)

@@ -24,6 +24,7 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.text.transformer import round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
+from hybridgen.nn.blocks import LlamaBlock
 from hybridgen.nn.linear import Embed, Linear, cast_for_inference, fan_in
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import rotary
@@ -66,7 +67,7 @@ class LM(nn.Module):
             "norm_eps": self.norm_eps,
             "dtype": self.dtype,
         }
-        self.blocks = Stack(self.depth, tuple(block.items()), remat=self.remat, unroll=self.unroll)
+        self.blocks = Stack(self.depth, LlamaBlock, block, remat=self.remat, unroll=self.unroll)
         self.norm = Norm(eps=self.norm_eps)
         if not self.tied:
             self.head = Linear(self.text_vocab, dtype=self.dtype, init=fan_in(0.1), wide=True)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.nn.attention import Mask
+from hybridgen.nn.blocks import Block
 from hybridgen.nn.linear import Embed, cast, normal
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import relative_buckets
@@ -43,7 +44,7 @@ class T5Encoder(nn.Module):
         self.relative = self.param("relative", normal(self.width**-0.5), (self.buckets, self.heads))
         block = {"heads": self.heads, "head_width": self.head_width, "hidden": self.hidden, "mlp": self.mlp}
         block |= {"scale": 1.0, "norm_eps": self.norm_eps, "dtype": self.dtype}
-        self.blocks = Stack(self.depth, tuple(block.items()), unroll=self.unroll)
+        self.blocks = Stack(self.depth, Block, block, unroll=self.unroll)
         self.norm = Norm(eps=self.norm_eps)
 
     def scores(self, length: int) -> jax.Array:

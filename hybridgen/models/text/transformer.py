@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from hybridgen.core.errors import UserError
 from hybridgen.nn.attention import Mask
+from hybridgen.nn.blocks import LlamaBlock
 from hybridgen.nn.linear import Embed, cast, normal
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
@@ -44,7 +45,7 @@ class TextTower(nn.Module):
                 "hidden": self.hidden or round_up(self.width * 8 / 3),
                 "dtype": self.dtype,
             }
-            stack = Stack(self.depth, tuple(options.items()), unroll=self.unroll, name="blocks")
+            stack = Stack(self.depth, LlamaBlock, options, unroll=self.unroll, name="blocks")
             x, _ = stack(x, Mask(valid=mask))
         return Norm(name="norm")(x)
 
