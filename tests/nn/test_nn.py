@@ -16,7 +16,7 @@ from hybridgen.nn.linear import Embed, Linear, cast_for_inference
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import GroupNorm, Norm
 from hybridgen.nn.position import grid_positions, rotary, rotate
-from hybridgen.nn.stack import Stack
+from hybridgen.nn.stack import Stack, unstack_layers
 
 
 @pytest.fixture
