@@ -198,58 +198,54 @@ LAG = 2  # steps that are in flight: so late the loop learns what became of a st
 
 def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
     """Runs from `start` to the config's steps, past what is skipped; (state, whether it was stopped by a signal)."""
-    step = start
-    while True:
-        state, step = rollback.past(job, state, step)
-        state, step, ended = segment(job, state, step)
-        if ended == "bad":
-            del state
-            state, step = rollback.roll_back(job, step)
-        elif ended != "interval":
-            return state, ended == "stopped"
-
-
-def segment(job: Job, state: dict, start: int) -> tuple[dict, int, str]:
-    """Steps up to the next skipped interval at most: (state, step, what ended them).
-
-    "done", "interval", "stopped" (by a signal), or "bad": then the step is the one behind `config.health.streak` bad
-    ones, and the state is of no use.
-    """
-    config, writer = job.experiment.config, job.writer
-    until = min([config.steps, *(first for first, _ in job.skipped if first > start)])
-    window = profiling.ProfileWindow(writer.folder / "profile", start + config.profile.start, config.profile.steps)
+    config, folder = job.experiment.config, job.writer.folder
     agreement = distributed.Agreement(job.experiment.mesh)
-    step, unread, stop = start, collections.deque(), False
+    step = entered = start  # nothing is evaluated or saved at the step where the loop enters or jumps to
+    flight, stop = collections.deque(), False  # steps whose reports are not read yet
 
     def due(every: int) -> bool:
-        return bool(every) and step > start and (step % every == 0 or step == config.steps)
+        return bool(every) and step > entered and (step % every == 0 or step == config.steps)
 
-    with job.batches(start) as batches, window:
+    window = profiling.ProfileWindow(folder / "profile", start + config.profile.start, config.profile.steps)
+    with batch_stream.Feed(job.batches) as feed, window:
         while True:
-            last, stop = step >= until, stop or (agreement.alone and job.signals.requested)
-            saves = due(config.checkpoint.every) or step >= config.steps
+            stop = stop or (agreement.alone and job.signals.requested)
+            beyond, last = rollback.end_of_skip(job.skipped, step, config.steps), step >= config.steps
+            saves = due(config.checkpoint.every) or last
             looks = due(config.eval.every) or due(config.sample.every)
-            # what is looked at or saved waits for its step anyway: so nothing is that has to be taken back
-            while len(unread) > (0 if last or stop or saves or looks else LAG):
-                behind, streak, stopping = unread.popleft()
+            # what is looked at, saved or left waits for its step anyway: so nothing is that has to be taken back
+            bad_at = None
+            while bad_at is None and len(flight) > (0 if last or stop or saves or looks or beyond else LAG):
+                behind, streak, stopping = flight.popleft()
                 with job.doing(step, "step"):  # waits for that step, so that no more than LAG are in flight
-                    streak, stop = int(streak), stop or bool(stopping)
-                if streak >= config.health.streak:
-                    return state, behind, "bad"
+                    bad_at = behind if int(streak) >= config.health.streak else None
+                    stop = stop or bool(stopping)
+            if bad_at is not None:
+                del state
+                state, step = rollback.roll_back(job, bad_at)
+                entered = step
+                flight.clear()
+                continue
+
             look(job, state, step, due)
             if saves or stop:
                 with job.doing(step, "save"):
                     save(job, step, state)
             if last or stop:
-                return state, step, "done" if step >= config.steps else "stopped" if stop else "interval"
+                return state, stop and not last
+            if beyond:
+                state, step = job.jump(state, jnp.int32(beyond)), beyond
+                entered = step
+                continue
+
             window.at(step, state["step"])
             with job.doing(step, "data"):
-                batch = next(batches)
+                batch = feed.at(step)
             with job.doing(step, "step"):
                 state, report = job.step(state, batch, job.experiment.parts)
                 step += 1
-                unread.append((step, report["streak"], agreement.most_of(int(job.signals.requested))))
-                writer.step(step, report)
+                flight.append((step, report["streak"], agreement.most_of(int(job.signals.requested))))
+                job.writer.step(step, report)
 
 
 def look(job: Job, state: dict, step: int, due: Callable[[int], bool]) -> None:

@@ -57,6 +57,29 @@ def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Ca
     return batches
 
 
+class Feed:
+    """The training batches by number: made ahead in order, and opened anew where the run jumps."""
+
+    def __init__(self, batches: Callable):
+        self._batches, self._next = batches, None
+        self._open = contextlib.ExitStack()
+        self._iterator: Iterator[dict] = iter(())
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def at(self, step: int) -> dict:
+        """Batch number `step`, on the mesh."""
+        if step != self._next:
+            self._open.close()
+            self._iterator = self._open.enter_context(self._batches(step))
+        self._next = step + 1
+        return next(self._iterator)
+
+
 def evaluation(compiled: Callable, experiment: Experiment, stream: Callable, put: Callable) -> Callable:
     """state -> weighted means of the metrics over `config.eval.batches` batches of the validation split."""
 

@@ -24,12 +24,12 @@ def jump(state: dict, step: jax.Array) -> dict:
     return state | {"step": step, "health": health}
 
 
-def past(job: Any, state: dict, step: int) -> tuple[dict, int]:
-    """Behind the skipped intervals that `step` lies in."""
-    here, steps = step, job.experiment.config.steps
-    while ends := [min(end, steps) for first, end in job.skipped if first <= here < min(end, steps)]:
+def end_of_skip(skipped: list, step: int, steps: int) -> int | None:
+    """The end, at most `steps`, of the skipped intervals [first, end) that `step` lies in; None if in none."""
+    here = step
+    while ends := [min(end, steps) for first, end in skipped if first <= here < min(end, steps)]:
         here = max(ends)
-    return (state, step) if here == step else (job.jump(state, jnp.int32(here)), here)
+    return here if here > step else None
 
 
 def roll_back(job: Any, end: int) -> tuple[dict, int]:

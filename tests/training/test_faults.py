@@ -186,7 +186,7 @@ def test_a_loader_that_hangs(tmp_path):
     print(f"ended after {took:.1f} s")
     assert 6 < took < 8 + 5
     assert "step 12, data; the stacks follow" in err and "Thread 0x" in err
-    assert "in batches" in err and "in segment" in err  # where the loader sleeps, and where the loop waits
+    assert "in batches" in err and "in train_loop" in err  # where the loader sleeps, and where the loop waits
 
 
 @SLOW
