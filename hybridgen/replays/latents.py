@@ -44,7 +44,7 @@ def sd_kl_vae(case: Case) -> None:
         return case.takes("in_image")
 
     def sample() -> jax.Array:
-        return kl.drawn(*it.moments(image()), rows_last(case.takes("in_noise")))
+        return kl.draw_latent(*it.moments(image()), rows_last(case.takes("in_noise")))
 
     faint = np.float32(0.01)
     case.gives("out_enc_prenorm", lambda: rows_first(it.apply("encoded", image(), hidden=True)))
@@ -69,7 +69,7 @@ def mar_kl16(case: Case) -> None:
         return case.takes("image")
 
     def latent() -> jax.Array:
-        return kl.scaled(it.model, kl.drawn(*it.moments(image()), rows_last(case.takes("noise"))))
+        return kl.scaled(it.model, kl.draw_latent(*it.moments(image()), rows_last(case.takes("noise"))))
 
     def recon() -> np.ndarray:
         return rows_first(jax.jit(lambda z: kl.decode(it.model, it.params, {}, z))(latent()))

@@ -131,7 +131,7 @@ def test_retention_is_by_step_and_after_the_manifest(tmp_path, monkeypatch):
             clock = 2_000_000_000 - 1000 * step  # runs backwards
             monkeypatch.setattr(time, "time", lambda clock=clock: clock)
             saver.save(step, state_of(step))
-            saver.wait()
+            saver.wait_until_saved()
             os.utime(tmp_path / str(step), (clock, clock))
             assert steps_in(tmp_path)[-2:] == ([step - 1, step] if step > 1 else [1])
     assert steps_in(tmp_path) == [4, 8, 9, 10]
@@ -147,13 +147,13 @@ def test_the_only_good_step_stays(saved):
             patch.setattr("hybridgen.runs.manifest.write", lambda *_: (_ for _ in ()).throw(OSError("disk")))
             saver.save(5, state_of(5))
             with pytest.raises(SaveError):
-                saver.wait()
+                saver.wait_until_saved()
         assert saver.newest_good(report=lambda line: None) == 1
         saver.save(2, state_of(22))  # the run goes on from 1; step 3, newer but bad, must not push 2 out
-        saver.wait()
+        saver.wait_until_saved()
         assert saver.newest_good(report=lambda line: None) == 2
         saver.save(6, state_of(6))
-        saver.wait()
+        saver.wait_until_saved()
     assert steps_in(saved) == [6]
 
 
@@ -197,7 +197,7 @@ def test_threads_and_files_do_not_grow(tmp_path):
     with Checkpointer(tmp_path) as saver:
         for step in range(12):
             saver.save(step, state_of(step))
-            saver.wait()
+            saver.wait_until_saved()
             saver.restore(step, abstract(state_of()))
             if step == 4:
                 before = count()
@@ -257,7 +257,7 @@ def state(n):
 saver = Checkpointer(directory, keep=2)
 for step in (1, 2, 3):
     saver.save(step, state(step)[0])
-saver.wait()
+saver.wait_until_saved()
 multihost_utils.sync_global_devices("saved")
 assert {p.name for p in Path(directory, "3").glob("manifest*")} == {"manifest.json", "manifest.1.json"}
 assert saver.newest_good() == 3
@@ -274,7 +274,7 @@ got = saver.restore(2, like)["params"]["w"]
 for shard in got.addressable_shards:
     assert (np.asarray(shard.data) == state(2)[1][shard.index]).all()
 assert (saver.restore_params(2)["params"]["w"] == state(2)[1]).all()
-saver.save(3, state(33)[0]); saver.wait()
+saver.save(3, state(33)[0]); saver.wait_until_saved()
 multihost_utils.sync_global_devices("again")
 assert saver.newest_good() == 3
 saver.close()

@@ -220,7 +220,7 @@ def test_the_posterior_is_drawn_from_and_pulled():
     # in closed form: sum of (mean^2 + variance - 1 - log variance) / 2
     want = 0.5 * ((1 + 4 - 1 - np.log(4)) + (4 + 0.25 - 1 - np.log(0.25)))
     np.testing.assert_allclose(kl.divergence(mean, spread_of), [want], rtol=1e-6)
-    np.testing.assert_allclose(kl.drawn(mean, spread_of, jnp.ones((1, 1, 1, 2))), [[[[3.0, -1.5]]]], rtol=1e-6)
+    np.testing.assert_allclose(kl.draw_latent(mean, spread_of, jnp.ones((1, 1, 1, 2))), [[[[3.0, -1.5]]]], rtol=1e-6)
     model = kl.KL(scale=0.5, shift=1.0)
     np.testing.assert_allclose(kl.scaled(model, jnp.asarray([3.0])), [1.0])
     config = SD | {"scaling_factor": 0.5, "shift_factor": 1.0}
@@ -233,7 +233,7 @@ def test_the_posterior_is_drawn_from_and_pulled():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"activation": "tanh"}, "activation 'tanh' is not one of silu"),
         ({"groups": 3}, r"channels \(8, 8\) and 8 do not divide into 3 groups"),

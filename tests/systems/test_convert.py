@@ -107,7 +107,7 @@ def test_tensors_that_do_not_fit(tmp_path, capsys, state):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"tiles": 3}, "config has the key 'tiles', which is not understood"),
         ({"act_fn": "tanh"}, "act_fn 'tanh' is not built, only 'silu'"),

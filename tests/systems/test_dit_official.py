@@ -135,7 +135,7 @@ def test_every_option_of_the_library(changes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "config", "said"),
+    ("source", "config", "message"),
     [
         ("dit_official", SMALL | {"qk_norm": True}, "config has the key 'qk_norm', which is not understood"),
         ("dit_official", SMALL | {"num_heads": 3}, "3 heads of 16, or patches of 2 in 4, do not divide"),

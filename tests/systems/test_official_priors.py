@@ -120,7 +120,7 @@ def test_wrapped_files():
 
 
 @pytest.mark.parametrize(
-    ("source", "changes", "said"),
+    ("source", "changes", "message"),
     [
         ("llamagen_gpt", {"block_size": 12}, "block_size 12 is not the number of tokens of a square"),
         ("llamagen_gpt", {"rope_scale": 2}, "has the key 'rope_scale', which is not understood"),

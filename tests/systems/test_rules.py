@@ -191,7 +191,7 @@ def test_one_tensor_is_in_memory_beside_the_arrays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"a": 1, "odd": 2}, "config has the key 'odd', which is not understood"),
         ({"a": 0}, "config: a 0 is not a whole number of 1 to 16777216"),

@@ -163,7 +163,7 @@ def test_copies_of_one_table():
 
 
 @pytest.mark.parametrize(
-    ("source", "changes", "said"),
+    ("source", "changes", "message"),
     [
         ("clip_text", CLIP | {"odd": 1}, "config has the key 'odd', which is not understood"),
         ("clip_text", CLIP | {"hidden_act": "relu6"}, "hidden_act 'relu6' is not built"),

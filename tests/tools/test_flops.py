@@ -94,7 +94,7 @@ def test_sampling_counts_each_token_at_its_place_in_the_cache():
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
 
     def draw(params, cond, keys, scale):
-        return raster.plan(model, params, {}, cond, keys, {"guidance": scale})
+        return raster.generate(model, params, {}, cond, keys, {"guidance": scale})
 
     # prefill runs the text, the start and the first logits; the loop every token but the last
     matmul, attention = prior_by_hand()

@@ -64,7 +64,9 @@ def by_formula(part, batch, params):
             codes = vq.quantise(model, params, part.extra, model.apply({"params": params}, image, method="features"))[0]
         else:
             mean, spread_of = moments(params)
-            codes = kl.drawn(mean, spread_of, rng.normal(rng.sample_keys(KEY, batch["id"]), mean.shape[1:], mean.dtype))
+            codes = kl.draw_latent(
+                mean, spread_of, rng.normal(rng.sample_keys(KEY, batch["id"]), mean.shape[1:], mean.dtype)
+            )
         return model.apply({"params": params}, codes, method="picture")
 
     values = 1 if of_vq else image[0].size  # latent diffusion sums over a picture

@@ -94,7 +94,7 @@ def test_falls_back_and_names_the_file(saved, fault):
         with pytest.raises(UserError, match=re.escape(name)):
             saver.restore(3, abstract(state_of()))
         assert saver.save(3, state_of(33))  # reached again: the bad one is replaced
-        saver.wait()
+        saver.wait_until_saved()
         assert saver.newest_good() == 3 and same(saver.restore(3, abstract(state_of())), state_of(33))
 
 
@@ -173,13 +173,13 @@ from checkpoint_cases import abstract, same
 from hybridgen.runs.checkpoint import Checkpointer, SaveError
 state = lambda n: {"params": {"x": np.random.default_rng(n).random((400, 400), np.float32)}, "step": np.int32(n)}
 saver = Checkpointer(sys.argv[1], keep=2)
-saver.save(1, state(1)); saver.wait()
+saver.save(1, state(1)); saver.wait_until_saved()
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 failed = 0
 for step, limit in ((2, 100_000), (3, 50), (4, 700)):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        saver.save(step, state(step)); saver.wait()
+        saver.save(step, state(step)); saver.wait_until_saved()
     except SaveError as error:
         failed += 1
         assert str(step) in str(error), error
@@ -187,7 +187,7 @@ for step, limit in ((2, 100_000), (3, 50), (4, 700)):
     assert saver.newest_good(report=print) == 1
     assert [p.name for p in saver.directory.iterdir()] == ["1"], list(saver.directory.iterdir())
 assert failed == 3
-saver.save(4, state(4)); saver.wait()  # tried again
+saver.save(4, state(4)); saver.wait_until_saved()  # tried again
 assert sorted(p.name for p in saver.directory.iterdir()) == ["1", "4"]
 assert saver.newest_good() == 4 and same(saver.restore(4, abstract(state(4))), state(4))
 saver.close()
@@ -210,5 +210,5 @@ def test_a_failed_save_is_reported_by_the_next_call(saved, monkeypatch):
         with pytest.raises(SaveError, match="4 .*No space left"):
             saver.save(5, state_of(5))
         assert saver.save(5, state_of(5))  # reported once
-        saver.wait()
+        saver.wait_until_saved()
         assert saver.good_steps() == [2, 3, 5]
