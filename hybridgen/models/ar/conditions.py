@@ -1,6 +1,6 @@
 """What the raster prior is told before the first token: the kinds of prefix that are not our own.
 
-"start" is our own: [text][start]. "class" is one position with a class or, dropped, the row behind the classes
+"start" is our own: `[text][start]`. "class" is one position with a class or, dropped, the row behind the classes
 (LlamaGen, Sun et al. 2024). "caption" is features of a text tower through a small network, padded on the left (LlamaGen
 from text). "codes" are tokens of the prior's own vocabulary: a class as its number, codes of another picture, or token
 0 alone where there is no condition (taming-transformers, Esser et al. 2021); nothing of it can be dropped.

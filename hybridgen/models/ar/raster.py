@@ -1,7 +1,7 @@
 """Raster prior: a transformer that writes an image as tokens, row by row, after a text prefix or a class.
 
 Llama-style blocks (RMSNorm, SwiGLU, rotary positions in the plane, optional qk-norm and grouped queries), as LlamaGen
-(Sun et al. 2024). The sequence is [text][start][tokens]: `start` carries the class and says whether the condition was
+(Sun et al. 2024). The sequence is `[text][start][tokens]`: `start` has the class and says whether the condition was
 dropped (then the text is masked out), so that the unconditional model is the same program. `prefixed` names other
 prefixes, those of official models (conditions.py); the options below it make LlamaGen and the GPT of VQGAN (Esser et
 al. 2021) exactly.
