@@ -1,0 +1,111 @@
+"""README and docs/ agree with the repository: their links, configs, commands, modules and files exist."""
+
+import functools
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hybridgen import cli, config
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted([README, ROOT / "launch" / "README.md", *(ROOT / "docs").glob("*.md")])
+LINES = 130  # of the README
+
+FENCED = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]+)`")
+LINK = re.compile(r'\]\(([^)\s]+)\)|src="([^"]+)"')
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+CONFIG = re.compile(r"configs/[\w/]+\.py(:.*)?")
+FILE = re.compile(r"(?<![\w./-])(?:hybridgen|configs|launch|tests|docs|examples|\.ci)/[\w./-]*\w")
+
+
+@functools.cache
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@functools.cache
+def code_of(page: Path) -> list[str]:
+    """Lines of code: those of blocks, continued ones joined, and code within sentences."""
+    text = text_of(page)
+    blocks = "\n".join(FENCED.findall(text)).replace("\\\n", " ")
+    return blocks.splitlines() + [" ".join(span.split()) for span in INLINE.findall(FENCED.sub("", text))]
+
+
+def prose_of(page: Path) -> str:
+    return INLINE.sub("", FENCED.sub("", text_of(page)))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which a page's headings are linked, on GitHub as on the site."""
+    headings = HEADING.findall(FENCED.sub("", text_of(page)))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def words(line: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # an apostrophe: no command
+        return line.split()
+
+
+def names(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+pages = pytest.mark.parametrize("page", PAGES, ids=names)
+
+
+def test_the_readme_is_short():
+    assert len(text_of(README).splitlines()) <= LINES
+
+
+@pages
+def test_links_resolve(page):
+    broken = []
+    for link in (first or second for first, second in LINK.findall(prose_of(page))):
+        if re.match(r"\w+:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        if not target.exists() or anchor and anchor not in anchors(target):
+            broken.append(link)
+    assert not broken
+
+
+@pages
+def test_configs_load(page):
+    """With the overrides on their line."""
+    for line in code_of(page):
+        given = words(line)
+        for before, word in zip(["", *given], given, strict=False):
+            if CONFIG.fullmatch(word) and (":" in word or before == "--config"):
+                overrides = [other.removeprefix("--config.") for other in given if other.startswith("--config.")]
+                config.load(str(ROOT / word), overrides)
+
+
+@pages
+def test_commands_and_modules_exist(page):
+    lines = "\n".join(code_of(page))
+    commands = set(re.findall(r"(?<![\w.-])hybridgen +([a-z]\w*)", lines))
+    assert not commands - set(cli.COMMANDS)
+    modules = set(re.findall(r"-m (hybridgen[\w.]*)", lines))
+    assert not [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+@pages
+def test_files_exist(page):
+    named = {path for line in code_of(page) for path in FILE.findall(line)}
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_nothing_is_left_out():
+    """The README has every command, the page of official weights every source."""
+    assert not [name for name in cli.COMMANDS if f"hybridgen {name} " not in text_of(README)]
+    sources = [path.stem for path in ROOT.glob("hybridgen/*/tables/[a-z]*.py")]
+    weights = text_of(ROOT / "docs" / "weights.md")
+    assert sources and not [name for name in sources if f"`{name}`" not in weights]
