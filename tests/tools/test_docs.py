@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hybridgen import cli, config
+from hybridgen import cli
+from hybridgen.core import config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([README, ROOT / "launch" / "README.md", *(ROOT / "docs").glob("*.md")])
 LINES = 130  # of the README
