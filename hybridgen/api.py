@@ -24,7 +24,8 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.evals import sheet
 from hybridgen.runs import drawing
-from hybridgen.runs.experiment import Loaded, find_run, restore
+from hybridgen.runs.reading import find_run
+from hybridgen.runs.restore import Loaded, restore
 from hybridgen.sample import conditions, shape_of, words
 
 
@@ -86,8 +87,8 @@ class Model:
 
         Class-conditional models take `labels`, one a prompt where they read text too. `size`, such as "24x40", is one
         of the shapes of a run that was trained on several (default: the most square of them). `options`, otherwise as
-        the model's config has them: guidance, guidance_schedule, temperature, top_k, top_p (of the prior),
-        decoder_guidance, steps, solver (of the decoder). The first call with a set of options compiles.
+        the model's config has them, are those of its families: of most priors guidance, guidance_schedule, temperature,
+        top_k, top_p, of most decoders decoder_guidance, steps, solver. The first call with a set of options compiles.
 
         Raises UserError for a prompt, label, size or option that this model does not take.
         """
@@ -106,9 +107,10 @@ class Model:
 
     def _drawn_by(self, options: dict[str, Any], size: str | None) -> Callable:
         """The program with these options for this size. Raises UserError for one that there is not."""
-        if odd := sorted(options.keys() - drawing.GIVEN.keys()):
-            raise UserError(f"unknown option {odd[0]!r}; known are {', '.join(drawing.GIVEN)}")
-        changes = {drawing.GIVEN[name]: value for name, value in options.items() if value is not None}
+        flags = self._loaded.flags
+        if odd := sorted(options.keys() - flags.keys()):
+            raise UserError(f"unknown option {odd[0]!r}; known are {', '.join(flags) or 'none'}")
+        changes = {flags[name]: value for name, value in options.items() if value is not None}
         shape = shape_of(self._loaded, size)
         try:
             return self._drawer(tuple(sorted(changes.items())), shape) if changes or shape else self._loaded.draw

@@ -50,7 +50,7 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.cost import against, chips, hlo, programs, roofline
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs.experiment import inference_params
+from hybridgen.runs.reading import inference_params
 
 FED = 8  # steps on what the loader gives, at most
 PATIENCE = 90.0  # seconds of turns after which a program is not run again, if it ran three times

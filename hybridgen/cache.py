@@ -34,8 +34,10 @@ from hybridgen.core.progress import progress
 from hybridgen.data import sources, transforms
 from hybridgen.data.prepare import write as write_lib
 from hybridgen.data.sources import records
+from hybridgen.models import contract
 from hybridgen.models.contract import Part, find
-from hybridgen.runs.experiment import Run, find_run, load, part_shardings, read_by
+from hybridgen.runs.experiment import part_shardings, read_by
+from hybridgen.runs.reading import Run, find_run, load
 
 VIEWS = ("one", "flip", "ten")
 OPTIONS = {
@@ -63,10 +65,11 @@ def encoder(run: Run, mesh: Any, data: Mapping) -> Encoder:
     """The encoder in a run, for `data`. Raises UserError for a run that encodes nothing."""
     family, model, part = find(run.part.family), run.part.model, run.part
     placed = sharding.put(part, part_shardings(part, mesh))
-    if hasattr(family, "decode") and hasattr(model, "vocab"):
+    roles = contract.roles(family)
+    if "tokenizer" in roles:
         entry, program = ("tokens", _tokens) if model.vocab else ("latent", _latents)
         return Encoder("image", entry, functools.partial(jax.jit(program), placed), None, run.digest)
-    if hasattr(family, "encode") and not hasattr(model, "grid"):
+    if "text" in roles:
         if run.text is None:
             raise UserError(f"the {run.part.family} run has no text tokenizer (text.json), so it cannot read captions")
         text, features = read_by({"text": run}, data), functools.partial(jax.jit(_features), placed)
@@ -81,16 +84,16 @@ def _tokens(part: Part, image: jax.Array) -> dict[str, jax.Array]:
 
 def _latents(part: Part, image: jax.Array) -> dict[str, jax.Array]:
     latent = part.call("encode", image)
-    if not hasattr(part.model, "moments"):
+    if not contract.optional(find(part.family), "moments"):
         return {"latent": latent}
-    _, log_variance = part.model.apply({"params": part.params}, image, method="moments")  # b h w d
+    _, log_variance = part.call("moments", image)  # b h w d
     return {"latent": latent, "latent_std": jax.numpy.exp(0.5 * log_variance) * abs(part.model.scale)}
 
 
 def _features(part: Part, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     features, seen = part.call("encode", ids, mask)
     out = {"text_features": features, "text_features_mask": seen}
-    if hasattr(find(part.family), "pooled"):
+    if contract.optional(find(part.family), "pooled"):
         out["text_pooled"] = part.call("pooled", ids, mask)
     return {name: x.astype("float32") if x.dtype == "bfloat16" else x for name, x in out.items()}
 

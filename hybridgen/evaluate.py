@@ -29,7 +29,8 @@ from hybridgen.evals.sheet import sheet
 from hybridgen.reports import distances
 from hybridgen.runs import drawing
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs.experiment import Loaded, find_run, restore
+from hybridgen.runs.reading import find_run
+from hybridgen.runs.restore import Loaded, restore
 
 CALLED = (("image", "render"), ("draft", "draft"))
 
@@ -238,16 +239,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--features", metavar="RUN", help="run of a network of features, for distances")
     parser.add_argument("--reference", help="of the distances: a split, a folder or a file of ADM (default: train)")
     parser.add_argument("--reference-count", type=int, metavar="N", help="pictures of it at most (default: --count)")
-    drawing.add_arguments(parser)
     distributed.add_arguments(parser)
-    args = parser.parse_args(argv)
+    args, changes = drawing.parse(parser, argv)
     drawing.check_arguments(args)
     for name in ("reference", "reference_count"):
         if getattr(args, name) is not None and args.features is None:
             raise UserError(f"--{name.replace('_', '-')} needs --features, the network to compare on")
     distributed.start(args)
     folder = find_run(args.run, None)
-    loaded = restore(folder, drawing.changes(args), args.checkpoint)
+    loaded = restore(folder, changes, args.checkpoint)
     if not loaded.draws:
         raise UserError(f"{args.run} cannot be measured: {loaded.config.family} draws no pictures")
     out = args.out or folder / "evaluation"

@@ -15,7 +15,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.runs import bundle, checkpoint
-from hybridgen.runs.experiment import find_run, load
+from hybridgen.runs.reading import find_run, load
 
 
 def export(folder: Path, out: Path, dtype: str = "float32", step: int | None = None) -> int:

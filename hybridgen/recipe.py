@@ -24,7 +24,8 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.reports import distances, points
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs.experiment import find_run, restore
+from hybridgen.runs.reading import find_run
+from hybridgen.runs.restore import restore
 from hybridgen.training import resume
 
 
@@ -92,7 +93,7 @@ def check_stages(config: Any) -> None:
         stage = config.stages[name]
         try:
             if "family" in stage and not awaited(stage):
-                resume.checked(stage, source)
+                resume.checked(stage, source, stages=config.stages)
             measured = config.stages.get(Path(stage.get("evaluate", "")).name)
             if measured and not awaited(measured):
                 for split in stage.splits:

@@ -23,7 +23,8 @@ from hybridgen.data import transforms
 from hybridgen.evals.sheet import sheet
 from hybridgen.models.contract import Shape
 from hybridgen.runs import drawing, folder
-from hybridgen.runs.experiment import Loaded, find_run, restore
+from hybridgen.runs.reading import find_run
+from hybridgen.runs.restore import Loaded, restore
 
 Request = tuple[str | None, int | None]  # a prompt, a class
 
@@ -132,13 +133,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time")
     parser.add_argument("--out", type=a_folder, default=Path("samples"), help="folder for PNGs and grid.png")
     parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft beside each render")
-    drawing.add_arguments(parser)
     distributed.add_arguments(parser)
-    args = parser.parse_args(argv)
+    args, changes = drawing.parse(parser, argv)
     drawing.check_arguments(args)
     requests = read_requests(args)
     distributed.start(args)
-    loaded = restore(find_run(args.run, None), drawing.changes(args), args.checkpoint)
+    loaded = restore(find_run(args.run, None), changes, args.checkpoint)
     if shape := shape_of(loaded, args.size):
         loaded = loaded._replace(draw=loaded.drawer({}, shape))
     grid = sample(loaded, requests, args.count, args.seed, args.batch, args.out, args.draft)

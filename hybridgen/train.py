@@ -27,11 +27,13 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, rng, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
+from hybridgen.models import contract
 from hybridgen.models.contract import for_shape
 from hybridgen.runs import checkpoint
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.drawing import sample_grid
-from hybridgen.runs.experiment import Experiment, build, inference_params
+from hybridgen.runs.experiment import Experiment, build
+from hybridgen.runs.reading import inference_params
 from hybridgen.training import batches as batch_stream
 from hybridgen.training import logging, optim, profiling, resume, rollback
 from hybridgen.training import state as state_lib
@@ -94,9 +96,9 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
         new = optax.apply_updates(trainable, updates)
         ema = optim.ema(old["ema"], rule.which.averaged(new), rule.which.decay, state["health"]["count"])
         extra = old["extra"]
-        if hasattr(rule.family, "merge"):
+        if merge := contract.optional(rule.family, "merge"):
             key = rng.step_key(jax.random.key(rule.seed), state["step"], "merge")
-            extra = rule.family.merge(model, extra, extra_sums, key, state["step"])
+            extra = merge(model, extra, extra_sums, key, state["step"])
         return {"params": trees.join(new, frozen), "opt": optim.pack(opt), "ema": ema, "extra": extra}
 
     old = {name: state[name] for name in ("params", "opt", "ema", "extra")}
@@ -282,7 +284,7 @@ def prepare(
     signals: run_folder.Signals,
 ) -> tuple[Job, Any, int]:
     """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
-    source, skipped = resume.checked(config), rollback.intervals(config, folder)
+    source, skipped = resume.checked(config, folder=folder), rollback.intervals(config, folder)
     with timer.time("build"):
         experiment = build(config, folder, source)
     resolved, fingerprint = resume.described(config, experiment, source)

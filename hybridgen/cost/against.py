@@ -26,8 +26,7 @@ import numpy as np
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
-from hybridgen.runs import drawing
-from hybridgen.runs.experiment import inference_params
+from hybridgen.runs.reading import inference_params
 from hybridgen.sampling import guidance
 
 EPS = 1e-6  # of the norms
@@ -238,7 +237,8 @@ def compare(built: programs.Programs, given: tuple, what: tuple[str, ...], runs:
     twin = Twin(built.experiment.model, state["params"])
     report: dict[str, Any] = {"torch": torch.__version__, "threads": threads}
     if "sample" in what:
-        decoding, options = built.decoding(), drawing.checked(config.sample.options).get("prior", {})
+        decoding = built.decoding()
+        options = decoding.options
         if options.get("top_k", 0) or options.get("top_p", 1.0) < 1 or callable(options.get("guidance")):
             raise UserError(f"--against torch draws with a guidance scale and a temperature, not with {dict(options)}")
         arguments = built.sample_arguments()

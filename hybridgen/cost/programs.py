@@ -23,10 +23,12 @@ from hybridgen.cost import flops
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources.buckets import largest
+from hybridgen.models import contract
 from hybridgen.models.contract import Part, find
 from hybridgen.runs import drawing, folder
-from hybridgen.runs.experiment import Experiment, Run, context, find_run, inference_params, part_shardings, read_by
-from hybridgen.runs.experiment import load as load_run
+from hybridgen.runs.experiment import Experiment, context, part_shardings, read_by
+from hybridgen.runs.reading import Run, find_run, inference_params
+from hybridgen.runs.reading import load as load_run
 from hybridgen.sampling import guidance
 from hybridgen.train import Rule, program, specs_of
 
@@ -51,15 +53,17 @@ class Programs(NamedTuple):
 
     def decoding(self) -> "Decoding | None":
         """The drawing of a plan alone, if there is a prior that draws one over a cache."""
-        family, config = self.experiment.family, self.experiment.config
-        if not hasattr(family, "prefill") and not hasattr(family, "member"):
+        family, model, config = self.experiment.family, self.experiment.model, self.experiment.config
+        within = contract.members(family, model)
+        if "prior" not in (*contract.roles(family), *within, *self.experiment.parts):
             return None
-        options = drawing.checked(config.sample.options).get("prior", {})
+        known = drawing.known_options(family, model, self.experiment.parts)
+        options = drawing.checked(config.sample.options, known).get("prior", {})
 
         def prior(params: Any, extra: Any, parts: Any) -> Part:
-            if hasattr(family, "member"):
-                return family.member(self.experiment.model, "prior", params, parts)
-            return Part(params, extra, config.family, self.experiment.model)
+            if "prior" in contract.roles(family):
+                return Part(params, extra, config.family, model)
+            return Part(params["prior"], {}, *within["prior"]) if "prior" in within else parts["prior"]
 
         def plan(params: Any, extra: Any, parts: Any, cond: dict, keys: Any) -> Any:
             part = prior(params, extra, parts)
@@ -74,7 +78,8 @@ class Programs(NamedTuple):
             parts,
         )
         guided = 2 if guidance.is_on(options.get("guidance", 1.0)) else 1
-        return Decoding(jax.jit(plan), part.model.length - 1, _bytes_of_step(part, cache, guided, self.experiment.mesh))
+        size = _bytes_of_step(part, cache, guided, self.experiment.mesh)
+        return Decoding(jax.jit(plan), part.model.length - 1, size, options)
 
     def train_arguments(self) -> tuple:
         return self.state, self.batch, self.experiment.parts
@@ -133,6 +138,7 @@ class Decoding(NamedTuple):
     plan: Any
     steps: int
     bytes: float  # a device: parameters in the dtype they are used in, and the filled part of the cache on average
+    options: dict  # of sampling, as the prior takes them
 
 
 def _bytes_of_step(part: Part, cache: dict, guided: int, mesh: jax.sharding.Mesh) -> float:
@@ -198,10 +204,11 @@ def build(
     unmade = {name: _part(name, path, config.data, text, specs, stages, runs) for name, path in config.parts.items()}
     parts = {name: part for name, (part, _) in unmade.items()}
     family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
+    options = config_lib.resolve(config.model, context(config.data, parts, text, source))
+    model = family.build(options)
     by_row = sharding.batch_sharding(mesh)
     places = {name: part_shardings(part, mesh) for name, part in parts.items()}
-    experiment = Experiment(config, family, model, _placed(parts, places), {}, text, mesh)
+    experiment = Experiment(config, family, model, options, _placed(parts, places), {}, text, mesh)
     encoders = [name for name in CACHED if cached and name in parts]
     batch = dict(specs)
     for name in encoders:
@@ -230,7 +237,7 @@ def build(
         host = pipeline.batches(source, text, workers=config.data.workers, **options)
         return pipeline.prefetch(map(_unbroken, host), functools.partial(sharding.to_global, mesh=mesh))
 
-    draw = drawing.sampler(family, model, config.sample.options, rule.shape(batch))
+    draw = drawing.sampler(family, model, config.sample.options, parts, rule.shape(batch))
     inputs = (_placed(x, jax.tree.map(lambda _: by_row, x)) for x in (batch, cond, keys))
     return Programs(experiment, rule, step, draw, state, *inputs, make, None if encoders else stream)
 

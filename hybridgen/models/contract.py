@@ -1,58 +1,102 @@
-"""Families by name, and parts: pretrained components that a family is given.
+"""The family contract: what a family is, the roles it can have, its sampling options, and parts.
 
-A family is a module under `hybridgen.models` with the functions `build, init, loss, sample` and those of its role
-(DESIGN: the family contract). A part is a family's model with its arrays: a small pytree whose leaves are `params` and
-`extra` and whose static half names the family and holds the module, so that it travels into jit as traced arguments.
+A family is a module with the functions of `FAMILY`, and those of the roles that it declares as `ROLE`: a name of
+`ROLES`, or several. It may offer the functions of `OPTIONAL` too. What it can be asked for in sampling it declares as
+`OPTIONS`, {group: {name: Option}}, as in `config.sample.options`. A family is found by its dotted name: under
+`hybridgen.models`, such as "ar.raster", or anywhere that Python imports from, such as "my_package.my_prior".
 
-Roles, the functions by which hybrids use any family; each takes (model, params, extra, ...) unless it says otherwise:
-
-    tokenizer   encode(image) -> tokens or latent (of a model with `moments`, with keys=: a draw); embed(tokens) ->
-                codes b h w d; decode(codes or latent) -> image; model: grid, length, vocab, code_width
-    text        encode(text, mask) -> features b l d, mask b l; and, where the tower has such a vector, pooled(text,
-                mask) -> b p. Published towers take no mask too (None): every position is seen
-    prior       condition(model, batch, parts) -> cond; prefill(cond) -> (logits, cache); step(cache, chunk) ->
-                (logits, cache); score(tokens, cond) -> logits; features(tokens, cond) -> hidden states;
-                plan(cond, keys, options) -> (tokens, log-probabilities); model: width, length, drop
-    decoder     condition(model, batch, parts, tokens) -> cond; planned(model, codes, parts) -> its entries that follow
-                from a plan; corrupted(tokens, keys, vocab, most) -> tokens; judged(model, params, batch, cond, keys,
-                parts, train) -> (loss, aux); predict(x, t, cond); draw(cond, keys, parts, options) -> image;
-                model: kind (what it predicts), corrupt
-
-Families whose pictures may have several shapes also offer sized(model, (height, width), parts) -> the model for
-pictures of that shape, on the same arrays; its parts are sized already.
-
-`parts` are those of the whole config, by name. A part has none of its own: what a prior needs (a text tower) is the
-part of that name of whoever uses the prior, and must be the one that the prior was trained with, by its digest.
+A part is a family's model with its arrays: a small pytree whose leaves are `params` and `extra` and whose static half
+names the family and holds the model, so that it travels into jit as traced arguments. `parts` are those of the whole
+config, by name. A part has none of its own: what a prior needs (a text tower) is the part of that name of whoever uses
+the prior, and must be the one that the prior was trained with, by its digest.
 """
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from hybridgen.core.errors import UserError
 
+PACKAGE = "hybridgen.models"
 
-def find(family: str) -> ModuleType:
-    """The module of a family by its dotted name under `hybridgen.models`, such as "ar.raster"."""
-    try:
-        return importlib.import_module(f"hybridgen.models.{family}")
-    except ModuleNotFoundError as error:
-        if f"hybridgen.models.{family}".startswith(error.name or "?"):
-            file = f"hybridgen/models/{family.replace('.', '/')}.py"
-            raise UserError(f"no family {family!r}: there is no {file if file.isprintable() else 'such'}") from None
-        raise
+# function -> its parameters; a family may add some that have defaults
+FAMILY = {
+    "build": "config",  # -> model: hyper-parameters only, hashable
+    "init": "model key specs parts",  # -> {"params", "extra"}; specs: ShapeDtypeStructs of a batch
+}
+TRAINED = {
+    "loss": "model params batch key parts extra step train",  # -> scalar, {"metrics", "weight", "extra"}
+    "sample": "model params cond keys parts extra options",  # -> {"image", "tokens", ...}
+}
+OPTIONAL = {
+    "merge": "model extra sums key step",  # -> extra after a step, from the sums that `loss` gave as aux["extra"]
+    "for_shape": "model shape parts",  # -> the model for pictures (height, width) on the same arrays
+    "for_plan": "model width",  # of a decoder -> the model for plans of that width
+    "members": "model",  # -> {name: Member} of the models that are trained within this one
+    "inputs": "model",  # -> Inputs: what of a batch it is conditioned on
+    "pooled": "model params extra text mask",  # of a text tower -> one vector a text, b p
+    "moments": "model params extra image",  # of a tokenizer with a Gaussian latent -> mean, log-variance, b h w c
+}
+
+
+class Role(NamedTuple):
+    """What hybrids may use of a family of a role: functions, and attributes of its model."""
+
+    functions: Mapping[str, str]
+    attributes: tuple[str, ...] = ()
+    trained: bool = True  # has the functions of TRAINED
+
+
+ROLES = {
+    "tokenizer": Role(
+        {
+            "encode": "model params extra image",  # b H W 3 -> tokens b n, or latent b h w c
+            "embed": "model params extra tokens",  # b n -> codes b h w d (of a tokenizer with a codebook)
+            "decode": "model params extra codes",  # codes or latent b h w d -> image b H W 3
+        },
+        ("grid", "length", "vocab", "code_width"),  # vocab 0: a continuous latent
+    ),
+    "text": Role({"encode": "model params extra text mask"}, trained=False),  # -> features b l d, mask b l
+    "prior": Role(
+        {
+            "conditioning": "model batch parts",  # -> cond
+            "prefill": "model params extra cond",  # -> logits of the first token b v, cache
+            "step": "model params extra cache chunk",  # b t -> logits b t v, cache
+            "score": "model params extra tokens cond",  # b n -> logits b n v: row i predicts token i
+            "features": "model params extra tokens cond",  # b n -> hidden states b n d
+            "generate": "model params extra cond keys options",  # -> tokens b n, log-probabilities b n
+        },
+        ("width", "length"),
+    ),
+    "decoder": Role(
+        {
+            "conditioning": "model batch parts",  # -> cond
+            "plan_conditioning": "model codes parts",  # codes b h w d -> the entries of cond that follow from a plan
+            "corrupt_tokens": "tokens keys vocab most",  # b n -> b n
+            "decoder_loss": "model params batch cond keys parts train",  # -> scalar, aux, as `loss`
+            "predict": "model params extra x t cond",  # -> prediction b H W c
+            "render": "model params extra cond keys parts options",  # -> image b H W 3
+        },
+        ("shape", "channels"),
+    ),
+    "features": Role({}, trained=False),  # networks that measure pictures: encode(image) -> b d, or distance(a, b) -> b
+    "generator": Role({}),  # draws pictures by itself and is no part of another
+}
 
 
 class Option(NamedTuple):
-    """A sampling option of a family, an entry of its `OPTIONS`: {group: {name: Option}}, as in `config.sample.options`.
+    """A sampling option of a family, an entry of its `OPTIONS`.
 
     A number is within `low` and `high`, whole if the default is; a text is one of `choices`, or any if there are none.
-    `flag`: the name on the command line and in the Python API, if it is not that of the option.
+    With `by_condition` a number may also be a mapping, one for each condition. `flag`: the name on the command line and
+    in the Python API, if it is not that of the option.
     """
 
     default: Any
@@ -60,7 +104,149 @@ class Option(NamedTuple):
     low: float = 0.0
     high: float = 0.0
     choices: tuple[str, ...] = ()
+    by_condition: bool = False
     flag: str = ""
+
+    def checked(self, where: str, value: Any) -> Any:
+        """`value` as this option takes it. Raises UserError, with `where` it stands, for one that is none."""
+        if self.by_condition and hasattr(value, "items"):
+            return {name: self.checked(f"{where}.{name}", scale) for name, scale in value.items()}
+        if isinstance(self.default, str):
+            kinds = f"one of {', '.join(self.choices)}" if self.choices else "a text"
+            if not isinstance(value, str) or (self.choices and value not in self.choices):
+                raise UserError(f"{where} {value!r} is not {kinds}")
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+            raise UserError(f"{where} {value!r} is not within {self.low} and {self.high}")
+        return type(self.default)(value)
+
+
+class Inputs(NamedTuple):
+    """What of a batch a model is conditioned on: captions (`text`), and labels of so many `classes` (0: none)."""
+
+    text: bool = False
+    classes: int = 0
+
+
+class Member(NamedTuple):
+    """A model that is trained within another one: static, its arrays are a subtree of the other's."""
+
+    family: str
+    model: Any
+
+    @classmethod
+    def build(cls, described: Mapping[str, Any], **changes: Any) -> "Member":
+        """Of {"family", "model": its options}, as a config has it."""
+        return cls(described["family"], find(described["family"]).build({**described["model"], **changes}))
+
+
+# ---------------------------------------------------------------- families by name
+
+
+def find(family: str) -> ModuleType:
+    """The module of a family by its dotted name. Raises UserError for none, and for one that breaks the contract."""
+    try:
+        return importlib.import_module(f"{PACKAGE}.{family}")
+    except ModuleNotFoundError as error:
+        if not f"{PACKAGE}.{family}".startswith(error.name or "?"):
+            raise  # something that the family imports
+    return _outside(family)
+
+
+def _outside(family: str) -> ModuleType:
+    """A family that is not in this package, but installed, or in the folder where one stands."""
+    file = f"hybridgen/models/{family.replace('.', '/')}.py"
+    missing = f"no family {family!r}: there is no {file if file.isprintable() else 'such'}"
+    if not all(part.isidentifier() for part in family.split(".")):
+        raise UserError(missing)
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(family)
+    except ModuleNotFoundError as error:
+        if not family.startswith(error.name or "?"):
+            raise
+        raise UserError(f"{missing}, and Python finds no module {family!r} (is its folder in PYTHONPATH?)") from None
+    if problems := faults(module):
+        raise UserError(f"{family!r} is no family: {problems[0]}")
+    return module
+
+
+def named(module: ModuleType) -> str:
+    """The dotted name by which `find` finds a family."""
+    return module.__name__.removeprefix(f"{PACKAGE}.")
+
+
+def roles(family: ModuleType) -> tuple[str, ...]:
+    """The roles that a family declares."""
+    role = getattr(family, "ROLE", ())
+    return (role,) if isinstance(role, str) else tuple(role)
+
+
+def faults(family: ModuleType) -> list[str]:
+    """What of the contract a module does not keep, a line each."""
+    declared = roles(family)
+    out = [f"its ROLE {role!r} is not one of {', '.join(ROLES)}" for role in declared if role not in ROLES]
+    if not declared:
+        return [f"{family.__name__} declares no ROLE (one of {', '.join(ROLES)}, or several)"]
+    wanted = dict(FAMILY)
+    for role in declared:
+        wanted |= {} if role not in ROLES else ROLES[role].functions
+        wanted |= TRAINED if role in ROLES and ROLES[role].trained else {}
+    wanted |= {name: parameters for name, parameters in OPTIONAL.items() if hasattr(family, name)}
+    for name, parameters in wanted.items():
+        function = getattr(family, name, None)
+        if not callable(function):
+            out.append(f"it has no function {name}({', '.join(parameters.split())})")
+        elif fault := _signature(function, parameters.split()):
+            out.append(f"{name} takes ({', '.join(inspect.signature(function).parameters)}), {fault}")
+    groups = getattr(family, "OPTIONS", {})
+    good = isinstance(groups, Mapping) and all(isinstance(group, Mapping) for group in groups.values())
+    if not good or not all(isinstance(option, Option) for group in groups.values() for option in group.values()):
+        out.append("its OPTIONS are not {group: {name: Option}}")
+    return out
+
+
+def _signature(function: Callable, wanted: list[str]) -> str:
+    """How a function's parameters differ from those wanted, in their order; more of them need defaults."""
+    given = inspect.signature(function).parameters
+    plain = [name for name, parameter in given.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    if plain[: len(wanted)] != wanted:
+        return f"and is to take ({', '.join(wanted)})"
+    more = [name for name in plain[len(wanted) :] if given[name].default is inspect.Parameter.empty]
+    return f"of which {more[0]!r} needs a default" if more else ""
+
+
+def optional(family: ModuleType, name: str) -> Callable | None:
+    """A function of `OPTIONAL`, or None where a family does not offer it."""
+    assert name in OPTIONAL, name
+    return getattr(family, name, None)
+
+
+def members(family: ModuleType, model: Any) -> dict[str, Member]:
+    """The models that are trained within a model, by name."""
+    within = optional(family, "members")
+    return within(model) if within else {}
+
+
+def inputs(family: ModuleType, model: Any) -> Inputs:
+    """What a model and the models trained within it are conditioned on."""
+    own = optional(family, "inputs")
+    found = [own(model)] if own else []
+    found += [inputs(find(member.family), member.model) for member in members(family, model).values()]
+    return Inputs(any(one.text for one in found), max((one.classes for one in found), default=0))
+
+
+def options_of(families: Iterable[ModuleType]) -> dict[str, dict[str, Option]]:
+    """The sampling options of several families that work together, by group."""
+    found: dict[str, dict[str, Option]] = {}
+    for family in families:
+        for group, options in getattr(family, "OPTIONS", {}).items():
+            found[group] = {**options, **found.get(group, {})}
+    return found
+
+
+# ---------------------------------------------------------------- parts
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +257,7 @@ class Part:
     params: Any
     extra: Any
     family: str = dataclasses.field(metadata={"static": True})
-    model: nn.Module = dataclasses.field(metadata={"static": True})
+    model: Any = dataclasses.field(metadata={"static": True})
 
     def call(self, role: str, *args: Any, **options: Any) -> Any:
         return getattr(find(self.family), role)(self.model, self.params, self.extra, *args, **options)
@@ -81,22 +267,23 @@ Parts = Mapping[str, Part]
 Shape = tuple[int, int]  # height, width
 
 
-def for_shape(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> tuple[nn.Module, dict]:
+def for_shape(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: Shape) -> tuple[Any, dict[str, Part]]:
     """A model and its parts for pictures of `shape`. UserError naming a family that has one shape only."""
     ready: dict[str, Part] = {}
     for name in sorted(parts, key=lambda name: (name not in ("tokenizer", "autoencoder"), name)):  # others need these
         part, module = parts[name], find(parts[name].family)
-        draws = hasattr(module, "for_shape") or hasattr(part.model, "grid")  # towers and feature networks have no shape
-        ready[name] = dataclasses.replace(part, model=_for_shape(module, part.model, ready, shape)) if draws else part
-    return _for_shape(family, model, ready, shape), ready
+        shapeless = set(roles(module)) <= {"text", "features"}
+        ready[name] = part if shapeless else dataclasses.replace(part, model=fit(module, part.model, ready, shape))
+    return fit(family, model, ready, shape), ready
 
 
-def _for_shape(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> nn.Module:
-    name, size = family.__name__.removeprefix("hybridgen.models."), "{} x {}".format(*shape)
-    if not hasattr(family, "for_shape"):
+def fit(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: Shape) -> Any:
+    """A model for pictures of `shape`; its parts are so already. UserError naming a family that has one shape only."""
+    name, size, function = named(family), "{} x {}".format(*shape), optional(family, "for_shape")
+    if function is None:
         raise UserError(f"{name} takes pictures of one shape, and these are of several, such as {size}")
     try:
-        return family.for_shape(model, tuple(shape), parts)
+        return function(model, tuple(shape), parts)
     except UserError as error:
         raise UserError(f"{name} cannot take pictures of {size}: {error}") from None
 

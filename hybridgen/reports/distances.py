@@ -20,7 +20,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources, transforms
 from hybridgen.evals import fid, prdc, reference
-from hybridgen.runs import experiment
+from hybridgen.runs import experiment, reading
 
 SPLITS = ("train", "validation", "holdout")
 LEAST = 2 * (prdc.COVERED + 1)  # pictures of a side
@@ -82,7 +82,7 @@ class Comparison:
 
 
 def build(
-    loaded: experiment.Loaded,
+    loaded: Loaded,
     features: str,
     splits: tuple[str, ...],
     count: int,
@@ -102,7 +102,7 @@ def build(
         if value < LEAST:
             raise UserError(f"distances need at least {LEAST} pictures, --{name} is {value}")
     batch = sharding.padded(loaded.mesh, batch)
-    run = experiment.load(experiment.find_run(features, None))
+    run = reading.load(reading.find_run(features, None))
     width = getattr(run.part.model, "feature_width", 0)
     if not width:
         raise UserError(f"{features} is a run of {run.part.family}, not of a network of features")
@@ -115,7 +115,7 @@ def build(
     return Comparison(_encoder(run.part, loaded, batch), width, batch, seed, about, known, pictures)
 
 
-def _encoder(part: Any, loaded: experiment.Loaded, batch: int) -> Callable[[np.ndarray], np.ndarray]:
+def _encoder(part: Any, loaded: Loaded, batch: int) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 pictures, at most `batch` -> features as numpy, over all devices; the last rows are padded."""
     placed = sharding.put(part, experiment.part_shardings(part, loaded.mesh))
     program = jax.jit(lambda part, image: part.call("encode", image))

@@ -20,7 +20,7 @@ import jax
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs.experiment import find_run
+from hybridgen.runs.reading import find_run
 
 HEAD = ("point", "code, bits", "perplexity, of the codebook", "PSNR", "right, reconstructed", "prior's loss")
 HEAD += ("nats a picture", "bits a picture", "right, from captions", "by objects")

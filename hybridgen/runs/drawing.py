@@ -6,7 +6,10 @@ in. Batches are padded to the compiled shape. Options are those of `config.sampl
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,78 +20,81 @@ from hybridgen.core import rng, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals.sheet import sheet
-from hybridgen.models.contract import Shape, for_shape
+from hybridgen.models import contract
+from hybridgen.models.contract import Option, Part, Shape, find, for_shape
+from hybridgen.runs import reading
 from hybridgen.sampling import guidance
-from hybridgen.sampling.solvers import SOLVERS
 
-# option: (lowest, highest, type)
-RANGES = {
-    "gather": (0, 1, int),
-    "guidance": (0.0, 100.0, float),
-    "guidance_channels": (0, 1_000_000, int),
-    "guidance_until": (0.0, 1.0, float),
-    "temperature": (0.0, 100.0, float),
-    "top_k": (0, 1_000_000, int),
-    "top_p": (1e-6, 1.0, float),
-    "steps": (1, 1000, int),
-    "shift": (0.01, 100.0, float),
-}
-CHOICES = {"solver": tuple(SOLVERS), "guidance_schedule": tuple(guidance.RAMPS), "spacing": ("uniform", "cosine")}
-# what a user calls an option -> where it is in `config.sample.options`
-GIVEN = {
-    "guidance": "prior.guidance",
-    "guidance_schedule": "prior.guidance_schedule",
-    "guidance_until": "prior.guidance_until",
-    "temperature": "prior.temperature",
-    "top_k": "prior.top_k",
-    "top_p": "prior.top_p",
-    "decoder_guidance": "decoder.guidance",
-    "steps": "decoder.steps",
-    "solver": "decoder.solver",
-}
+Known = Mapping[str, Mapping[str, Option]]  # group -> name -> option
 
 
-def checked(options: Mapping, path: str = "") -> dict[str, Any]:
-    """Options as plain data, ranges checked; `guidance` with its `guidance_schedule` becomes a schedule,
-    which ends at the share `guidance_until` of the way.
+def known_options(family: ModuleType, model: Any, parts: Mapping[str, Part]) -> Known:
+    """The sampling options of a model: its family's, and those of the models within it and of its parts."""
+    within = [find(member.family) for member in contract.members(family, model).values()]
+    return contract.options_of([family, *within, *(find(part.family) for part in parts.values())])
 
-    `guidance` is a scale, or a scale by the condition that it is against: {"plan": 1.5, "text": 3.0}.
+
+def checked(options: Mapping, known: Known, partial: bool = False) -> dict[str, dict[str, Any]]:
+    """Options {group: {name: value}} as plain data, each as its family takes it; UserError for one that none has.
+
+    `guidance` with its `guidance_schedule` becomes a schedule, which ends at the share `guidance_until` of the way.
+    partial: not all families are known yet, so that a group may be of one of the others.
     """
-    out: dict[str, Any] = {}
-    for name, value in options.items():
-        where = f"{path}{name}"
-        if name == "guidance" and hasattr(value, "items"):
-            out[name] = {level: _in_range(name, f"{where}.{level}", scale) for level, scale in value.items()}
-        elif name in RANGES:
-            out[name] = _in_range(name, where, value)
-        elif name in CHOICES:
-            if value not in CHOICES[name]:
-                raise UserError(f"{where} {value!r} is not one of {', '.join(CHOICES[name])}")
-            out[name] = value
-        elif name == "respacing" and isinstance(value, str):  # how many timesteps there are, the model knows
-            out[name] = value
-        elif hasattr(value, "items"):
-            out[name] = checked(value, f"{where}.")
-        else:
-            raise UserError(f"unknown option {where!r}; known are {', '.join((*RANGES, *CHOICES, 'respacing'))}")
-    interval = (0.0, out.pop("guidance_until", 1.0))
-    ramp = functools.partial(guidance.schedule, out.pop("guidance_schedule", "constant"), interval=interval)
-    scale = out.get("guidance", 1.0)
-    if "guidance" in out:
-        out["guidance"] = {name: ramp(s) for name, s in scale.items()} if hasattr(scale, "items") else ramp(scale)
+    out: dict[str, dict[str, Any]] = {}
+    for group, values in options.items():
+        if group not in known or not hasattr(values, "items"):
+            if partial and hasattr(values, "items"):
+                continue
+            raise UserError(f"unknown option {group!r}; known are {_listed(known)}")
+        for name in values:
+            if name not in known[group]:
+                raise UserError(f"unknown option {f'{group}.{name}'!r}; known are {_listed(known)}")
+        ready = {name: known[group][name].checked(f"{group}.{name}", value) for name, value in values.items()}
+        out[group] = guidance.scheduled(ready)
     return out
 
 
-def _in_range(name: str, where: str, value: Any) -> Any:
-    low, high, kind = RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"{where} {value!r} is not within {low} and {high}")
-    return kind(value)
+def check_config(config: Any, folder: Path | None, stages: Mapping[str, Any]) -> None:
+    """Raises UserError for a sampling option of a config that neither its family nor those of its parts have.
+
+    A part is a run, seen from `folder`, or a stage of a recipe; the options of one that is neither yet pass.
+    """
+    names, partial = list(reading.families({"family": config.family, "model": config.model})), False
+    for path in config.parts.values():
+        stage = stages.get(Path(path).name)
+        try:
+            names += (
+                reading.families({"family": stage.family, "model": stage.model})
+                if stage is not None and "family" in stage
+                else reading.families_of(reading.find_run(path, folder))
+            )
+        except UserError:
+            partial = True
+    checked(config.sample.options, contract.options_of(map(find, names)), partial)
 
 
-def sampler(family: Any, model: Any, options: Mapping, shape: Shape | None = None) -> Callable:
-    """The jitted program: (params, extra, parts, cond, keys) -> {"image", ...}; `shape`: another than the model's."""
-    ready = checked(options)
+def _listed(known: Known) -> str:
+    return ", ".join(f"{group}.{name}" for group, options in known.items() for name in options) or "none"
+
+
+def flags(known: Known) -> dict[str, str]:
+    """{what a user calls an option: where it is in `config.sample.options`}; of two by one name, the first has it."""
+    found: dict[str, str] = {}
+    for group, options in known.items():
+        for name, option in options.items():
+            flag = option.flag or name
+            found[f"{group}_{name}" if flag in found else flag] = f"{group}.{name}"
+    return found
+
+
+def sampler(
+    family: Any, model: Any, options: Mapping, parts: Mapping[str, Part], shape: Shape | None = None
+) -> Callable:
+    """The jitted program: (params, extra, parts, cond, keys) -> {"image", ...}; `shape`: another than the model's.
+
+    parts: those that it will be given, of which only the families are read here.
+    """
+    ready = checked(options, known_options(family, model, parts))
 
     @jax.jit
     def draw(params: Any, extra: Any, parts: Any, cond: dict, keys: jax.Array) -> dict[str, jax.Array]:
@@ -141,7 +147,7 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     captions = [item["text"] for item in pipeline.examples(source, indices)]
     cond = {name: value for name, value in batch.items() if name in ("text", "text_mask", "label", "image")}
     shape = batch["image"].shape[1:3] if hasattr(source, "occurring") else None
-    draw = sampler(experiment.family, experiment.model, config.sample.options, shape)
+    draw = sampler(experiment.family, experiment.model, config.sample.options, experiment.parts, shape)
     put = functools.partial(sharding.shard_batch, mesh=experiment.mesh)
     seed = config.seed
 
@@ -156,18 +162,32 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     return grid
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sampling options of a command line; what is not given stays as the run's config has it."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(arguments, changes to the sampling options) of a command line that names a run, `--run`.
+
+    The options are those of the run's families, so `--run RUN --help` shows them.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     parser.add_argument("--checkpoint", type=int, metavar="N", help="step to draw from (default: the newest good one)")
-    parser.add_argument("--guidance", type=float, help="guidance scale of the prior (1: none)")
-    parser.add_argument("--guidance-schedule", help=f"over the tokens: one of {', '.join(guidance.RAMPS)}")
-    parser.add_argument("--guidance-until", type=float, metavar="SHARE", help="of the tokens; none behind (default: 1)")
-    parser.add_argument("--temperature", type=float, help="temperature of the prior (0: greedy)")
-    parser.add_argument("--top-k", type=int, help="keep the k most likely tokens (0: all)")
-    parser.add_argument("--top-p", type=float, help="keep the most likely tokens up to this mass (1: all)")
-    parser.add_argument("--decoder-guidance", type=float, help="guidance scale of the decoder, plan against none")
-    parser.add_argument("--steps", type=int, help="steps of the decoder's solver")
-    parser.add_argument("--solver", help=f"one of {', '.join(SOLVERS)}")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--run")
+    run = first.parse_known_args(argv)[0].run
+    if not run:
+        parser.epilog = "Further options are those of the run's model: `--run RUN --help` shows them."
+        return parser.parse_args(argv), {}  # refuses: --run is required
+    known = contract.options_of(map(find, reading.families_of(reading.find_run(run, None))))
+    paths = flags(known)
+    group = parser.add_argument_group("sampling options of this run")
+    for flag, path in paths.items():
+        section, _, name = path.partition(".")
+        option = known[section][name]
+        kind = str if isinstance(option.default, str) else type(option.default)
+        which = f" (one of {', '.join(option.choices)})" if option.choices else ""
+        text = f"{option.meaning}{which}".replace("%", "%%")
+        group.add_argument(f"--{flag.replace('_', '-')}", dest=f"option:{path}", type=kind, metavar="X", help=text)
+    args = parser.parse_args(argv)
+    given = {path: getattr(args, f"option:{path}") for path in paths.values()}
+    return args, {path: value for path, value in given.items() if value is not None}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -181,8 +201,3 @@ def check_number(name: str, value: Any, sign: str = "") -> None:
     least = 0 if name == "seed" else 1
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= config_lib.MOST:
         raise UserError(f"{sign}{name} {value} is not within {least} and {config_lib.MOST}")
-
-
-def changes(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given, by the name of the option in `config.sample.options`."""
-    return {name: getattr(args, given) for given, name in GIVEN.items() if getattr(args, given) is not None}

@@ -21,8 +21,8 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.data.text.published import Published
 from hybridgen.models.contract import Part, find
-from hybridgen.runs import experiment, manifest
 from hybridgen.runs import folder as run_folder
+from hybridgen.runs import manifest, reading
 from hybridgen.weights import rules, safetensors, tables
 
 PROMPT = 512  # positions of a prompt, where a model does not say fewer
@@ -93,7 +93,7 @@ def read_config(about: tables.About, given: str | None, where: Path) -> dict[str
     return config
 
 
-def run_config(plan: tables.Plan, parts: Mapping[str, experiment.Run], places: Mapping[str, str]) -> dict[str, Any]:
+def run_config(plan: tables.Plan, parts: Mapping[str, reading.Run], places: Mapping[str, str]) -> dict[str, Any]:
     """The config of a run folder: what reading it back asks for. `places`: of the parts, as seen from that folder."""
     data = {"source": "shapes", "options": {}, "flip": False, "workers": 0, "threads": 1}
     sizes = plan.inputs.get("image", (32,))  # what reads text alone is asked for none
@@ -104,9 +104,9 @@ def run_config(plan: tables.Plan, parts: Mapping[str, experiment.Run], places: M
     return {"family": plan.family, "model": plan.model, "data": data, "seed": 0, "batch": 1, "sample": sample} | rest
 
 
-def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, experiment.Run]:
+def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, reading.Run]:
     """The runs that a model is to be used with. Raises UserError for one that it cannot read."""
-    parts = {name: experiment.load(experiment.find_run(str(path), None)) for name, path in given.items()}
+    parts = {name: reading.load(reading.find_run(str(path), None)) for name, path in given.items()}
     model = goal.model
     if "tokenizer" in parts and hasattr(model, "vocab"):
         other = parts["tokenizer"].part.model
@@ -127,7 +127,7 @@ def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, experiment.
     return parts
 
 
-def read_text(goal: Target, parts: Mapping[str, experiment.Run], folder: Path | None, required: bool) -> Any:
+def read_text(goal: Target, parts: Mapping[str, reading.Run], folder: Path | None, required: bool) -> Any:
     """The text tokenizer of a run, or None: that in `folder` of a text model, or that of the tower among its parts.
 
     Raises UserError for one that was `asked` for and cannot be had; otherwise it is said.
@@ -236,7 +236,7 @@ def write_official(source: tables.Source, folder: Path, given: str | None, out: 
 
 def read_run(folder: Path) -> dict[str, np.ndarray]:
     """The newest good arrays of a run, {"params/..": array, "extra/..": array}. Raises UserError if there are none."""
-    flat = trees.flatten(experiment.saved_arrays(folder)[0])
+    flat = trees.flatten(reading.saved_arrays(folder)[0])
     return {path: leaf for path, leaf in flat.items() if not path.startswith("params/disc/")}  # a judge of training
 
 

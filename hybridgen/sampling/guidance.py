@@ -22,6 +22,7 @@ A device that holds a share of the rows then holds all branches of its pictures:
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +75,20 @@ def schedule(name, scale, interval=(0.0, 1.0)):
     if not is_on(scale) or (name == "constant" and (low, high) == (0, 1)):
         return scale
     return functools.partial(_scale_at, RAMPS[name], scale, low, high)
+
+
+def scheduled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with `guidance` made a schedule by its `guidance_schedule`, up to the share `guidance_until` of the way.
+
+    `guidance` is a scale, or a scale by the condition that it is against: {"plan": 1.5, "text": 3.0}.
+    """
+    out = dict(options)
+    interval = (0.0, out.pop("guidance_until", 1.0))
+    ramp = functools.partial(schedule, out.pop("guidance_schedule", "constant"), interval=interval)
+    if "guidance" in out:
+        scale = out["guidance"]
+        out["guidance"] = {name: ramp(s) for name, s in scale.items()} if hasattr(scale, "items") else ramp(scale)
+    return out
 
 
 def _scale_at(ramp, scale, low, high, progress):

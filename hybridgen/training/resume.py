@@ -1,7 +1,7 @@
 """How a run begins or goes on: the state it starts from, and what must be as it was when that state was saved."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,22 @@ from hybridgen.data import pipeline, sources
 from hybridgen.models.contract import find
 from hybridgen.runs import checkpoint, drawing
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs.experiment import Experiment, earlier
+from hybridgen.runs.experiment import Experiment
+from hybridgen.runs.reading import earlier
 from hybridgen.training import logging
 from hybridgen.training import state as state_lib
 
 
-def checked(config: Any, source: Callable = sources.build) -> Any:
-    """The training data of a config, `source(config.data, split)`.
+def checked(
+    config: Any, source: Callable = sources.build, folder: Path | None = None, stages: Mapping[str, Any] | None = None
+) -> Any:
+    """The training data of a config, `source(config.data, split)`. stages: those of its recipe, whose runs are parts.
 
     Raises UserError, before any work, for what a run would stumble over later.
     """
     find(config.family)
     sharding.check_batch(sharding.make_mesh(config.mesh), config.batch, config.accumulate)
-    drawing.checked(config.sample.options)
+    drawing.check_config(config, folder, stages or {})
     if config.eval.every or config.sample.every:
         source(config.data, "validation")
     return source(config.data, "train")
@@ -56,8 +59,7 @@ def beginning(
 
 def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:
     """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
-    resolved, model = config_lib.plain(config), experiment.model
-    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
+    resolved = config_lib.plain(config) | {"model": config_lib.plain(experiment.options)}
     if hasattr(source, "occurring"):
         resolved["data"]["shapes"] = config_lib.plain(source.occurring(config.batch, True))  # what was trained
     return resolved, {

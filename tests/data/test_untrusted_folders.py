@@ -21,8 +21,8 @@ from hybridgen import cli
 from hybridgen.core import config as config_lib
 from hybridgen.core import hostmemory, quiet
 from hybridgen.data import sources, text
-from hybridgen.runs import experiment, manifest
 from hybridgen.runs import folder as run_folder
+from hybridgen.runs import manifest, reading
 from hybridgen.runs.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_a_config_of_somebody(tmp_path):
     values += [("stages", "x"), ("stages", {"a": 1}), ("trainable", [["(", True]]), ("a", {"b.c": 1})]
     for key, value in values:
         path.write_text(json.dumps(changed(plain, key, value)))
-        assert str(path) in (says := refused(experiment.load, tmp_path)) or "no family" in says, (key, value)
+        assert str(path) in (says := refused(reading.load, tmp_path)) or "no family" in says, (key, value)
     for raw in [
         b"[" * 100_000,
         b'{"a":' * 100_000,
@@ -156,7 +156,7 @@ def test_a_config_of_somebody(tmp_path):
     os.truncate(path, 2**33)  # eight gigabytes of nothing
     assert "bytes" in refused(config_lib.read, path)
     path.write_text(json.dumps(plain))
-    assert "no usable checkpoint" in refused(experiment.load, tmp_path)
+    assert "no usable checkpoint" in refused(reading.load, tmp_path)
 
 
 def test_the_json_of_a_run_of_somebody(tmp_path):

@@ -19,7 +19,7 @@ from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import sources
-from hybridgen.runs import bundle, checkpoint, experiment, manifest
+from hybridgen.runs import bundle, checkpoint, experiment, manifest, reading, restore
 from hybridgen.weights import safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def refused(function, *args, **options) -> str:
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
-    part = experiment.load(folder).part
+    part = reading.load(folder).part
     return trees.flatten({"params": part.params, "extra": part.extra})
 
 
@@ -79,18 +79,18 @@ def test_a_bundle_draws_what_its_run_draws(run, copy, tmp_path, monkeypatch):
 def test_a_bundle_stands_where_a_run_does(run, whole):
     """As a part, with the digest that the run has, as the start of another run, and as what a bundle is made of."""
     for name in ("tokenizer", "prior", "decoder"):
-        one, two = experiment.load(run.parent / name), experiment.load(whole / "parts" / name)
+        one, two = reading.load(run.parent / name), reading.load(whole / "parts" / name)
         assert two.digest == one.digest and two.part_digests == one.part_digests and two.step == saved_runs.STEP
         assert two.text is None if one.text is None else two.text.to_json() == one.text.to_json()
     config = config_lib.read(run.parent / "decoder" / "config.json").copy_and_resolve_references()
     with config.unlocked():
         config.parts.tokenizer = str(whole / "parts/tokenizer")
     source = sources.build(config.data, "train")
-    assert experiment.build(config, source=source).digests == experiment.load(run.parent / "decoder").part_digests
+    assert experiment.build(config, source=source).digests == reading.load(run.parent / "decoder").part_digests
     with config.unlocked():
         config.init_from.all = str(whole / "parts/decoder")
-    params, _ = experiment.earlier(config, whole)
-    assert tiny.same(params[""], experiment.load(run.parent / "decoder").part.params)
+    params, _ = reading.earlier(config, whole)
+    assert tiny.same(params[""], reading.load(run.parent / "decoder").part.params)
 
 
 def test_a_bundle_of_a_bundle_is_the_same(whole, tmp_path):
@@ -146,7 +146,7 @@ def test_what_a_dtype_does_not_hold_is_refused(tmp_path):
 def test_a_narrow_bundle_knows_its_parts(run, tmp_path):
     """Its parts are told by the digests of what is read back, not of what they were; bfloat16 parameters may be so."""
     export.export(run, tmp_path / "small", "bfloat16")
-    loaded = experiment.restore(tmp_path / "small", {})
+    loaded = restore.restore(tmp_path / "small", {})
     assert loaded.step == saved_runs.STEP
     was, now = arrays(run.parent / "prior"), arrays(tmp_path / "small/parts/prior")
     assert all(np.array_equal(now[path], was[path].astype(ml_dtypes.bfloat16).astype(np.float32)) for path in was)
@@ -181,15 +181,15 @@ def test_every_damaged_file_is_named(copy):
             good = path.read_bytes()
             for bad in (good[:-2], good[:40] + bytes([good[40] ^ 1]) + good[41:]):
                 path.write_bytes(bad)
-                assert name in refused(experiment.restore, copy, {})
+                assert name in refused(restore.restore, copy, {})
             path.unlink()
-            assert str(folder) in refused(experiment.restore, copy, {})
+            assert str(folder) in refused(restore.restore, copy, {})
             path.write_bytes(good)
     text = (copy / "text.json").read_text()
     (copy / "text.json").unlink()
     sealed(copy)
     (copy / "text.json").write_text(text)
-    assert "text.json: not in the manifest" in refused(experiment.restore, copy, {})
+    assert "text.json: not in the manifest" in refused(restore.restore, copy, {})
 
 
 def test_a_part_of_another_bundle_is_refused(copy, run, tmp_path):
@@ -197,9 +197,9 @@ def test_a_part_of_another_bundle_is_refused(copy, run, tmp_path):
     other = saved_runs.save(tmp_path / "tokenizer", "tokenizers.vq", tiny.FSQ, {}, 50)
     shutil.rmtree(copy / "parts/tokenizer")
     export.export(other, copy / "parts/tokenizer")
-    assert "'tokenizer'" in refused(experiment.restore, copy, {})
+    assert "'tokenizer'" in refused(restore.restore, copy, {})
     shutil.rmtree(copy / "parts/tokenizer")
-    assert "no run in 'parts/tokenizer'" in refused(experiment.restore, copy, {})
+    assert "no run in 'parts/tokenizer'" in refused(restore.restore, copy, {})
 
 
 def edited(folder: Path, name: str, **changes) -> None:
@@ -232,7 +232,7 @@ def sealed(folder: Path) -> None:
 )
 def test_the_json_of_a_stranger(copy, name, changes, says):
     edited(copy, name, **changes)
-    message = refused(experiment.restore, copy, {})
+    message = refused(restore.restore, copy, {})
     assert says in message and len(message) < 600
 
 
@@ -245,7 +245,7 @@ def test_the_weights_of_a_stranger(copy):
     def says(tensors: dict, dtype: str = "float32") -> str:
         safetensors.write(folder / "weights.safetensors", tensors, {"dtype": dtype})
         sealed(folder)
-        return refused(experiment.restore, copy, {})
+        return refused(restore.restore, copy, {})
 
     assert "params/null_plan is (1, 2) and is to be (1, 32)" in says(good | {name: small})
     assert "params/more is (1, 2) and is to be nothing" in says(good | {"params/more": small})
@@ -256,7 +256,7 @@ def test_the_weights_of_a_stranger(copy):
     assert "its scales do not fit" in says(good | {f"{name}.scale": np.zeros((1,), np.float32)}, "int8")
     (folder / "weights.safetensors").unlink()
     os.mkfifo(folder / "weights.safetensors")
-    assert "weights.safetensors" in refused(experiment.restore, copy, {})
+    assert "weights.safetensors" in refused(restore.restore, copy, {})
 
 
 # ---------------------------------------------------------------- making one

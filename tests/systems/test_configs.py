@@ -21,8 +21,8 @@ from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
 from hybridgen.models.ar import raster
 from hybridgen.reports import points as points_lib
-from hybridgen.runs import drawing, experiment
-from hybridgen.runs.experiment import restore
+from hybridgen.runs import drawing, experiment, reading
+from hybridgen.runs.restore import restore
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/recipes/*.py"))
@@ -119,7 +119,7 @@ def test_official_priors_know_more_than_frequencies(name, tiny_run):
     """On pictures that were not trained on, by the margin that the config promises."""
     name, *variant = name.split(":")
     folder, _ = tiny_run(":".join([f"configs/ar/{name}.py", *variant]))
-    run = experiment.load(folder)
+    run = reading.load(folder)
     part, parts = run.part, experiment.build(run.config, folder, text=run.text).parts
     batch = next(pipeline.batches(sources.build(run.config.data, "validation"), run.text, batch=64, seed=0))
     tokens = np.asarray(parts["tokenizer"].call("encode", batch["image"]))

@@ -11,7 +11,7 @@ import torchfile
 
 from hybridgen import cli, convert
 from hybridgen.core import trees
-from hybridgen.runs import checkpoint, experiment, importing
+from hybridgen.runs import checkpoint, importing, reading
 from hybridgen.weights import safetensors, tables
 from hybridgen.weights.files import open_weights
 
@@ -40,7 +40,7 @@ def test_in_and_out_again(system, tmp_path, capsys):
 
     # what other commands see is a run: verified, with the config that makes its model
     assert not checkpoint.Checkpointer(tmp_path / "run" / "checkpoints", read_only=True).verify(0)
-    loaded = experiment.load(tmp_path / "run")
+    loaded = reading.load(tmp_path / "run")
     image = np.zeros((1, 16, 16, 3), np.float32)
     code = loaded.part.call("encode", image)
     assert loaded.step == 0 and np.isfinite(np.asarray(code)).all()

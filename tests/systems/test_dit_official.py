@@ -18,7 +18,7 @@ from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.models.diffusion import dit, process, variance
-from hybridgen.runs import experiment, importing
+from hybridgen.runs import importing, reading
 from hybridgen.sampling import guidance, official, schedules
 from hybridgen.weights import rules, safetensors, tables
 
@@ -334,7 +334,7 @@ def test_official_weights_to_pictures(tmp_path, capsys):
         pictures = [np.asarray(sample.Image.open(tmp_path / name / f"0000{i}.png")) for i in range(2)]
         assert pictures[0].std() > 0 and (pictures[0] != pictures[1]).any()
         sizes[name] = pictures[0].shape
-    reduction = 2 ** (len(experiment.load(tmp_path / "sd_kl_vae").part.model.channels) - 1)
+    reduction = 2 ** (len(reading.load(tmp_path / "sd_kl_vae").part.model.channels) - 1)
     picture = (8 * reduction, 8 * reduction, 3)
     assert sizes == {"latents": (8, 8, 3), "ancestral": picture, "ddim": picture}
     assert convert.main(["dit_official", str(folder), str(tmp_path / "back.safetensors"), "--export"]) == 0
@@ -345,7 +345,7 @@ def test_official_weights_to_pictures(tmp_path, capsys):
 @pytest.mark.slow
 def test_tiny_beats_the_mean_picture(tiny_run):
     """Its error of the noise is at most 0.8 of what a Gaussian with each value's mean and variance leaves."""
-    run = experiment.load(tiny_run("configs/diffusion/dit_official.py").folder)
+    run = reading.load(tiny_run("configs/diffusion/dit_official.py").folder)
     model, source = run.part.model, sources.build(run.config.data, "validation")
     batch = next(pipeline.batches(source, None, batch=256, seed=0))
     batch = {name: jnp.asarray(batch[name]) for name in ("id", "image", "label")}

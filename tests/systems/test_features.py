@@ -20,7 +20,7 @@ from hybridgen.models.features import inception
 from hybridgen.nn import convnorm
 from hybridgen.reports import distances
 from hybridgen.runs import importing
-from hybridgen.runs.experiment import restore
+from hybridgen.runs.restore import restore
 from hybridgen.weights import rules, safetensors, tables
 from hybridgen.weights.files import open_weights
 

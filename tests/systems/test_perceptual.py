@@ -10,7 +10,7 @@ import pytest
 
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
-from hybridgen.runs import experiment, importing
+from hybridgen.runs import importing, reading
 from hybridgen.weights import rules, tables
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lpips_vgg.npz"
@@ -47,7 +47,7 @@ def test_distances_and_their_gradient_are_the_official_ones(recorded, measured, 
     io, state = recorded
     # through a run folder, as a config's `parts.perceptual` names it
     importing.write_run(tmp_path / "run", tables.find("lpips_vgg"), {"width": 2}, state)
-    part = experiment.load(tmp_path / "run").part
+    part = reading.load(tmp_path / "run").part
     assert part.family == "features.perceptual" and part.model.width == 2
     far, slope = measured(part.params, nhwc(io["image"]), nhwc(io["other"]))
     np.testing.assert_allclose(far, io["distance"], rtol=1e-5)

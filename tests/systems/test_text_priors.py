@@ -23,7 +23,7 @@ from hybridgen.cost import programs
 from hybridgen.data import text as text_lib
 from hybridgen.models.ar import raster
 from hybridgen.models.hybrid import cascade
-from hybridgen.runs import experiment, importing
+from hybridgen.runs import experiment, importing, reading
 from hybridgen.runs.folder import read_json
 from hybridgen.weights import safetensors
 from hybridgen.weights.files import open_weights
@@ -73,8 +73,8 @@ def test_prompts_are_read_as_the_tower_reads_them(runs):
 
 def test_the_tower_is_a_part_of_the_cascade_and_the_one_that_the_prior_knows(runs, tmp_path):
     config = config_lib.read(runs / "cascade" / "config.json")
-    loaded = experiment.load(runs / "cascade").part
-    parts = {name: experiment.load(runs / name).part for name in PARTS if name != "text"}
+    loaded = reading.load(runs / "cascade").part
+    parts = {name: reading.load(runs / name).part for name in PARTS if name != "text"}
     cond = {"text": np.ones((1, LENGTH), np.int32), "text_mask": np.ones((1, LENGTH), bool)}
     with pytest.raises(UserError, match="a prior on text features needs the part 'text'; this config has"):
         experiment.find(config.family).sample(
@@ -117,7 +117,7 @@ def test_from_prompts_to_pictures_by_run_and_by_bundle(runs, tmp_path):
 @pytest.mark.slow
 def test_a_joint_step_with_the_tower_or_with_cached_features(runs):
     """Both members learn, what stands for a dropped caption does not, and cached features need no tower."""
-    parts = {name: experiment.load(runs / name).part for name in ("tokenizer", "text")}
+    parts = {name: reading.load(runs / name).part for name in ("tokenizer", "text")}
     known = {"vocab": parts["tokenizer"].model.vocab, "grid": parts["tokenizer"].model.grid}
     options = tiny.cascade_options(parts["tokenizer"], decoder={"depth": 1})
     options["prior"]["model"] = PRIOR | known | {"drop": 0.5}

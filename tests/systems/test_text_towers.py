@@ -14,7 +14,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.models.contract import Part, find
 from hybridgen.models.text import clip
 from hybridgen.nn.position import relative_buckets, rotary, stretched
-from hybridgen.runs import experiment, importing
+from hybridgen.runs import importing, reading
 from hybridgen.runs.folder import read_json
 from hybridgen.weights import rules, tables
 from hybridgen.weights.files import open_weights
@@ -84,7 +84,7 @@ def returned(source, config, state):
 def test_by_command_to_a_run_and_back(name, tmp_path):
     """The run is read as a part is, and its export is the file that it came from."""
     assert convert.main([name, str(GOLDEN / name), str(tmp_path / "run")]) == 0
-    assert experiment.load(tmp_path / "run").part.family.startswith("text.")
+    assert reading.load(tmp_path / "run").part.family.startswith("text.")
     assert convert.main([name, str(tmp_path / "run"), str(tmp_path / "back.safetensors"), "--export"]) == 0
     there, back = (open_weights(path) for path in (GOLDEN / name, tmp_path / "back.safetensors"))
     assert set(there) == set(back) and all(np.array_equal(there[key], back[key]) for key in there)
@@ -102,7 +102,7 @@ def test_the_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(tmp_path, ca
             convert.main(["t5_encoder", *run, "--text", folder])
         assert not (tmp_path / "new").exists()
     assert convert.main(["t5_encoder", *run, "--text", folders["t5"]]) == 0
-    text = experiment.load(tmp_path / "new").text
+    text = reading.load(tmp_path / "new").text
     assert text.kind == "published" and text.length == importing.PROMPT
 
 

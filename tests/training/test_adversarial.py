@@ -22,7 +22,7 @@ from hybridgen.models import losses
 from hybridgen.models.contract import find
 from hybridgen.models.tokenizers import judging, kl, vq
 from hybridgen.nn.discriminator import PatchGAN
-from hybridgen.runs import experiment
+from hybridgen.runs import reading
 
 GAME = {"weight": 0.8, "start": 3, "adaptive": True, "width": 4, "depth": 2, "groups": 2}
 VQ = tiny.VQ | {"quantizer": "fsq", "levels": (4, 3), "l1": 1.0, "mse": 0.0, "adversarial": GAME}
@@ -247,7 +247,7 @@ def test_options_of_the_game_are_known_ones():
 @pytest.mark.parametrize("name", ["vqgan", "kl"])
 def test_tiny_pictures_beat_the_mean_picture_by_the_margin_of_the_config(name, tiny_run):
     """With the game on for half of the steps."""
-    run = experiment.load(tiny_run(f"configs/tokenizers/{name}.py").folder)
+    run = reading.load(tiny_run(f"configs/tokenizers/{name}.py").folder)
     game = run.config.model.adversarial
     assert 0 < game.start <= run.config.steps // 2 and {"disc"} <= set(run.part.params)
 

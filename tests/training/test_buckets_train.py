@@ -29,7 +29,7 @@ from hybridgen.models.text import lm
 from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn.position import learned
 from hybridgen.runs import experiment
-from hybridgen.runs.experiment import load
+from hybridgen.runs.reading import load
 from hybridgen.training import logging
 from hybridgen.training.state import spec_of
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hybridgen import evaluate, sample, train
 from hybridgen.core import config
-from hybridgen.runs.experiment import restore
+from hybridgen.runs.restore import restore
 from hybridgen.training import logging
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from hybridgen.core import config
 from hybridgen.core.errors import UserError
 from hybridgen.runs import manifest
 from hybridgen.runs.checkpoint import Checkpointer
-from hybridgen.runs.experiment import load
+from hybridgen.runs.reading import load
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY, KILLS = 800, 20, 20

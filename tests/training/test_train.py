@@ -17,7 +17,7 @@ from hybridgen import train
 from hybridgen.core import config, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline
-from hybridgen.runs.experiment import inference_params
+from hybridgen.runs.reading import inference_params
 from hybridgen.training import batches as batch_stream
 from hybridgen.training import optim, state
 

@@ -24,6 +24,8 @@ from hybridgen.models.features.efficientnet import encode, init, logits
 from hybridgen.nn.convnorm import ConvNorm
 from hybridgen.nn.linear import Linear
 
+ROLE = "features"
+
 __all__ = ["InceptionV3", "build", "encode", "init", "logits"]
 SIDE, WIDTHS = 299, (64, 192, 768, 2048)
 

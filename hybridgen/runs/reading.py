@@ -1,0 +1,174 @@
+"""How a run or a bundle is read back: its config, its arrays, and the text tokenizer that it read with.
+
+A run folder holds `config.json` (resolved: no "auto" left), `text.json` (the text tokenizer), `checkpoints/` and logs.
+A bundle (runs/bundle.py) is read wherever a run is.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hybridgen import models
+from hybridgen.core import config as config_lib
+from hybridgen.core import trees
+from hybridgen.core.errors import UserError
+from hybridgen.data import sources
+from hybridgen.data import text as text_lib
+from hybridgen.models.contract import Part, find
+from hybridgen.runs import bundle, checkpoint, upgrades
+from hybridgen.runs.folder import read_json
+
+
+class Run(NamedTuple):
+    """A run as read back for inference."""
+
+    config: Any
+    part: Part
+    text: Any
+    digest: str
+    part_digests: dict[str, str]
+    step: int
+    bundled: bool  # not from a run folder, but from a bundle, which may be anybody's
+    folder: Path
+
+
+def find_run(path: str, folder: Path | None) -> Path:
+    """The run that a config or a command line names. Raises UserError if there is none."""
+    places = [Path(os.path.normpath(place)) for place in ([folder / path] if folder else []) + [Path(path)]]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place.resolve()
+    raise UserError(f"no run in {path!r} (looked for config.json in {', '.join(str(p) for p in places)})")
+
+
+def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
+    """The newest good checkpoint of a run (or the one at `step`), averaged parameters where there are some."""
+    bundled = bundle.at(folder)
+    made = bundle.read(folder) if bundled else None  # verifies its files before anything else is made of them
+    config = upgrades.upgraded(config_lib.read(folder / "config.json"))
+    if bundled:
+        check_families(config, folder)
+    model = _model(config, folder)
+    if made:
+        bundle.check_parts(folder, config.parts)
+        if step not in (None, made.step):
+            raise UserError(f"the bundle {folder} is of step {made.step}, there is no {step} in it")
+    arrays, part_digests, found = made or saved_arrays(folder, step, config, report)
+    part = Part(arrays["params"], arrays["extra"], config.family, model)
+    text_file = folder / "text.json"
+    text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
+    options = config.data.get("options")
+    if hasattr(options, "items") and sources.BUCKETS in options:
+        config = config.copy_and_resolve_references()  # what it is compared with, or cached, is square
+        with config.unlocked():
+            del config.data.options[sources.BUCKETS]
+    return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder)
+
+
+def saved_arrays(
+    folder: Path, step: int | None = None, config: Any = None, report: Any = print
+) -> tuple[dict, dict[str, str], int]:
+    """(arrays {"params", "extra"}, digests of the parts, step) of a run folder, which must be those of `config`."""
+    saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
+    found = saved.newest_good(report) if step is None else step
+    if found is None:
+        raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}")
+    if config is not None:
+        saved.check_model(found, config_lib.plain(config))
+    state = saved.restore_params(found)
+    part_digests = saved.meta(found).get("parts", {})
+    saved.close()
+    params = inference_params(state.get("params", {}), state.get("ema", {}))
+    return {"params": params, "extra": state.get("extra", {})}, part_digests, found
+
+
+def inference_params(params: Any, ema: Any) -> dict:
+    """Parameters to sample with: the average where there is one, and what has none as it is."""
+    flat = trees.flatten(params) | trees.flatten(ema)
+    return trees.unflatten(flat)
+
+
+def families(config: Mapping) -> Iterator[str]:
+    """The families that a config names: its own, and those of members within its model."""
+    if isinstance(config.get("family"), str):
+        yield config["family"]
+    for value in config.values():
+        if hasattr(value, "items"):
+            yield from families(value)
+
+
+def families_of(folder: Path) -> list[str]:
+    """The families of a run and of its parts, by their configs alone."""
+    config = upgrades.upgraded(config_lib.read(folder / "config.json"))
+    if bundle.at(folder):
+        check_families(config, folder)
+    found = list(families({"family": config.get("family"), "model": config.get("model", {})}))
+    for path in config.get("parts", {}).values():
+        found += families_of(find_run(path, folder))
+    return found
+
+
+def check_families(config: Any, folder: Path) -> None:
+    """Raises UserError for a family outside of hybridgen in a bundle, which may be anybody's: no code is imported."""
+    for family in families({"family": config.get("family"), "model": config.get("model", {})}):
+        known = sys.modules.get(family)
+        if known is None and Path(*models.__path__, *family.split(".")).with_suffix(".py").is_file():
+            continue
+        if known is None:
+            raise UserError(
+                f"the bundle {folder} is of the family {family!r}: import that module first, if you trust it"
+            )
+
+
+def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution: int) -> None:
+    """Raises UserError naming an array of a bundle that the model of its config does not have, or in another shape."""
+    specs = {"image": jax.ShapeDtypeStruct((1, resolution, resolution, 3), np.float32)}
+    try:
+        wanted = jax.eval_shape(lambda key: find(part.family).init(part.model, key, specs, parts), jax.random.key(0))
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
+    has, wants = trees.flatten({"params": part.params, "extra": part.extra}), trees.flatten(wanted)
+    for path in sorted(has.keys() | wants.keys()):
+        found, right = (tree[path].shape if path in tree else "nothing" for tree in (has, wants))
+        if found != right:
+            raise UserError(f"the weights of {folder} do not fit its config: {path} is {found} and is to be {right}")
+
+
+def _model(config: Any, folder: Path) -> Any:
+    """The model of a run that is read back. Raises UserError for a config that does not make one."""
+    for name in ("model", "data", "mesh", "parts", "sample"):
+        if not hasattr(config.get(name), "items"):
+            raise UserError(f"{folder / 'config.json'} is not the config of a run: it has no group {name!r}")
+    try:
+        return find(config.family).build(config_lib.resolve(config.model, {}))
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # the file may be anybody's
+        text = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
+
+
+def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
+    """Subtrees of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}, and the `extra` of a
+    run that is taken whole (a codebook, for instance), or None."""
+    found, extra = {}, None
+    for prefix, where in config.init_from.items():
+        path, _, inside = where.partition(":")
+        part = load(find_run(path, folder)).part
+        arrays = part.params
+        for name in filter(None, inside.split("/")):
+            if name not in arrays:
+                raise UserError(f"init_from: {path} has no subtree {inside!r}; it has {', '.join(arrays)}")
+            arrays = arrays[name]
+        whole = prefix == "all"
+        found["" if whole else prefix.replace(".", "/")] = arrays
+        extra = part.extra if whole and not inside else extra
+    return found, extra

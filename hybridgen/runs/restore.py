@@ -1,0 +1,127 @@
+"""A run ready to draw: its model and parts on this machine's devices, and its drawing program."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hybridgen.core import sharding
+from hybridgen.core.errors import UserError
+from hybridgen.data.sources.buckets import LARGEST
+from hybridgen.models import contract
+from hybridgen.models.contract import Part, Shape, find
+from hybridgen.runs import drawing
+from hybridgen.runs.experiment import build, part_shardings
+from hybridgen.runs.reading import check_arrays, load
+
+
+class Loaded(NamedTuple):
+    """A run ready to draw: `draw(cond, keys)` is one jitted program, `put` places host arrays on the mesh."""
+
+    config: Any
+    text: Any
+    mesh: Mesh
+    step: int
+    draw: Callable
+    drawer: Any  # changes to the sampling options, and the shape of pictures if it is another -> another `draw`
+    put: Any
+    tokenizer: Part | None
+    encode: Any  # images -> tokens, compiled
+    draws: bool  # pictures: text towers and networks of features do not
+    plans: bool  # draws tokens of its own
+    reads: bool  # text
+    classes: int  # 0: takes no label
+    flags: dict[str, str]  # sampling options by what a user calls them -> where they are in the config
+    shapes: tuple[Shape, ...]  # of the pictures that it was trained on, where they had several
+
+    @property
+    def generates(self) -> bool:
+        """Whether it draws from a caption or a class alone."""
+        return self.plans or ((self.reads or self.classes > 0) and self.tokenizer is None)
+
+    def tokens(self, images: Any, batch: int) -> np.ndarray:
+        """Tokens `[b, n]` of pictures `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
+        run = sharding.by_batches(lambda given: self.encode(given["image"]), {"image": images}, batch, self.mesh)
+        return np.concatenate(list(run))
+
+
+def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -> Loaded:
+    """A run with its parts, at its newest good step or at `step`.
+
+    `changes` replace sampling options ("prior.guidance": 3.0).
+    """
+    run = load(folder, step)
+    config = run.config.copy_and_resolve_references()
+    with config.unlocked():
+        try:
+            sharding.make_mesh(config.mesh)
+        except UserError:  # trained on another machine
+            config.mesh = type(config.mesh)({"data": -1})
+        _change(config.sample.options, changes)
+    experiment = build(config, folder, text=run.text)
+    if run.bundled:
+        check_arrays(folder, run.part, experiment.parts, config.data.resolution)
+        for name, digest in run.part_digests.items():
+            if experiment.digests.get(name) != digest:
+                raise UserError(f"the part {name!r} is not the one that the bundle {folder} was made with")
+    own = sharding.put(run.part, part_shardings(run.part, experiment.mesh))
+
+    def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
+        options = config.sample.options.copy_and_resolve_references()
+        _change(options, changes)
+        program = drawing.sampler(experiment.family, experiment.model, options, experiment.parts, shape)
+        return lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys)
+
+    family, model, parts = experiment.family, experiment.model, experiment.parts
+    roles = contract.roles(family)
+    within = contract.members(family, model)
+    known = [contract.inputs(family, model)]
+    known += [contract.inputs(find(part.family), part.model) for part in parts.values()]
+    tokenizer = own if "tokenizer" in roles else parts.get("tokenizer")
+    encode = jax.jit(lambda part, image: part.call("encode", image))
+    return Loaded(
+        config,
+        experiment.text,
+        experiment.mesh,
+        run.step,
+        drawer({}),
+        drawer,
+        functools.partial(sharding.shard_batch, mesh=experiment.mesh),
+        tokenizer,
+        functools.partial(encode, tokenizer) if tokenizer else None,
+        not {"text", "features"} & set(roles),
+        "prior" in (*roles, *within, *parts),
+        "text" in parts or any(inputs.text for inputs in known),
+        max(inputs.classes for inputs in known),
+        drawing.flags(drawing.known_options(family, model, parts)),
+        _shapes(config.data.get("shapes", ()), folder),
+    )
+
+
+def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:
+    """The shapes that a run says it was trained on. UserError for what is none: the file may be anybody's."""
+    for pair in found if isinstance(found, tuple) else (found,):
+        numbers = isinstance(pair, tuple) and [type(side) for side in pair] == [int, int]
+        if not numbers or not 1 <= min(pair) <= max(pair) <= LARGEST:
+            text = f"{str(pair)[:80]!a}, which is no height and width from 1 to {LARGEST}"
+            raise UserError(f"{folder / 'config.json'} is not the config of a run: data.shapes has {text}")
+    return found
+
+
+def _change(options: Any, changes: Mapping[str, Any]) -> None:
+    """Sets "decoder.steps" and the like; a group that the family's options do not have is refused."""
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        node = options
+        for group in path:
+            if group not in node:
+                raise UserError(
+                    f"this run has no {group!r} to set {last!r} of; its options are {', '.join(options) or 'none'}"
+                )
+            node = node[group]
+        with node.unlocked(), node.ignore_type():
+            node[last] = value
