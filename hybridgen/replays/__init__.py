@@ -1,6 +1,6 @@
-"""How recorded outputs of each official system are computed here: one function a system, over a `Case`.
+"""How recorded outputs of each official system are computed here: a file a system, found by its name.
 
-    def system(case):
+    def replay(case):
         image = case.takes("image")                           # an input
         case.gives("indices", lambda: ...)                    # an output: computed and compared if it was recorded
 
@@ -8,6 +8,7 @@ A function lists all outputs that its system can have; a recorded array that is 
 """
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,33 +25,18 @@ from hybridgen.weights.files import open_weights
 
 BOUND = 2e-5
 
-SYSTEMS = {
-    "taming_vqgan": "codes",
-    "taming_gumbel": "codes",
-    "llamagen_vq": "codes",
-    "sd_kl_vae": "latents",
-    "mar_kl16": "latents",
-    "dit_official": "transformers",
-    "dit": "transformers",
-    "sched_ddpm": "schedulers",
-    "sched_ddim": "schedulers",
-    "sched_dpmsolver": "sigmas",
-    "sched_euler": "sigmas",
-    "sched_flowmatch": "schedulers",
-    "clip_text": "texts",
-    "t5_encoder": "texts",
-    "llama_lm": "texts",
-    "llamagen_gpt": "raster",
-    "taming_gpt": "raster",
-}
+
+def names() -> list[str]:
+    """The systems whose recordings can be replayed."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def find(source: str) -> tuple[str, Callable[["Case"], None]]:
     """(system, its replay) of a name with any suffix. Raises UserError for an unknown one."""
-    system = tables.longest(source, list(SYSTEMS))
+    system = tables.longest(source, names())
     if system is None:
-        raise UserError(f"unknown source {source!r}; known are {', '.join(SYSTEMS)}")
-    return system, getattr(importlib.import_module(f"{__name__}.{SYSTEMS[system]}"), system)
+        raise UserError(f"unknown source {source!r}; known are {', '.join(names())}")
+    return system, importlib.import_module(f"{__name__}.{system}").replay
 
 
 class Case:

@@ -21,6 +21,7 @@ from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources, transforms
 from hybridgen.evals import fid, prdc, reference
 from hybridgen.runs import experiment, reading
+from hybridgen.runs.restore import Loaded
 
 SPLITS = ("train", "validation", "holdout")
 LEAST = 2 * (prdc.COVERED + 1)  # pictures of a side

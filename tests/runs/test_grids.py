@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybridgen.core.errors import UserError
-from hybridgen.replays import SYSTEMS, Case, find
+from hybridgen.replays import Case, find, names
 from hybridgen.sampling import official
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -136,4 +136,4 @@ def test_schedulers_refuse_what_is_not_built():
     with pytest.raises(UserError, match="variance_type 'learned' is not built, only 'fixed_small'"):
         arrays = dict(np.load(GOLDEN / system / "io.npz"))
         find(system)[1](Case(system, GOLDEN / system, config, arrays, lambda line: None))
-    assert set(VARIANTS) == {name for name in SYSTEMS if name.startswith("sched_")}
+    assert set(VARIANTS) == {name for name in names() if name.startswith("sched_")}

@@ -10,7 +10,7 @@ import reference
 
 from hybridgen import cli, verify
 from hybridgen.core.errors import UserError
-from hybridgen.replays import SYSTEMS
+from hybridgen.replays import names
 from hybridgen.weights import safetensors
 from hybridgen.weights.files import open_weights
 
@@ -34,7 +34,7 @@ def test_recorded_outputs_are_reproduced(system):
     assert reported and outputs <= reported <= set(io.files) and all(line.endswith(" ok") for line in lines)
 
 
-@pytest.mark.parametrize("system", sorted(set(SYSTEMS) - set(HERE)))
+@pytest.mark.parametrize("system", sorted(set(names()) - set(HERE)))
 def test_recordings_too_large_to_keep_are_reproduced(system):
     if not (SHARED / system).is_dir():
         pytest.skip("the recordings are not beside this clone")

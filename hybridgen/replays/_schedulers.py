@@ -139,3 +139,19 @@ def regrid(options: Options) -> str:
     if len(regridded) > 1:
         raise UserError(f"{options.where}: {' and '.join(regridded)} sigmas at once")
     return regridded[0] if regridded else ""
+
+
+def whole_timesteps(run: Run, count: int) -> np.ndarray:
+    """The timesteps of a run, whole numbers: given ones, or n spaced ones."""
+    spacing, offset = run.scheduler.take("timestep_spacing", "leading"), run.scheduler.count("steps_offset", 0, 0)
+    given = run.grid.take("timesteps", None)
+    steps = official.spaced(spacing, run.n, count, offset).round() if given is None else np.asarray(given, np.float64)
+    if not ((steps >= 0) & (steps < count)).all():
+        raise UserError(f"{run.name}: timesteps {steps.min():g} to {steps.max():g} of {count}")
+    return steps
+
+
+def last_sigma(options: Options, bar: np.ndarray) -> np.floating:
+    """The sigma that the last step ends at."""
+    final = options.only("final_sigmas_type", "zero", "sigma_min")
+    return official.sigmas_of(bar)[0] if final == "sigma_min" else np.float32(0)

@@ -1,4 +1,4 @@
-"""Replays of the official DDPM, DDIM and flow-matching schedulers, and of the densities of training times.
+"""Replays of the official FlowMatchEulerDiscreteScheduler, and of the densities of training times.
 
 Letters: n steps, T training timesteps, B pictures.
 """
@@ -9,13 +9,10 @@ from scipy.special import ndtri
 
 from hybridgen.core.errors import UserError
 from hybridgen.replays import Case
-from hybridgen.replays.trajectories import (
+from hybridgen.replays._schedulers import (
     Run,
-    bar_of,
-    bounding,
     compare,
     forward_run,
-    kind_of,
     noise_of,
     predictor,
     regrid,
@@ -25,76 +22,7 @@ from hybridgen.replays.trajectories import (
 from hybridgen.sampling import official, schedules, solvers
 
 
-def sched_ddpm(case: Case) -> None:
-    """DDPMScheduler: ancestral steps along the list of timesteps."""
-    bars: dict[str, np.ndarray] = {}
-
-    def each(case: Case, run: Run) -> None:
-        bar, options = bar_of(run.scheduler), run.scheduler
-        bars[run.name] = bar
-        steps = _timesteps(run, len(bar))
-        at = np.append(bar[steps.astype(int)], 1.0)
-        levels = official.variance_preserving(np.append(steps, -1), at)
-        predict = predictor(kind_of(options), bounding(options, clips=True))
-        large = options.only("variance_type", "fixed_small", "fixed_small_log", "fixed_large") == "fixed_large"
-        ratio = at[:-1].astype(np.float64) / at[1:]
-        deviation = np.sqrt(1 - ratio) * (steps > 0) if large else None
-        noise = noise_of(case, run, bool((steps > 0).any()))
-        walk = {"keys": noise, "deviation": deviation}
-        x = jnp.asarray(case.takes("in_x_T"))
-        compare(case, run, steps, (), lambda: trajectory(solvers.ddpm, predict, x, levels, steps, **walk))
-        case.gives(f"out_{run.name}_alphas_cumprod", lambda: bar)
-
-    runs(case, "DDPMScheduler", each)
-    if case.has("in_q_x0"):
-        _forward(case, forward_run(case, bars))
-
-
-def _forward(case: Case, bar: np.ndarray) -> None:
-    clean, noise, steps = (jnp.asarray(case.takes(f"in_q_{name}")) for name in ("x0", "noise", "t"))
-    level = official.variance_preserving(steps, bar[np.asarray(steps)])
-    case.gives("out_q_noisy", lambda: schedules.noised(level, clean, noise))
-    case.gives("out_q_velocity", lambda: schedules.target(level, "v", clean, noise))
-
-
-def _timesteps(run: Run, count: int) -> np.ndarray:
-    """The timesteps of a run, whole numbers: given ones, or n spaced ones."""
-    spacing, offset = run.scheduler.take("timestep_spacing", "leading"), run.scheduler.count("steps_offset", 0, 0)
-    given = run.grid.take("timesteps", None)
-    steps = official.spaced(spacing, run.n, count, offset).round() if given is None else np.asarray(given, np.float64)
-    if not ((steps >= 0) & (steps < count)).all():
-        raise UserError(f"{run.name}: timesteps {steps.min():g} to {steps.max():g} of {count}")
-    return steps
-
-
-def sched_ddim(case: Case) -> None:
-    """DDIMScheduler: each step goes T // n back, which may be where no next step begins."""
-
-    def each(case: Case, run: Run) -> None:
-        bar, options = bar_of(run.scheduler), run.scheduler
-        steps = _timesteps(run, len(bar))
-        last = 1.0 if options.flag("set_alpha_to_one", True) else bar[0]
-        back = (steps - len(bar) // run.n).astype(int)
-        after = np.where(back >= 0, bar[back], last)
-        eta, rederive = run.step.number("eta", 0.0), run.step.flag("use_clipped_model_output", False)
-        predict = predictor(kind_of(options), bounding(options, clips=True), rederive)
-        noise = noise_of(case, run, eta > 0)
-
-        def walk() -> np.ndarray:
-            trail = [jnp.asarray(case.takes("in_x_T"))]
-            for i, step in enumerate(steps):
-                ends = official.variance_preserving([step, back[i]], [bar[int(step)], after[i]])
-                keys = None if noise is None else lambda _, x, i=i: noise(i, x)
-                options = {"keys": keys, "eta": eta}
-                trail.append(trajectory(solvers.ddim, predict, trail[-1], ends, [step], **options)[-1])
-            return np.stack(trail)
-
-        compare(case, run, steps, (), walk)
-
-    runs(case, "DDIMScheduler", each)
-
-
-def sched_flowmatch(case: Case) -> None:
+def replay(case: Case) -> None:
     """FlowMatchEulerDiscreteScheduler, the forward process, and SD3's densities of training times."""
     trained: dict[str, tuple[np.ndarray, int]] = {}
 
