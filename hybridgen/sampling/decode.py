@@ -10,6 +10,10 @@ Every step reads the cache as long as it is. A long sequence is drawn in parts, 
 two parts three quarters are read of what the whole of it would be, in four five eighths.
 """
 
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -20,15 +24,26 @@ from hybridgen.sampling import tokens as tok
 PART, PARTS = 128, 4  # tokens that make a part of their own, and the most parts: each compiles a loop
 
 
-def parts(length):
+def parts(length: int) -> tuple[int, ...]:
     """How many of `length` tokens are drawn when each part ends."""
     count = min(max(length // PART, 1), PARTS)
     return tuple(length * (i + 1) // count for i in range(count))
 
 
 def generate(
-    step, cache, logits, keys, *, length, grow=None, guidance=None, temperature=1.0, top_k=0, top_p=1.0, forced=None
-):
+    step: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+    cache: Any,
+    logits: jax.Array,
+    keys: jax.Array,
+    *,
+    length: int,
+    grow: Callable[[Any, int], Any] | None = None,
+    guidance: guide.Scale | None = None,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | jax.Array = 0,
+    top_p: float | jax.Array = 1.0,
+    forced: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Draw `length` tokens. The model runs length - 1 times: prefill has paid for the first, nothing follows the last.
 
     Args:
@@ -53,15 +68,8 @@ def generate(
     if length < 1:
         raise UserError(f"length {length} is below 1")
 
-    def choose(logits, position, here, given):
-        if guided:
-            scale = guide.at(guidance, position / max(length - 1, 1))
-            logits = guide.combine(*guide.split(logits, 2), scale)  # B v
-        token, logp = tok.draw(here, logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        if given is not None:
-            token = jnp.where(given[1], given[0].astype(jnp.int32), token)
-            logp = tok.logprob(logits, token)
-        return token, logp
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    choose = functools.partial(_choose, guidance, length - 1, options)
 
     def body(carry, inputs):
         cache, token = carry
@@ -81,3 +89,23 @@ def generate(
         (cache, token), some = jax.lax.scan(body, (cache, token), part)  # end-at B each
         drawn, at = [*drawn, some], end
     return tuple(jnp.concatenate(each).T for each in zip(*drawn, strict=True))
+
+
+def _choose(
+    guidance: guide.Scale | None,
+    last: int,
+    options: Mapping[str, Any],
+    logits: jax.Array,
+    position: jax.Array,
+    keys: jax.Array,
+    forced: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The token B of a position, of which `last` is the last, and its log-probability B. logits: R v; keys: B."""
+    if guide.is_on(guidance):
+        scale = guide.at(guidance, position / max(last, 1))
+        logits = guide.combine(*guide.split(logits, 2), scale)  # B v
+    token, logp = tok.draw(keys, logits, **options)
+    if forced is not None:
+        token = jnp.where(forced[1], forced[0].astype(jnp.int32), token)
+        logp = tok.logprob(logits, token)
+    return token, logp

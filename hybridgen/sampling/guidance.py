@@ -22,7 +22,7 @@ A device that holds a share of the rows then holds all branches of its pictures:
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,20 +30,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core.errors import UserError
+from hybridgen.sampling.schedules import Network
+
+Number = float | np.number | jax.Array  # an array is a traced scalar
+Scale = Number | Callable[[jax.Array | float], jax.Array]  # or a function of progress
 
 
-def is_on(scale):
+def is_on(scale: Scale | None) -> bool:
     """Must the second branch be computed? False for None and for a Python (or numpy) number equal to 1."""
     return not (scale is None or (isinstance(scale, (int, float, np.number)) and scale == 1))
 
 
-def at(scale, progress):
+def at(scale: Scale, progress: jax.Array | float) -> Number:
     """The scale at a progress in [0, 1]: a number or traced scalar is the same everywhere, a schedule is called."""
     return scale(progress) if callable(scale) else scale
 
 
-def combine(cond, uncond, scale):
-    """cond + (scale - 1) * (cond - uncond), float32 at least. Arrays of one shape; scale: number or traced scalar."""
+def combine(cond: jax.Array, uncond: jax.Array, scale: Number) -> jax.Array:
+    """cond + (scale - 1) * (cond - uncond), float32 at least. Arrays of one shape."""
     cond, uncond = _wide(cond), _wide(uncond)
     return cond + (scale - 1) * (cond - uncond)
 
@@ -61,7 +65,7 @@ RAMPS = {
 }
 
 
-def schedule(name, scale, interval=(0.0, 1.0)):
+def schedule(name: str, scale: Number | None, interval: Sequence[float] = (0.0, 1.0)) -> Scale | None:
     """A scale over progress: 1 -> `scale` along ramp `name` (constant, linear, cosine), and 1 outside `interval`.
 
     -> a function progress -> float32, or the plain number where nothing depends on progress (so that `is_on` can tell).
@@ -97,7 +101,7 @@ def _scale_at(ramp, scale, low, high, progress):
     return jnp.where(inside, 1 + (scale - 1) * ramp(progress), 1.0)
 
 
-def until(scale, last, length):
+def until(scale: Number | None, last: int, length: int) -> Scale | None:
     """`scale` for the tokens up to number `last + 1` of `length`, 1 behind them: LlamaGen's `cfg_interval`.
 
     It counts runs over the cache from 0, the first of which gives token 1, and means all of them below 0.
@@ -115,11 +119,11 @@ class Term(NamedTuple):
 
     drop: tuple[str, ...]
     base: tuple[str, ...]
-    scale: Any  # number, traced scalar or schedule
+    scale: Scale
 
 
-def parse(spec):
-    """Plain data -> tuple of Terms, those with a scale statically 1 left out.
+def parse(spec: Scale | Mapping[str, Scale | None] | None) -> tuple[Term, ...]:
+    """Plain data -> terms, those with a scale statically 1 left out.
 
     spec: None, one scale (it drops "c"), or {"names dropped" or "names dropped|names dropped in the base": scale}, with
     names joined by +.
@@ -138,12 +142,12 @@ def _branch_pair(text):
     return drop, base
 
 
-def branches(terms):
-    """The branches to compute, in row order: tuples of dropped conditions. The first is (), the full condition."""
+def branches(terms: Sequence[Term]) -> tuple[tuple[str, ...], ...]:
+    """The branches to compute, in row order: the conditions that each drops. The first is (), the full condition."""
     return tuple(dict.fromkeys([(), *(side for term in terms for side in (term.base, term.drop))]))
 
 
-def combine_levels(outputs, terms, progress=0.0):
+def combine_levels(outputs: Sequence[jax.Array], terms: Sequence[Term], progress: jax.Array | float = 0.0) -> jax.Array:
     """outputs: one array for each of `branches(terms)`, in that order -> the guided output, that shape, float32."""
     outputs = {name: _wide(a) for name, a in zip(branches(terms), outputs, strict=True)}
     total = outputs[()]
@@ -155,24 +159,24 @@ def combine_levels(outputs, terms, progress=0.0):
 # ---------------------------------------------------------------- rows
 
 
-def repeat(tree, count):
+def repeat(tree: Any, count: int) -> Any:
     """Every leaf B ... -> count*B ...: each row once for every branch."""
     return jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), tree) if count > 1 else tree
 
 
-def join(outputs):
+def join(outputs: Sequence[jax.Array]) -> jax.Array:
     """K arrays B ..., one for each branch -> their rows K*B ...."""
     rows = jnp.stack(outputs, 1)  # B K ...
     return rows.reshape(-1, *rows.shape[2:])
 
 
-def split(rows, count):
+def split(rows: jax.Array, count: int) -> list[jax.Array]:
     """K*B ... -> K arrays B ..., one for each branch: what `join` joined."""
     each = rows.reshape(-1, count, *rows.shape[1:])  # B K ...
     return [each[:, k] for k in range(count)]
 
 
-def guided(call, spec, channels=None):
+def guided(call: Network, spec: Scale | Mapping[str, Scale | None] | None, channels: int | None = None) -> Network:
     """call(x K*B ..., t K*B) -> K*B ..., over the rows of `branches(parse(spec))`, -> a function of x B ..., t B.
 
     channels: how many of the last axis are guided, the first ones; the others are those of the full branch (DiT guides

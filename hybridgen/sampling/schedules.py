@@ -15,6 +15,7 @@ Shape letters: B pictures, n steps (intervals) of a grid, T timesteps of a discr
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,12 @@ class Level(NamedTuple):
     dsigma: Any
 
 
+Array = jax.Array | np.ndarray
+Schedule = Callable[[Array | float], Level]
+Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t B ..., t B) -> out B ...
+Predict = Callable[[jax.Array, Level], tuple[jax.Array, ...]]  # (x_t B ..., level) -> (x, eps), each B ...
+
+
 def _numpy_of(t):
     return jnp if isinstance(t, jax.Array) else np
 
@@ -44,22 +51,22 @@ def _numpy_of(t):
 # ---------------------------------------------------------------- schedules
 
 
-def flow(t):
-    """Straight path (rectified flow): alpha = 1 - t, sigma = t. -> Level."""
+def flow(t: Array | float) -> Level:
+    """Straight path (rectified flow): alpha = 1 - t, sigma = t."""
     xp = _numpy_of(t)
     t = xp.asarray(t)
     return Level(t, 1 - t, t, -xp.ones_like(t), xp.ones_like(t))
 
 
-def cosine(t):
-    """Variance preserving: alpha = cos(pi t / 2), sigma = sin(pi t / 2), exact at both ends. -> Level."""
+def cosine(t: Array | float) -> Level:
+    """Variance preserving: alpha = cos(pi t / 2), sigma = sin(pi t / 2), exact at both ends."""
     xp = _numpy_of(t)
     t, a = xp.asarray(t), np.pi / 2
     alpha, sigma = xp.sin(a * (1 - t)), xp.sin(a * t)  # sin, for cos(pi / 2) in float32 is not 0
     return Level(t, alpha, sigma, -a * sigma, a * alpha)
 
 
-def betas(name, steps=1000, start=1e-4, end=0.02):
+def betas(name: str, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
     """T betas, float64: linear, scaled_linear (a line squared; CompVis calls it linear), squaredcos (cap 0.999)."""
     if name == "linear":
         return np.linspace(start, end, steps)
@@ -71,7 +78,7 @@ def betas(name, steps=1000, start=1e-4, end=0.02):
     raise UserError(f"beta schedule {name!r} is none of linear, scaled_linear, squaredcos")
 
 
-def discrete(betas):
+def discrete(betas: np.ndarray) -> Schedule:
     """T betas -> a schedule whose level at t = (k + 1) / T is that of timestep k, and clean at t = 0."""
     bar = np.concatenate([[1.0], np.cumprod(1 - np.asarray(betas, np.float64))])  # T+1
     table = np.stack([np.sqrt(bar), np.sqrt(1 - bar)])  # 2 T+1: alpha, sigma
@@ -89,17 +96,17 @@ def _interpolate(table, t):
     return Level(t, *(table[:, left] * (1 - weight) + table[:, left + 1] * weight))
 
 
-def to_timestep(t, steps=1000):
+def to_timestep(t: Array | float, steps: int = 1000) -> Array | float:
     """Time in [0, 1] -> the (fractional) timestep 0 .. T-1 that a DDPM network is told."""
     return t * steps - 1
 
 
-def from_timestep(timestep, steps=1000):
+def from_timestep(timestep: Array | float, steps: int = 1000) -> Array | float:
     """Timestep 0 .. T-1 -> time in (0, 1]; -1 is clean data."""
     return (timestep + 1) / steps
 
 
-def schedule(name, **options):
+def schedule(name: str, **options: float) -> Schedule:
     """A schedule by name: flow, cosine, or linear / scaled_linear / squaredcos with the options of `betas`."""
     if name in ("flow", "cosine"):
         if options:
@@ -120,13 +127,13 @@ def _over(level, x):
     return Level(*(a.reshape(a.shape + (1,) * (x.ndim - a.ndim)) for a in leaves))
 
 
-def noised(level, x, eps):
+def noised(level: Level, x: Array, eps: Array) -> jax.Array:
     """x_t = alpha x + sigma eps. level: () or B; x, eps: B ... -> B ..."""
     at = _over(level, x)
     return at.alpha * x + at.sigma * eps
 
 
-def target(level, kind, x, eps):
+def target(level: Level, kind: str, x: Array, eps: Array) -> Array:
     """What a network of this kind is trained to say. level: () or B; x, eps: B ... -> B ..."""
     at = _over(level, x)
     if kind == "x":
@@ -140,7 +147,7 @@ def target(level, kind, x, eps):
     raise UserError(f"parameterisation {kind!r} is none of {', '.join(KINDS)}")
 
 
-def to_x_eps(level, kind, x_t, out):
+def to_x_eps(level: Level, kind: str, x_t: Array, out: Array) -> tuple[Array, Array]:
     """A prediction of any kind -> (x, eps), both B ..., float32 at least.
 
     Safe at both ends: "v" and "velocity" never divide by less than 1/2 on the schedules here; where sigma < TINY an "x"
@@ -165,7 +172,7 @@ def _inverse(a):
     return a / jnp.maximum(a**2, TINY**2)
 
 
-def predictor(network, kind):
+def predictor(network: Network, kind: str) -> Predict:
     """A network (x_t B ..., t B float32) -> out B ..., of this kind -> predict(x_t, level) -> (x, eps) for solvers."""
 
     def predict(x_t, level):
@@ -180,8 +187,8 @@ def predictor(network, kind):
 SPACINGS = {"uniform": lambda s: s, "cosine": lambda s: (1 - np.cos(np.pi * s)) / 2}
 
 
-def times(steps, *, spacing="uniform", shift=1.0):
-    """A sampling grid from exactly 1 to exactly 0 with `steps` intervals -> steps+1 float64 (numpy).
+def times(steps: int, *, spacing: str = "uniform", shift: float = 1.0) -> np.ndarray:
+    """A sampling grid from exactly 1 to exactly 0 with `steps` intervals -> steps+1 float64.
 
     spacing: uniform, or cosine (denser at both ends). shift: see `shifted`.
     """
@@ -193,27 +200,27 @@ def times(steps, *, spacing="uniform", shift=1.0):
     return shifted(grid, shift)
 
 
-def shifted(t, shift):
+def shifted(t: Array | float, shift: float) -> Array | float:
     """t -> s t / (1 + (s - 1) t): more time at high noise for s > 1 (SD3, arXiv 2403.03206, eq. 23). Keeps 0 and 1."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def uniform(u, low=0.0, high=1.0):
+def uniform(u: Array, low: float = 0.0, high: float = 1.0) -> Array:
     """Training times from uniform u in [0, 1): u B -> t B."""
     return low + (high - low) * u
 
 
-def logit_normal(normal, mean=0.0, std=1.0):
+def logit_normal(normal: Array, mean: float = 0.0, std: float = 1.0) -> jax.Array:
     """Training times sigmoid(mean + std * normal) (SD3, section 3.1). normal: B standard normal -> t B in (0, 1)."""
     return jax.nn.sigmoid(mean + std * normal)
 
 
-def mode(u, scale=1.29):
+def mode(u: Array, scale: float = 1.29) -> Array:
     """Training times that gather in the middle (SD3, eq. 20), from uniform u in [0, 1): u B -> t B."""
     return 1 - u - scale * (_numpy_of(u).cos(np.pi * u / 2) ** 2 - 1 + u)
 
 
-def loss_weight(name, sigma):
+def loss_weight(name: str, sigma: Array) -> Array:
     """Weight of a flow's loss at noise level sigma B, as SD3 compares them: "cosmap" or "sigma_sqrt" (1 / sigma^2)."""
     if name == "cosmap":
         return 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))

@@ -23,6 +23,7 @@ Shape letters: B pictures, n steps (intervals).
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core.errors import UserError
-from hybridgen.sampling.schedules import Level
+from hybridgen.sampling.schedules import Level, Predict
+
+Keys = jax.Array | Callable[[jax.Array, jax.Array], jax.Array]  # B, or (i, x) -> noise like x
+Solved = jax.Array | tuple[jax.Array, jax.Array]  # x B ..., with `previews` also n B ...
 
 
 class Rows(NamedTuple):
@@ -98,7 +102,7 @@ def _landing(rows, after):
     return Rows(*(np.where(lands, to, a) for a, to in zip(rows, plain, strict=True)))
 
 
-def euler(predict, x, levels, keys=None, *, previews=False):
+def euler(predict: Predict, x: jax.Array, levels: Level, keys: Keys | None = None, *, previews: bool = False) -> Solved:
     """Euler in t: x_t + dt * (alpha' x + sigma' eps). First order, deterministic."""
     now, after = _ends(levels)
     dt = after.t - now.t
@@ -106,7 +110,16 @@ def euler(predict, x, levels, keys=None, *, previews=False):
     return _run(_landing(rows, after), predict, x, levels, keys, previews)
 
 
-def ddim(predict, x, levels, keys=None, *, eta=0.0, deviation=None, previews=False):
+def ddim(
+    predict: Predict,
+    x: jax.Array,
+    levels: Level,
+    keys: Keys | None = None,
+    *,
+    eta: float = 0.0,
+    deviation: np.ndarray | None = None,
+    previews: bool = False,
+) -> Solved:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12, 16). eta 0: deterministic, first order; 1: as noisy as DDPM.
 
     deviation: n, of the noise of each step, in place of what eta says.
@@ -117,7 +130,16 @@ def ddim(predict, x, levels, keys=None, *, eta=0.0, deviation=None, previews=Fal
     return _run(rows, predict, x, levels, keys, previews)
 
 
-def ddpm(predict, x, levels, keys=None, *, deviation=None, variance="small", previews=False):
+def ddpm(
+    predict: Predict,
+    x: jax.Array,
+    levels: Level,
+    keys: Keys | None = None,
+    *,
+    deviation: np.ndarray | None = None,
+    variance: str = "small",
+    previews: bool = False,
+) -> Solved:
     """Ancestral sampling from q(x_s | x_t, x) (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7), any schedule and grid.
 
     variance: of each step's noise: "small", that of q; "large", beta; "learned": between the two in their logarithms,
@@ -141,7 +163,9 @@ def _posterior(now, after):
     return ratio * shrink, after.alpha * fresh / now.sigma**2, fresh * shrink
 
 
-def dpmpp_2m(predict, x, levels, keys=None, *, previews=False):
+def dpmpp_2m(
+    predict: Predict, x: jax.Array, levels: Level, keys: Keys | None = None, *, previews: bool = False
+) -> Solved:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, one call a step, deterministic.
 
     First order where there is no past, where the log-SNR is infinite (flow at t = 1), and on the last step to sigma 0.
@@ -156,7 +180,19 @@ def dpmpp_2m(predict, x, levels, keys=None, *, previews=False):
     return _run(rows, predict, x, levels, keys, previews)
 
 
-def dpm(predict, x, levels, keys=None, *, order=2, of="x", heun=False, noisy=False, official=False, previews=False):
+def dpm(
+    predict: Predict,
+    x: jax.Array,
+    levels: Level,
+    keys: Keys | None = None,
+    *,
+    order: int | Sequence[int] | np.ndarray = 2,
+    of: str = "x",
+    heun: bool = False,
+    noisy: bool = False,
+    official: bool = False,
+    previews: bool = False,
+) -> Solved:
     """Multistep DPM-Solver of first to third order on x ("++", arXiv 2211.01095) or on eps (arXiv 2206.00927).
 
     order: one, or n of them; lower where there is too little past, and 1 where sigma ends at 0. The published third one
@@ -210,7 +246,7 @@ class Stage(NamedTuple):
     alpha: Any
 
 
-def heun(predict, x, levels, keys=None, *, previews=False):
+def heun(predict: Predict, x: jax.Array, levels: Level, keys: Keys | None = None, *, previews: bool = False) -> Solved:
     """Heun in t (Karras et al. 2022, arXiv 2206.00364, algorithm 1): second order, 2n - 1 calls, deterministic.
 
     The scan runs over calls, predictor and corrector in turn, so that the model is compiled once. The last step is

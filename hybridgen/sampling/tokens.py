@@ -19,7 +19,13 @@ def _static(value):
     return isinstance(value, (int, float, np.number))
 
 
-def filter_logits(logits, *, temperature=1.0, top_k=0, top_p=1.0):
+def filter_logits(
+    logits: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | jax.Array = 0,
+    top_p: float | jax.Array = 1.0,
+) -> jax.Array:
     """logits: B v -> B v float32, divided by temperature, what is filtered out at -inf.
 
     temperature: 0 is greedy (0 at the first maximum, -inf elsewhere). top_k: keep the k largest; 0 is off. top_p: keep
@@ -96,14 +102,21 @@ def _flip(bits):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def logprob(logits, tokens):
+def logprob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """log p of tokens B under softmax(logits B v), no temperature, no filter -> B float32."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]  # B
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def draw(keys, logits, *, temperature=1.0, top_k=0, top_p=1.0):
+def draw(
+    keys: jax.Array,
+    logits: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | jax.Array = 0,
+    top_p: float | jax.Array = 1.0,
+) -> tuple[jax.Array, jax.Array]:
     """One token a row, each row from its own key. keys: B; logits: B v -> tokens B int32, logprobs B float32.
 
     Gumbel-max: a token changes only where its race is close, so logits that differ by rounding (another batch size, a
