@@ -28,8 +28,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import grain
 import numpy as np
@@ -39,12 +39,15 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources, transforms
 from hybridgen.data import text as text_lib
 from hybridgen.data.shuffle import draw, order
+from hybridgen.data.sources.protocol import Source
 
 TRIES = 100  # broken records in a row before a run is stopped: by then the source itself is wrong
 LINGER = 60  # seconds that a worker process goes on after a SIGTERM
 
 
-def arrange(source, positions: np.ndarray, batch: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
+def arrange(
+    source: Source, positions: np.ndarray, batch: int, seed: int, shuffle: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """N sample numbers -> (N indices of the source, N bool: not yet seen in a sequential pass)."""
     if hasattr(source, "arrange"):
         return source.arrange(positions, batch, seed, shuffle)
@@ -52,7 +55,7 @@ def arrange(source, positions: np.ndarray, batch: int, seed: int, shuffle: bool)
     return order(positions, length, seed) if shuffle else positions % length, positions < length
 
 
-def read(source, index: int, own: int | None = None) -> tuple[dict, int]:
+def read(source: Source, index: int, own: int | None = None) -> tuple[dict, int]:
     """-> (item, -1), or the item of the next good index and `index` itself where record `index` is broken.
 
     The rule is fixed (index + 1, + 2, ... modulo the length, or the source's own), so a broken record changes no other
@@ -69,7 +72,7 @@ def read(source, index: int, own: int | None = None) -> tuple[dict, int]:
     raise UserError(f"{tried} records in a row cannot be read, from {source.name(index)} on; the last one: {last}")
 
 
-def examples(source, indices: Iterable[int]) -> list[dict]:
+def examples(source: Source, indices: Iterable[int]) -> list[dict]:
     """The items of some indices as they are (`image` H W 3 uint8, `text`, `scene`, ...), with `index` and `broken`."""
     out = []
     for index in indices:
@@ -81,7 +84,16 @@ def examples(source, indices: Iterable[int]) -> list[dict]:
 class _HostBatch:
     """k -> the rows of global batch k that this host holds. Picklable: worker processes get a copy."""
 
-    def __init__(self, source, tokenizer, batch: int, seed: int, rows: Sequence[int], shuffle: bool, flip: bool):
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: text_lib.Tokenizer | None,
+        batch: int,
+        seed: int,
+        rows: Sequence[int],
+        shuffle: bool,
+        flip: bool,
+    ):
         self.source, self.tokenizer, self.flip, self.shuffle = source, tokenizer, flip, shuffle
         self.batch, self.seed, self.rows = batch, seed, np.asarray(rows, np.int64)
 
@@ -130,8 +142,8 @@ def _start_worker(_index: int, _count: int) -> None:
 
 
 def batches(
-    source,
-    tokenizer,
+    source: Source,
+    tokenizer: text_lib.Tokenizer | None,
     *,
     batch: int,
     seed: int,
@@ -199,7 +211,9 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def fingerprint(data_config, source, text, *, batch: int, seed: int) -> dict:
+def fingerprint(
+    data_config: Mapping[str, Any], source: Source, text: text_lib.Tokenizer | None, *, batch: int, seed: int
+) -> dict:
     """Plain values of everything that decides which sample is where and what is in it.
 
     Not in it: workers and threads, which change nothing, and the path of a folder, which may move (its records are).
@@ -241,10 +255,10 @@ class Prefetch:
         atexit.register(self._finish)
         thread.start()
 
-    def __iter__(self):
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         if self._stop.is_set():
             raise StopIteration
         item, error = self._queue.get()
@@ -257,10 +271,10 @@ class Prefetch:
         self._finish()
         atexit.unregister(self._finish)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

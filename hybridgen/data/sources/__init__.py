@@ -25,11 +25,13 @@ whole batches, or batches at all, have).
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 from hybridgen.core.errors import UserError
 from hybridgen.data.sources.buckets import Buckets
 from hybridgen.data.sources.folder import MAX_LINE, MAX_TEXT, BrokenRecord, Folder, header_size, known
 from hybridgen.data.sources.mixture import Mixture
+from hybridgen.data.sources.protocol import Source
 from hybridgen.data.sources.records import Records
 from hybridgen.data.sources.shapes import Shapes
 from hybridgen.data.sources.tfds import Tfds
@@ -41,7 +43,7 @@ BUCKETS = "buckets"  # option of a folder: the table of data/sources/buckets.py
 KINDS = {"shapes": Shapes, "folder": Folder, "records": Records, "tfds": Tfds, "mixture": Mixture}
 
 
-def build(data_config, split: str):
+def build(data_config: Mapping[str, Any], split: str) -> Source:
     """The source that a config names, for one split; UserError for an unknown source, key, option or split."""
     known("data key", data_config.keys(), KEYS)
     for key in ("source", "resolution"):
@@ -97,7 +99,7 @@ def _fitting(where: str, value, parameter: inspect.Parameter):
         int: isinstance(value, int) and plain,
         float: isinstance(value, (int, float)) and plain,
     }
-    if default is None and parameter.annotation is inspect.Parameter.empty:
+    if parameter.annotation == int | None:  # whose default, None, shows no type
         good, such = value is None or fits[int], "a whole number or none"
     else:
         good, such = fits.get(type(default), True), f"{type(default).__name__}, such as {default!r}"
@@ -120,7 +122,7 @@ def _member(name: str, entry, split: str, resolution: int) -> tuple:
     return _build(entry["source"], options, split, resolution, where), entry.get("weight", 1)
 
 
-def describe(data_config, source) -> dict:
+def describe(data_config: Mapping[str, Any], source: Source) -> dict:
     """Plain values that identify a source: kind, options, length, and a digest of its records where it has one.
 
     Paths are left out: a folder may move. What encoded cached entries is in it.
@@ -143,7 +145,7 @@ def _placeless(options) -> dict:
     }
 
 
-def encoders(source) -> dict[str, str]:
+def encoders(source: Source) -> dict[str, str]:
     """{entry of a batch, such as "tokens": digest of the model that made it}, for a source of cached entries."""
     return dict(getattr(source, "encoders", {}))
 
@@ -151,7 +153,7 @@ def encoders(source) -> dict[str, str]:
 PARTS = {"tokens": ("tokenizer",), "latent": ("autoencoder", "tokenizer"), "text_features": ("text",)}
 
 
-def fits(source, digests) -> None:
+def fits(source: Source, digests: Mapping[str, str]) -> None:
     """Raises UserError where a part (`digests`, by name) is not the one that the source's cached entries came from."""
     for entry, digest in encoders(source).items():
         name = next((name for name in PARTS.get(entry, ()) if name in digests), None)

@@ -25,6 +25,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
 from hybridgen.data.shuffle import order
 from hybridgen.data.sources.folder import SPLITS, BrokenRecord, Folder
+from hybridgen.data.sources.protocol import Source
 
 FORMAT = 1
 LARGEST = 4096  # pixels of a side
@@ -157,7 +158,7 @@ class Buckets:
         return members[places], np.ones(len(rows), bool)
 
 
-def largest(source, batch: int):
+def largest(source: Source, batch: int) -> Source:
     """A source as it is; of one with buckets the records of the largest shape that a whole batch has, named `shape`."""
     if not isinstance(source, Buckets):
         return source

@@ -6,6 +6,8 @@ Units: English words are separated by spaces; Chinese is one unit a character (`
 """
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 SHAPE_WORDS = {  # name: (English plural, Chinese)
     "circle": ("circles", "圆形"),
@@ -80,13 +82,13 @@ TEMPLATES = {
 LANGUAGES = tuple(TEMPLATES)
 
 
-def kind(scene):
+def kind(scene: Mapping[str, Any]) -> str:
     """Which list of templates a scene takes: "relation", "place" or "plain"."""
     stated = scene["stated"]
     return "relation" if stated["relation"] else "place" if stated["position"] else "plain"
 
 
-def template_count(scene, language="en"):
+def template_count(scene: Mapping[str, Any], language: str = "en") -> int:
     """How many paraphrases there are for this scene."""
     return len(TEMPLATES[language][kind(scene)])
 
@@ -102,7 +104,7 @@ def _noun(obj, stated, language, number=1):
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words} {obj['shape']}"
 
 
-def caption(scene, language="en", template=0):
+def caption(scene: Mapping[str, Any], language: str = "en", template: int = 0) -> str:
     """One caption of the scene: `template` counts through the paraphrases of its kind, modulo their number."""
     stated, objects, table = scene["stated"], scene["objects"], TEMPLATES[language]
     which = kind(scene)
@@ -131,15 +133,15 @@ def caption(scene, language="en", template=0):
     return text
 
 
-def units(text):
-    """The units of a caption: a list of ASCII words and single Chinese characters."""
+def units(text: str) -> list[str]:
+    """The units of a caption: ASCII words and single Chinese characters."""
     return re.findall(r"[A-Za-z0-9]+|[^\sA-Za-z0-9]", text)
 
 
-def vocabulary(languages=LANGUAGES):
+def vocabulary(languages: Iterable[str] = LANGUAGES) -> list[str]:
     """Every unit that any caption in these languages can have, in a fixed order that no other option changes.
 
-    So a model trained on a few shapes can be continued on all of them. Returns a list of str without repeats.
+    So a model trained on a few shapes can be continued on all of them. No unit comes twice.
     """
     english, chinese = [], []
     for name, (plural, zh) in SHAPE_WORDS.items():

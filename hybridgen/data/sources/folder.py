@@ -12,7 +12,7 @@ import os
 import reprlib
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -34,7 +34,7 @@ class BrokenRecord(Exception):
     """One record that cannot be read: which, and why."""
 
 
-def known(what: str, given, names) -> None:
+def known(what: str, given: Iterable[str], names: Collection[str]) -> None:
     """Raises UserError for the first of `given` that is not in `names`, with the nearest that is."""
     for name in given:
         if name not in names:
@@ -103,18 +103,18 @@ class Folder:
 
     def __init__(
         self,
-        path,
+        path: str | os.PathLike,
         *,
         split: str = "train",
         resolution: int,
-        text_key="text",
+        text_key: str | Sequence[str] | None = "text",
         language: str | None = None,
         text_weights: tuple[int, ...] = (),
         style_key: str | None = None,
         label_key: str | None = None,
         split_key: str | None = None,
         validation: float = 0.02,
-        background=transforms.WHITE,
+        background: tuple[int, int, int] = transforms.WHITE,
         max_pixels: int = 2**25,
         max_bytes: int = 2**26,
     ):

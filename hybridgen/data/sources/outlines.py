@@ -3,6 +3,9 @@
 Letters: `H W` picture, `h w` box of one object.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 PALETTE = {
@@ -62,8 +65,8 @@ SHAPES = {
 }
 
 
-def coverage(shape, x, y, r, resolution):
-    """How much of each pixel an object covers: (h w float32 in [0, 1], its box as two slices). All in sides."""
+def coverage(shape: str, x: float, y: float, r: float, resolution: int) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """How much of each pixel an object covers: (h w float32 in [0, 1], its box). All in sides."""
     scale, cx, cy = r * resolution, x * resolution, y * resolution
     reach = scale + 1
     left, right = max(int(cx - reach), 0), min(int(cx + reach) + 1, resolution)
@@ -74,7 +77,7 @@ def coverage(shape, x, y, r, resolution):
     return cover, (slice(top, low), slice(left, right))
 
 
-def render(scene, resolution=32):
+def render(scene: Mapping[str, Any], resolution: int = 32) -> np.ndarray:
     """Draw a scene: H W 3 uint8. Edges are blended over one pixel."""
     image = np.empty((resolution, resolution, 3), np.uint8)
     image[:] = _RGB[scene["background"]]

@@ -269,7 +269,7 @@ class Records:
     UserError for missing or damaged shards, and for another resolution than was written.
     """
 
-    def __init__(self, path, *, split: str = "train", resolution: int):
+    def __init__(self, path: str | os.PathLike, *, split: str = "train", resolution: int):
         self.path = os.path.join(os.path.realpath(path), split)
         index = read_index(path, split)
         if index["resolution"] != resolution:

@@ -21,6 +21,8 @@ Splits. Everything is a pure function of (seed, split, index): the random stream
 """
 
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +59,7 @@ def _mix(z):
     return z ^ (z >> 31) if whole else z ^ (z >> np.uint64(31))
 
 
-def uniforms(seed, split, index):
+def uniforms(seed: int, split: int, index: int) -> Iterator[float]:
     """Endless floats in [0, 1), a stream of its own for every (seed, split, index)."""
     key = 0
     for part in (seed, split, index):
@@ -71,12 +73,12 @@ def uniforms(seed, split, index):
 _INDEX = {name: i for names in (SHAPES, COLOURS, BACKGROUNDS, RADII, POSITIONS) for i, name in enumerate(names)}
 
 
-def held_out_pair(shape, colour):
+def held_out_pair(shape: str, colour: str) -> bool:
     """Is this (shape, colour) pair kept for the hold-out? One colour of each shape is."""
     return _INDEX[colour] == (3 * _INDEX[shape] + 1) % 8
 
 
-def held_out_triple(first, relation, second):
+def held_out_triple(first: str, relation: str, second: str) -> bool:
     """Is this (shape, relation, shape) kept for the hold-out? For each shape and axis at most one partner is."""
     if relation in ("right of", "below"):
         first, second = second, first
@@ -84,7 +86,7 @@ def held_out_triple(first, relation, second):
     return (_INDEX[first] + 2 * _INDEX[second] + 3 * axis) % 11 == 5
 
 
-def description(scene):
+def description(scene: Mapping[str, Any]) -> tuple[str, str | None, str | None, int, tuple[tuple[str, str, str], ...]]:
     """The scene without jitter: (background, axis, cell, number, ((shape, colour, size), ...)), for the splits.
 
     "a left of b" and "b right of a" have the same one, as have lists in another order.
@@ -99,7 +101,7 @@ def description(scene):
     return scene["background"], axis, objects[0]["position"], len(objects), tuple(looks)
 
 
-def in_validation(scene):
+def in_validation(scene: Mapping[str, Any]) -> bool:
     """Does the splitting rule give this scene's description to validation?
 
     A weighted sum of the numbers of its words, modulo eight, like a Latin square: so of the scenes with any one word,
@@ -131,25 +133,25 @@ class Shapes:
 
     def __init__(
         self,
-        split="train",
+        split: str = "train",
         *,
-        seed=0,
-        size=100_000,
-        resolution=32,
-        shapes=tuple(SHAPES),
-        colours=COLOURS,
-        sizes=("small", "large"),
-        positions=tuple(POSITIONS),
-        objects=(1, 2),
-        relations=tuple(RELATIONS),
-        counts=False,
-        backgrounds=("white",),
-        languages=("en",),
-        templates=None,
-        state_sizes=True,
-        state_positions=True,
-        jitter=0.03,
-        size_jitter=0.04,
+        seed: int = 0,
+        size: int = 100_000,
+        resolution: int = 32,
+        shapes: Sequence[str] = tuple(SHAPES),
+        colours: Sequence[str] = COLOURS,
+        sizes: Sequence[str] = ("small", "large"),
+        positions: Sequence[str] = tuple(POSITIONS),
+        objects: Sequence[int] = (1, 2),
+        relations: Sequence[str] = tuple(RELATIONS),
+        counts: bool = False,
+        backgrounds: Sequence[str] = ("white",),
+        languages: Sequence[str] = ("en",),
+        templates: int | None = None,
+        state_sizes: bool = True,
+        state_positions: bool = True,
+        jitter: float = 0.03,
+        size_jitter: float = 0.04,
     ):
         for name, given, known, empty in (
             ("split", (split,), SPLITS, False),
@@ -206,14 +208,14 @@ class Shapes:
             **{n: one**n >= DIVIDED_FROM for n in (2, 3, 4)},
         }
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.size
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         """What to call a picture: its split and number."""
         return f"{self.split} {index}"
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         scene, draw = self._scene(index)
         language = _pick(draw, self.languages)
         forms = template_count(scene, language)
@@ -224,7 +226,7 @@ class Shapes:
             "scene": scene,
         }
 
-    def scene(self, index):
+    def scene(self, index: int) -> dict[str, Any]:
         """The scene of a record without drawing it."""
         return self._scene(index)[0]
 

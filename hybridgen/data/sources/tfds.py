@@ -25,7 +25,7 @@ class Tfds:
 
     def __init__(
         self,
-        path,
+        path: str,
         *,
         split: str = "train",
         resolution: int,

@@ -23,12 +23,15 @@ import json
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hybridgen.core.errors import UserError
 from hybridgen.data.sources.captions import vocabulary
+from hybridgen.data.sources.protocol import Source
 from hybridgen.data.text.bpe import Bpe
 from hybridgen.data.text.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit
 from hybridgen.data.text.published import Published
@@ -99,7 +102,7 @@ class Words:
                 raise UserError(f"this model does not know the word {unknown[0][:40]!r}{hint}")
         return fit([self._ids.get(token, UNKNOWN) for token in tokens], self.length, "tokens", strict)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """ids: any number of ints -> text; padding is left out, an unknown word reads `<unk>`."""
         return _join(["<unk>" if i == UNKNOWN else self.words[i - 2] for i in np.asarray(ids).tolist() if i != PAD])
 
@@ -125,7 +128,7 @@ class Bytes:
             data = data[: self.length].decode("utf-8", "ignore").encode("utf-8")
         return fit([byte + 1 for byte in data], self.length, "bytes", strict)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """ids: any number of ints -> text; padding is left out, broken UTF-8 reads as the replacement character."""
         return bytes(i - 1 for i in np.asarray(ids).tolist() if i != PAD).decode("utf-8", "replace")
 
@@ -166,7 +169,7 @@ def count_words(captions: Iterable[str], max_words: int = MAX_WORDS) -> list[str
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]]
 
 
-def words_of(source, max_words: int = MAX_WORDS) -> list[str]:
+def words_of(source: Source, max_words: int = MAX_WORDS) -> list[str]:
     """The words of a source's captions: the closed vocabulary of `shapes`; those of records, which were counted when
     they were written; of a mixture, those of its sources in turn; otherwise counted now.
     """
@@ -180,7 +183,7 @@ def words_of(source, max_words: int = MAX_WORDS) -> list[str]:
     return count_words(source.captions(), max_words)
 
 
-def build(data_config, source) -> Tokenizer:
+def build(data_config: Mapping[str, Any], source: Source | None) -> Tokenizer:
     """The tokenizer of `data_config["text"]` for a source.
 
     The captions of `shapes` have a closed vocabulary. Those of a folder are counted (`source.captions()`: the metadata

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
@@ -135,7 +136,7 @@ class Bpe:
                 self._known[word] = ids
         return ids
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """ids: any number of ints -> text; padding is left out, broken UTF-8 reads as the replacement character."""
         return b"".join(self._bytes[i] for i in np.asarray(ids).tolist() if i != PAD).decode("utf-8", "replace")
 

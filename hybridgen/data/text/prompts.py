@@ -1,5 +1,7 @@
 """What all text tokenizers have in common: what a prompt is, and ids of a fixed length with a mask."""
 
+from typing import Any
+
 import numpy as np
 
 from hybridgen.core.errors import UserError
@@ -39,7 +41,7 @@ def fit(
     return padded, np.arange(length) < len(ids)
 
 
-def checked_length(value) -> int:
+def checked_length(value: Any) -> int:
     """A length of prompts from a config or a file; UserError for what is none."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65_536:
         raise UserError(f"text.length is {value!r}, it must be a whole number between 1 and 65536")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
@@ -97,7 +98,7 @@ class Published:
         marks = {"begin": self._begin, "end": self._end}
         return fit(self.ids(text), self.length, "tokens", strict, pad=self.pad, **marks)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """ids: any number of ints -> text; marks and padding are left out."""
         left_out = {*self._begin, *self._end, *self._special, self.pad}
         return self._spaces([self._pieces[i] for i in np.asarray(ids).tolist() if i not in left_out])
