@@ -8,10 +8,16 @@ From a trained run, or a bundle that `hybridgen export` made of one, to pictures
     images[0].save("circle.png")
 """
 
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridgen.api import Model
+
 __version__ = "0.1.0"
 
 
-def load(path, *, checkpoint: int | None = None):
+def load(path: str | os.PathLike, *, checkpoint: int | None = None) -> "Model":
     """The model of a run folder or of a bundle, ready to draw: a `hybridgen.api.Model`.
 
     `path`: what training, `hybridgen convert` or `hybridgen export` wrote. `checkpoint`: a step (default: the newest

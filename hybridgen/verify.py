@@ -11,6 +11,7 @@ code 0 if all hold, 1 if not, 2 if the folder cannot be replayed.
 
 import contextlib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -42,7 +43,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is not a good file of arrays: {shown(str(error)[:120])}") from None
 
 
-def verify(source: str, folder: Path, report=print) -> bool:
+def verify(source: str, folder: Path, report: Callable[[str], None] = print) -> bool:
     """Whether every recorded output is reproduced; `report` gets one line an output. Raises UserError, see above."""
     system, replay = find(source)
     config = run_folder.read_json(folder / "config.json")

@@ -14,6 +14,8 @@ Letters: `H W` picture, `n` pixels, `c` palette colours, `o` objects found, `s` 
 """
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -33,7 +35,7 @@ _GRID = 128
 
 
 @functools.cache
-def moments(shape):
+def moments(shape: str) -> tuple[float, float, float]:
     """(area, x, y) of a shape of radius 1: its area and the centre of its mass, from a fine drawing."""
     cover, (rows, columns) = coverage(shape, 0.5, 0.5, 0.4, _GRID)
     cover = cover.astype(np.float64)
@@ -42,7 +44,7 @@ def moments(shape):
     return area / (0.4 * _GRID) ** 2, (cover.sum(0) @ x) / area / 0.4, (cover.sum(1) @ y) / area / 0.4
 
 
-def as_pixels(image):
+def as_pixels(image: np.ndarray) -> np.ndarray:
     """H W 3, uint8 or float in [-1, 1] -> float32 in [0, 255]. Floats beyond the range are clipped, NaN becomes -1."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or image.shape[0] != image.shape[1]:
@@ -113,7 +115,7 @@ def _fit(soft):
     return best
 
 
-def read(image, most=12):
+def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
     """What is in a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}]}.
 
     image: H H 3, uint8 or float in [-1, 1]. Objects from the largest on; beyond `most` they are counted but not fitted
@@ -151,14 +153,14 @@ def read(image, most=12):
     return {"background": name, "objects": objects}
 
 
-def size_name(r, radii):
+def size_name(r: float, radii: Mapping[str, float]) -> str | None:
     """The size of `radii` nearest to r by ratio; None if r is far smaller or larger than all."""
     if not min(radii.values()) / 1.3 < r < max(radii.values()) * 1.3:
         return None
     return min(radii, key=lambda name: abs(np.log(radii[name] / r)))
 
 
-def cell_name(x, y):
+def cell_name(x: float, y: float) -> str:
     """The one of the nine positions that a point lies in."""
     at = tuple(min(CELLS, key=lambda cell: abs(cell - v)) for v in (x, y))
     return next(name for name, cell in POSITIONS.items() if cell == at)
@@ -182,7 +184,7 @@ def _match(stated, found, radii):
     return matched
 
 
-def judge(image, scene):
+def judge(image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, bool]:
     """Which attributes of the scene's caption the picture gets right: {attribute: bool, ..., "all_right": bool}.
 
     image: H H 3, uint8 or float in [-1, 1]; scene: see `data.shapes`. The keys are "shape", "colour" and "count", and
@@ -218,7 +220,7 @@ def _stands(first, relation, second):
     return ax * dx + ay * dy > abs(ay * dx) + abs(ax * dy)
 
 
-def judge_batch(images, scenes):
+def judge_batch(images: np.ndarray, scenes: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Verdicts of many pictures: {attribute: B int8, 1 right, 0 wrong, -1 not stated} with "objects" B, their number.
 
     images: B H H 3, uint8 or float in [-1, 1]; scenes: B scenes.
@@ -230,7 +232,7 @@ def judge_batch(images, scenes):
     return table | {"objects": np.array([len(scene["objects"]) for scene in scenes], np.int8)}
 
 
-def summary(table):
+def summary(table: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Means of `judge_batch`'s table: {"all": {attribute: share, "pictures": B}, "1": ..., "2": ...} by objects.
 
     An attribute that no picture of a group states is left out of it.

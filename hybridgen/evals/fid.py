@@ -77,7 +77,9 @@ def root_of_rows(features: np.ndarray) -> np.ndarray:
     return (rows - rows.mean(0)).T / np.sqrt(len(rows) - 1)
 
 
-def kernel(a: np.ndarray, b: np.ndarray, seed: int = 0, subsets: int = SUBSETS, size: int = SUBSET):
+def kernel(
+    a: np.ndarray, b: np.ndarray, seed: int = 0, subsets: int = SUBSETS, size: int = SUBSET
+) -> tuple[float, float]:
     """(squared maximum mean discrepancy of `a [n, d]` and `b [m, d]`, standard error), kernel (x.y / d + 1)^3.
 
     Mean of the unbiased estimate over random subsets, of `size` rows and at most half of the smaller set. The subsets

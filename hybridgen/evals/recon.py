@@ -16,14 +16,14 @@ WINDOW, DEVIATION = 11, 1.5
 LEAST_ERROR = 1e-10  # equal pictures get 106 dB rather than infinity, so that means and JSON stay finite
 
 
-def psnr(images, originals):
+def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio: B float64, in dB. Both B H W 3 in [-1, 1]. Raises UserError if they do not match."""
     a, b = _pair(images, originals)
     error = np.mean((a - b) ** 2, axis=(1, 2, 3))  # B
     return 10 * np.log10(RANGE**2 / np.maximum(error, LEAST_ERROR))
 
 
-def ssim(images, originals):
+def ssim(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     """Structural similarity: B float64, 1 for equal pictures. Both B H W 3 in [-1, 1], at least 11 pixels a side."""
     a, b = _pair(images, originals)
     if min(a.shape[1:3]) < WINDOW:

@@ -6,6 +6,7 @@ a Chinese font is installed; without one its characters are boxes, so a report s
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,14 +19,22 @@ INK, RIGHT, WRONG = (40, 40, 40), (0, 120, 40), (190, 20, 30)
 CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc")
 
 
-def sheet(images, captions=None, verdicts=None, *, columns=None, cell=128, title=None):
-    """Lay pictures out on a white sheet: a PIL picture in RGB.
+def sheet(
+    images: np.ndarray,
+    captions: Sequence[str] | None = None,
+    verdicts: Sequence[Mapping[str, bool] | None] | None = None,
+    *,
+    columns: int | None = None,
+    cell: int = 128,
+    title: str | None = None,
+) -> Image.Image:
+    """Lay pictures out on a white sheet, in RGB.
 
     Args:
       images: B H W 3, uint8 or float in [-1, 1]. To compare several of a caption, join them along W.
-      captions: B str, or None. Long ones are wrapped to the width of a cell.
-      verdicts: B dicts of attribute: bool (see `evals.alignment.judge`) or None each, or None. The line under a
-        picture says "all right", or what is wrong.
+      captions: B, or None. Long ones are wrapped to the width of a cell.
+      verdicts: B (see `evals.alignment.judge`), or None each, or None. The line under a picture says "all right", or
+        what is wrong.
       columns: pictures in a row; None makes the sheet about square.
       cell: pictures narrower than this many pixels are enlarged to about it.
       title: a line above all.
@@ -59,13 +68,13 @@ def sheet(images, captions=None, verdicts=None, *, columns=None, cell=128, title
     return paper
 
 
-def verdict_line(verdict):
+def verdict_line(verdict: Mapping[str, bool]) -> str:
     """ "all right", or "wrong: shape, size"."""
     wrong = [name for name, right in verdict.items() if not right and name != "all_right"]
     return f"wrong: {', '.join(wrong)}" if wrong else "all right"
 
 
-def wrap(text, width, font):
+def wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """Break a text into lines at most `width` pixels wide, at spaces and between Chinese characters."""
     lines = [""]
     for piece in re.findall(r" *[!-~]+| *\S", text):

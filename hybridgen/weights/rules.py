@@ -175,8 +175,10 @@ def _shown(shape: Iterable[int]) -> str:
 # ---------------------------------------------------------------- in
 
 
-def load(tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str, Any], dropped: Iterable[str] = ()):
-    """Official tensors (lazy ones: shape, dtype, read on np.asarray) -> {path: numpy array} as `shapes` says.
+def load(
+    tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str, Any], dropped: Iterable[str] = ()
+) -> dict[str, np.ndarray]:
+    """Official tensors (lazy ones: shape, dtype, read on np.asarray) -> {path: array} as `shapes` says.
 
     shapes: {path: what has a shape and a dtype}, every array of the model. dropped: patterns of names that the model
     has no use for. One tensor is in memory beside the arrays. Raises UserError naming the tensor that no rule or two
