@@ -68,6 +68,55 @@ def undocumented(tree: ast.Module) -> list:
     return [node for node in public if not ast.get_docstring(node) and node.name not in CONTRACT]
 
 
+def test_every_public_function_is_annotated():
+    files = [path for path in tracked("*.py") if path.is_relative_to(ROOT / "hybridgen")]
+    found = [(path, node) for path in files for node in unannotated(tree_of(path))]
+    assert files and not [f"{name(path)}:{node.lineno} {node.name}" for path, node in found]
+
+
+def unannotated(tree: ast.AST) -> list:
+    """Public functions and methods, such as `__call__` too, where a parameter or the result has no type.
+
+    Functions within functions are nobody's interface. `self` and `cls` need no type, nor does what `__init__` returns.
+    """
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found += unannotated(node)
+        elif not node.name.startswith("_") or (node.name.startswith("__") and node.name.endswith("__")):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            bare = [one.arg for one in given if one and not one.annotation and one.arg not in ("self", "cls")]
+            if bare or not (node.returns or node.name == "__init__"):
+                found.append(node)
+    return found
+
+
+def test_a_function_without_types_is_found():
+    source = """
+def whole(a: int, /, b: int = 0, *c: int, d: int, **e: int) -> int:
+    def inner(x): return x
+def _private(a): return a
+def no_result(a: int): return a
+def no_parameter(a) -> int: return a
+def no_rest(*rest) -> None: ...
+def no_options(**options) -> None: ...
+async def no_keyword(*, a) -> None: ...
+if whole:
+    def no_position(a, /) -> None: ...
+class Public:
+    def __init__(self, a: int): self.a = a
+    def __call__(self, a: int): return a
+    def _private(self, a): return a
+    @classmethod
+    def made(cls) -> "Public": ...
+    class Inner:
+        def __init__(self, a): ...
+        def __len__(self) -> int: return 0
+"""
+    found = ["no_result", "no_parameter", "no_rest", "no_options", "no_keyword", "no_position", "__call__", "__init__"]
+    assert [node.name for node in unannotated(ast.parse(source))] == found
+
+
 def test_names_say_something():
     empty = re.compile(r"(utils?|helpers?|misc)$")
     assert not [name(path) for path in tracked() if any(empty.match(part.split(".")[0]) for part in path.parts[-2:])]
