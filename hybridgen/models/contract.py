@@ -13,10 +13,10 @@ Roles, the functions by which hybrids use any family; each takes (model, params,
     prior       condition(model, batch, parts) -> cond; prefill(cond) -> (logits, cache); step(cache, chunk) ->
                 (logits, cache); score(tokens, cond) -> logits; features(tokens, cond) -> hidden states;
                 plan(cond, keys, options) -> (tokens, log-probabilities); model: width, length, drop
-    decoder     condition(model, batch, parts, tokens) -> cond; planned(model, codes, parts) -> its entries that follow
-                from a plan; corrupted(tokens, keys, vocab, most) -> tokens; judged(model, params, batch, cond, keys,
-                parts, train) -> (loss, aux); predict(x, t, cond); draw(cond, keys, parts, options) -> image;
-                model: kind (what it predicts), corrupt
+    decoder     conditioning(model, batch, parts, tokens) -> cond; plan_conditioning(model, codes, parts) -> its entries
+                that follow from a plan; corrupt_tokens(tokens, keys, vocab, most) -> tokens; decoder_loss(model,
+                params, batch, cond, keys, parts, train) -> (loss, aux); predict(x, t, cond) -> prediction; render(cond,
+                keys, parts, options) -> image; model: roles.denoiser.Denoiser (a network with its process)
 
 Families whose pictures may have several shapes also offer sized(model, (height, width), parts) -> the model for
 pictures of that shape, on the same arrays; its parts are sized already.
@@ -71,7 +71,7 @@ class Part:
     params: Any
     extra: Any
     family: str = dataclasses.field(metadata={"static": True})
-    model: nn.Module = dataclasses.field(metadata={"static": True})
+    model: Any = dataclasses.field(metadata={"static": True})  # what the family builds: a module, or one and more
 
     def call(self, role: str, *args: Any, **options: Any) -> Any:
         return getattr(find(self.family), role)(self.model, self.params, self.extra, *args, **options)
