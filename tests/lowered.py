@@ -199,7 +199,7 @@ def of_golden(name: str) -> Iterator[tuple[str, str]]:
         cond, options = {"image": batch["image"]}, {}
     yield "gradient", gradient(family, model, arrays, batch, {})
     yield "sample", drawing(family, model, arrays, cond, {}, options)
-    if kind == "diffusion" and model.drop_text:
+    if kind == "diffusion" and model.cond_drop_prob:
         options = {"decoder": {"solver": "ddim", "steps": 4, "guidance": 2.0, "guidance_channels": 3}}
         yield "guided", drawing(family, model, arrays, cond, {}, options)
     yield from role(family, model, arrays, batch, {})
@@ -229,12 +229,13 @@ def others() -> list[str]:
         except UserError as error:
             known = re.search(r"one of (.*), or none", str(error))[1].split(", ")
             names += [f"{path.relative_to(ROOT)}:{name}" for name in ["", *known] if name not in TINY]
+    dit, process = "configs/diffusion/dit.py:tiny", "model.process"
     extra = [
         "configs/diffusion/dit.py:tiny,model.cross=True",
         "configs/diffusion/dit.py:tiny,model.text_vocab=62,model.text_length=16",
         "configs/diffusion/dit.py:tiny,model.cross=True,model.text_vocab=62,model.text_length=16",
-        "configs/diffusion/dit.py:tiny,model.kind=velocity,model.loss_kind=velocity,model.draft=False,model.relative=False",
-        "configs/diffusion/dit.py:tiny,model.kind=v,model.loss_kind=v,model.schedule=cosine,model.relative=False",
+        f"{dit},{process}.prediction_type=velocity,{process}.loss_type=velocity,model.draft=False,{process}.relative=False",
+        f"{dit},{process}.prediction_type=v,{process}.loss_type=v,{process}.schedule=cosine,{process}.relative=False",
         "configs/ar/raster.py:tiny,model.remat=full,model.unroll=1",
         "configs/ar/raster.py:tiny,model.kv_heads=1,model.qk_norm=False",
         "configs/ar/raster.py:tiny,sample.options.prior.guidance_schedule=linear,sample.options.prior.top_k=5",

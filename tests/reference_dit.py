@@ -42,7 +42,7 @@ def places(side, d):
 
 
 class Reference:
-    """`it(x, t, y)` for either naming, told by the names themselves."""
+    """`it(x, t, y)` for either naming, which the names decide."""
 
     def __init__(self, state, heads, act="gelu-approximate", eps=1e-6):
         self.state = {name: np.asarray(value, np.float64) for name, value in state.items()}

@@ -35,7 +35,7 @@ def system(name: str, mesh: dict, **changes):
     if name == "prior":
         return tiny.experiment("ar.raster", tiny.prior_options(tokenizer, **WIDE), parts, mesh, **changes)
     if name == "decoder":
-        model = tiny.decoder_options(tokenizer, cross=True, corrupt=0.3, classes=tiny.CLASSES, **WIDE)
+        model = tiny.decoder_options(tokenizer, cross=True, token_corruption=0.3, classes=tiny.CLASSES, **WIDE)
         return tiny.experiment("diffusion.dit", model, parts, mesh, **changes)
     # a gradient from the decoder to the prior, the prior's own plans, and a true rollout at steps 0, 4, 8 ...
     model = tiny.cascade_options(tokenizer, WIDE, WIDE, mode="features", own=0.5, rollout_every=4)

@@ -105,7 +105,7 @@ def experiment(family, model: dict, parts: dict | None = None, mesh: dict | None
     config = common.stage(str(family), {}, {}, **{"log__every": 1, "steps": 1000, "optim__warmup": 0} | changes)
     module = find(family) if isinstance(family, str) else family
     ready = {name: sharding.put(part, sharding.replicated(place)) for name, part in (parts or {}).items()}
-    return Experiment(config, module, module.build(model), ready, {}, None, place)
+    return Experiment(config, module, model, module.build(model), ready, {}, None, place)
 
 
 class Run:

@@ -13,10 +13,11 @@ from configs import common
 
 def get_config(variant: str = ""):
     model = {"resolution": "auto", "plan_width": "auto", "patch": 4, "width": 192, "depth": 4, "heads": 3}
-    model |= {"draft": True, "cross": False, "kind": "x", "loss_kind": "x", "relative": True}
-    model |= {"schedule": "flow", "time_mean": 0.0, "time_std": 1.0, "time_min": 0.05}
-    model |= {"drop_plan": 0.05, "drop_text": 0.1, "corrupt": 0.05}
-    model |= {"text_vocab": 0, "text_length": 0, "classes": "auto", "remat": "none", "unroll": -1, "dtype": "float32"}
+    model |= {"draft": True, "cross": False, "text_vocab": 0, "text_length": 0, "classes": "auto"}
+    model |= {"plan_drop_prob": 0.05, "cond_drop_prob": 0.1, "token_corruption": 0.05}
+    model |= {"remat": "none", "unroll": -1, "dtype": "float32"}
+    model["process"] = {"schedule": "flow", "prediction_type": "x", "loss_type": "x", "relative": True}
+    model["process"] |= {"time_mean": 0.0, "time_std": 1.0, "time_min": 0.05}
     config = common.stage("diffusion.dit", model, common.shapes(), steps=1000, optim__lr=2e-3)
     config.parts.tokenizer = "../tokenizer"
     config.ema.decay = 0.99
@@ -37,8 +38,9 @@ def get_config(variant: str = ""):
         config.model.update(channels=4, patch=2, width=1152, depth=28, heads=16)
         with config.model.ignore_type():  # of the latent: not the data's, which "auto" stands for
             config.model.resolution = 32
-        config.model.update(draft=False, relative=False, kind="velocity", loss_kind="velocity")
-        config.model.update(drop_plan=0.1, corrupt=0.1, time_min=0.0, remat="full", unroll=1, dtype="bfloat16")
+        config.model.update(draft=False, plan_drop_prob=0.1, token_corruption=0.1)
+        config.model.update(remat="full", unroll=1, dtype="bfloat16")
+        config.model.process.update(prediction_type="velocity", loss_type="velocity", relative=False, time_min=0.0)
         config.mesh.update(data=-1, fsdp=16)
         config.sample.options.decoder.update(guidance=1.5, steps=25)
         config.parts.update(tokenizer="configs/tokenizers/vq.py:f16", autoencoder="configs/tokenizers/vq.py:f8_latent")

@@ -32,14 +32,14 @@ def get_config(variant: str = ""):
         raise common.unknown(variant, "tiny", *VARIANTS)
     side = 512 if variant == "xl_512" else 256
     depth, width, heads = SIZES.get(variant, SIZES["xl"])
-    model = {"channels": 4, "patch": 2, "width": width, "depth": depth, "heads": heads, "hidden": 4 * width}
-    model |= {"resolution": side // 8, "outputs": 8, "classes": 1000, "plan_width": 0, "draft": False}
-    model |= {"block": {"norm": "layer", "mlp": "gelu", "bias": True}, "position": "stored", "rotary": False}
-    model |= {"timesteps": 1000, "schedule": "linear", "kind": "eps", "loss_kind": "eps", "drop_text": 0.1}
-    model |= {"posterior": "sample", "remat": "none", "unroll": 1, "dtype": "bfloat16"}
+    model = {"resolution": side // 8, "channels": 4, "patch": 2, "width": width, "depth": depth, "heads": heads}
+    model |= {"hidden": 4 * width, "classes": 1000, "cond_drop_prob": 0.1, "posterior": "sample"}
+    model |= {"remat": "none", "unroll": 1, "dtype": "bfloat16"}
+    model["process"] = {"timesteps": 1000, "schedule": "linear", "prediction_type": "eps", "loss_type": "eps"}
+    model["process"] |= {"learned_variance": True}
     changes = {"steps": 400_000, "batch": 256, "optim__lr": 1e-4, "optim__schedule": "constant", "optim__warmup": 0}
     changes |= {"optim__clip": 0.0, "optim__b2": 0.999, "ema__decay": 0.9999}
-    config = common.stage("diffusion.dit", model, common.shapes(resolution=side), **changes)
+    config = common.stage("diffusion.dit_official", model, common.shapes(resolution=side), **changes)
     config.data.flip = True
     with config.model.ignore_type():  # or "auto": as many as the data has
         config.model.classes = 1000
@@ -52,7 +52,7 @@ def get_config(variant: str = ""):
         config.update(steps=300, batch=16)
         config.optim.update(lr=2e-3)
         config.ema.decay = 0.98
-        config.model.update(resolution=16, channels=3, outputs=6, classes=1, patch=4, width=64, depth=2, heads=2)
-        config.model.update(hidden=256, dtype="float32", unroll=-1)
+        config.model.update(resolution=16, channels=3, classes=1, patch=4, width=64, depth=2, heads=2, hidden=256)
+        config.model.update(dtype="float32", unroll=-1)
         config.sample.options.decoder.update(steps=10)
     return config

@@ -85,8 +85,8 @@ def _latent(side: int, width: int):
     del autoencoder.model.adversarial
     autoencoder.optim.groups = ConfigDict()
     autoencoder.optim.update(lr=3e-3, warmup=50)
-    prior.model.update(channels=width, patch=1, draft=False, relative=False, corrupt=0.0, width=128, heads=2)
-    prior.model.update(kind="velocity", loss_kind="velocity", time_min=0.0)
+    prior.model.update(channels=width, patch=1, draft=False, token_corruption=0.0, width=128, heads=2)
+    prior.model.process.update(prediction_type="velocity", loss_type="velocity", relative=False, time_min=0.0)
     with prior.model.ignore_type():  # no plan; of the latent, not of the data; and text, of which the decoder has none
         prior.model.update(plan_width=0, resolution=side, text_vocab="auto", text_length="auto")
     prior.sample.options.decoder.guidance = 2.0  # as the other priors

@@ -208,7 +208,7 @@ def build(
     model = family.build(options)
     by_row = sharding.batch_sharding(mesh)
     places = {name: part_shardings(part, mesh) for name, part in parts.items()}
-    experiment = Experiment(config, family, model, options, _placed(parts, places), {}, text, mesh)
+    experiment = Experiment(config, family, options, model, _placed(parts, places), {}, text, mesh)
     encoders = [name for name in CACHED if cached and name in parts]
     batch = dict(specs)
     for name in encoders:

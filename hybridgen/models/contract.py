@@ -257,7 +257,7 @@ class Part:
     params: Any
     extra: Any
     family: str = dataclasses.field(metadata={"static": True})
-    model: Any = dataclasses.field(metadata={"static": True})
+    model: Any = dataclasses.field(metadata={"static": True})  # what the family builds: a module, or one and more
 
     def call(self, role: str, *args: Any, **options: Any) -> Any:
         return getattr(find(self.family), role)(self.model, self.params, self.extra, *args, **options)

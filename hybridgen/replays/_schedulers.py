@@ -31,11 +31,11 @@ class Run(NamedTuple):
     n: int
 
 
-def runs(case: Case, kind: str, each: Callable[[Case, Run], None]) -> None:
-    """Replays every run of a fixture of the scheduler `kind`."""
+def runs(case: Case, kind: str, each: Callable[[Case, Run], None], *more: str) -> None:
+    """Replays every run of a fixture of the scheduler `kind`. more: keys of the config beside the runs."""
     with Options(case.config) as options:
         options.only("class_name", kind)
-        options.skip("package")
+        options.skip("package", *more)
         table = options.take("runs")
     for name, entry in Options(table, "runs").config.items():
         with Options(entry, name) as parts, Options(parts.take("scheduler"), f"{name}.scheduler") as scheduler:

@@ -3,6 +3,8 @@
 Letters: n steps, T training timesteps, B pictures.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtri
@@ -47,7 +49,7 @@ def replay(case: Case) -> None:
         solver = solvers.ddim if noisy else solvers.euler
         compare(case, run, steps, sigmas, lambda: trajectory(solver, predict, x, levels, steps, **walk))
 
-    runs(case, "FlowMatchEulerDiscreteScheduler", each)
+    runs(case, "FlowMatchEulerDiscreteScheduler", each, "density")
     if case.has("in_q_x0"):
         sigmas, count = forward_run(case, trained)
         clean, noise, index = (case.takes(f"in_q_{name}") for name in ("x0", "noise", "index"))
@@ -82,15 +84,41 @@ def _flow_grid(run: Run, train: np.ndarray, count: int) -> np.ndarray:
 
 
 def _densities(case: Case) -> None:
-    """Maps and weights at given numbers, and moments of the densities: rows as the README lists them."""
+    """Maps and weights at given numbers, and moments of the densities that the config lists, a row each."""
+    listed = case.config.get("density", DENSITIES)
+    rows = [_density(row) for row in (listed if isinstance(listed, list | tuple) else [listed])]
 
     def moments() -> np.ndarray:
         u = (np.arange(400_000) + 0.5) / 400_000  # even quantiles: ours need no draw
-        drawn = [schedules.logit_normal(ndtri(u)), schedules.logit_normal(ndtri(u), 0.5, 0.6)]
-        drawn = np.stack([*drawn, schedules.mode(u, 1.29), schedules.uniform(u)])
+        drawn = np.stack([DRAWS[name](u, *parameters) for name, parameters in rows])
         return np.stack([drawn.mean(1), drawn.std(1), *((drawn < at).mean(1) for at in (0.25, 0.5, 0.75))], 1)
 
-    case.gives("out_mode_map", lambda: schedules.mode(case.takes("in_density_u"), 1.29))
+    scales = [parameters for name, parameters in rows if name == "mode"] or [()]
+    case.gives("out_mode_map", lambda: schedules.mode(case.takes("in_density_u"), *scales[0]))
     case.gives("out_weight_cosmap", lambda: schedules.loss_weight("cosmap", case.takes("in_density_u")))
     case.gives("out_weight_sigma_sqrt", lambda: schedules.loss_weight("sigma_sqrt", case.takes("in_density_u")))
     case.gives("out_density_moments", moments, within=0.004)  # theirs are of 400,000 draws
+
+
+def _density(row: Any) -> tuple[str, tuple[float, ...]]:
+    """(name, parameters) of a density in the config, such as ["logit_normal", mean, std]. Raises UserError."""
+    name, *parameters = row if isinstance(row, list | tuple) and row else ("",)
+    known = isinstance(name, str) and name in DRAWS
+    if not known or len(parameters) > MOST[name] or not all(type(number) in (int, float) for number in parameters):
+        raise UserError(f"config: the density {str(row)[:80]!a} is not built, only {', '.join(DRAWS)} with numbers")
+    return name, tuple(parameters)
+
+
+# training times of uniform u in (0, 1), and how many parameters they have at most
+DRAWS = {
+    "logit_normal": lambda u, *parameters: schedules.logit_normal(ndtri(u), *parameters),
+    "mode": schedules.mode,
+    "uniform": schedules.uniform,
+}
+MOST = {"logit_normal": 2, "mode": 1, "uniform": 0}
+DENSITIES = (
+    ("logit_normal", 0.0, 1.0),
+    ("logit_normal", 0.5, 0.6),
+    ("mode", 1.29),
+    ("uniform",),
+)  # where none is listed

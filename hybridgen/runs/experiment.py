@@ -30,8 +30,8 @@ class Experiment(NamedTuple):
 
     config: Any
     family: ModuleType
-    model: Any  # what the family's `build` made
-    options: dict[str, Any]  # of the model, with no "auto" left
+    options: dict[str, Any]  # of the model: `config.model` with no "auto" left
+    model: Any  # what the family builds of them
     parts: dict[str, Part]
     digests: dict[str, str]  # of the parts
     text: Any  # the text tokenizer, or None
@@ -53,7 +53,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     parts = {name: run.part for name, run in runs.items()}
     family, model, options = resolve(config, parts, text, source)
     digests = {name: run.digest for name, run in runs.items()}
-    return Experiment(config, family, model, options, place(parts, mesh), digests, text, mesh)
+    return Experiment(config, family, options, model, place(parts, mesh), digests, text, mesh)
 
 
 def load(config: Any, folder: Path | None) -> dict[str, Run]:

@@ -12,10 +12,11 @@ import flax.linen as nn
 import pytest
 
 import hybridgen
+from hybridgen import models, replays
+from hybridgen import nn as layers
 from hybridgen.models import contract
 from hybridgen.runs import upgrades
 from hybridgen.weights import tables
-from hybridgen import models, nn as layers, replays
 
 ROOT = Path(__file__).parents[2]
 FIELDS, TOP_FILES = 20, 12
@@ -42,7 +43,9 @@ def test_no_module_has_many_fields():
         if isinstance(kind, type) and kind.__module__ == module.__name__ and dataclasses.is_dataclass(kind)
     }
     assert len([kind for kind in kinds if issubclass(kind, nn.Module)]) > 30
-    many = {f"{kind.__module__}.{kind.__name__}": len(fields_of(kind)) for kind in kinds if len(fields_of(kind)) > FIELDS}
+    many = {
+        f"{kind.__module__}.{kind.__name__}": len(fields_of(kind)) for kind in kinds if len(fields_of(kind)) > FIELDS
+    }
     assert not many
 
 
@@ -120,7 +123,9 @@ def test_a_broken_family_is_found():
     vars(broken).update({**vars(module), "sample": None})
     assert "it has no function sample(model, params, cond, keys" in contract.faults(broken)[0]
     vars(broken).update({**vars(module), "score": lambda model, tokens: 0})
-    assert "score takes (model, tokens), and is to take (model, params, extra, tokens, cond)" in contract.faults(broken)[0]
+    assert (
+        "score takes (model, tokens), and is to take (model, params, extra, tokens, cond)" in contract.faults(broken)[0]
+    )
     vars(broken).update({**vars(module), "build": lambda config, size: 0})
     assert "of which 'size' needs a default" in contract.faults(broken)[0]
     vars(broken).update({**vars(module), "OPTIONS": {"prior": {"temperature": 1.0}}})

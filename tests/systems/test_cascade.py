@@ -348,7 +348,11 @@ def test_what_is_missing_or_unknown_is_named():
 # each with what the tests above leave out
 PRIORS = [("ar.raster", tiny.PRIOR | {"depth": 1, "heads": 4, "kv_heads": 2, "classes": tiny.CLASSES})]
 DECODERS = [
-    ("diffusion.dit", tiny.DECODER | {"depth": 1, "draft": False, "cross": True, "kind": "velocity", "patch": 2})
+    (
+        "diffusion.dit",
+        tiny.DECODER
+        | {"depth": 1, "draft": False, "cross": True, "patch": 2, "process": {"prediction_type": "velocity"}},
+    )
 ]
 
 

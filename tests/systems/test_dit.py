@@ -1,10 +1,10 @@
-"""The DiT decoder: parameterisations agree, dropped is ignored, the draft is where it starts, any grid of the plan.
+"""The DiT decoder: what is dropped is ignored, the draft is where it starts, any grid of the plan.
 
 Letters: b pictures, H W picture, n tokens.
 """
 
+import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ import tiny
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
-from hybridgen.models.diffusion import dit, process
-from hybridgen.sampling import schedules
+from hybridgen.models.diffusion import dit
+from hybridgen.models.diffusion.process import Process
+from hybridgen.models.roles import denoiser
 from hybridgen.sampling.solvers import SOLVERS
 
 B = 4
@@ -61,71 +62,12 @@ def training(part, parts, train=True):
     return run
 
 
-# ---------------------------------------------------------------- the process around the network
-
-
-@pytest.mark.parametrize("schedule", ["flow", "cosine"])
-def test_every_parameterisation_says_the_same_x_and_has_the_same_loss(schedule):
-    """A network that knows x up to a fixed error, said in each of the four ways: one x, one loss, one render."""
-    level_of = schedules.schedule(schedule)
-    settings = {"schedule": schedule, "time_mean": 0.0, "time_std": 1.0, "time_min": 0.05}
-
-    def message(kind, wrong, x_t, t, cond):
-        at = level_of(t.astype(x_t.dtype))
-        alpha, sigma = (part.reshape(-1, 1, 1, 1) for part in (at.alpha, at.sigma))
-        return schedules.target(at, kind, wrong, (x_t - alpha * wrong) / jnp.maximum(sigma, 1e-9))
-
-    @jax.jit
-    def run(x, wrong, keys):
-        out = {}
-        for kind in schedules.KINDS:
-            network = functools.partial(message, kind, wrong)
-            models = [SimpleNamespace(**settings, kind=kind, loss_kind=verdict) for verdict in ("x", "velocity")]
-            losses = [process.errors(model, network, x, keys, {}) for model in models]
-            out[kind] = losses, process.render(models[0], network, {}, keys, x.shape[1:], {"steps": 3})
-        return out
-
-    with jax.enable_x64(True):
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(B, 4, 4, 3)))
-        wrong = x + 0.1 * jnp.sin(7 * x)
-        out = run(x, wrong, keys_of())
-        for losses, render in out.values():
-            for (each, metrics), (usual, _) in zip(losses, out["x"][0], strict=True):
-                assert each.shape == (B,) and each.min() > 0
-                # the error of x is what it was made to be, whatever the network says
-                np.testing.assert_allclose(metrics["x_mse"], jnp.square(wrong - x).mean((1, 2, 3)), rtol=1e-6)
-                np.testing.assert_allclose(each, usual, rtol=2e-6)
-            np.testing.assert_allclose(render, wrong, atol=2e-6)
-        assert tiny.gap(out["x"][0][0][0], out["x"][0][1][0]) > 0.1  # judged in x, and in velocity
-
-
-def test_times_and_noise_belong_to_the_sample():
-    model = SimpleNamespace(kind="x", loss_kind="velocity", schedule="flow", time_mean=-1.0, time_std=0.5, time_min=0.3)
-
-    @jax.jit
-    def requested(keys):
-        seen = []
-
-        def network(x_t, t, cond):
-            seen.append((x_t, t))
-            return x_t
-
-        process.errors(model, network, jnp.zeros((64, 2, 2, 3)), keys, {})
-        return seen[0]
-
-    x_t, t = requested(keys_of(64))
-    assert tiny.same((x_t, t), jax.tree.map(lambda x: x[::-1], requested(keys_of(64)[::-1])))
-    assert len({row.tobytes() for row in np.asarray(x_t)}) == 64
-    assert t.min() == np.float32(0.3) and 0.35 < (t == t.min()).mean() < 0.75  # P(sigmoid(N(-1, 1/2)) < 0.3) = 0.62
-    assert len(set(np.asarray(t[t > t.min()]))) == (t > t.min()).sum()
-
-
 # ---------------------------------------------------------------- the network
 
 
 def test_at_initialisation_the_prediction_is_the_draft():
     parts = parts_of()
-    options = tiny.decoder_options(parts["tokenizer"], depth=1, kind="x")
+    options = tiny.decoder_options(parts["tokenizer"], depth=1, process={"prediction_type": "x"})
     model = dit.build(options)
     # another generator than everywhere else: this one compiles in no time
     params = jax.jit(lambda key: dit.init(model, key, {}, parts)["params"])(jax.random.key(0, impl="rbg"))
@@ -136,7 +78,7 @@ def test_at_initialisation_the_prediction_is_the_draft():
     decode = jax.jit(lambda codes: parts["tokenizer"].call("decode", codes))
     assert tiny.gap(cond["draft"], decode(parts["tokenizer"].call("embed", batch_of()["tokens"]))) < 1e-6
     assert tiny.same(run(x, t, cond | {"drop_plan": jnp.ones(B, bool)}), jnp.zeros_like(x))
-    velocity = dit.build(options | {"kind": "velocity"})
+    velocity = dit.build(options | {"process": {"prediction_type": "velocity"}})
     message = jax.jit(lambda x, t, cond: dit.predict(velocity, params, {}, x, t, cond))(x, t, cond)
     assert tiny.same(message, jnp.zeros_like(x))
 
@@ -225,11 +167,13 @@ def test_latents_cached_or_from_an_autoencoder():
     parts = parts_of() | {"autoencoder": auto}
     part = decoder(parts, resolution=4, patch=1, channels=5)
     batch = batch_of()
-    latent, cond = jax.jit(lambda b: (dit.clean(part.model, b, parts), dit.conditioning(part.model, b, parts)))(batch)
+    latent, cond = jax.jit(lambda b: (denoiser.clean(part.model, b, parts), dit.conditioning(part.model, b, parts)))(
+        batch
+    )
     assert latent.shape == (B, 4, 4, 5)
     assert tiny.gap(latent, jax.jit(lambda image: auto.call("encode", image))(batch["image"])) < 1e-6
     given = batch | {"latent": latent + 1}
-    assert tiny.same(dit.clean(part.model, given, parts), latent + 1)
+    assert tiny.same(denoiser.clean(part.model, given, parts), latent + 1)
     assert cond["draft"].shape == (B, 4, 4, 5)  # the draft is seen as a latent too
     loss = jax.jit(training(part, parts, train=False))
     cached = {name: batch[name] for name in ("id", "tokens")} | {"latent": latent}
@@ -242,7 +186,7 @@ def test_latents_cached_or_from_an_autoencoder():
         given = {"parts": parts, "extra": {}, "options": {"decoder": options}}
         drawn = dit.sample(part.model, part.params, {"tokens": tokens}, keys_of(), **given)
         network = functools.partial(part.call, "predict")
-        return drawn["image"], process.render(part.model, network, cond, keys_of(), (4, 4, 5), options)
+        return drawn["image"], denoiser.integrate(part.model.process, network, cond, keys_of(), (4, 4, 5), options)
 
     image, latents = sample(batch["tokens"])
     assert image.shape == (B, 16, 16, 3) and np.abs(image).max() <= 1
@@ -260,7 +204,7 @@ def test_corruption_is_for_training_and_by_picture():
     assert tiny.same(out, np.asarray(corrupted(keys[::-1]))[::-1])
 
     parts, batch, key = parts_of(), batch_of(), jax.random.key(0)
-    clean, dirty = decoder(drop_plan=0.0), decoder(drop_plan=0.0, corrupt=0.9)
+    clean, dirty = decoder(plan_drop_prob=0.0), decoder(plan_drop_prob=0.0, token_corruption=0.9)
     losses = [
         float(jax.jit(training(part, parts, train=train))(part.params, batch, key))
         for part, train in ((clean, True), (dirty, True), (dirty, False))
@@ -349,9 +293,9 @@ def test_relative_errors_count_in_units_of_the_drafts():
     part, batch, key = decoder(), batch_of(), jax.random.key(0)
     keys, clean = rng.sample_keys(key, batch["id"]), np.asarray(batch["image"])
     cond = reported(part.model, batch)
-    gone = np.asarray(rng.bernoulli(rng.named(keys, "drop plan"), part.model.drop_plan))
+    gone = np.asarray(rng.bernoulli(rng.named(keys, "drop plan"), part.model.plan_drop_prob))
     start = np.where(gone[:, None, None, None], 0, cond["draft"])
-    model = part.model.clone(relative=True)
+    model = dataclasses.replace(part.model, process=Process(relative=True))
 
     @jax.jit
     def losses(params, batch):
@@ -367,12 +311,25 @@ def test_relative_errors_count_in_units_of_the_drafts():
 
 
 def test_what_is_missing_is_named():
-    alone = decoder(draft=False, relative=True)
-    with pytest.raises(UserError, match="model.relative needs model.draft"):
-        jax.eval_shape(training(alone, parts_of()), alone.params, batch_of(), jax.random.key(0))
+    with pytest.raises(UserError, match="process.relative needs model.draft"):
+        decoder(draft=False, process={"relative": True})
+    alone = decoder(draft=False)
     cond = dit.conditioning(alone.model, batch_of(), parts_of())
     with pytest.raises(UserError, match="guidance against 'text': the decoder is conditioned on plan"):
         jax.eval_shape(lambda: drawer(alone)(cond, keys_of(), guidance={"text": 2.0}))
     model = dit.build(tiny.decoder_options(tokenizer()))
     with pytest.raises(UserError, match="a decoder with a plan needs the part 'tokenizer'; this config has none"):
         dit.init(model, jax.random.key(0), {}, {})
+
+
+def test_a_decoder_of_discrete_timesteps():
+    """The same network: it trains and renders along timesteps, which it takes whole, and predicts no variance."""
+    way = {"timesteps": 20, "schedule": "squaredcos", "prediction_type": "v", "loss_type": "v"}
+    part = decoder(process=way, draft=False)
+    assert part.model.network.time_scale == 1 and decoder().model.network.time_scale == 1000
+    loss = jax.jit(training(part, parts_of()))(part.params, batch_of(), jax.random.key(0))
+    cond = dit.conditioning(part.model, batch_of(), parts_of())
+    image = jax.jit(lambda cond, keys: drawer(part)(cond, keys, solver="ddpm"))(cond, keys_of())
+    assert np.isfinite(loss) and image.shape == (B, 16, 16, 3) and np.isfinite(image).all()
+    with pytest.raises(UserError, match="process.learned_variance: this network predicts no variance"):
+        decoder(process=way | {"learned_variance": True})

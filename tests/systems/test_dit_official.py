@@ -1,4 +1,4 @@
-"""DiT as published and as diffusers has it: every option against tests/reference_dit.py, sizes, samples by commands."""
+"""DiT as published and that of diffusers: every option against tests/reference_dit.py, sizes, samples by commands."""
 
 import functools
 import json
@@ -17,7 +17,9 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
-from hybridgen.models.diffusion import dit, process, variance
+from hybridgen.models.diffusion import dit_diffusers, dit_official, variance
+from hybridgen.models.diffusion.process import Process
+from hybridgen.models.roles import denoiser
 from hybridgen.runs import importing, reading
 from hybridgen.sampling import guidance, official, schedules
 from hybridgen.weights import rules, safetensors, tables
@@ -180,13 +182,22 @@ def test_the_configs_are_the_presets():
     for variant, name in (("s", "S-4"), ("xl_512", "XL-2-512")):
         patch = [f"model.patch={name[name.index('-') + 1]}"]
         config = config_lib.load(f"{ROOT}/configs/diffusion/dit_official.py:{variant}", patch)
-        model = dit.build(config_lib.resolve(config.model, {}))
-        ours = trees.flatten(jax.eval_shape(lambda key, m=model: dit.init(m, key, {}, {}), jax.random.key(0)))
+        model = dit_official.build(config_lib.resolve(config.model, {}))
+        ours = trees.flatten(jax.eval_shape(lambda key, m=model: dit_official.init(m, key, {}, {}), jax.random.key(0)))
         known = tables.find("dit_official")
         goal = importing.target(known.plan(known.about.presets[f"DiT-{name}"], {}))
         assert ours == goal.shapes
-        same = ("schedule", "timesteps", "kind", "outputs", "rotary", "drop_text", "channels", "position")
-        assert all(getattr(model, option) == getattr(goal.model, option) for option in same)
+        assert model.process == goal.model.process and model.cond_drop_prob == goal.model.cond_drop_prob
+        assert model.network.clone(remat="none", unroll=1, dtype="float32") == goal.model.network
+
+
+def test_the_config_of_diffusers_is_its_preset():
+    config = config_lib.load(f"{ROOT}/configs/diffusion/dit_diffusers.py")
+    model = dit_diffusers.build(config_lib.resolve(config.model, {}))
+    known = tables.find("dit")
+    goal = importing.target(known.plan(known.about.presets["DiT-XL-2-256"], {}))
+    assert model.process == goal.model.process and model.cond_drop_prob == goal.model.cond_drop_prob
+    assert model.network.clone(dtype="float32") == goal.model.network
 
 
 # ---------------------------------------------------------------- the process
@@ -207,21 +218,19 @@ def test_respacing():
         official.respaced("ddim6", 7)
 
 
-@functools.cache
 def small(**changes):
-    options = {"resolution": 4, "channels": 3, "outputs": 6, "patch": 2, "width": 16, "depth": 1, "heads": 2}
-    options |= {"classes": 5, "timesteps": 20, "schedule": "linear", "kind": "eps", "loss_kind": "eps", "rotary": False}
-    return dit.build(options | changes)
+    options = {"resolution": 4, "channels": 3, "patch": 2, "width": 16, "depth": 1, "heads": 2, "hidden": 32}
+    return dit_official.build(options | {"classes": 5, "process": {"timesteps": 20}} | changes)
 
 
 def test_the_bound_does_not_move_the_mean():
     """Its gradient reaches the share of variance and not the prediction, at the first timestep and elsewhere."""
-    model = small()
+    process = small().process
     x, out = (jax.random.normal(jax.random.key(i), (2, 4, 4, c)) for i, c in ((0, 3), (1, 6)))
     k = jnp.array([0, 11])
 
     def bits(out):
-        return variance.terms(model, lambda *_: out, x, k, jnp.ones_like(x), {})[1].sum()
+        return variance.terms(process, lambda *_: out, x, k, jnp.ones_like(x), {})[1].sum()
 
     slope = np.asarray(jax.jit(jax.grad(bits))(out))
     assert (slope[..., :3] == 0).all() and (np.abs(slope[..., 3:]).max((1, 2, 3)) > 1e-6).all()
@@ -229,13 +238,13 @@ def test_the_bound_does_not_move_the_mean():
 
 def test_the_bound_is_least_at_the_variance_of_the_errors():
     """Of a prediction that is wrong by much, the bound wants the larger variance; of a right one, the smaller."""
-    model = small()
+    process = small().process
     x, eps = (jax.random.normal(jax.random.key(i), (1, 4, 4, 3)) for i in (0, 1))
 
     @jax.jit
     def bits(wrong, share):
         out = jnp.concatenate([eps + wrong, jnp.full_like(eps, 2 * share - 1)], -1)
-        return variance.terms(model, lambda *_: out, x, jnp.array([9]), eps, {})[1][0]
+        return variance.terms(process, lambda *_: out, x, jnp.array([9]), eps, {})[1][0]
 
     assert abs(bits(0.0, 0.0)) < 1e-6 < 1e-4 < bits(0.0, 1.0)
     assert bits(3.0, 1.0) < bits(3.0, 0.0)
@@ -270,7 +279,7 @@ def test_a_render_is_guided_by_the_branches_of_its_own_picture():
 
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(3))
     given = {"plan": jnp.array([0.2, 1.1, 2.9]), "label": jnp.array([1, 3, 2])}
-    render = functools.partial(process.render, small(timesteps=0, outputs=0))
+    render = functools.partial(denoiser.integrate, Process(schedule="linear", prediction_type="eps", loss_type="eps"))
     options = {"steps": 4, "guidance": {"plan": 2.5, "plan+label|plan": 1.5}}
     drawn = render(network, given, keys, (4, 4, 3), options)
     expected = render(by_hand, given, keys, (4, 4, 3), {"steps": 4})
@@ -278,11 +287,11 @@ def test_a_render_is_guided_by_the_branches_of_its_own_picture():
 
 
 def test_renders_keep_timesteps_and_leave_the_variance_alone():
-    """The network is told whole timesteps; what it says of variance is that of the conditional branch."""
-    seen, model = [], small()
+    """The network takes whole timesteps; the variance that counts is that of the conditional branch."""
+    seen, process = [], small().process
 
     def network(x, t, cond):
-        jax.debug.callback(lambda k: seen.append(np.asarray(k)), variance.timestep(model, t))
+        jax.debug.callback(lambda k: seen.append(np.asarray(k)), variance.timestep(process, t))
         drop = cond.get("drop_label", jnp.zeros(len(x), bool))[:, None, None, None]
         return jnp.concatenate([0.1 * x, jnp.where(drop, 100.0, 0.0) + 0 * x], -1)  # the dropped branch's would explode
 
@@ -292,27 +301,44 @@ def test_renders_keep_timesteps_and_leave_the_variance_alone():
         seen.clear()
         if kept is None:
             with pytest.raises(UserError, match="250 timesteps of a section of 20"):
-                process.render(model, network, given, keys, (4, 4, 3), options)
+                denoiser.integrate(process, network, given, keys, (4, 4, 3), options)
             continue
-        out = process.render(model, network, given, keys, (4, 4, 3), options | {"guidance": 2.0})
+        out = denoiser.integrate(process, network, given, keys, (4, 4, 3), options | {"guidance": 2.0})
         jax.effects_barrier()
         assert [row[0] for row in seen] == kept[::-1] and np.abs(out).max() < 50
     with pytest.raises(UserError, match="neither shift nor spacing"):
-        process.render(model, network, given, keys, (4, 4, 3), {"shift": 3.0, "steps": 2})
+        denoiser.integrate(process, network, given, keys, (4, 4, 3), {"shift": 3.0, "steps": 2})
 
 
-def test_variances_need_timesteps():
-    with pytest.raises(UserError, match="model.outputs is 6 and model.channels 3: variances are said along discrete"):
-        small(timesteps=0)
+def test_networks_that_are_not_built_are_named():
+    classes = {dit_official: "DiT as published takes a label", dit_diffusers: "this network takes a label"}
+    for family, message in classes.items():
+        with pytest.raises(UserError, match="process.timesteps is 0: .* takes discrete timesteps"):
+            family.build({"process": {"timesteps": 0, "learned_variance": False}})
+        with pytest.raises(UserError, match=f"model.classes is 0: {message}"):
+            family.build({"classes": 0})
+
+
+def test_outputs_are_the_channels_or_twice_as_many():
+    assert small().network.outputs == 6 and small(process={"learned_variance": False}).network.outputs == 3
+    model = dit_diffusers.build({"resolution": 4, "channels": 3, "outputs": 4, "width": 16, "depth": 1, "heads": 2})
+    params = jax.eval_shape(lambda key: dit_diffusers.init(model, key, {}, {}), jax.random.key(0))["params"]
+    keys = rng.sample_keys(jax.random.key(0), jnp.arange(1))
+    with pytest.raises(
+        UserError, match="the network has 4 outputs; 3 channels and process.learned_variance True make 6"
+    ):
+        jax.eval_shape(
+            lambda p: dit_diffusers.render(model, p, {}, {"label": jnp.zeros(1, jnp.int32)}, keys, {}, {}), params
+        )
 
 
 def test_labels_that_are_never_dropped_have_no_null():
-    model = small(drop_text=0.0)
-    params = jax.eval_shape(lambda key: dit.init(model, key, {}, {}), jax.random.key(0))["params"]
-    assert params["labels"]["table"].shape == (5, 16) and small().drop_text > 0
+    model = small(cond_drop_prob=0.0)
+    params = jax.eval_shape(lambda key: dit_official.init(model, key, {}, {}), jax.random.key(0))["params"]
+    assert params["labels"]["table"].shape == (5, 16) and small().cond_drop_prob > 0
     cond = {"label": jnp.zeros(1, jnp.int32), "drop_label": jnp.ones(1, bool)}
     with pytest.raises(UserError, match="labels are never dropped"):
-        jax.eval_shape(lambda p: dit.predict(model, p, {}, jnp.zeros((1, 4, 4, 3)), jnp.ones(1), cond), params)
+        jax.eval_shape(lambda p: dit_official.predict(model, p, {}, jnp.zeros((1, 4, 4, 3)), jnp.ones(1), cond), params)
 
 
 # ---------------------------------------------------------------- commands
@@ -353,7 +379,7 @@ def test_tiny_beats_the_mean_picture(tiny_run):
     @jax.jit
     def error(params, key):
         options = {"parts": {}, "extra": {}, "step": 0, "train": False}
-        return dit.loss(model, params, batch, key, **options)[1]["metrics"]["mse"]
+        return dit_official.loss(model, params, batch, key, **options)[1]["metrics"]["mse"]
 
     errors = [float(error(run.part.params, jax.random.key(i))) for i in range(4)]
     at = schedules.schedule("linear")(np.arange(1, 1001)[:, None] / 1000)

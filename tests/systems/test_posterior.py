@@ -15,6 +15,7 @@ from configs.diffusion import dit_official
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
 from hybridgen.models.diffusion import dit
+from hybridgen.models.roles import denoiser
 
 B = 4
 KL = {"resolution": tiny.SIDE, "channels": (8, 8), "blocks": 1, "attention": False, "width": 2, "scale": 0.5}
@@ -85,7 +86,9 @@ def test_the_published_recipe_draws():
     assert dit_official.get_config("xl").model.posterior == dit_official.get_config("tiny").model.posterior == "sample"
     part = tiny.part("diffusion.dit", DIT | {"posterior": "sample"})
     plain = tiny.part("tokenizers.vq", tiny.VQ | {"patch": 2, "quantizer": "none", "width": 2})
-    with pytest.raises(UserError, match="model.posterior is 'sample', and a tokenizers.vq sees no Gaussian"):
-        dit.clean(part.model, tiny.batch(B), {"autoencoder": plain}, rng.sample_keys(jax.random.key(0), np.arange(B)))
+    with pytest.raises(UserError, match="model.posterior is 'sample', and a tokenizers.vq predicts no Gaussian"):
+        denoiser.clean(
+            part.model, tiny.batch(B), {"autoencoder": plain}, rng.sample_keys(jax.random.key(0), np.arange(B))
+        )
     with pytest.raises(UserError, match="model.posterior 'mode' is not one of 'mean', 'sample'"):
         dit.build(DIT | {"posterior": "mode"})

@@ -157,6 +157,27 @@ def test_another_option_is_found(tmp_path):
     assert ["FAILED" in line for line in lines if "_traj" in line] == [False, False, True]
 
 
+def test_densities_are_those_of_the_config(tmp_path):
+    """Without the key they are SD3's, which were recorded."""
+    without = copied(tmp_path / "without", "sched_flowmatch", config=lambda official: official.pop("density"))
+    assert verify.verify("sched_flowmatch", without, lambda line: None)
+
+    def other(official):
+        official["density"][1:3] = [["logit_normal", 0.4, 0.6], ["mode", 1.2]]
+
+    lines = []
+    assert not verify.verify(
+        "sched_flowmatch", copied(tmp_path / "other", "sched_flowmatch", config=other), lines.append
+    )
+    assert {line.split()[0] for line in lines if "FAILED" in line} == {"out_mode_map", "out_density_moments"}
+    for row in ("mode", ["mode", 1.0, 2.0], ["mode", "1"], ["beta", 1.0], []):
+        folder = copied(
+            tmp_path / str(row), "sched_flowmatch", config=lambda official, row=row: official.update(density=[row])
+        )
+        with pytest.raises(UserError, match="is not built, only logit_normal, mode, uniform"):
+            verify.verify("sched_flowmatch", folder, lambda line: None)
+
+
 def test_numbers_that_are_none_do_not_hold(tmp_path):
     def change(io):
         io["out_q_noisy"][0] = np.nan

@@ -23,7 +23,7 @@ from hybridgen.data import sources
 from hybridgen.data.sources import buckets
 from hybridgen.models import contract as parts_lib
 from hybridgen.models.ar import raster
-from hybridgen.models.diffusion import dit
+from hybridgen.models.diffusion import dit, dit_official
 from hybridgen.models.hybrid import cascade
 from hybridgen.models.text import lm
 from hybridgen.models.tokenizers import kl, vq
@@ -279,7 +279,7 @@ REFUSED = {
     "indivisible": (vq, tiny.FSQ, (10, 20), "tokenizers.vq .* 10 x 20: its sides do not divide by 4"),
     "table": (raster, {"vocab": 12, "grid": (4, 4), "positions": "learned"}, WIDE, "model.positions 'learned'"),
     "no tokenizer": (raster, {"vocab": 12, "grid": (4, 4)}, WIDE, "needs the part 'tokenizer'"),
-    "stored": (dit, tiny.DECODER | {"position": "stored"}, WIDE, "model.position 'stored'"),
+    "stored": (dit_official, {}, WIDE, "diffusion.dit_official .* 12 x 20: its positions are an array of one grid"),
     "patches": (dit, tiny.DECODER, (18, 20), "do not divide by 4"),
     "family": (lm, {"text_vocab": 16, "text_length": 8}, WIDE, "text.lm takes pictures of one shape"),
 }

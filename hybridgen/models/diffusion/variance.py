@@ -1,17 +1,16 @@
-"""The discrete process of DDPM and DiT: T timesteps, variances that the network says, respaced ancestral sampling.
+"""The discrete process of DDPM and DiT: T timesteps, variances that the network predicts, respaced ancestral sampling.
 
 A step k -> k - 1 of the process has a variance between that of q(x_{k-1} | x_k, x) and beta (Ho et al. 2020). A network
-with twice the channels also says where between them, as a share of their logarithms, and learns it from the variational
-bound alone: the bound's gradient stops at the mean (iDDPM, Nichol & Dhariwal 2021, section 3.1, arXiv 2102.09672).
-Both terms are a mean over values, the bound in bits and, as DiT has it, not scaled by T.
+with twice the channels also predicts where between them, as a share of their logarithms, and learns it from the
+variational bound alone: the bound's gradient stops at the mean (iDDPM, Nichol & Dhariwal 2021, section 3.1, arXiv
+2102.09672). Both terms are a mean over values, the bound in bits and, as DiT has it, not scaled by T.
 
-A decoder's module carries `timesteps` (T), `outputs`, `channels`, `variance`, `schedule` and `kind`. Outside this file
-times are in [0, 1], timestep k at t = (k + 1) / T.
+The process is a `Process` with `timesteps` T. Outside this file times are in [0, 1], timestep k at t = (k + 1) / T.
 
 Letters: b batch, H W picture or latent, c channels, T timesteps, n steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,33 +19,33 @@ import numpy as np
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
+from hybridgen.models.diffusion.process import Process
 from hybridgen.models.losses import per_sample
 from hybridgen.sampling import official, schedules, solvers
 
 
-def timestep(model: Any, t: jax.Array) -> jax.Array:
-    """Time in [0, 1] -> the whole timestep that the network is told, as a float."""
-    return jnp.round(schedules.to_timestep(t, model.timesteps))
+def timestep(process: Process, t: jax.Array) -> jax.Array:
+    """Time in [0, 1] -> the whole timestep that the network takes, as a float."""
+    return jnp.round(schedules.to_timestep(t, process.timesteps))
 
 
-def betas_of(model: Any) -> np.ndarray:
-    """T betas, float64; those of "linear" are the more, the fewer timesteps there are."""
-    more = 1000 / model.timesteps
-    ends = {"start": more * 1e-4, "end": more * 0.02} if model.schedule == "linear" else {}
-    return schedules.betas(model.schedule, model.timesteps, **ends)
+def betas_of(process: Process) -> np.ndarray:
+    """T betas, float64; those of "linear" are the larger, the fewer timesteps there are."""
+    more = 1000 / process.timesteps
+    ends = {"start": more * 1e-4, "end": more * 0.02} if process.schedule == "linear" else {}
+    return schedules.betas(process.schedule, process.timesteps, **ends)
 
 
-def says_variance(model: Any) -> bool:
-    """Whether half of what the network says is about the variance. Raises UserError for a number between."""
-    outputs = model.outputs or model.channels
-    if outputs not in (model.channels, 2 * model.channels):
-        raise UserError(f"model.outputs {outputs} is neither model.channels, {model.channels}, nor twice that")
-    return outputs != model.channels
+def split_output(process: Process, out: jax.Array, c: int) -> tuple[jax.Array, jax.Array | None]:
+    """Output `[b, H, W, c or 2c]` -> the prediction and the share of variance (0: that of q, 1: beta) or None.
 
-
-def parted(model: Any, out: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Output `[b, H, W, c or 2c]` -> the prediction and the share of variance (0: that of q, 1: beta) or None."""
-    if not says_variance(model):
+    Raises UserError for another number of outputs.
+    """
+    expected = c * (1 + process.learned_variance)
+    if out.shape[-1] != expected:
+        learned = f"process.learned_variance {process.learned_variance}"
+        raise UserError(f"the network has {out.shape[-1]} outputs; {c} channels and {learned} make {expected}")
+    if not process.learned_variance:
         return out, None
     prediction, share = jnp.split(out, 2, -1)
     return prediction, (share + 1) / 2
@@ -76,29 +75,33 @@ def steps_of(betas: np.ndarray) -> Steps:
     return Steps(np.sqrt(bar), np.sqrt(1 - bar), of_x, of_x_t, np.log(low), np.log(betas))
 
 
-def at(model: Any, k: jax.Array, dtype: Any) -> Steps:
+def at(process: Process, k: jax.Array, dtype: Any) -> Steps:
     """The steps `k [b]`, to be multiplied with pictures: b 1 1 1."""
-    return Steps(*(jnp.asarray(table, dtype)[k].reshape(-1, 1, 1, 1) for table in steps_of(betas_of(model))))
+    return Steps(*(jnp.asarray(table, dtype)[k].reshape(-1, 1, 1, 1) for table in steps_of(betas_of(process))))
 
 
 def terms(
-    model: Any, network: Callable, x: jax.Array, k: jax.Array, eps: jax.Array, cond: dict
+    process: Process, network: Callable, x: jax.Array, k: jax.Array, eps: jax.Array, cond: dict
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """(squared error, bits of the bound or None, error of x), `[b]` each, of clean `x [b, H, W, c]` at `k [b] int`."""
-    t = schedules.from_timestep(k.astype(x.dtype), model.timesteps)
-    here = at(model, k, x.dtype)  # exactly: the schedule would interpolate at a rounded t
-    level = schedules.discrete(betas_of(model))(t)._replace(alpha=here.alpha[:, 0, 0, 0], sigma=here.sigma[:, 0, 0, 0])
+    t = schedules.from_timestep(k.astype(x.dtype), process.timesteps)
+    here = at(process, k, x.dtype)  # exactly: the schedule would interpolate at a rounded t
+    level = schedules.discrete(betas_of(process))(t)._replace(
+        alpha=here.alpha[:, 0, 0, 0], sigma=here.sigma[:, 0, 0, 0]
+    )
     x_t = schedules.noised(level, x, eps)
-    out, share = parted(model, network(x_t, t, cond))
-    clean, _ = schedules.to_x_eps(level, model.kind, x_t, out)
-    wrong = out - schedules.target(level, model.kind, x, eps)
-    bits = None if share is None else bound(model, x, x_t, k, jax.lax.stop_gradient(clean), share)
+    out, share = split_output(process, network(x_t, t, cond), x.shape[-1])
+    clean, _ = schedules.to_x_eps(level, process.prediction_type, x_t, out)
+    wrong = out - schedules.target(level, process.prediction_type, x, eps)
+    bits = None if share is None else bound(process, x, x_t, k, jax.lax.stop_gradient(clean), share)
     return per_sample(jnp.square(wrong)), bits, per_sample(jnp.square(clean - x))
 
 
-def bound(model: Any, x: jax.Array, x_t: jax.Array, k: jax.Array, clean: jax.Array, share: jax.Array) -> jax.Array:
+def bound(
+    process: Process, x: jax.Array, x_t: jax.Array, k: jax.Array, clean: jax.Array, share: jax.Array
+) -> jax.Array:
     """The variational bound's term of timesteps `k [b]`, in bits a value: `[b]`. `clean`: the predicted x."""
-    _, _, of_x, of_x_t, low, high = at(model, k, x.dtype)
+    _, _, of_x, of_x_t, low, high = at(process, k, x.dtype)
     true, mean = of_x * x + of_x_t * x_t, of_x * clean + of_x_t * x_t
     log_var = share * high + (1 - share) * low
     nats = 0.5 * (log_var - low - 1 + jnp.exp(low - log_var) + jnp.square(true - mean) * jnp.exp(-log_var))
@@ -124,11 +127,11 @@ def log_likelihood(x: jax.Array, mean: jax.Array, log_deviation: jax.Array) -> j
     return jnp.where(x < -0.999, log(upper), jnp.where(x > 0.999, log(1 - lower), log(upper - lower)))
 
 
-def errors(model: Any, network: Callable, x: jax.Array, keys: jax.Array, cond: dict) -> tuple[jax.Array, dict]:
+def errors(process: Process, network: Callable, x: jax.Array, keys: jax.Array, cond: dict) -> tuple[jax.Array, dict]:
     """The loss `[b]` at random timesteps, and metrics `[b]`; `x [b, H, W, c]` is clean."""
-    k = rng.randint(rng.named(keys, "time"), (), 0, model.timesteps)
+    k = rng.randint(rng.named(keys, "time"), (), 0, process.timesteps)
     eps = rng.normal(rng.named(keys, "noise"), x.shape[1:], x.dtype)
-    squared, bits, x_mse = terms(model, network, x, k, eps, cond)
+    squared, bits, x_mse = terms(process, network, x, k, eps, cond)
     if bits is None:
         return squared, {"x_mse": x_mse}
     return squared + bits, {"x_mse": x_mse, "mse": squared, "vb": bits}
@@ -137,31 +140,36 @@ def errors(model: Any, network: Callable, x: jax.Array, keys: jax.Array, cond: d
 # ---------------------------------------------------------------- sampling
 
 
-def levels_of(model: Any, kept: np.ndarray) -> schedules.Level:
+def levels_of(process: Process, kept: np.ndarray) -> schedules.Level:
     """The grid of `kept` timesteps (n, ascending), noisiest first, and clean at its end: n+1."""
-    times = schedules.from_timestep(np.append(kept[::-1], -1).astype(np.float64), model.timesteps)
-    return schedules.discrete(betas_of(model))(times)
+    times = schedules.from_timestep(np.append(kept[::-1], -1).astype(np.float64), process.timesteps)
+    return schedules.discrete(betas_of(process))(times)
 
 
 def solve(
-    model: Any, call: Callable, noise: jax.Array, levels: schedules.Level, keys: Any, solver: str = "ddpm"
+    process: Process, call: Callable, noise: jax.Array, levels: schedules.Level, keys: Any, solver: str = "ddpm"
 ) -> jax.Array:
     """From noise to a sample `[b, H, W, c]` along `levels`; `call(x, t)` is the network with its conditions."""
     ancestral = solver == "ddpm"
 
     def predict(x_t: jax.Array, level: schedules.Level) -> tuple[jax.Array, ...]:
         t = jnp.full(x_t.shape[:1], level.t, jnp.float32)
-        out, share = parted(model, call(x_t, t))
-        both = schedules.to_x_eps(level, model.kind, x_t, out)
+        out, share = split_output(process, call(x_t, t), x_t.shape[-1])
+        both = schedules.to_x_eps(level, process.prediction_type, x_t, out)
         return (*both, share) if ancestral and share is not None else both
 
-    options = {"variance": "learned" if says_variance(model) else model.variance} if ancestral else {}
+    options = {"variance": "learned" if process.learned_variance else process.variance} if ancestral else {}
     return solvers.SOLVERS[solver](predict, noise, levels, keys, **options)
 
 
-def render(model: Any, call: Callable, noise: jax.Array, keys: jax.Array, options: dict) -> jax.Array:
-    """Draws from `noise [b, H, W, c]`. options: "solver", "steps" or "respacing" (see official.respaced)."""
+def render(
+    process: Process, call: Callable, noise: jax.Array, keys: jax.Array, options: Mapping[str, Any]
+) -> jax.Array:
+    """Draws from `noise [b, H, W, c]`; `call(x, t)` is the network with its conditions.
+
+    options: "solver", "steps" or "respacing" (see official.respaced).
+    """
     if options.get("shift", 1.0) != 1 or options.get("spacing", "uniform") != "uniform":
         raise UserError("a model of discrete timesteps takes steps or respacing, and neither shift nor spacing")
-    kept = official.respaced(options.get("respacing") or str(options.get("steps", 250)), model.timesteps)
-    return solve(model, call, noise, levels_of(model, kept), keys, options.get("solver", "ddpm"))
+    kept = official.respaced(options.get("respacing") or str(options.get("steps", process.steps)), process.timesteps)
+    return solve(process, call, noise, levels_of(process, kept), keys, options.get("solver", process.solver))

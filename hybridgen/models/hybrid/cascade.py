@@ -173,8 +173,8 @@ def loss(
         owned = own_tokens(model, prior, prompt, logits, rng.named(keys, "own plan"), step)
         own = rng.bernoulli(rng.named(keys, "own"), model.own)  # b
         plan = jnp.where(own[:, None], owned, tokens)
-    if train and decoder.model.corrupt:
-        plan = decoding.corrupt_tokens(plan, keys, tokenizer.model.vocab, decoder.model.corrupt)
+    if train and decoder.model.token_corruption:
+        plan = decoding.corrupt_tokens(plan, keys, tokenizer.model.vocab, decoder.model.token_corruption)
     flow = Flow(prior, decoder, tokenizer, parts, cond, plan, own, logits)
     read = COUPLINGS[model.mode](flow) | others(batch)
     rendered, aux = decoding.decoder_loss(

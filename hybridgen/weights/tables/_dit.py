@@ -9,10 +9,6 @@ import numpy as np
 
 from hybridgen.weights.rules import Part, Rule, Views, heads, matrix, same
 
-# the published DiT in terms of ours: LayerNorm without affine, biases, no rotation, discrete timesteps of DDPM
-MODEL = {"plan_width": 0, "draft": False, "rotary": False, "kind": "eps", "loss_kind": "eps"}
-BLOCK = {"norm": "layer", "norm_eps": 1e-6, "bias": True}
-
 
 def sampling(guided: bool, channels: int, timesteps: int = 1000) -> dict[str, Any]:
     """Options of drawing; `channels` of the latent are guided, 0: all."""

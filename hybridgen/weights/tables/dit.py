@@ -1,8 +1,6 @@
-"""DiT as diffusers has it: class `DiTTransformer2DModel`.
+"""DiT of diffusers: class `DiTTransformer2DModel`, the family diffusion.dit_diffusers.
 
-It is not the published network with other names: every block has embedders of time and label of its own, the
-frequencies of time fall over 127 in place of 128, and the second norm of a block has an epsilon of its own. The process
-is not in this config; it is that of the published schedulers, 1000 timesteps of linear betas.
+The process is not in this config; it is that of the published schedulers, 1000 timesteps of linear betas.
 """
 
 from collections.abc import Mapping
@@ -44,14 +42,15 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         outputs = channels if options.take("out_channels", None) is None else options.count("out_channels")
         mlp, biased = MLPS[options.only("activation_fn", *MLPS)], options.flag("attention_bias", True)
         affine = options.flag("norm_elementwise_affine", False)
-        block = _dit.BLOCK | {"mlp": mlp, "qkv_bias": biased, "mlp_norm_affine": affine}
-        block |= {"mlp_norm_eps": options.number("norm_eps", 1e-5)}
-        model = _dit.MODEL | {"resolution": side, "channels": channels, "patch": patch, "width": width, "heads": heads}
-        model |= {"depth": options.count("num_layers", 28), "hidden": 4 * width, "outputs": outputs, "block": block}
-        model |= {"classes": options.count("num_embeds_ada_norm", 1000), "position": "columns", "time_shift": 1.0}
-        model |= {"own_embedders": True, "timesteps": 1000, "schedule": "linear", "variance": "small"}
+        model = {"resolution": side, "channels": channels, "outputs": outputs, "patch": patch, "width": width}
+        model |= {"depth": options.count("num_layers", 28), "heads": heads, "hidden": 4 * width, "mlp": mlp}
+        model |= {"qkv_bias": biased, "mlp_norm_affine": affine, "mlp_norm_eps": options.number("norm_eps", 1e-5)}
+        model |= {"classes": options.count("num_embeds_ada_norm", 1000)}
+        model["process"] = {"learned_variance": outputs == 2 * channels}
     rules = rules_of(patch, biased, affine, gate="glu" in mlp)
-    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)}, sample=_dit.sampling(True, 0))
+    return Plan(
+        "diffusion.dit_diffusers", model, rules, {"image": (side, side, channels)}, sample=_dit.sampling(True, 0)
+    )
 
 
 def rules_of(patch: int, biased: bool, affine: bool, gate: bool) -> tuple[Rule, ...]:

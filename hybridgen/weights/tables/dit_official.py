@@ -45,10 +45,9 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
             raise UserError(f"config: {heads} heads of {width}, or patches of {patch} in {side}, do not divide")
         learned, drop = options.flag("learn_sigma", True), options.number("class_dropout_prob", 0.1)
         hidden = int(width * options.number("mlp_ratio", 4.0))
-        model = _dit.MODEL | {"resolution": side, "channels": channels, "patch": patch, "width": width, "heads": heads}
+        model = {"resolution": side, "channels": channels, "patch": patch, "width": width, "heads": heads}
         model |= {"depth": options.count("depth", 28), "hidden": hidden, "classes": options.count("num_classes", 1000)}
-        model |= {"drop_text": drop, "outputs": channels * (1 + learned), "position": "stored"}
-        model |= {"block": _dit.BLOCK | {"mlp": "gelu"}} | process(options.take("diffusion", {}), learned)
+        model |= {"cond_drop_prob": drop, "process": process(options.take("diffusion", {}), learned)}
     rules = (
         *_dit.linear("x_embedder.proj", "patches", _dit.patches(patch)),
         *_dit.linear("t_embedder.mlp.0", "time/hidden"),
@@ -60,23 +59,24 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         *_dit.linear("final_layer.adaLN_modulation.1", "modulation", _dit.rows, _dit.rows),
         *_dit.linear("final_layer.linear", "pixels"),
     )
-    sample = _dit.sampling(drop > 0, 3, model["timesteps"])
-    return Plan("diffusion.dit", model, rules, {"image": (side, side, channels)}, sample=sample)
+    sample = _dit.sampling(drop > 0, 3, model["process"]["timesteps"])
+    return Plan("diffusion.dit_official", model, rules, {"image": (side, side, channels)}, sample=sample)
 
 
 def process(config: Any, learned: bool) -> dict[str, Any]:
-    """The options of the model that the arguments of `create_diffusion` set."""
+    """The process that the arguments of `create_diffusion` describe."""
     with Options(config, "diffusion") as options:
         options.skip("timestep_respacing")  # how many steps are sampled: not of the model
         if options.flag("learn_sigma", learned) != learned:
             raise UserError(f"diffusion: learn_sigma is not that of the model, {learned}")
         options.only("use_kl", False)
         options.only("rescale_learned_sigmas", False)
-        kind = "x" if options.flag("predict_xstart", False) else "eps"
+        predicted = "x" if options.flag("predict_xstart", False) else "eps"
         return {
             "timesteps": options.count("diffusion_steps", 1000, least=2),
             "schedule": SCHEDULES[options.only("noise_schedule", *SCHEDULES)],
             "variance": "small" if options.flag("sigma_small", False) else "large",
-            "kind": kind,
-            "loss_kind": kind,
+            "learned_variance": learned,
+            "prediction_type": predicted,
+            "loss_type": predicted,
         }
