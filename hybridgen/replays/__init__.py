@@ -37,11 +37,11 @@ SYSTEMS = {
     "sched_dpmsolver": "sigmas",
     "sched_euler": "sigmas",
     "sched_flowmatch": "schedulers",
-    "clip_text": "texts",
-    "t5_encoder": "texts",
-    "llama_lm": "texts",
-    "llamagen_gpt": "raster",
-    "taming_gpt": "raster",
+    "clip_text": "clip_text",
+    "t5_encoder": "t5_encoder",
+    "llama_lm": "llama_lm",
+    "llamagen_gpt": "llamagen_gpt",
+    "taming_gpt": "taming_gpt",
 }
 
 
