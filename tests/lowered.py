@@ -189,7 +189,7 @@ def of_golden(name: str) -> Iterator[tuple[str, str]]:
             batch |= {"text_features": spec((2, *shape)), "text_features_mask": spec((2, shape[0]), bool)}
         if "position" in arrays["params"] and not model.classes:
             batch["cond_tokens"] = spec((2, model.cond_length), jnp.int32)
-        guidance = 1.0 if "position" in arrays["params"] or not model.drop else 2.5
+        guidance = 1.0 if "position" in arrays["params"] or not model.cond_drop_prob else 2.5
         cond, options = {key: x for key, x in batch.items() if key != "tokens"}, {"prior": {"guidance": guidance}}
     elif kind == "diffusion":
         shape = (2, *model.shape, model.channels)

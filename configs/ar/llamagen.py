@@ -24,8 +24,7 @@ SIZES = {  # layers, heads, width, hidden
     "xxl": (48, 24, 1536, 4096),
     "3b": (24, 32, 3200, 8704),
 }
-OFFICIAL = {"norm_eps": 1e-5, "positions": "image", "prefix_mask": False, "drop": 0.1}
-OFFICIAL |= {"dropout": 0.1, "token_dropout": 0.1, "std": 0.02, "zero_head": True}
+OFFICIAL = {"norm_eps": 1e-5, "cond_drop_prob": 0.1, "dropout": 0.1, "token_dropout": 0.1}
 
 
 def get_config(variant: str = "b"):
@@ -35,16 +34,16 @@ def get_config(variant: str = "b"):
     text, tiny = variant.startswith("t2i"), variant.endswith("tiny")
     depth, heads, width, hidden = SIZES.get(variant, SIZES["xl"])
     model = {"vocab": "auto", "grid": "auto", "width": width, "depth": depth, "heads": heads, "hidden": hidden}
-    model |= {"prefixed": "class", "classes": 10 if tiny else 1000} | OFFICIAL
+    model |= {"classes": 10 if tiny else 1000} | OFFICIAL
     model |= {"remat": "full", "unroll": 1, "dtype": "bfloat16"}
     data = common.shapes(resolution=256, length=120 if variant == "t2i_xl" else 16)
     changes = {"steps": 1_500_000, "batch": 256, "optim__lr": 1e-4, "optim__schedule": "constant", "optim__warmup": 0}
     changes |= {"optim__decay": 0.05, "optim__decay_on": "(kernel|table)$", "optim__clip": 1.0}
-    config = common.stage("ar.raster", model, data, **changes)
+    config = common.stage("ar.llamagen", model, data, **changes)
     config.parts.tokenizer = "../tokenizer"
     draw = {"guidance": 2.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "gather": 1}
     if text:
-        config.model.update(prefixed="caption", classes=0, text_length=120, text_width=2048, null_length=120)
+        config.model.update(classes=0, text_length=120, text_width=2048, null_length=120)
         config.parts.text = "../text"
         draw |= {"guidance": 7.5, "top_k": 1000}
     if tiny:

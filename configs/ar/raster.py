@@ -15,7 +15,7 @@ from configs import common
 
 def get_config(variant: str = ""):
     model = {"vocab": "auto", "grid": "auto", "text_vocab": "auto", "text_length": "auto"}
-    model |= {"classes": "auto", "drop": 0.1, "text_depth": 1}
+    model |= {"classes": "auto", "cond_drop_prob": 0.1, "text_depth": 1}
     model |= {"width": 192, "depth": 4, "heads": 3, "kv_heads": None, "qk_norm": True}
     model |= {"remat": "none", "unroll": -1, "dtype": "float32"}
     config = common.stage("ar.raster", model, common.shapes(), steps=2000, optim__lr=2e-3)

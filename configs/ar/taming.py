@@ -7,8 +7,8 @@
 published for faces. A class is a token of the same vocabulary, in front; there is no guidance. Imported weights fit the
 model options here (`hybridgen convert taming_gpt`).
 
-The published recipe: AdamW, a constant 4.5e-6 times the batch, a decay of 0.01 on matrices alone. `model.keep` is its
-`pkeep`: with less than 1, that share of the tokens that are read stays and the others are random ones.
+The published recipe: AdamW, a constant 4.5e-6 times the batch, a decay of 0.01 on matrices alone. With
+`model.pkeep` below 1, that share of the input tokens stays and the others are replaced by random ones.
 
 `tiny`: seconds on a CPU. It ends at least `MARGIN` nats a token below the entropy of its tokens' frequencies.
 """
@@ -17,8 +17,6 @@ from configs import common
 
 MARGIN = 0.3
 SIZES = {"imagenet": (48, 24, 1536), "base": (24, 16, 1024), "tiny": (2, 2, 64)}  # layers, heads, width
-OFFICIAL = {"prefixed": "codes", "positions": "learned", "prefix_mask": False, "drop": 0.0, "norm_kind": "layer"}
-OFFICIAL |= {"norm_eps": 1e-5, "mlp": "gelu_exact", "bias": True, "keep": 1.0, "std": 0.02}
 
 
 def get_config(variant: str = "imagenet"):
@@ -27,14 +25,14 @@ def get_config(variant: str = "imagenet"):
         raise common.unknown(variant, *SIZES)
     tiny = variant == "tiny"
     depth, heads, width = SIZES[variant]
-    model = {"vocab": "auto", "grid": "auto", "width": width, "depth": depth, "heads": heads, "hidden": 4 * width}
-    model |= {"classes": {"imagenet": 1000, "base": 0, "tiny": 10}[variant]} | OFFICIAL
+    model = {"vocab": "auto", "grid": "auto", "width": width, "depth": depth, "heads": heads, "pkeep": 1.0}
+    model |= {"classes": {"imagenet": 1000, "base": 0, "tiny": 10}[variant]}
     model |= {"remat": "none" if tiny else "full", "unroll": -1 if tiny else 1}
     model |= {"dtype": "float32" if tiny else "bfloat16"}
     batch = 16 if tiny else 64
     changes = {"steps": 60 if tiny else 1_000_000, "batch": batch, "optim__lr": 5e-3 if tiny else 4.5e-6 * batch}
     changes |= {"optim__schedule": "constant", "optim__warmup": 0, "optim__decay": 0.01, "optim__decay_on": "kernel$"}
-    config = common.stage("ar.raster", model, common.shapes(resolution=32 if tiny else 256), **changes)
+    config = common.stage("ar.taming", model, common.shapes(resolution=32 if tiny else 256), **changes)
     config.optim.clip = 1.0 if tiny else 0.0
     config.parts.tokenizer = "../tokenizer"
     draw = {"guidance": 1.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 600, "top_p": 0.92}

@@ -77,7 +77,7 @@ def _base(tokenizer, prior, decoder):
     # 16 x 16 tokens; 3,458 pictures are soon known by heart: few steps, decay and dropped captions
     tokenizer.model.update(patch=2, l1=0.5)
     decoder.model.patch = 4
-    prior.model.update(width=384, depth=8, heads=6, drop=0.15)
+    prior.model.update(width=384, depth=8, heads=6, cond_drop_prob=0.15)
     prior.optim.decay, decoder.optim.decay = 0.1, 0.05
     tokenizer.steps, prior.steps, decoder.steps = 15_000, 10_000, 20_000
     for stage in (tokenizer, prior, decoder):

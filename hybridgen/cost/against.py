@@ -178,7 +178,7 @@ def train_turns(twin: Twin, batch: Mapping, optim: Mapping) -> Iterator[float]:
     rule = torch.optim.AdamW(parameters, lr=optim["lr"], **options)
     tokens = given["tokens"]
     while True:
-        drop = torch.rand(len(tokens)) < twin.model.drop
+        drop = torch.rand(len(tokens)) < twin.model.cond_drop_prob
         loss = functional.cross_entropy(twin.forward(tokens, given, drop).flatten(0, 1), tokens.flatten())
         loss.backward()
         if optim["clip"]:

@@ -71,7 +71,7 @@ def largest(tree) -> float:
 @functools.cache
 def graded(mode):
     """(cascade without its prior's own loss, params -> ((scalar, metrics), gradients)) on one batch."""
-    part = joint(mode=mode, prior_weight=0.0, prior=SMALL | {"drop": 0.0})
+    part = joint(mode=mode, prior_weight=0.0, prior=SMALL | {"cond_drop_prob": 0.0})
     batch, key = batch_of(), jax.random.key(0)
     return part, jax.jit(jax.value_and_grad(lambda params: loss_of(part)(params, batch, key, 1), has_aux=True))
 
@@ -157,7 +157,7 @@ def test_the_decoder_is_trained_on_its_share_of_own_plans():
     def reported(step, flip):
         tokenizer = parts()["tokenizer"]
         tokens = tokenizer.call("encode", batch["image"])
-        dropped = {"drop": rng.bernoulli(rng.named(keys, "drop"), prior.model.drop)}
+        dropped = {"drop": rng.bernoulli(rng.named(keys, "drop"), prior.model.cond_drop_prob)}
         logits = prior.call("score", tokens, requested() | dropped)
         own = cascade.own_tokens(part.model, prior, requested(), logits, rng.named(keys, "own plan"), step)
         plan = jnp.where((picked ^ flip)[:, None], own, tokens)

@@ -19,7 +19,7 @@ from hybridgen.core import sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
-from hybridgen.models.ar import raster
+from hybridgen.models.contract import find
 from hybridgen.reports import points as points_lib
 from hybridgen.runs import drawing, experiment, reading
 from hybridgen.runs.restore import restore
@@ -127,6 +127,6 @@ def test_official_priors_know_more_than_frequencies(name, tiny_run):
     unigram = -(share * np.log(np.maximum(share, 1e-9))).sum()  # the best that frequencies alone can do, on these
     given = {key: value for key, value in batch.items() if key != "image"} | {"tokens": tokens}
     options = {"parts": parts, "extra": {}, "step": 0, "train": False}
-    loss = raster.loss(part.model, part.params, given, jax.random.key(0), **options)[0]
+    loss = find(part.family).loss(part.model, part.params, given, jax.random.key(0), **options)[0]
     margin = importlib.import_module(f"configs.ar.{name}").MARGIN
     assert margin > 0.1 and float(loss) < unigram - margin, (float(loss), unigram)

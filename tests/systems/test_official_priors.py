@@ -17,7 +17,9 @@ from hybridgen import cli, convert, sample
 from hybridgen.core import rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
-from hybridgen.models.ar import conditions, raster
+from hybridgen.models.ar import llamagen, taming
+from hybridgen.models.contract import find
+from hybridgen.models.roles import next_token
 from hybridgen.runs import importing
 from hybridgen.sampling import guidance
 from hybridgen.weights import rules, tables
@@ -73,16 +75,17 @@ def test_imported_weights_fit_the_configs(source, preset, variant):
 
     about = tables.find(source)
     goal = importing.target(about.plan(about.about.presets[preset], {}))
-    options = config_lib.load(f"{tiny.ROOT}/configs/ar/{variant}").model
-    options = config_lib.resolve(options, {"vocab": 16384, "grid": (16, 16)})
-    model = raster.build(options)
-    shapes = jax.eval_shape(lambda key: raster.init(model, key, {}, {}), jax.random.key(0))
+    config = config_lib.load(f"{tiny.ROOT}/configs/ar/{variant}")
+    family = find(config.family)
+    assert family is goal.family
+    model = family.build(config_lib.resolve(config.model, {"vocab": 16384, "grid": (16, 16)}))
+    shapes = jax.eval_shape(lambda key: family.init(model, key, {}, {}), jax.random.key(0))
     assert {path: spec.shape for path, spec in trees.flatten(shapes).items()} == {
         path: spec.shape for path, spec in goal.shapes.items()
     }
     # and compute the same: what differs says how to train, and where padding that nobody reads looks
-    differ = {name for name in raster.Raster.__dataclass_fields__ if getattr(model, name) != getattr(goal.model, name)}
-    assert differ - {"own_seen"} <= {"dropout", "token_dropout", "std", "zero_head", "remat", "dtype", "places"}
+    differ = {name for name in model.__dataclass_fields__ if getattr(model, name) != getattr(goal.model, name)}
+    assert differ - {"padding_sees_itself"} <= {"dropout", "token_dropout", "remat", "dtype", "block_size"}
 
 
 # ---------------------------------------------------------------- files
@@ -235,7 +238,7 @@ def test_from_a_text_to_pictures(place, capsys):
     assert run_convert("llamagen_gpt", weights, folder / "narrow", "--config", config, *parts) == 2
     assert "the model reads text features of width 16, the tower in" in capsys.readouterr().err
     assert run_convert("llamagen_gpt", weights, folder / "no", "--config", config, "--text", folder / "flan") == 2
-    assert "--text is for text models, and this is a ar.raster" in capsys.readouterr().err
+    assert "--text is for text models, and this is a ar.llamagen" in capsys.readouterr().err
     assert not (folder / "no").exists()
 
 
@@ -266,15 +269,18 @@ def test_a_tower_of_one_length_is_read_at_that(place, capsys):
 # ---------------------------------------------------------------- conditions, guidance, training
 
 SMALL = {"vocab": 12, "grid": (4, 4), "width": 32, "depth": 2, "heads": 2}
-CLASS = SMALL | {"prefixed": "class", "classes": 3, "positions": "image", "prefix_mask": False}
-CODES = SMALL | {"prefixed": "codes", "positions": "learned", "prefix_mask": False, "drop": 0.0, "bias": True}
-CAPTION = SMALL | {"prefixed": "caption", "text_length": 5, "text_width": 8, "positions": "image"}
+KINDS = {
+    "class": ("ar.llamagen", SMALL | {"classes": 3}),
+    "caption": ("ar.llamagen", SMALL | {"text_length": 5, "text_width": 8}),
+    "codes": ("ar.taming", SMALL),
+}
 B = 4
 
 
 @functools.cache
 def prior(kind, **changes):
-    return tiny.part("ar.raster", {"class": CLASS, "codes": CODES, "caption": CAPTION}[kind] | changes)
+    family, options = KINDS[kind]
+    return tiny.part(family, options | changes)
 
 
 def batch():
@@ -287,7 +293,7 @@ def test_captions_are_padded_on_the_left():
     draw = np.random.default_rng(0)
     features, lengths = draw.normal(size=(B, 5, 8)).astype(np.float32), np.array([1, 5, 3, 2])
     right = np.arange(5) < lengths[:, None]
-    cond = raster.conditioning(part.model, {"text_features": features, "text_features_mask": right}, {})
+    cond = llamagen.conditioning(part.model, {"text_features": features, "text_features_mask": right}, {})
     assert (np.asarray(cond["text_features_mask"]) == right[:, ::-1]).all()
     for row, length in enumerate(lengths):
         moved = np.asarray(cond["text_features"])[row, 5 - length :]
@@ -297,14 +303,14 @@ def test_captions_are_padded_on_the_left():
     tokens = batch()["tokens"]
     assert tiny.same(run(tokens, cond), run(tokens, cond | {"text_features": hidden}))  # padding says nothing
     with pytest.raises(UserError, match="text features are 4x8, positions by width, and this prior takes 5x8"):
-        raster.conditioning(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]}, {})
+        llamagen.conditioning(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]}, {})
 
 
 @pytest.mark.parametrize("kind", ["codes", "class"])
 def test_cached_is_the_full_forward_for_any_chunks(kind):
-    part = prior(kind, **({"cond_length": 3, "unmasked": 3, "places": 30} if kind == "codes" else {}))
+    part = prior(kind, **({"cond_length": 3, "unmasked": 3, "block_size": 30} if kind == "codes" else {}))
     tokens = jnp.asarray(batch()["tokens"])
-    cond = raster.conditioning(part.model, batch() | {"cond_tokens": tokens[:, :3]}, {})
+    cond = find(part.family).conditioning(part.model, batch() | {"cond_tokens": tokens[:, :3]}, {})
     full = jax.jit(lambda tokens, cond: part.call("score", tokens, cond))(tokens, cond)
     logits, cache = jax.jit(lambda cond: part.call("prefill", cond))(cond)
     step, out, at = jax.jit(lambda cache, chunk: part.call("step", cache, chunk)), [logits[:, None]], 0
@@ -319,7 +325,7 @@ def test_guidance_needs_a_dropped_condition():
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(B))
     with pytest.raises(UserError, match="knows no dropped condition"):
         part = prior("codes")
-        part.call("generate", raster.conditioning(part.model, batch(), {}), keys, {"guidance": 2.0})
+        part.call("generate", taming.conditioning(part.model, batch(), {}), keys, {"guidance": 2.0})
     assert guidance.until(3.0, -1, 16) == guidance.until(3.0, 14, 16) == 3.0
     scale = guidance.until(3.0, 4, 16)  # runs 0 to 4 over the cache give tokens 1 to 5, prefill token 0
     assert [float(guidance.at(scale, jnp.float32(i) / 15)) for i in range(16)] == [3.0] * 6 + [1.0] * 10
@@ -327,13 +333,14 @@ def test_guidance_needs_a_dropped_condition():
 
 def test_noise_is_of_training_alone_and_of_the_sample():
     """Dropout, and tokens that are read as random ones, change with the key in training; a row's are its own."""
-    changes = {"class": {"dropout": 0.3, "drop": 0.0}, "codes": {"keep": 0.5}}
+    changes = {"class": {"dropout": 0.3, "cond_drop_prob": 0.0}, "codes": {"pkeep": 0.5}}
     for kind, options in changes.items():
         part = prior(kind, **options)
 
         @functools.partial(jax.jit, static_argnames="train")
         def loss(given, key, train, part=part):
-            return raster.loss(part.model, part.params, given, key, parts={}, extra={}, step=0, train=train)[0]
+            options = {"parts": {}, "extra": {}, "step": 0, "train": train}
+            return find(part.family).loss(part.model, part.params, given, key, **options)[0]
 
         keys = [jax.random.key(seed) for seed in range(3)]
         assert len({float(loss(batch(), key, train=False)) for key in keys}) == 1
@@ -344,22 +351,34 @@ def test_noise_is_of_training_alone_and_of_the_sample():
 
 
 def test_official_start():
-    """One deviation for kernels and tables, zeros for positions, norms as they are, and the head zero if asked."""
-    start = functools.partial(conditions.redrawn, std=0.02, zero_head=True)
+    """One deviation for kernels and tables, zeros for positions, norms as they are; LlamaGen's head is zero."""
     before = prior("codes").params
-    params = trees.flatten(jax.jit(start)(before, jax.random.key(0)))
-    assert tiny.same(params["position/table"], before["position"]["table"])  # zeros as they are
-    kernels = [x for path, x in params.items() if path.endswith("kernel") and not path.startswith("head")]
+    params = trees.flatten(jax.jit(functools.partial(next_token.redraw, std=0.02))(before, jax.random.key(0)))
+    assert tiny.same(params["position/table"], before["position"]["table"])  # as they are
+    kernels = [x for path, x in params.items() if path.endswith("kernel")]
     assert all(abs(float(x.std()) / 0.02 - 1) < 0.15 for x in [*kernels, params["tokens/table"]])
-    assert not params["head/kernel"].any()
     assert tiny.same(params["norm/scale"], before["norm"]["scale"])
+    for kind, zeros in {"codes": {"position/table"}, "class": {"head/kernel"}, "caption": {"head/kernel"}}.items():
+        part = prior(kind)
+        started = jax.jit(lambda key, part=part: find(part.family).init(part.model, key, {}, {}))(jax.random.key(1))
+        flat = {path: x for path, x in trees.flatten(started["params"]).items() if not path.endswith("bias")}
+        assert {path for path, x in flat.items() if not x.any()} == zeros
 
 
 def test_a_dropped_caption_is_never_trained():
     part = prior("caption")
     cond = {"text_features": jnp.ones((B, 5, 8)), "text_features_mask": jnp.ones((B, 5), bool)}
     cond["drop"] = jnp.ones((B,), bool)
-    loss = jax.jit(jax.grad(lambda p: raster.score(part.model, p, {}, batch()["tokens"], cond).sum()))
+    loss = jax.jit(jax.grad(lambda p: llamagen.score(part.model, p, {}, batch()["tokens"], cond).sum()))
     grads = loss(part.params)
     assert not grads["caption"]["null"].any() and grads["caption"]["up"]["kernel"].any()
-    assert set(conditions.example(part.model)) == {"label", "text_features", "text_features_mask"}
+
+
+def test_options_that_make_no_model_are_refused():
+    for changes in ({}, {"classes": 3, "text_width": 8}):
+        with pytest.raises(UserError, match="draws from a class or from a text, one of the two is 0"):
+            llamagen.build(SMALL | changes)
+    with pytest.raises(UserError, match="18 positions do not fit a table of 17"):
+        taming.build(SMALL | {"cond_length": 3, "block_size": 17})
+    with pytest.raises(UserError, match="conditioned on 3 codes: the batch needs 'cond_tokens'"):
+        taming.conditioning(taming.build(SMALL | {"cond_length": 3}), batch(), {})

@@ -205,7 +205,7 @@ def test_class_conditions():
 
 
 def test_conditions_are_dropped_in_training_only_and_by_sample():
-    part = prior(drop=0.5)
+    part = prior(cond_drop_prob=0.5)
     batch = tiny.batch(8) | {"tokens": np.asarray(tokens_of(8))}
 
     @functools.partial(jax.jit, static_argnames="train")

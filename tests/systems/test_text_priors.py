@@ -21,7 +21,7 @@ from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import text as text_lib
-from hybridgen.models.ar import raster
+from hybridgen.models.ar import llamagen
 from hybridgen.models.hybrid import cascade
 from hybridgen.runs import experiment, importing, reading
 from hybridgen.runs.folder import read_json
@@ -30,8 +30,8 @@ from hybridgen.weights.files import open_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LENGTH, WIDTH = 8, 32  # positions that the prior reads, and the tower's width
-PRIOR = {"width": 32, "depth": 1, "heads": 2, "vocab": "auto", "grid": "auto", "prefixed": "caption"}
-PRIOR |= {"text_length": LENGTH, "text_width": WIDTH, "positions": "image", "prefix_mask": False, "own_seen": True}
+PRIOR = {"width": 32, "depth": 1, "heads": 2, "vocab": "auto", "grid": "auto"}
+PRIOR |= {"text_length": LENGTH, "text_width": WIDTH, "padding_sees_itself": True}
 PARTS = ("tokenizer", "text", "prior", "decoder")
 
 
@@ -52,7 +52,7 @@ def runs(tmp_path_factory) -> Path:
     saved_runs.save(folder / "tokenizer", "tokenizers.vq", tiny.FSQ, {}, 1)
     parts = {name: f"../{name}" for name in PARTS}
     own = {name: parts[name] for name in ("tokenizer", "text")}
-    saved_runs.save(folder / "prior", "ar.raster", PRIOR, own, 2, {"prior": {"guidance": 1.0}})
+    saved_runs.save(folder / "prior", "ar.llamagen", PRIOR, own, 2, {"prior": {"guidance": 1.0}})
     decoder = tiny.DECODER | {"plan_width": "auto", "depth": 1}
     saved_runs.save(folder / "decoder", "diffusion.dit", decoder, {"tokenizer": parts["tokenizer"]}, 3)
     draw = {"prior": {"guidance": 20.0, "top_k": 0}, "decoder": {"steps": 2, "solver": "euler"}}
@@ -120,7 +120,7 @@ def test_a_joint_step_with_the_tower_or_with_cached_features(runs):
     parts = {name: reading.load(runs / name).part for name in ("tokenizer", "text")}
     known = {"vocab": parts["tokenizer"].model.vocab, "grid": parts["tokenizer"].model.grid}
     options = tiny.cascade_options(parts["tokenizer"], decoder={"depth": 1})
-    options["prior"]["model"] = PRIOR | known | {"drop": 0.5}
+    options["prior"] = {"family": "ar.llamagen", "model": PRIOR | known | {"cond_drop_prob": 0.5}}
     text = text_lib.from_json(read_json(runs / "cascade" / "text.json"))
     ids, mask = zip(*(text.encode(caption) for caption in ("a red circle", "a picture of a", "there", "")), strict=True)
     batch = tiny.batch(4) | {"text": np.stack(ids), "text_mask": np.stack(mask)}
@@ -130,7 +130,7 @@ def test_a_joint_step_with_the_tower_or_with_cached_features(runs):
     run = tiny.Run(tiny.experiment("hybrid.cascade", options, parts), batch)
     model, before = run.experiment.model, jax.device_get(run.state["params"])
     prior = cascade.member(model, "prior", before, parts)
-    reported = jax.jit(lambda batch, parts: raster.conditioning(prior.model, batch, parts))
+    reported = jax.jit(lambda batch, parts: llamagen.conditioning(prior.model, batch, parts))
     straight, kept = reported(batch, parts), reported(cached, {})
     assert tiny.gap(straight["text_features"], kept["text_features"]) < 1e-5
     assert tiny.same(straight["text_features_mask"], kept["text_features_mask"])

@@ -26,7 +26,7 @@ SYSTEMS = {
 def pair(request):
     """(our part, its twin, a batch with tokens)."""
     pytest.importorskip("torch")
-    part = tiny.part("ar.raster", tiny.prior_options(tiny.tokenizer(), **SYSTEMS[request.param], drop=0.0))
+    part = tiny.part("ar.raster", tiny.prior_options(tiny.tokenizer(), **SYSTEMS[request.param], cond_drop_prob=0.0))
     batch = {name: value for name, value in tiny.batch(4).items() if name != "image"}
     batch["tokens"] = np.random.default_rng(0).integers(part.model.vocab, size=(4, part.model.length))
     return part, against.Twin(part.model, part.params), batch

@@ -15,7 +15,8 @@ from hybridgen.nn.conv import Conv
 
 B, L, GRID, VOCAB = 3, 5, (4, 4), 30
 N = GRID[0] * GRID[1]
-PRIOR = dict(vocab=VOCAB, grid=GRID, width=64, depth=3, heads=2, hidden=96, text_vocab=11, text_length=L, drop=0.0)
+PRIOR = dict(vocab=VOCAB, grid=GRID, width=64, depth=3, heads=2, hidden=96)
+PRIOR |= dict(text_vocab=11, text_length=L, cond_drop_prob=0.0)
 
 
 def total(count):

@@ -22,7 +22,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data.sources import buckets
 from hybridgen.models import contract as parts_lib
-from hybridgen.models.ar import raster
+from hybridgen.models.ar import raster, taming
 from hybridgen.models.diffusion import dit, dit_official
 from hybridgen.models.hybrid import cascade
 from hybridgen.models.text import lm
@@ -277,7 +277,7 @@ def test_a_joint_cascade_draws_and_learns_at_any_shape():
 
 REFUSED = {
     "indivisible": (vq, tiny.FSQ, (10, 20), "tokenizers.vq .* 10 x 20: its sides do not divide by 4"),
-    "table": (raster, {"vocab": 12, "grid": (4, 4), "positions": "learned"}, WIDE, "model.positions 'learned'"),
+    "table": (taming, {"vocab": 12, "grid": (4, 4)}, WIDE, "ar.taming takes pictures of one shape"),
     "no tokenizer": (raster, {"vocab": 12, "grid": (4, 4)}, WIDE, "needs the part 'tokenizer'"),
     "stored": (dit_official, {}, WIDE, "diffusion.dit_official .* 12 x 20: its positions are an array of one grid"),
     "patches": (dit, tiny.DECODER, (18, 20), "do not divide by 4"),

@@ -51,7 +51,7 @@ def test_accumulated_is_a_large_batch_for_a_masked_loss():
 
 def test_accumulated_is_a_large_batch_for_a_prior_with_rows_that_do_not_count():
     tokenizer = tiny.tokenizer()
-    model = tiny.prior_options(tokenizer, text_vocab=0, classes=tiny.CLASSES, depth=1, drop=0.5)
+    model = tiny.prior_options(tokenizer, text_vocab=0, classes=tiny.CLASSES, depth=1, cond_drop_prob=0.5)
     batch = tiny.batch(8) | {"valid": np.arange(8) < 5}  # row 7, 6 and 5 are filling: microbatches weigh 3 and 2
     with jax.enable_x64(True):
         batch["tokens"] = np.random.default_rng(0).integers(0, 12, (8, 16)).astype(np.int32)

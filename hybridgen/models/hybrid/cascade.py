@@ -163,7 +163,7 @@ def loss(
     keys = rng.sample_keys(key, batch["id"])
     tokens = batch["tokens"] if "tokens" in batch else tokenizer.call("encode", batch["image"])  # b n
     prompt = find(prior.family).conditioning(prior.model, batch, parts)
-    dropped = rng.bernoulli(rng.named(keys, "drop"), prior.model.drop if train and model.prior else 0.0)
+    dropped = rng.bernoulli(rng.named(keys, "drop"), prior.model.cond_drop_prob if train and model.prior else 0.0)
     cond = prompt | {"drop": dropped}
     logits = prior.call("score", tokens, cond)  # b n v
     nll = cross_entropy(logits, tokens)  # b n

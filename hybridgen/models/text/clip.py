@@ -16,11 +16,44 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen.core.errors import UserError
-from hybridgen.nn.attention import Mask
-from hybridgen.nn.blocks import Block
+from hybridgen.core.sharding import shard
+from hybridgen.nn import cache as kv
+from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Embed, Linear, cast
+from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
+
+ROLE = "text"
+
+
+class CLIPBlock(nn.Module):
+    """Pre-norm with layer norms and biases, `x [b, l, d] -> [b, l, d]`."""
+
+    heads: int
+    hidden: int
+    activation: str
+    norm_eps: float
+    dtype: str = "float32"
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        *,
+        cache: kv.Cache | None = None,
+        layer: jax.Array | int = 0,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, kv.Cache | None]:
+        del layer, keys
+        options: dict[str, Any] = {"bias": True, "dtype": self.dtype, "out_scale": self.out_scale}
+        attend = Attention(self.heads, x.shape[-1] // self.heads, name="attention", **options)
+        x = x + attend(Norm("layer", self.norm_eps, name="attention_norm")(x), mask)[0]
+        y = Norm("layer", self.norm_eps, name="mlp_norm")(x)
+        x = x + MLP(self.hidden, self.activation, name="mlp", **options)(y)
+        return shard(x, "batch", None, None), cache
 
 
 class CLIPText(nn.Module):
@@ -47,9 +80,8 @@ class CLIPText(nn.Module):
             raise UserError(f"skip {self.skip} is not within 0 and the {self.depth} layers")
         self.words = Embed(self.vocab, self.width, self.dtype)
         self.position = self.param("position", nn.initializers.normal(0.01), (self.length, self.width))
-        block = {"heads": self.heads, "head_width": self.width // self.heads, "hidden": self.hidden}
-        block |= {"mlp": self.activation, "norm": "layer", "norm_eps": self.norm_eps, "bias": True}
-        self.blocks = Stack(self.depth, Block, {**block, "dtype": self.dtype}, unroll=self.unroll)
+        block = {"heads": self.heads, "hidden": self.hidden, "activation": self.activation, "norm_eps": self.norm_eps}
+        self.blocks = Stack(self.depth, CLIPBlock, {**block, "dtype": self.dtype}, unroll=self.unroll)
         self.norm = Norm("layer", self.norm_eps)
         if self.projection:
             self.project = Linear(self.projection, dtype=self.dtype)

@@ -4,7 +4,7 @@ RMSNorm, gated feed-forward, rotary positions, grouped queries; a head of its ow
 enters are ids `[b, n]` or, from elsewhere, embeddings `[b, n, d]`. Padding may stand anywhere, usually on the left: a
 mask hides it, and a token's position is the number of real tokens before it.
 
-Roles: a prior over text (`prefill`, `step`, `score`, `features`, `plan`) and a text tower (`encode`).
+Roles: a prior over text (`prefill`, `step`, `score`, `features`, `generate`) and a text tower (`encode`).
 
 cond: {"text" b l int or b l d, "text_mask" b l bool}, a prompt of at least one real token a row.
 
@@ -19,17 +19,23 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from hybridgen.core.sharding import shard
+from hybridgen.models.contract import Option
 from hybridgen.models.losses import cross_entropy, rows, weighted
+from hybridgen.models.roles import next_token
 from hybridgen.models.text.transformer import round_up
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.blocks import LlamaBlock
-from hybridgen.nn.linear import Embed, Linear, cast_for_inference, fan_in
+from hybridgen.nn.linear import Embed, Linear, fan_in
 from hybridgen.nn.norm import Norm
-from hybridgen.nn.position import rotary
-from hybridgen.nn.stack import Stack, layers_are_unstacked, unstack_layers
-from hybridgen.sampling import decode
+from hybridgen.nn.position import Rotary, rotary
+from hybridgen.nn.stack import Stack
+
+ROLE = ("prior", "text")
+STEPS = Option(0, "tokens to draw (0: as many as the model has positions)", 0, 1_000_000)
+OPTIONS = {"prior": next_token.TEXT_OPTIONS | {"steps": STEPS}}
+prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
+generate = next_token.generate
 
 
 class LM(nn.Module):
@@ -53,6 +59,9 @@ class LM(nn.Module):
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
+
+    has_unconditional = False
+    cond_drop_prob = 0.0
 
     def setup(self) -> None:
         self.tokens = Embed(self.text_vocab, self.width, self.dtype)
@@ -81,11 +90,15 @@ class LM(nn.Module):
         """The most positions of a prompt with its continuation."""
         return self.text_length
 
+    @property
+    def cache_heads(self) -> tuple[int, int]:
+        return self.kv_heads or self.heads, self.key_width
+
     def enter(self, text: jax.Array) -> jax.Array:
         """Embeddings `[b, n, d]` of ids, or as they are."""
         return text if jnp.issubdtype(text.dtype, jnp.floating) else self.tokens(text)
 
-    def rotary(self, positions: jax.Array) -> Any:
+    def rotary(self, positions: jax.Array) -> Rotary:
         return rotary(positions[..., None], self.key_width, self.base, self.scaling)
 
     def states(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -101,39 +114,36 @@ class LM(nn.Module):
         return self.norm(self.trunk(text, mask))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        logits = self.tokens.attend(hidden) if self.tied else self.head(hidden)
-        return shard(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
+        return next_token.shard_logits(self.tokens.attend(hidden) if self.tied else self.head(hidden))
 
     def forward(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         return self.logits(self(text, mask))
 
-    def score(self, tokens: jax.Array, cond: dict) -> jax.Array:
+    def features(self, tokens: jax.Array, cond: dict) -> jax.Array:
         """Hidden states `[b, n, d]` from which each of `tokens [b, n]` behind the prompt is predicted."""
-        prompt, seen = self.enter(cond["text"]), cond["text_mask"]
+        prompt, valid = self.enter(cond["text"]), cond["text_mask"]
         x = jnp.concatenate([prompt, self.enter(tokens[:, :-1])], 1)  # b l+n-1 d
-        mask = jnp.pad(seen, ((0, 0), (0, tokens.shape[1] - 1)), constant_values=True)
+        mask = jnp.pad(valid, ((0, 0), (0, tokens.shape[1] - 1)), constant_values=True)
         hidden = self(x, mask)
-        return jnp.concatenate([last(hidden[:, : seen.shape[1]], seen)[:, None], hidden[:, seen.shape[1] :]], 1)
+        return jnp.concatenate([last(hidden[:, : valid.shape[1]], valid)[:, None], hidden[:, valid.shape[1] :]], 1)
 
-    def cached(self, cache: kv.Cache, text: jax.Array, seen: jax.Array) -> tuple[jax.Array, kv.Cache]:
-        """Hidden states `[b, t, d]` of a chunk that continues the cache; `seen [b, t]`: which of it is real."""
-        table = self.rotary(before(seen) + cache["valid"].sum(-1, keepdims=True))
-        x, cache = self.blocks(self.enter(text), Mask("causal"), rotary=table, cache=kv.admit(cache, seen))
-        return self.norm(x), kv.advance(cache, seen.shape[1])
+    def cached(self, cache: kv.Cache, text: jax.Array, valid: jax.Array) -> tuple[jax.Array, kv.Cache]:
+        """Hidden states `[b, t, d]` of a chunk that continues the cache; `valid [b, t]`: which of it is real."""
+        table = self.rotary(before(valid) + cache["valid"].sum(-1, keepdims=True))
+        x, cache = self.blocks(self.enter(text), Mask("causal"), rotary=table, cache=kv.admit(cache, valid))
+        return self.norm(x), kv.advance(cache, valid.shape[1])
 
-    def prefill(self, cond: dict, length: int) -> tuple[jax.Array, kv.Cache]:
-        """Logits `[b, v]` behind the last real token of a prompt, and a cache of `length` positions."""
-        x, seen = self.enter(cond["text"]), cond["text_mask"]
-        dtype = self.dtype if self.dtype == "bfloat16" else x.dtype
-        heads = self.kv_heads or self.heads, self.key_width
-        cache = kv.empty(self.depth, x.shape[0], length, *heads, dtype, unstacked=layers_are_unstacked(self.unroll))
-        hidden, cache = self.cached(cache, x, seen)
-        return self.logits(last(hidden, seen)), cache
+    def prefill(self, cond: dict, room: int) -> tuple[jax.Array, kv.Cache]:
+        """Logits `[b, v]` behind the last real token of a prompt, and a cache with room for so many tokens."""
+        x, valid = self.enter(cond["text"]), cond["text_mask"]
+        cache = next_token.empty_cache(self, x, x.shape[1] + room)
+        hidden, cache = self.cached(cache, x, valid)
+        return self.logits(last(hidden, valid)), cache
 
-    def step(self, cache: kv.Cache, chunk: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, kv.Cache]:
-        """Logits `[b, t, v]` behind each position of a chunk, and the cache."""
-        seen = jnp.ones(chunk.shape[:2], bool) if seen is None else seen
-        hidden, cache = self.cached(cache, chunk, seen)
+    def step(self, cache: kv.Cache, chunk: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, kv.Cache]:
+        """Logits `[b, t, v]` behind each position of a chunk, ids or embeddings, and the cache."""
+        valid = jnp.ones(chunk.shape[:2], bool) if valid is None else valid
+        hidden, cache = self.cached(cache, chunk, valid)
         return self.logits(hidden), cache
 
 
@@ -182,58 +192,8 @@ def encode(
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden states `[b, l, d]` behind the last norm, and the mask of the positions that mean something."""
     del extra
-    seen = jnp.ones(text.shape[:2], bool) if mask is None else mask
-    return model.apply({"params": params}, text, mask), seen
-
-
-def score(model: LM, params: Any, extra: Any, tokens: jax.Array, cond: dict) -> jax.Array:
-    """Teacher-forced logits `[b, n, v]`: row i predicts token i behind the prompt."""
-    return model.apply({"params": params}, features(model, params, extra, tokens, cond), method="logits")
-
-
-def features(model: LM, params: Any, extra: Any, tokens: jax.Array, cond: dict) -> jax.Array:
-    """Hidden states `[b, n, d]` from which each token behind the prompt is predicted."""
-    del extra
-    return model.apply({"params": params}, tokens, cond, method="score")
-
-
-def prefill(model: LM, params: Any, extra: Any, cond: dict, length: int = 0) -> tuple[jax.Array, kv.Cache]:
-    """(logits of the first token behind the prompt `[b, v]`, cache of `length` positions, or the model's)."""
-    del extra
-    return model.apply({"params": unstack_layers(params, model.unroll)}, cond, length or model.length, method="prefill")
-
-
-def step(
-    model: LM, params: Any, extra: Any, cache: kv.Cache, chunk: jax.Array, seen: jax.Array | None = None
-) -> tuple[jax.Array, kv.Cache]:
-    """(logits `[b, t, v]`, cache) after a chunk of ids `[b, t]` or embeddings; `seen [b, t]`: which of it is real."""
-    del extra
-    return model.apply({"params": unstack_layers(params, model.unroll)}, cache, chunk, seen, method="step")
-
-
-def generate(
-    model: LM, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict
-) -> tuple[jax.Array, jax.Array]:
-    """Draws `options["steps"]` tokens (or the model's length) behind the prompt, with their log-probabilities.
-
-    options: also "temperature", "top_k", "top_p".
-    """
-    count = options.get("steps", model.length)
-    params = unstack_layers(
-        cast_for_inference(params, model.dtype, options.get("gather", 1)), model.unroll
-    )  # outside of the loop
-    prompt = cond["text"].shape[1]
-    logits, cache = prefill(model, params, extra, cond, prompt + decode.parts(count)[0])
-
-    def grow(cache: kv.Cache, drawn: int) -> kv.Cache:
-        return kv.grown(cache, prompt + drawn)
-
-    def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:
-        logits, cache = step(model, params, extra, cache, token[:, None])
-        return logits[:, 0], cache
-
-    draw = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
-    return decode.generate(one, cache, logits, keys, length=count, grow=grow, **draw)
+    valid = jnp.ones(text.shape[:2], bool) if mask is None else mask
+    return model.apply({"params": params}, text, mask), valid
 
 
 def sample(

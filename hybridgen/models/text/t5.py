@@ -15,12 +15,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.nn.attention import Mask
-from hybridgen.nn.blocks import Block
+from hybridgen.core.sharding import shard
+from hybridgen.nn import cache as kv
+from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.linear import Embed, cast, normal
+from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import relative_buckets
 from hybridgen.nn.stack import Stack
+
+ROLE = "text"
+
+
+class T5Block(nn.Module):
+    """Pre-norm with RMSNorm and without biases, `x [b, l, d] -> [b, l, d]`; scores plus `relative [h, 1, l, l]`."""
+
+    heads: int
+    head_width: int
+    hidden: int
+    mlp: str
+    norm_eps: float
+    dtype: str = "float32"
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        *,
+        relative: jax.Array,
+        cache: kv.Cache | None = None,
+        layer: jax.Array | int = 0,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, kv.Cache | None]:
+        del layer, keys
+        options: dict[str, Any] = {"dtype": self.dtype, "out_scale": self.out_scale}
+        attend = Attention(self.heads, self.head_width, scale=1.0, name="attention", **options)
+        x = x + attend(Norm(eps=self.norm_eps, name="attention_norm")(x), mask, relative=relative)[0]
+        y = Norm(eps=self.norm_eps, name="mlp_norm")(x)
+        x = x + MLP(self.hidden, self.mlp, name="mlp", **options)(y)
+        return shard(x, "batch", None, None), cache
 
 
 class T5Encoder(nn.Module):
@@ -43,8 +78,8 @@ class T5Encoder(nn.Module):
         self.words = Embed(self.vocab, self.width, self.dtype, normal(1.0))
         self.relative = self.param("relative", normal(self.width**-0.5), (self.buckets, self.heads))
         block = {"heads": self.heads, "head_width": self.head_width, "hidden": self.hidden, "mlp": self.mlp}
-        block |= {"scale": 1.0, "norm_eps": self.norm_eps, "dtype": self.dtype}
-        self.blocks = Stack(self.depth, Block, block, unroll=self.unroll)
+        block |= {"norm_eps": self.norm_eps, "dtype": self.dtype}
+        self.blocks = Stack(self.depth, T5Block, block, unroll=self.unroll)
         self.norm = Norm(eps=self.norm_eps)
 
     def scores(self, length: int) -> jax.Array:

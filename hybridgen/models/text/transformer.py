@@ -19,6 +19,8 @@ from hybridgen.nn.linear import Embed, cast, normal
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
 
+ROLE = "text"
+
 
 class TextTower(nn.Module):
     """`text [b, l] int, mask [b, l] bool -> [b, l, d]`."""

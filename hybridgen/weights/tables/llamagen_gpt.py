@@ -76,25 +76,26 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         model = {"vocab": options.count("vocab_size", 16384), "grid": (side, side), "width": dim, "heads": count}
         model |= {"depth": options.count("n_layer", 32), "kv_heads": None if kv is None else options.count("n_kv_head")}
         model |= {"hidden": hidden(options, dim), "norm_eps": options.number("norm_eps", 1e-5)}
-        model |= {"rope_base": options.number("rope_base", 10000.0), "positions": "image", "prefix_mask": False}
-        model |= {"drop": options.number("class_dropout_prob", 0.1)}
-        if options.only("model_type", "c2i", "t2i") == "c2i":
-            options.only("cls_token_num", 1)
-            options.skip("caption_dim")
-            model |= {"prefixed": "class", "classes": options.count("num_classes", 1000)}
-        else:
+        model |= {"rope_base": options.number("rope_base", 10000.0)}
+        model |= {"cond_drop_prob": options.number("class_dropout_prob", 0.1)}
+        text = options.only("model_type", "c2i", "t2i") == "t2i"
+        if text:
             options.skip("num_classes")
-            model |= {"prefixed": "caption", "text_length": options.count("cls_token_num", 1)}
-            model |= {"text_width": options.count("caption_dim", 2048), "own_seen": True}
+            model |= {"text_length": options.count("cls_token_num", 1), "padding_sees_itself": True}
+            model |= {"text_width": options.count("caption_dim", 2048)}
             # as many rows as official code always makes, also where it reads fewer
             model |= {"null_length": (*shapes.get("cls_embedding.uncond_embedding", ()), 120)[0]}
+        else:
+            options.only("cls_token_num", 1)
+            options.skip("caption_dim")
+            model |= {"classes": options.count("num_classes", 1000)}
         options.skip(*TRAINING)
-    draw = {"guidance": 4.0, "top_k": 2000} if model["prefixed"] == "class" else {"guidance": 7.5, "top_k": 1000}
+    draw = {"guidance": 7.5, "top_k": 1000} if text else {"guidance": 4.0, "top_k": 2000}
     draw |= {"guidance_schedule": "constant", "temperature": 1.0, "top_p": 1.0}
-    if model["prefixed"] == "class" and not model["drop"]:
+    if not text and not model["cond_drop_prob"]:
         draw["guidance"] = 1.0  # without a row for the dropped class
     inputs = {"image": (16 * side, 16 * side, 3)}  # of its tokenizer VQ-16
-    return Plan("ar.raster", model, RULES, inputs, DROPPED, {"prior": draw})
+    return Plan("ar.llamagen", model, RULES, inputs, DROPPED, {"prior": draw})
 
 
 def hidden(options: Options, dim: int) -> int:

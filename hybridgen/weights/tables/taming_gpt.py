@@ -74,17 +74,16 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         width, count, block = options.count("n_embd", 256), options.count("n_head", 8), options.count("block_size")
         if width % count:
             raise UserError(f"config: n_embd {width} does not divide over {count} heads")
-        model = {"vocab": options.count("vocab_size"), "width": width, "heads": count, "hidden": 4 * width}
+        model = {"vocab": options.count("vocab_size"), "width": width, "heads": count, "block_size": block}
         model |= {"depth": options.count("n_layer", 12), "unmasked": options.count("n_unmasked", 0, least=0)}
         options.skip("embd_pdrop", "resid_pdrop", "attn_pdrop")
     if classes > model["vocab"]:
         raise UserError(f"config: {classes} classes are no tokens of a vocabulary of {model['vocab']}")
-    model |= {"prefixed": "codes", "classes": classes, "positions": "learned", "places": block, "prefix_mask": False}
-    model |= {"norm_kind": "layer", "norm_eps": 1e-5, "mlp": "gelu_exact", "bias": True, "drop": 0.0}
-    grid, model["cond_length"] = layout(block, kind)
+    grid, cond_length = layout(block, kind)
+    model |= {"grid": grid, "classes": classes, "cond_length": cond_length}
     draw = {"guidance": 1.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 600, "top_p": 0.92}
     inputs = {"image": (16 * grid[0], 16 * grid[1], 3)}
-    return Plan("ar.raster", model | {"grid": grid}, RULES, inputs, DROPPED, {"prior": draw})
+    return Plan("ar.taming", model, RULES, inputs, DROPPED, {"prior": draw})
 
 
 def network(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, int]:
