@@ -26,8 +26,10 @@ from configs import common  # noqa: E402
 
 SIDE, WORDS, LENGTH, CLASSES = 16, 12, 5, 3
 VQ = {"resolution": SIDE, "patch": 4, "channels": (16,), "attention": False}  # a grid of 4 x 4
-FSQ = VQ | {"quantizer": "fsq", "levels": (4, 3)}
-MOVING = VQ | {"quantizer": "vq", "codes": 16, "width": 4, "moving": True}
+FSQ = VQ | {"quantizer": {"kind": "fsq", "levels": (4, 3)}}
+MOVING = VQ | {"quantizer": {"kind": "vq_ema", "codebook_size": 16, "width": 4}}
+GRADIENT = VQ | {"quantizer": {"kind": "vq_gradient", "codebook_size": 16, "width": 4}}
+CONTINUOUS = VQ | {"quantizer": {"kind": "none", "width": 4}}
 PRIOR = {"width": 32, "depth": 2, "heads": 2, "text_vocab": WORDS, "text_length": LENGTH, "qk_norm": True}
 DECODER = {"resolution": SIDE, "patch": 4, "width": 32, "depth": 2, "heads": 2, "draft": True}
 
@@ -81,6 +83,11 @@ def tokenizer(options: dict = FSQ, seed: int = 0) -> Part:
     return part("tokenizers.vq", options, seed)
 
 
+def quantised(options: dict, **changes) -> dict:
+    """Options of a tokenizer with other ones of its quantiser."""
+    return options | {"quantizer": options["quantizer"] | changes}
+
+
 def prior_options(tokenizer: Part, **changes) -> dict:
     return PRIOR | {"vocab": tokenizer.model.vocab, "grid": tokenizer.model.grid} | changes
 
@@ -105,7 +112,7 @@ def experiment(family, model: dict, parts: dict | None = None, mesh: dict | None
     config = common.stage(str(family), {}, {}, **{"log__every": 1, "steps": 1000, "optim__warmup": 0} | changes)
     module = find(family) if isinstance(family, str) else family
     ready = {name: sharding.put(part, sharding.replicated(place)) for name, part in (parts or {}).items()}
-    return Experiment(config, module, module.build(model), ready, {}, None, place)
+    return Experiment(config, module, model, module.build(model), ready, {}, None, place)
 
 
 class Run:

@@ -198,10 +198,11 @@ def build(
     unmade = {name: _part(name, path, config.data, text, specs, stages, runs) for name, path in config.parts.items()}
     parts = {name: part for name, (part, _) in unmade.items()}
     family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
+    options = config_lib.resolve(config.model, context(config.data, parts, text, source))
+    model = family.build(options)
     by_row = sharding.batch_sharding(mesh)
     places = {name: part_shardings(part, mesh) for name, part in parts.items()}
-    experiment = Experiment(config, family, model, _placed(parts, places), {}, text, mesh)
+    experiment = Experiment(config, family, options, model, _placed(parts, places), {}, text, mesh)
     encoders = [name for name in CACHED if cached and name in parts]
     batch = dict(specs)
     for name in encoders:

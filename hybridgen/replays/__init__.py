@@ -25,11 +25,11 @@ from hybridgen.weights.files import open_weights
 BOUND = 2e-5
 
 SYSTEMS = {
-    "taming_vqgan": "codes",
-    "taming_gumbel": "codes",
-    "llamagen_vq": "codes",
-    "sd_kl_vae": "latents",
-    "mar_kl16": "latents",
+    "taming_vqgan": "taming_vqgan",
+    "taming_gumbel": "taming_gumbel",
+    "llamagen_vq": "llamagen_vq",
+    "sd_kl_vae": "sd_kl_vae",
+    "mar_kl16": "mar_kl16",
     "dit_official": "transformers",
     "dit": "transformers",
     "sched_ddpm": "schedulers",

@@ -33,7 +33,8 @@ class Experiment(NamedTuple):
 
     config: Any
     family: ModuleType
-    model: Any  # the family's Flax module
+    options: dict[str, Any]  # of the model: `config.model` with no "auto" left
+    model: Any  # what the family builds of them
     parts: dict[str, Part]
     digests: dict[str, str]
     text: Any  # the text tokenizer, or None
@@ -70,11 +71,12 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     for place, part in bundled:
         check_arrays(place, part, parts, config.data.resolution)
     family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
+    options = config_lib.resolve(config.model, context(config.data, parts, text, source))
+    model = family.build(options)
     for shape in getattr(source, "shapes", ()):
         for_shape(family, model, parts, shape)  # refused before anything is compiled
     parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
-    return Experiment(config, family, model, parts, digests, text, mesh)
+    return Experiment(config, family, options, model, parts, digests, text, mesh)
 
 
 def read_by(runs: Mapping[str, "Run"], data: Any) -> Any:

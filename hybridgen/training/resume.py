@@ -56,8 +56,7 @@ def beginning(
 
 def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:
     """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
-    resolved, model = config_lib.plain(config), experiment.model
-    resolved["model"] = {name: config_lib.plain(getattr(model, name)) for name in config.model}
+    resolved = config_lib.plain(config) | {"model": config_lib.plain(experiment.options)}
     if hasattr(source, "occurring"):
         resolved["data"]["shapes"] = config_lib.plain(source.occurring(config.batch, True))  # what was trained
     return resolved, {
