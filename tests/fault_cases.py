@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 # all that a state may hold: moments, an average, and a codebook that learns without gradients; some ms a step
 SMALL = (
     f"{ROOT}/configs/tokenizers/vq.py:vq,batch=4,data.resolution=16,model.channels=(16,),model.attention=False,"
-    "model.codes=32,ema.decay=0.9,log.every=1,checkpoint.keep=3"
+    "model.quantizer.codebook_size=32,ema.decay=0.9,log.every=1,checkpoint.keep=3"
 )
 
 

@@ -241,9 +241,10 @@ def others() -> list[str]:
         "configs/ar/raster.py:tiny,sample.options.prior.guidance_schedule=linear,sample.options.prior.top_k=5",
         "configs/text/lm.py:tiny,model.tied=False,model.bias=True,model.mlp_bias=True",
         "configs/tokenizers/vq.py:tiny,model.local=True,model.attention=False",
-        "configs/tokenizers/vq.py:vq,model.l2=False",
-        "configs/tokenizers/vq.py:vq_gradient,model.l2=False,model.legacy=True,model.exact=True,model.used=100",
-        "configs/tokenizers/vq.py:gumbel,model.sharpness=0,model.used=100",
+        "configs/tokenizers/vq.py:vq,model.quantizer.l2=False",
+        "configs/tokenizers/vq.py:vq_gradient,model.quantizer.l2=False,model.quantizer.legacy=True,"
+        "model.quantizer.exact=True,model.quantizer.used=100",
+        "configs/tokenizers/vq.py:gumbel,model.quantizer.sharpness=0,model.quantizer.used=100",
         "configs/tokenizers/kl.py:tiny,model.variational=False,model.adversarial.adaptive=False",
     ]
     extra.append("configs/ar/llamagen.py:t2i_xl,model.text_width=64")

@@ -28,7 +28,7 @@ def system(name: str, mesh: dict, **changes):
     if name == "fsq":
         return tiny.experiment("tokenizers.vq", tiny.FSQ | {"attention": True}, None, mesh, **changes)
     if name == "moving":
-        model = tiny.MOVING | {"revive_below": 0.3, "decay": 0.9}
+        model = tiny.quantised(tiny.MOVING, revive_below=0.3, decay=0.9)
         return tiny.experiment("tokenizers.vq", model, None, mesh, **changes)
     tokenizer = tiny.tokenizer()
     parts = {"tokenizer": tokenizer}

@@ -26,8 +26,10 @@ from configs import common  # noqa: E402
 
 SIDE, WORDS, LENGTH, CLASSES = 16, 12, 5, 3
 VQ = {"resolution": SIDE, "patch": 4, "channels": (16,), "attention": False}  # a grid of 4 x 4
-FSQ = VQ | {"quantizer": "fsq", "levels": (4, 3)}
-MOVING = VQ | {"quantizer": "vq", "codes": 16, "width": 4, "moving": True}
+FSQ = VQ | {"quantizer": {"kind": "fsq", "levels": (4, 3)}}
+MOVING = VQ | {"quantizer": {"kind": "vq_ema", "codebook_size": 16, "width": 4}}
+GRADIENT = VQ | {"quantizer": {"kind": "vq_gradient", "codebook_size": 16, "width": 4}}
+CONTINUOUS = VQ | {"quantizer": {"kind": "none", "width": 4}}
 PRIOR = {"width": 32, "depth": 2, "heads": 2, "text_vocab": WORDS, "text_length": LENGTH, "qk_norm": True}
 DECODER = {"resolution": SIDE, "patch": 4, "width": 32, "depth": 2, "heads": 2, "draft": True}
 
@@ -79,6 +81,11 @@ def part(family: str, options: dict, seed: int = 0, parts: dict | None = None) -
 
 def tokenizer(options: dict = FSQ, seed: int = 0) -> Part:
     return part("tokenizers.vq", options, seed)
+
+
+def quantised(options: dict, **changes) -> dict:
+    """Options of a tokenizer with other ones of its quantiser."""
+    return options | {"quantizer": options["quantizer"] | changes}
 
 
 def prior_options(tokenizer: Part, **changes) -> dict:

@@ -62,7 +62,8 @@ def _tiny(tokenizer, prior, decoder):
 
 def _cpu(tokenizer, prior, decoder):
     # as many tokens as patches, 8 x 8; Muon knows 3,458 pictures by heart in twenty epochs
-    tokenizer.model.update(patch=4, channels=(64, 128), levels=(8, 8, 8, 5), fill=0.75, l1=0.5)
+    tokenizer.model.update(patch=4, channels=(64, 128), l1=0.5)
+    tokenizer.model.quantizer.update(levels=(8, 8, 8, 5), fill=0.75)
     decoder.model.patch = 8
     tokenizer.steps, prior.steps, decoder.steps = 900, 1200, 1200
     prior.optim.kind = decoder.optim.kind = "muon"

@@ -45,7 +45,8 @@ def get_config(variant: str = ""):
 
 def _cpu(tokenizer, prior, decoder, cascade):
     # local tokens compose: with global ones a prior learns each pair of objects anew
-    tokenizer.model.update(local=True, entropy=0.02, fill=0.72)
+    tokenizer.model.local = True
+    tokenizer.model.quantizer.update(entropy=0.02, fill=0.72)
     tokenizer.steps, tokenizer.optim.lr = 850, 5e-3
     prior.steps, prior.optim.lr = 1150, 3e-3
     decoder.model.update(depth=3)
@@ -68,7 +69,8 @@ def _base(tokenizer, prior, decoder, cascade):
     for stage in (tokenizer, prior, decoder):
         stage.model.dtype = "bfloat16"
         stage.batch, stage.optim.warmup, stage.ema.decay = 256, 500, 0.9995
-    tokenizer.model.update(channels=(128, 256), blocks=2, local=True, entropy=0.02, fill=0.75, levels=(8, 8, 8, 5))
+    tokenizer.model.update(channels=(128, 256), blocks=2, local=True)
+    tokenizer.model.quantizer.update(entropy=0.02, fill=0.75, levels=(8, 8, 8, 5))
     tokenizer.steps, tokenizer.optim.lr = 20_000, 2e-3
     prior.model.update(width=512, depth=12, heads=8, text_depth=4)
     prior.steps, prior.optim.lr, prior.optim.decay = 30_000, 6e-4, 0.05

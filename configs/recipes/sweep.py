@@ -69,7 +69,8 @@ def _codes(side: int, codes: int):
     """Tokenizer and prior of side x side tokens."""
     tokenizer, prior = vq.get_config(), raster.get_config()
     patch, channels = GRIDS[side]
-    tokenizer.model.update(patch=patch, channels=channels, levels=LEVELS[codes], local=True, entropy=0.02, fill=0.72)
+    tokenizer.model.update(patch=patch, channels=channels, local=True)
+    tokenizer.model.quantizer.update(levels=LEVELS[codes], entropy=0.02, fill=0.72)
     tokenizer.optim.lr = 5e-3
     prior.model.update(width=128, heads=2)
     prior.optim.lr = 3e-3
@@ -80,7 +81,7 @@ def _latent(side: int, width: int):
     """Autoencoder and DiT of a latent of side x side places of `width` values."""
     autoencoder, prior = kl.get_config("tiny"), dit.get_config()
     # squared error and twice its variance: an evidence bound at 33 dB, which also brings the latents to unit variance
-    autoencoder.model.update(channels=LATENTS[side], width=width, l1=0.0, l2=1.0, divergence=4e-3)
+    autoencoder.model.update(channels=LATENTS[side], width=width, l1=0.0, mse=1.0, divergence=4e-3)
     autoencoder.model.residual.groups = 8
     del autoencoder.model.adversarial
     autoencoder.optim.groups = ConfigDict()

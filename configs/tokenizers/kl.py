@@ -25,15 +25,15 @@ PUBLISHED = {
 }
 PUBLISHED["f8_wide"]["residual"] = {"quant": 0, "post_quant": False}
 TINY = {"channels": (8, 16), "width": 4, "residual": {"groups": 4}}
-GAME = {"weight": 0.5, "start": 50_001, "adaptive": True, "width": 64, "depth": 3, "groups": 32}
+GAN = {"weight": 0.5, "start": 50_001, "adaptive": True, "width": 64, "depth": 3, "groups": 32}
 MARGIN = 1.0  # dB
 
 
 def get_config(variant: str = "f8"):
     if variant not in ("", "tiny", *PUBLISHED):
         raise common.unknown(variant, "tiny", *PUBLISHED)
-    model = {"resolution": "auto", "blocks": 1 if variant == "tiny" else 2, "residual": {}, "l1": 1.0, "l2": 0.0}
-    model |= {"perceptual": 1.0, "adversarial": GAME, "divergence": 1e-6, "dtype": "bfloat16"}
+    model = {"resolution": "auto", "blocks": 1 if variant == "tiny" else 2, "residual": {}, "l1": 1.0, "mse": 0.0}
+    model |= {"perceptual": 1.0, "adversarial": GAN, "divergence": 1e-6, "dtype": "bfloat16"}
     model |= TINY if variant == "tiny" else PUBLISHED[variant or "f8"]
     # as latent diffusion: Adam, 4.5e-6 times the batch
     changes = {"steps": 500_000, "batch": 12, "optim__lr": 5.4e-5, "optim__b1": 0.5, "optim__b2": 0.9}

@@ -6,7 +6,7 @@ to them is new: `parts.NAME=RUN`, `init_from.SUBTREE=RUN[:SUBTREE]`, `optim.grou
 `data.options.NAME=VALUE` (of a recipe: of all stages with its first source), which the source itself checks.
 
 A value is a Python literal, or one of the words true, false, none. An option that holds text takes its value as it is
-written, so `model.quantizer=none` is the word; but an option of a data source (`data.options.NAME`, or an entry that
+written, so `model.quantizer.kind=none` is the word; but one of a data source (`data.options.NAME`, or an entry that
 stages share as one) may also be none or a tuple of texts: `text_key=none` is a folder without captions.
 
 An entry that stages share (`path` of a recipe) reaches all of them; set under one stage, it is that stage's own.
@@ -60,7 +60,9 @@ LEAST = {
 MOST = 2**32 - 1
 MAX_FILE, MAX_LEVELS = 2**24, 16  # bytes and nesting of a config that is read back
 # and of an option of a model, or of a member of it; of a tuple, each
-LEAST_OF_MODEL = {name: 1 for name in ("heads", "kv_heads", "depth", "patch", "width", "blocks", "codes", "channels")}
+LEAST_OF_MODEL = {
+    name: 1 for name in ("heads", "kv_heads", "depth", "patch", "width", "blocks", "codebook_size", "channels")
+}
 LEAST_OF_MODEL |= {"levels": 2}
 
 DTYPES = ("float32", "bfloat16", "float64")

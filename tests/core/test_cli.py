@@ -49,7 +49,7 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (VQ, "steps=many", "config key 'steps' takes int, such as 20, and was given 'many'"),
         (VQ, "steps=none", "config key 'steps' takes int, such as 20, and was given None"),
         (VQ, "model.attention=2", "config key 'model.attention' takes bool"),
-        (VQ, "model.levels=(8,five)", "config key 'model.levels' takes int"),
+        (VQ, "model.quantizer.levels=(8,five)", "config key 'model.quantizer.levels' takes int"),
         (VQ, "batch=0", "config key 'batch' 0 is not within 1 and"),
         (VQ, "log.every=0", "config key 'log.every' 0 is not within 1 and"),
         (VQ, "mesh.data=3", "mesh {'data': 3"),
@@ -64,10 +64,10 @@ def start(module: str, *words: object) -> subprocess.Popen:
         ("configs/common.py", "steps=1", "is not a config"),
         ("configs", "steps=1", "no config file"),
         (PRIOR, "steps=1", "no run in '../tokenizer'"),
-        (VQ, "model.quantizer=pq", "'pq'"),
+        (VQ, "model.quantizer.kind=pq", "'pq'"),
         (VQ, "data.resolution=30", "30"),
-        (VQ, "model.levels=(1,0)", "config key 'model.levels' 1 is not within 2 and"),
-        (VQ, "model.levels=()", "config key 'model.levels' is empty"),
+        (VQ, "model.quantizer.levels=(1,0)", "config key 'model.quantizer.levels' 1 is not within 2 and"),
+        (VQ, "model.quantizer.levels=()", "config key 'model.quantizer.levels' is empty"),
         (VQ, "model.channels=(0,)", "config key 'model.channels' 0 is not within 1 and"),
         (VQ, "model.blocks=0", "config key 'model.blocks' 0 is not within 1 and"),
         (VQ, "model.patch=0", "config key 'model.patch' 0 is not within 1 and"),
@@ -153,7 +153,7 @@ def test_what_stages_share_is_set_for_all_or_for_one(turn):
 
 def test_where_none_is_a_word():
     """`none` names a quantiser; of a data source's options it is nothing."""
-    assert config_lib.load(f"{ROOT / VQ}", ["model.quantizer=none"]).model.quantizer == "none"
+    assert config_lib.load(f"{ROOT / VQ}", ["model.quantizer.kind=none"]).model.quantizer.kind == "none"
     for text, value in (("none", None), ("caption", "caption"), ("('en', 'zh')", ("en", "zh")), ("'none'", "none")):
         stages = config_lib.load(f"{ROOT / FOLDER}", [f"stages.prior.data.options.text_key={text}", "path=12"]).stages
         assert stages.prior.data.options.to_dict() == {"text_key": value, "path": "12"}

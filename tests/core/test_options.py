@@ -116,6 +116,6 @@ def test_allow_refuses_what_is_no_key(word, tmp_path):
 def test_a_recipe_allows_what_one_of_its_stages_has(tmp_path):
     config = config_lib.load(f"{tiny.ROOT}/configs/recipes/shapes.py:tiny")
     stages = [(config.stages[name], tmp_path) for name in config.order if "family" in config.stages[name]]
-    assert resume.allowed("config.model.levels,config.model.heads", stages)
+    assert resume.allowed("config.model.quantizer.levels,config.model.heads", stages)
     with pytest.raises(UserError, match="--allow 'config.model.hats' is no key; did you mean 'config.model.heads'"):
         resume.allowed("config.model.hats", stages)

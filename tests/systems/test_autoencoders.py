@@ -10,10 +10,9 @@ import reference
 
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
-from hybridgen.models.contract import find
-from hybridgen.models.tokenizers import kl, vq
-from hybridgen.nn import quantize
+from hybridgen.models.tokenizers import kl, llamagen_vq, vq, vqgan
 from hybridgen.nn.autoencoder import Autoencoder
+from hybridgen.nn.quantizers import gumbel
 from hybridgen.runs import importing
 from hybridgen.weights import rules, safetensors, tables
 from hybridgen.weights.files import open_weights
@@ -31,24 +30,24 @@ LLAMAGEN |= {"encoder_ch_mult": [1, 1], "decoder_ch_mult": [2, 1]}
 MAR = {"embed_dim": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "resolution": 8}
 
 
-def vqgan(**changes):
+def vqgan_config(**changes):
     return {"ddconfig": DD | changes, "n_embed": 11, "embed_dim": 7}
 
 
 CASES = {
-    "vqgan": ("taming_vqgan", vqgan(), {}),
-    "vqgan, three levels of odd sizes": ("taming_vqgan", vqgan(ch_mult=[1, 1, 2], resolution=18), {}),
+    "vqgan": ("taming_vqgan", vqgan_config(), {}),
+    "vqgan, three levels of odd sizes": ("taming_vqgan", vqgan_config(ch_mult=[1, 1, 2], resolution=18), {}),
     "vqgan, attention nowhere, means and copies": (
         "taming_vqgan",
-        vqgan(attn_resolutions=[], resamp_with_conv=False),
+        vqgan_config(attn_resolutions=[], resamp_with_conv=False),
         {"resample": False},
     ),
     "vqgan, attention everywhere, other colours": (
         "taming_vqgan",
-        vqgan(attn_resolutions=[16, 8], in_channels=2, out_ch=4, num_res_blocks=2),
+        vqgan_config(attn_resolutions=[16, 8], in_channels=2, out_ch=4, num_res_blocks=2),
         {"blocks": 2},
     ),
-    "gumbel": ("taming_gumbel", vqgan(z_channels=7) | {"kl_weight": 0.01}, {}),
+    "gumbel": ("taming_gumbel", vqgan_config(z_channels=7) | {"kl_weight": 0.01}, {}),
     "llamagen": ("llamagen_vq", LLAMAGEN, {"names": reference.LLAMAGEN, "from_lowest": True}),
     "mar": ("mar_kl16", MAR | {"encoder_attn_resolutions": [4, 8]}, {}),
     "mar, attention on the way up, means only": (
@@ -159,8 +158,8 @@ def _renamed(name, new):
 
 def test_a_remap_numbers_the_rows_that_it_lists():
     """VQGAN's `remap`: tokens are places in a list of codes; the picture is that of the codes themselves."""
-    config = vqgan() | {"remap": "used.npy"}
-    _, state = drawn("taming_vqgan", vqgan())
+    config = vqgan_config() | {"remap": "used.npy"}
+    _, state = drawn("taming_vqgan", vqgan_config())
     used = np.asarray([7, 2, 9, 0])
     state["quantize.used"] = used
     goal, arrays = importing.load(tables.find("taming_vqgan"), config, state)
@@ -175,37 +174,37 @@ def test_a_remap_numbers_the_rows_that_it_lists():
     codes = np.asarray(part.call("embed", tokens)).reshape(-1, 7)
     np.testing.assert_array_equal(codes, codebook[used][np.ravel(tokens)])
     arrays["extra"]["use"] += 1  # what training counts, beside which the list stays
-    merged = vq.merge(goal.model, arrays["extra"], {"count": jnp.ones(4)}, None, 0)
+    merged = vqgan.merge(goal.model, arrays["extra"], {"count": jnp.ones(4)}, None, 0)
     assert (merged["used"] == used).all() and merged["use"].shape == (4,)
 
 
 def test_gumbel_draws_codes_by_their_probability():
     logits = jnp.log(jnp.asarray([0.1, 0.2, 0.7]))
     u = np.random.RandomState(0).uniform(1e-9, 1, (20_000, 3))
-    one_hot, ids = quantize.gumbel(jnp.broadcast_to(logits, (20_000, 3)), jnp.asarray(-np.log(-np.log(u))), 0.5)
+    one_hot, ids = gumbel.draw(jnp.broadcast_to(logits, (20_000, 3)), jnp.asarray(-np.log(-np.log(u))), 0.5)
     np.testing.assert_allclose(np.bincount(ids) / 20_000, [0.1, 0.2, 0.7], atol=0.012)
     np.testing.assert_allclose(one_hot, np.eye(3)[ids], atol=1e-6)
-    slope = jax.grad(lambda x: (quantize.gumbel(x, jnp.zeros(3), 1.0)[0] * jnp.arange(3.0)).sum())(logits)
+    slope = jax.grad(lambda x: (gumbel.draw(x, jnp.zeros(3), 1.0)[0] * jnp.arange(3.0)).sum())(logits)
     want = jax.grad(lambda x: (jax.nn.softmax(x) * jnp.arange(3.0)).sum())(logits)  # that of the soft code
     np.testing.assert_allclose(slope, want, atol=1e-6)
-    assert float(quantize.prior_divergence(jnp.zeros(5), 5)) == pytest.approx(0, abs=1e-6)
-    far = quantize.prior_divergence(jnp.asarray([60.0, 0, 0, 0]), 4)
+    assert float(gumbel.prior_divergence(jnp.zeros(5), 5)) == pytest.approx(0, abs=1e-6)
+    far = gumbel.prior_divergence(jnp.asarray([60.0, 0, 0, 0]), 4)
     assert float(far) == pytest.approx(np.log(4), rel=1e-5)
 
 
 def test_the_legacy_loss_swaps_the_two_weights():
-    options = {"residual": {"stem": 8, "z": 4, "groups": 4}, "channels": (8,), "patch": 1, "resolution": 8, "blocks": 1}
-    options |= {"quantizer": "vq", "codes": 5, "width": 3, "l2": False, "moving": False, "revive_below": 0.0}
+    options = {"residual": {"stem": 8, "z": 4, "groups": 4}, "channels": (8,), "resolution": 8, "blocks": 1}
+    quantizer = {"kind": "vq_gradient", "codebook_size": 5, "width": 3, "l2": False, "exact": True, "revive_below": 0.0}
     specs = {"image": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)}
     batch = {"id": jnp.arange(2), "image": jnp.asarray(np.random.RandomState(0).randn(2, 8, 8, 3), jnp.float32)}
     slopes = {}
     for legacy in (False, True):
-        model = vq.build(options | {"legacy": legacy, "exact": True, "commitment": 0.25})
-        arrays = vq.init(model, jax.random.key(0), specs, {})
+        model = vqgan.build(options | {"quantizer": quantizer | {"legacy": legacy}})
+        arrays = vqgan.init(model, jax.random.key(0), specs, {})
 
         def loss(params, model=model, extra=arrays["extra"]):
             given = {"parts": {}, "extra": extra, "step": 0, "train": True}
-            return vq.loss(model, params, batch, jax.random.key(0), **given)[0]
+            return vqgan.loss(model, params, batch, jax.random.key(0), **given)[0]
 
         slopes[legacy] = jax.grad(loss)(arrays["params"])
     # the codebook learns from its pull alone, which is weighted 1 or 0.25
@@ -216,11 +215,11 @@ def test_the_legacy_loss_swaps_the_two_weights():
 
 
 def test_the_posterior_is_drawn_from_and_pulled():
-    mean, spread_of = jnp.asarray([[[[1.0, -2.0]]]]), jnp.log(jnp.asarray([[[[4.0, 0.25]]]]))
+    mean, log_variance = jnp.asarray([[[[1.0, -2.0]]]]), jnp.log(jnp.asarray([[[[4.0, 0.25]]]]))
     # in closed form: sum of (mean^2 + variance - 1 - log variance) / 2
     want = 0.5 * ((1 + 4 - 1 - np.log(4)) + (4 + 0.25 - 1 - np.log(0.25)))
-    np.testing.assert_allclose(kl.divergence(mean, spread_of), [want], rtol=1e-6)
-    np.testing.assert_allclose(kl.draw_latent(mean, spread_of, jnp.ones((1, 1, 1, 2))), [[[[3.0, -1.5]]]], rtol=1e-6)
+    np.testing.assert_allclose(kl.divergence(mean, log_variance), [want], rtol=1e-6)
+    np.testing.assert_allclose(kl.draw_latent(mean, log_variance, jnp.ones((1, 1, 1, 2))), [[[[3.0, -1.5]]]], rtol=1e-6)
     model = kl.KL(scale=0.5, shift=1.0)
     np.testing.assert_allclose(kl.scaled(model, jnp.asarray([3.0])), [1.0])
     config = SD | {"scaling_factor": 0.5, "shift_factor": 1.0}
@@ -247,10 +246,36 @@ def test_options_that_make_no_autoencoder(options, message):
 
 
 def test_families_say_what_cannot_be():
-    family = find("tokenizers.vq")
-    specs = {"image": jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)}
-    residual = {"stem": 8, "z": 2, "groups": 4}
-    for options, message in (({"residual": residual}, "patch 4"), ({"used": 3}, "used 3 rows")):
-        model = family.build({"channels": (8,), "resolution": 8} | options)
-        with pytest.raises(UserError, match=message):
-            jax.eval_shape(lambda model=model: family.init(model, jax.random.key(0), specs, {}))
+    """Only a codebook that learns by gradient has rows that tokens do not number; and sizes are checked."""
+    for quantizer, message in (
+        ({"kind": "fsq", "used": 3}, "quantizer 'fsq' has no option 'used'"),
+        ({"kind": "vq_ema", "used": 3}, "quantizer 'vq_ema' has no option 'used'"),
+        ({"kind": "vq_gradient", "width": 0}, "quantizer.width 0 is not within 1 and"),
+    ):
+        for family in (vq, vqgan):
+            with pytest.raises(UserError, match=message):
+                family.build({"channels": (8,), "resolution": 8, "quantizer": quantizer})
+    model = llamagen_vq.build({"channels": (8,), "stem": 8, "z": 2, "groups": 4, "commitment": -1.0})
+    with pytest.raises(UserError, match="quantizer.commitment -1.0 is not within"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_llamagen_is_vqgan_with_its_options():
+    """One loss and one picture, from the same arrays."""
+    options = {"resolution": 8, "channels": (8, 16), "blocks": 1, "l1": 0.5}
+    own = {"stem": 8, "z": 4, "groups": 4, "codebook_size": 16, "width": 4, "entropy": 0.1, "revive_below": 0.1}
+    quantizer = {"kind": "vq_gradient", "codebook_size": 16, "width": 4, "entropy": 0.1, "revive_below": 0.1}
+    residual = {"stem": 8, "z": 4, "groups": 4, "attend": (1,)}
+    quantizer |= {"exact": True, "softness": 0.01}
+    ours = llamagen_vq.build(options | own)
+    other = vqgan.build(options | {"residual": residual, "quantizer": quantizer})
+    assert ours.quantizer == other.quantizer and ours.grid == other.grid == (4, 4)
+    image = jnp.asarray(np.random.RandomState(0).randn(2, 8, 8, 3), jnp.float32)
+    arrays = llamagen_vq.init(ours, jax.random.key(0), {"image": jax.ShapeDtypeStruct(image.shape, image.dtype)}, {})
+    given = {"parts": {}, "extra": arrays["extra"], "step": 0, "train": True}
+    batch, key = {"id": jnp.arange(2), "image": image}, jax.random.key(0)
+    losses = [
+        family.loss(model, arrays["params"], batch, key, **given)[0]
+        for family, model in ((llamagen_vq, ours), (vqgan, other))
+    ]
+    assert losses[0] == losses[1]

@@ -163,7 +163,7 @@ def test_trains_without_captions():
 
 
 def test_latents_cached_or_from_an_autoencoder():
-    auto = tiny.part("tokenizers.vq", tiny.VQ | {"quantizer": "none", "width": 5})
+    auto = tiny.part("tokenizers.vq", tiny.quantised(tiny.CONTINUOUS, width=5))
     parts = parts_of() | {"autoencoder": auto}
     part = decoder(parts, resolution=4, patch=1, channels=5)
     batch = batch_of()

@@ -85,7 +85,7 @@ def test_training_draws_by_the_samples_key_and_evaluation_takes_the_mean():
 def test_the_published_recipe_draws():
     assert dit_official.get_config("xl").model.posterior == dit_official.get_config("tiny").model.posterior == "sample"
     part = tiny.part("diffusion.dit", DIT | {"posterior": "sample"})
-    plain = tiny.part("tokenizers.vq", tiny.VQ | {"patch": 2, "quantizer": "none", "width": 2})
+    plain = tiny.part("tokenizers.vq", tiny.quantised(tiny.CONTINUOUS | {"patch": 2}, width=2))
     with pytest.raises(UserError, match="model.posterior is 'sample', and a tokenizers.vq predicts no Gaussian"):
         denoiser.clean(
             part.model, tiny.batch(B), {"autoencoder": plain}, rng.sample_keys(jax.random.key(0), np.arange(B))

@@ -117,7 +117,9 @@ def test_frozen_parameters_cost_no_weight_gradient():
 
 def test_a_decoder_counts_as_by_hand():
     d, f, depth, side, codes = 64, 96, 2, 4, 4
-    tokenizer = vq.build({"resolution": 16, "patch": 2, "channels": (32, 32), "levels": (4, 4, 4, 4)})
+    tokenizer = vq.build(
+        {"resolution": 16, "patch": 2, "channels": (32, 32), "quantizer": {"kind": "fsq", "levels": (4,) * 4}}
+    )
     model = dit.build(
         {"resolution": 16, "patch": 4, "width": d, "depth": depth, "heads": 2, "hidden": f, "plan_width": codes}
     )

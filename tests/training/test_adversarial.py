@@ -1,4 +1,4 @@
-"""The adversarial game in one scalar: who learns from what, from when on and how much; before that it costs nothing.
+"""Adversarial terms in one scalar: who learns from what, from when on and how much; before that they cost nothing.
 
 Toy sizes: tokenizers of pictures at 16 and a discriminator of depth 2. What the loss gives as its gradient is held
 against automatic differentiation of the published formulas.
@@ -20,13 +20,13 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.models import losses
 from hybridgen.models.contract import find
-from hybridgen.models.tokenizers import judging, kl, vq
+from hybridgen.models.tokenizers import gan_loss, kl
 from hybridgen.nn.discriminator import PatchGAN
 from hybridgen.runs import reading
 
-GAME = {"weight": 0.8, "start": 3, "adaptive": True, "width": 4, "depth": 2, "groups": 2}
-VQ = tiny.VQ | {"quantizer": "fsq", "levels": (4, 3), "l1": 1.0, "mse": 0.0, "adversarial": GAME}
-KL = {"resolution": 16, "channels": (8,), "blocks": 1, "width": 2, "residual": {"groups": 4}, "adversarial": GAME}
+GAN = {"weight": 0.8, "start": 3, "adaptive": True, "width": 4, "depth": 2, "groups": 2}
+VQ = tiny.FSQ | {"l1": 1.0, "mse": 0.0, "adversarial": GAN}
+KL = {"resolution": 16, "channels": (8,), "blocks": 1, "width": 2, "residual": {"groups": 4}, "adversarial": GAN}
 FAMILIES = {"tokenizers.vq": VQ, "tokenizers.kl": KL}
 KEY = jax.random.key(0)
 
@@ -36,8 +36,8 @@ def part(name):
     return tiny.part(name, FAMILIES[name])
 
 
-def with_game(part, **changes):
-    return dataclasses.replace(part, model=part.model.clone(adversarial=GAME | changes if changes else {}))
+def with_gan(part, **changes):
+    return dataclasses.replace(part, model=part.model.clone(adversarial=GAN | changes if changes else {}))
 
 
 def loss_of(part, batch, step, train=True, parts=None):
@@ -52,8 +52,8 @@ def loss_of(part, batch, step, train=True, parts=None):
 
 def by_formula(part, batch, params):
     """(gradients, weight) that are published, by automatic differentiation of every term as it is written."""
-    model, game, image = part.model, judging.Game(**GAME), batch["image"]
-    score = functools.partial(PatchGAN(game.width, game.depth, game.groups).apply)
+    model, options, image = part.model, gan_loss.adversarial(GAN), batch["image"]
+    score = functools.partial(PatchGAN(options.width, options.depth, options.groups).apply)
     of_vq = part.family == "tokenizers.vq"
 
     def moments(params):
@@ -61,12 +61,12 @@ def by_formula(part, batch, params):
 
     def picture(params):
         if of_vq:
-            codes = vq.quantise(model, params, part.extra, model.apply({"params": params}, image, method="features"))[0]
+            z = model.apply({"params": params}, image, method="features")
+            codes = model.quantizer.encode(params, part.extra, z)[0]
         else:
-            mean, spread_of = moments(params)
-            codes = kl.draw_latent(
-                mean, spread_of, rng.normal(rng.sample_keys(KEY, batch["id"]), mean.shape[1:], mean.dtype)
-            )
+            mean, log_variance = moments(params)
+            noise = rng.normal(rng.sample_keys(KEY, batch["id"]), mean.shape[1:], mean.dtype)
+            codes = kl.draw_latent(mean, log_variance, noise)
         return model.apply({"params": params}, codes, method="picture")
 
     values = 1 if of_vq else image[0].size  # latent diffusion sums over a picture
@@ -85,9 +85,9 @@ def by_formula(part, batch, params):
         return 0.0 if of_vq else model.divergence * kl.divergence(*moments(params)).mean()
 
     slopes = [trees.flatten(jax.grad(term)(params)) for term in (near, generator, rest)]
-    path = model.last if of_vq else kl.LAST
+    path = model.picture_loss.last
     sizes = [jnp.sqrt(jnp.square(slope[path]).sum()) for slope in slopes]
-    weight = game.weight * jnp.clip(sizes[0] / (sizes[1] + 1e-4), 0, 1e4)
+    weight = options.weight * jnp.clip(sizes[0] / (sizes[1] + 1e-4), 0, 1e4)
     total = {name: sum(s[name] * w for s, w in zip(slopes, (1, weight, 1), strict=True)) / values for name in slopes[0]}
     return total | trees.flatten({"disc": jax.grad(discriminator)(params["disc"])}), weight / values
 
@@ -121,7 +121,7 @@ def convolutions(jaxpr):
     return count
 
 
-def test_until_its_start_the_game_is_none_and_costs_nothing():
+def test_until_their_start_there_are_no_terms_and_no_cost():
     subject, batch = part("tokenizers.vq"), jax.tree.map(jnp.asarray, tiny.batch(4))
 
     def program(params, step):
@@ -129,7 +129,7 @@ def test_until_its_start_the_game_is_none_and_costs_nothing():
         return value, aux["metrics"], slopes
 
     def without(params):
-        (value, _), slopes = jax.value_and_grad(loss_of(with_game(subject), batch, 2), has_aux=True)(params)
+        (value, _), slopes = jax.value_and_grad(loss_of(with_gan(subject), batch, 2), has_aux=True)(params)
         seen, aux = loss_of(subject, batch, 9, train=False)(subject.params)
         return value, slopes, seen, aux["metrics"]
 
@@ -145,31 +145,31 @@ def test_until_its_start_the_game_is_none_and_costs_nothing():
     # training and evaluation report the reconstruction, before and after
     np.testing.assert_allclose([plain, later, seen], [value] * 3, rtol=1e-6)
     assert "generator" not in evaluated and "psnr" in evaluated
-    plainly = jax.make_jaxpr(jax.grad(lambda params: loss_of(with_game(subject), batch, 2)(params)[0]))(alone)
+    plainly = jax.make_jaxpr(jax.grad(lambda params: loss_of(with_gan(subject), batch, 2)(params)[0]))(alone)
     assert convolutions(jax.make_jaxpr(program)(subject.params, 2).jaxpr) == convolutions(plainly.jaxpr) > 0
 
 
 def run_of(**changes):
-    game = GAME | {"adaptive": False} | changes.pop("game", {})
+    gan = GAN | {"adaptive": False} | changes.pop("gan", {})
     options = {"optim__groups": {"disc": {"match": "^disc/", "lr": 0.01}}, "ema__decay": 0.9, "optim__clip": 0.0}
-    return tiny.Run(tiny.experiment("tokenizers.vq", VQ | {"adversarial": game}, **options, **changes), tiny.batch(8))
+    return tiny.Run(tiny.experiment("tokenizers.vq", VQ | {"adversarial": gan}, **options, **changes), tiny.batch(8))
 
 
-def test_under_the_trainer_it_waits_and_then_plays_outside_of_the_average():
+def test_the_trainer_starts_it_late_and_outside_of_the_average():
     run = run_of(optim__lr=1e-3)
     assert "disc" in run.state["params"] and set(run.state["ema"]) == {"encoder", "decoder"}
     before = jax.device_get(run.state["params"])
     for _ in range(3):
         assert run.step(tiny.batch(8))["discriminator"] == 0
-    waited = jax.device_get(run.state["params"])
-    assert tiny.same(waited["disc"], before["disc"]) and not tiny.same(waited["decoder"], before["decoder"])
+    early = jax.device_get(run.state["params"])
+    assert tiny.same(early["disc"], before["disc"]) and not tiny.same(early["decoder"], before["decoder"])
     first = run.step(tiny.batch(8))
     assert first["adversarial_weight"] == pytest.approx(0.8)
-    played = jax.device_get(run.state["params"]["disc"])
-    assert not tiny.same(played, before["disc"])
-    moved = np.abs(played["conv_0"]["kernel"] - before["disc"]["conv_0"]["kernel"]).max()
+    trained = jax.device_get(run.state["params"]["disc"])
+    assert not tiny.same(trained, before["disc"])
+    moved = np.abs(trained["conv_0"]["kernel"] - before["disc"]["conv_0"]["kernel"]).max()
     assert moved > 2e-3  # by the group's own rate
-    for _ in range(12):  # on pictures that hardly change, the judge finds out which are drawn
+    for _ in range(12):  # on pictures that hardly change, the discriminator finds out which are decoded
         last = run.step(tiny.batch(8))
     assert last["discriminator"] < 0.7 * first["discriminator"]
 
@@ -181,8 +181,8 @@ def test_accumulated_is_a_large_batch():
         for accumulate in (1, 2):
             # so large an epsilon makes the update the gradient, up to a factor
             options = {"optim__b1": 0.0, "optim__clip": 0.0, "optim__eps": 1e3, "accumulate": accumulate}
-            game = GAME | {"adaptive": False, "start": 0}
-            run = tiny.Run(tiny.experiment("tokenizers.vq", VQ | {"adversarial": game}, **options), batch, "float64")
+            gan = GAN | {"adaptive": False, "start": 0}
+            run = tiny.Run(tiny.experiment("tokenizers.vq", VQ | {"adversarial": gan}, **options), batch, "float64")
             before = jax.device_get(run.state["params"])
             report = run.step(batch)
             after = jax.device_get(run.state["params"])
@@ -213,14 +213,14 @@ def test_the_discriminator_is_the_published_one_but_for_its_norm():
     image = jnp.asarray(tiny.batch(3)["image"])
     together, params = jax.jit(PatchGAN(4, 2, 2).init_with_output)(KEY, image)
     alone = jax.jit(PatchGAN(4, 2, 2).apply)(params, image[:1])
-    np.testing.assert_allclose(together[:1], alone, atol=1e-6)  # what one is told does not depend on the others
+    np.testing.assert_allclose(together[:1], alone, atol=1e-6)  # its logits do not depend on the others
     with pytest.raises(UserError, match="a picture of 16 x 16 for a discriminator that needs 24"):
         PatchGAN().init(KEY, image)
 
 
 def test_a_perceptual_distance_comes_as_a_part():
     batch, seeing = jax.tree.map(jnp.asarray, tiny.batch(4)), tiny.part("features.perceptual", {"width": 2})
-    plain = with_game(part("tokenizers.vq"))
+    plain = with_gan(part("tokenizers.vq"))
     subject = dataclasses.replace(plain, model=plain.model.clone(perceptual=0.5))
 
     @jax.jit
@@ -234,22 +234,22 @@ def test_a_perceptual_distance_comes_as_a_part():
         loss_of(subject, batch, 0)(plain.params)
 
 
-def test_options_of_the_game_are_known_ones():
-    assert judging.game({}) is None
+def test_options_are_known_ones():
+    assert gan_loss.adversarial({}) is None
     with pytest.raises(UserError, match="adversarial has no option 'begin', only weight, start, adaptive"):
-        judging.game({"begin": 3})
+        gan_loss.adversarial({"begin": 3})
 
 
 # ---------------------------------------------------------------- configs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vqgan", "kl"])
+@pytest.mark.parametrize("name", ["vqgan", "llamagen_vq", "kl"])
 def test_tiny_pictures_beat_the_mean_picture_by_the_margin_of_the_config(name, tiny_run):
-    """With the game on for half of the steps."""
+    """With the discriminator on for half of the steps."""
     run = reading.load(tiny_run(f"configs/tokenizers/{name}.py").folder)
-    game = run.config.model.adversarial
-    assert 0 < game.start <= run.config.steps // 2 and {"disc"} <= set(run.part.params)
+    options = run.config.model.adversarial
+    assert 0 < options.start <= run.config.steps // 2 and {"disc"} <= set(run.part.params)
 
     def pictures(split, count):
         source = sources.build(run.config.data, split)
@@ -265,8 +265,8 @@ def test_tiny_pictures_beat_the_mean_picture_by_the_margin_of_the_config(name, t
 
 SIZES = {  # encoder and decoder of VQGAN; everything of the others
     "vqgan.py:f16": 71_747_971,
-    "vqgan.py:llamagen_f16": 71_883_403,
-    "vqgan.py:llamagen_f8": 70_109_835,
+    "llamagen_vq.py:f16": 71_883_403,
+    "llamagen_vq.py:f8": 70_109_835,
     "kl.py:f8": 83_653_863,
     "kl.py:f8_wide": 83_819_683,
     "kl.py:f16": 66_456_019,

@@ -216,7 +216,7 @@ def test_a_tokenizer_that_knows_its_places_takes_any_shape(options):
 
 
 def test_a_latent_has_the_shape_that_its_autoencoder_gives_it():
-    autoencoder = tiny.tokenizer(tiny.VQ | {"quantizer": "none", "width": 4})
+    autoencoder = tiny.tokenizer(tiny.CONTINUOUS)
     model, parts = parts_lib.for_shape(dit, dit.build({"channels": 4, "patch": 1}), {"autoencoder": autoencoder}, TALL)
     assert model.shape == parts["autoencoder"].model.grid == (5, 3) and model.length == 15
     assert autoencoder.model.grid == (4, 4)  # the part itself is as it was

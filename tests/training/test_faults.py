@@ -260,7 +260,7 @@ def test_another_run_is_refused_by_its_keys(run):
         "seed=1": ["config.seed was 0 and is 1", "data.seed"],
         "batch=8": ["config.batch was 4 and is 8", "data.batch"],
         "data.text.kind=bytes": ["data.text.digest was ", 'data.text.kind was "words" and is "bytes"'],
-        "model.codes=64": ["config.model.codes was 32 and is 64"],
+        "model.quantizer.codebook_size=64": ["config.model.quantizer.codebook_size was 32 and is 64"],
         "optim.lr=1e-4": ["config.optim.lr was 0.003 and is 0.0001"],
     }
     for change, says in changes.items():
@@ -272,7 +272,7 @@ def test_another_run_is_refused_by_its_keys(run):
     with pytest.raises(UserError, match="data.source.length was 100000 and is 500"):
         run("run", {"data": ["shapes", {"size": 500}]}, 3, 5)
     with pytest.raises(UserError, match=r"extra/codebook float32\[32, 8\] instead of float32\[64, 8\]"):
-        run("run", {}, 3, 5, "model.codes=64", allow=("config.model.codes",))
+        run("run", {}, 3, 5, "model.quantizer.codebook_size=64", allow=("config.model.quantizer.codebook_size",))
     run("run", {}, 6, 5, "seed=1", "batch=8", allow=("config.seed", "config.batch", "config.steps", "data"))
     run("run", {}, 4, 5, allow=("config", "data"))  # fewer steps than there are already
 

@@ -83,7 +83,7 @@ def test_a_part_that_was_swapped_is_refused(tiny_run, tmp_path):
 
 def test_init_from_a_run(tmp_path):
     """The whole, with the codebook that is no parameter; a subtree; and subtrees that are not there."""
-    words = ["steps=3", "batch=4", "model.channels=(16,)", "model.attention=False", "model.codes=32"]
+    words = ["steps=3", "batch=4", "model.channels=(16,)", "model.attention=False", "model.quantizer.codebook_size=32"]
     first = config_of("configs/tokenizers/vq.py:vq", *words)
     assert train.run(first, tmp_path / "first")
     source = load(tmp_path / "first").part

@@ -4,7 +4,7 @@ The encoder gives mean and log-variance of a Gaussian over each latent, the loss
 standard normal. What a diffusion model sees is `(latent - shift) * scale`: `encode` gives the mean so or, with keys, a
 draw, and `decode` takes it so. Stable Diffusion's autoencoders (also those of SD3 and Flux) and MAR's are this family
 with the options that their tables in weights/ set; the convolutions are those of nn/autoencoder.py. With `adversarial`
-a discriminator judges the pictures (judging.py).
+a discriminator trains along (gan_loss.py).
 
 Letters: b batch, H W picture, h w grid, d channels of the latent.
 """
@@ -19,12 +19,14 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from hybridgen.core import rng
-from hybridgen.models.contract import Parts, Shape, divided, sides
+from hybridgen.models.contract import Parts, Shape, sides
 from hybridgen.models.losses import rows, weighted
-from hybridgen.models.tokenizers import judging
+from hybridgen.models.roles import tokenizer
+from hybridgen.models.roles.tokenizer import for_shape  # noqa: F401  a function of the role
+from hybridgen.models.tokenizers import gan_loss
 from hybridgen.nn.autoencoder import Autoencoder
 
-LAST = "net/decoder/conv_out/kernel"  # the decoder's last kernel
+ROLE = "tokenizer"
 
 
 class KL(nn.Module):
@@ -40,10 +42,10 @@ class KL(nn.Module):
     shift: float = 0.0
     variational: bool = True  # otherwise the encoder gives means only, and every log-variance is 1 (an option of MAR's)
     divergence: float = 1e-6  # weight of a picture's summed divergence beside its summed error
-    l1: float = 1.0  # weights of the absolute error, ...
-    l2: float = 0.0  # ... the squared one, ...
+    mse: float = 0.0  # weights of the squared error, ...
+    l1: float = 1.0  # ... the absolute one, ...
     perceptual: float = 0.0  # ... and the distance that the part `perceptual` sees
-    adversarial: Mapping = FrozenDict()  # options of judging.Game; empty: no discriminator
+    adversarial: Mapping = FrozenDict()  # options of gan_loss.Adversarial; empty: no discriminator
     dtype: str = "float32"
 
     def setup(self) -> None:
@@ -53,11 +55,14 @@ class KL(nn.Module):
             options["quant"] = self.width
         self.net = Autoencoder(tuple(self.channels), code=self.width, blocks=self.blocks, dtype=self.dtype, **options)
 
+    grid = property(tokenizer.grid)
+    length = property(tokenizer.length)
+    vocab = 0  # no codes
+
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) of the latent."""
-        height, width = sides(self.resolution)
-        return height // self.reduction, width // self.reduction
+    def code_width(self) -> int:
+        """Channels d of a latent."""
+        return self.width
 
     @property
     def reduction(self) -> int:
@@ -65,24 +70,11 @@ class KL(nn.Module):
         return 2 ** (len(self.channels) - 1)
 
     @property
-    def length(self) -> int:
-        """Places of the grid."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def code_width(self) -> int:
-        return self.width
-
-    @property
-    def vocab(self) -> int:
-        """No codes."""
-        return 0
-
-    @property
-    def judge(self) -> judging.Judge:
-        """What a picture is judged by; the published objective sums over a picture's values."""
-        game, values = judging.game(self.adversarial), 3 * math.prod(sides(self.resolution))
-        return judging.Judge(self.l1, self.l2, self.perceptual, game, values, self.dtype)
+    def picture_loss(self) -> gan_loss.PictureLoss:
+        """The loss of a decoded picture; the published objective sums over a picture's values."""
+        options, values = gan_loss.adversarial(self.adversarial), 3 * math.prod(sides(self.resolution))
+        weights, last = (self.l1, self.mse, self.perceptual), "net/decoder/conv_out/kernel"
+        return gan_loss.PictureLoss(*weights, options, last, values, self.dtype)
 
     def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
         return self.net.encoded(image, hidden)
@@ -106,18 +98,9 @@ def build(config: Any) -> KL:
     return KL(**config)
 
 
-def for_shape(model: KL, shape: Shape, parts: Parts) -> KL:
-    """The model for pictures of `shape`, on the same arrays."""
-    del parts
-    divided(shape, model.reduction)
-    return model.clone(resolution=shape)
-
-
 def init(model: KL, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     del parts
-    image = jnp.zeros((1, *specs["image"].shape[1:]), specs["image"].dtype)
-    params = {**model.init(key, image)["params"], **judging.init(model.judge, jax.random.fold_in(key, 1), image)}
-    return {"params": params, "extra": {}}
+    return {"params": tokenizer.init_networks(model, key, specs), "extra": {}}
 
 
 def divergence(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
@@ -137,24 +120,23 @@ def scaled(model: KL, latent: jax.Array) -> jax.Array:
 
 
 def loss(
-    model: KL, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
+    model: KL, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """What the picture is judged by (judging.py), and the divergence, both a value of the picture."""
+    """The loss of the picture (gan_loss.py) and the divergence, both a value of the picture."""
     del extra
     image = batch["image"]  # b H W 3
     mean, log_variance = model.apply({"params": params}, image, method="moments")  # b h w d
     noise = rng.normal(rng.sample_keys(key, batch["id"]), mean.shape[1:], mean.dtype) if train else 0.0
     latent = draw_latent(mean, log_variance, noise)
 
-    def paint(params: Any) -> jax.Array:
+    def decode(params: Any) -> jax.Array:
         return model.apply({"params": params}, latent, method="picture")
 
-    options = {"parts": parts, "step": step, "train": train}
-    near, metrics = judging.reconstruction_loss(model.judge, params, batch, paint, LAST, **options)
-    far = divergence(mean, log_variance)  # b
-    nats, weight = weighted(far, rows(batch, far))
+    reconstruction, metrics = model.picture_loss(params, batch, decode, parts=parts, step=step, train=train)
+    each = divergence(mean, log_variance)  # b
+    nats, weight = weighted(each, rows(batch, each))
     metrics |= {"divergence": nats, "latent_std": scaled(model, mean).std()}
-    scalar = near + model.divergence * nats / image[0].size
+    scalar = reconstruction + model.divergence * nats / image[0].size
     return scalar, {"metrics": metrics, "weight": weight, "extra": {}}
 
 
@@ -174,7 +156,7 @@ def decode(model: KL, params: Any, extra: Any, latent: jax.Array) -> jax.Array:
 
 
 def sample(
-    model: KL, params: Any, cond: dict, keys: jax.Array, *, parts: Any, extra: Any, options: dict
+    model: KL, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
     """Reconstructions of `cond["image"]`: a tokenizer has nothing else to draw."""
     del keys, parts, options

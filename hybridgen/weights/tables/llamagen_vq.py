@@ -37,18 +37,15 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         down, up = (options.counts(f"{side}_ch_mult", (1, 1, 2, 2, 4)) for side in ("encoder", "decoder"))
         if len(down) != len(up):
             raise UserError(f"config: encoder_ch_mult and decoder_ch_mult have {len(down)} and {len(up)} levels")
-        ch, last = options.count("ch", 128), len(down) - 1
-        l2 = options.flag("codebook_l2_norm", True)
-        residual = {"stem": ch, "z": options.count("z_channels", 256), "attend": (last,)}
-        residual |= {"decoder_channels": tuple(ch * m for m in up)}
-        resolution = options.count("resolution", 256)
-        model = {"resolution": resolution, "patch": 1, "attention": True, "channels": tuple(ch * m for m in down)}
-        model |= {"blocks": options.count("num_res_blocks", 2), "residual": residual, "quantizer": "vq", "l2": l2}
-        model |= {"codes": options.count("codebook_size", 16384), "width": options.count("codebook_embed_dim", 8)}
-        model |= {"commitment": options.number("commit_loss_beta", 0.25), "moving": False, "exact": True}
-        model |= {"revive_below": 0.0}
+        ch, resolution = options.count("ch", 128), options.count("resolution", 256)
+        model = {"resolution": resolution, "channels": tuple(ch * m for m in down), "stem": ch}
+        model |= {"decoder_channels": tuple(ch * m for m in up), "z": options.count("z_channels", 256)}
+        model |= {"blocks": options.count("num_res_blocks", 2), "l2": options.flag("codebook_l2_norm", True)}
+        model |= {"codebook_size": options.count("codebook_size", 16384)}
+        model |= {"width": options.count("codebook_embed_dim", 8)}
+        model |= {"commitment": options.number("commit_loss_beta", 0.25)}
         options.number("entropy_loss_ratio", 0.0)
         options.skip("codebook_show_usage", "dropout_p")
-    rules = (*_residual.rules(NAMES, {"l": last + 1}), Rule("quantize.embedding.weight", "params/codebook"))
-    # what the official code counts over its last 65536 tokens
-    return Plan("tokenizers.vq", model, rules, {"image": (resolution, resolution, 3)}, (r"quantize\.codebook_used",))
+    rules = (*_residual.rules(NAMES, {"l": len(down)}), Rule("quantize.embedding.weight", "params/codebook"))
+    dropped = (r"quantize\.codebook_used",)  # what the official code counts over its last 65536 tokens
+    return Plan("tokenizers.llamagen_vq", model, rules, {"image": (resolution, resolution, 3)}, dropped)

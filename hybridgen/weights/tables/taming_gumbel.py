@@ -34,8 +34,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         width, z = options.count("embed_dim"), net["residual"]["z"]
         if width != z:  # the official scores take z_channels and are given embed_dim
             raise UserError(f"config: embed_dim {width} is not z_channels {z}, as Gumbel codes need it")
-        model = {"resolution": image[0], "patch": 1, "attention": True} | net
-        model |= {"quantizer": "gumbel", "codes": options.count("n_embed"), "width": width, "used": used}
-        model |= {"divergence": options.number("kl_weight", 1e-8), "moving": False}
+        quantizer = {"kind": "gumbel", "codebook_size": options.count("n_embed"), "width": width, "used": used}
+        quantizer |= {"divergence": options.number("kl_weight", 1e-8)}
+        model = {"resolution": image[0]} | net | {"quantizer": quantizer}
     rules = (*_residual.rules(_residual.TAMING, {}), *SCORES, *REMAP)
-    return Plan("tokenizers.vq", model, rules, {"image": image}, DROPPED)
+    return Plan("tokenizers.vqgan", model, rules, {"image": image}, DROPPED)

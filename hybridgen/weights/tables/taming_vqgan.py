@@ -29,12 +29,12 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         net, image = network(options)
         used = remap(options, shapes)
         options.skip("sane_index_shape")  # how indices are shaped on their way out
-        model = {"resolution": image[0], "patch": 1, "attention": True} | net
-        model |= {"quantizer": "vq", "codes": options.count("n_embed"), "width": options.count("embed_dim")}
-        model |= {"l2": False, "moving": False, "exact": True, "legacy": True, "commitment": 0.25, "revive_below": 0.0}
-        model |= {"used": used}
+        quantizer = {"kind": "vq_gradient", "l2": False, "exact": True, "legacy": True, "commitment": 0.25}
+        quantizer |= {"codebook_size": options.count("n_embed"), "width": options.count("embed_dim")}
+        quantizer |= {"used": used, "revive_below": 0.0}
+        model = {"resolution": image[0]} | net | {"quantizer": quantizer}
     rules = (*_residual.rules(_residual.TAMING, {}), Rule("quantize.embedding.weight", "params/codebook"), *REMAP)
-    return Plan("tokenizers.vq", model, rules, {"image": image}, DROPPED)
+    return Plan("tokenizers.vqgan", model, rules, {"image": image}, DROPPED)
 
 
 REMAP = (Rule("quantize.used", "extra/used", dtype="int64"),)

@@ -1,0 +1,91 @@
+"""Quantisers: what stands between a tokenizer's encoder and its decoder. One file a kind, found by its name.
+
+    quantizer = build({"kind": "fsq", "levels": (8, 5, 5, 5)})      # nn/quantizers/fsq.py
+
+A file has one frozen, hashable dataclass `Quantizer`, whose fields are the options, all with a default. Its arrays lie
+beside those of the networks: in `params` what gradients learn, in `extra` what is learned without. It has
+
+    size, width                      number of codes v, 0 for a continuous latent; channels d of a code
+    decay                            of its moving averages
+    init(key)                        -> its entries of (params, extra)
+    project(z)                       encoder outputs [b, h, w, d] -> as they are compared with codes (on a sphere)
+    encode(params, extra, z)         projected outputs -> (codes [b, h, w, d] with a gradient, ids [b, h, w] or None)
+    codes(params, extra, ids)        ids [...] -> codes [..., d], the values that `encode` gives
+    loss(params, extra, z, ids)      -> (what the codes of each picture cost [b], sums over tokens, metrics)
+    merge(extra, sums, key, step)    -> `extra` after a step, from the sums over microbatches and hosts
+
+In training `encode` and `loss` take a `Training` as their last argument, for kinds that draw. In `extra` every kind
+with codes has `use [v]`, the moving average of how many tokens a step each code takes, from zero on. A kind without
+(none.py) has `standardise(extra, z)` and `restore(extra, latent)` in place of `codes`.
+
+Kinds with several codes a place fit: `z` is the whole grid, and no caller takes ids to be `[b, h, w]`. A residual one
+gives ids `[b, h, w, r]`, each level of what the levels before left over; a multi-scale one (VAR) ids `[b, n]` of all
+its grids. `encode` gives the sum of their codes, in the shape of `z`. A family on such a quantiser has its own `embed`
+and `length`, since its ids are not one a place.
+
+Letters: b batch, h w grid, d code width, v codes.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from hybridgen.core import rng
+from hybridgen.core.errors import UserError
+
+
+class Training(NamedTuple):
+    """What a step draws by: its key, the pictures' numbers `ids [b]`, and `step`, its number."""
+
+    key: jax.Array
+    ids: jax.Array
+    step: jax.Array
+
+    def keys(self) -> jax.Array:
+        """One key a picture `[b]`: draws are the same on every mesh and with any accumulation."""
+        return rng.sample_keys(self.key, self.ids)
+
+
+def kinds() -> list[str]:
+    """The kinds there are: the files of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def build(options: Mapping[str, Any]) -> Any:
+    """The quantiser of `{"kind": ..., option: value}`. Raises UserError for what it does not have or cannot be."""
+    if not hasattr(options, "items"):
+        raise UserError(f"quantizer {options!r} is no group of options, such as {{'kind': 'fsq'}}")
+    kind = options.get("kind")
+    if kind not in kinds():
+        raise UserError(f"quantizer.kind {kind!r} is not one of {', '.join(kinds())}")
+    quantizer = importlib.import_module(f"{__name__}.{kind}").Quantizer
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    known = ["kind", *(field.name for field in dataclasses.fields(quantizer))]
+    if unknown := sorted(given.keys() - set(known)):
+        raise UserError(f"quantizer {kind!r} has no option {unknown[0]!r}, only {', '.join(known[1:])}")
+    del given["kind"]
+    return quantizer(**given)
+
+
+def check_ranges(quantizer: Any, **ranges: tuple[float, float]) -> None:
+    """Raises UserError for an option (of a tuple, each number) that is out of its range or of another type."""
+    for field in dataclasses.fields(quantizer):
+        value, default = getattr(quantizer, field.name), field.default
+        if isinstance(default, tuple):
+            numbers, example = value if isinstance(value, tuple) and value else (None,), default[0]
+        else:
+            numbers, example = (value,), default
+        for number in numbers:
+            if isinstance(example, bool) or isinstance(number, bool):
+                right = type(number) is type(example)
+                wanted = "true or false" if isinstance(example, bool) else "a number"
+            else:
+                low, high = ranges[field.name]
+                right = isinstance(number, int if isinstance(example, int) else int | float) and low <= number <= high
+                wanted = f"within {low} and {high}"
+            if not right:
+                raise UserError(f"quantizer.{field.name} {value!r} is not {wanted}")
