@@ -12,11 +12,13 @@ the prior, and must be the one that the prior was trained with, by its digest.
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ OPTIONAL = {
     "for_plan": "model width",  # of a decoder -> the model for plans of that width
     "members": "model",  # -> {name: Member} of the models that are trained within this one
     "inputs": "model",  # -> Inputs: what of a batch it is conditioned on
+    "embed": "model params extra tokens",  # of a tokenizer with a codebook: b n -> codes b h w d
     "pooled": "model params extra text mask",  # of a text tower -> one vector a text, b p
     "moments": "model params extra image",  # of a tokenizer with a Gaussian latent -> mean, log-variance, b h w c
 }
@@ -58,7 +61,6 @@ ROLES = {
     "tokenizer": Role(
         {
             "encode": "model params extra image",  # b H W 3 -> tokens b n, or latent b h w c
-            "embed": "model params extra tokens",  # b n -> codes b h w d (of a tokenizer with a codebook)
             "decode": "model params extra codes",  # codes or latent b h w d -> image b H W 3
         },
         ("grid", "length", "vocab", "code_width"),  # vocab 0: a continuous latent
@@ -143,18 +145,22 @@ class Member(NamedTuple):
 # ---------------------------------------------------------------- families by name
 
 
+@functools.cache
 def find(family: str) -> ModuleType:
     """The module of a family by its dotted name. Raises UserError for none, and for one that breaks the contract."""
     try:
-        return importlib.import_module(f"{PACKAGE}.{family}")
+        module = importlib.import_module(f"{PACKAGE}.{family}")
     except ModuleNotFoundError as error:
         if not f"{PACKAGE}.{family}".startswith(error.name or "?"):
             raise  # something that the family imports
-    return _outside(family)
+        module = _outside(family)
+    if problems := faults(module):
+        raise UserError(f"{family!r} is no family: {problems[0]}")
+    return module
 
 
 def _outside(family: str) -> ModuleType:
-    """A family that is not in this package, but installed, or in the folder where one stands."""
+    """A module that is not in this package, but installed, or in the folder where one stands."""
     file = f"hybridgen/models/{family.replace('.', '/')}.py"
     missing = f"no family {family!r}: there is no {file if file.isprintable() else 'such'}"
     if not all(part.isidentifier() for part in family.split(".")):
@@ -162,14 +168,16 @@ def _outside(family: str) -> ModuleType:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        module = importlib.import_module(family)
+        return importlib.import_module(family)
     except ModuleNotFoundError as error:
         if not family.startswith(error.name or "?"):
             raise
         raise UserError(f"{missing}, and Python finds no module {family!r} (is its folder in PYTHONPATH?)") from None
-    if problems := faults(module):
-        raise UserError(f"{family!r} is no family: {problems[0]}")
-    return module
+
+
+def file_of(family: str) -> Path:
+    """Where a family of this package would be."""
+    return Path(__file__).parent.joinpath(*family.split(".")).with_suffix(".py")
 
 
 def named(module: ModuleType) -> str:

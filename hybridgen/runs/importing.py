@@ -20,6 +20,7 @@ from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.data.text.published import Published
+from hybridgen.models import contract
 from hybridgen.models.contract import Part, find
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs import manifest, reading
@@ -132,7 +133,7 @@ def read_text(goal: Target, parts: Mapping[str, reading.Run], folder: Path | Non
 
     Raises UserError for one that was `asked` for and cannot be had; otherwise it is said.
     """
-    if not goal.plan.family.startswith("text."):
+    if "text" not in contract.roles(goal.family):
         if required:
             raise UserError(f"--text is for text models, and this is a {goal.plan.family}: give its tower by --part")
         length = getattr(goal.model, "text_length", 0)

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybridgen import models
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
-from hybridgen.models.contract import Part, find
+from hybridgen.models.contract import Part, file_of, find
 from hybridgen.runs import bundle, checkpoint, upgrades
 from hybridgen.runs.folder import read_json
 
@@ -116,13 +115,9 @@ def families_of(folder: Path) -> list[str]:
 def check_families(config: Any, folder: Path) -> None:
     """Raises UserError for a family outside of hybridgen in a bundle, which may be anybody's: no code is imported."""
     for family in families({"family": config.get("family"), "model": config.get("model", {})}):
-        known = sys.modules.get(family)
-        if known is None and Path(*models.__path__, *family.split(".")).with_suffix(".py").is_file():
-            continue
-        if known is None:
-            raise UserError(
-                f"the bundle {folder} is of the family {family!r}: import that module first, if you trust it"
-            )
+        if family not in sys.modules and not file_of(family).is_file():
+            what = f"the family {family!r}: import that module first, if you trust it"
+            raise UserError(f"the bundle {folder} is of {what}")
 
 
 def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution: int) -> None:

@@ -20,7 +20,7 @@ from test_launch import SRUN, stub
 from test_sharding import QUICK, check
 
 ROOT = Path(__file__).parents[2]
-WAIT = 600
+PATIENCE = 600
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -50,7 +50,7 @@ def together(count: int, *line: str) -> list[subprocess.CompletedProcess]:
     ]
     done = []
     for process in started:
-        out, err = process.communicate(timeout=WAIT)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err[-4000:]
         done.append(subprocess.CompletedProcess(process.args, 0, out, err))
     return done
@@ -197,7 +197,7 @@ def test_slurm_trains_with_a_process_a_node(whole, cache, tmp_path):
     settings |= {"SLURM_STEP_NODELIST": "x", "SLURM_LOCALID": "0", "RECORD": str(tmp_path / "record")}
     settings |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
     line = ["bash", ROOT / "launch" / "slurm.sbatch", "--config", words(STEPS, EVERY), "--workdir", tmp_path / "run"]
-    done = subprocess.run(line, env=cache | settings, capture_output=True, text=True, timeout=WAIT)
+    done = subprocess.run(line, env=cache | settings, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert log_of(tmp_path / "run") == log_of(whole) and final(tmp_path / "run", STEPS) == final(whole, STEPS)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
-from hybridgen.models.contract import Parts, need
+from hybridgen.models.contract import Inputs, Parts, need
 from hybridgen.models.roles import next_token
 from hybridgen.models.text.transformer import round_up
 from hybridgen.nn.attention import Mask
@@ -159,6 +159,11 @@ def init(model: LlamaGen, key: jax.Array, specs: dict, parts: Parts) -> dict[str
     params = model.init(key, tokens, cond, method=next_token.forward)["params"]
     params = next_token.redraw(params, key, INIT_STD)
     return {"params": params | {"head": jax.tree.map(jnp.zeros_like, params["head"])}, "extra": {}}
+
+
+def inputs(model: LlamaGen) -> Inputs:
+    """Labels; of captions it takes the features that the part "text" makes of them."""
+    return Inputs(classes=model.classes)
 
 
 def conditioning(model: LlamaGen, batch: dict, parts: Parts) -> dict:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen.core import rng
-from hybridgen.models.contract import Parts
+from hybridgen.models.contract import Inputs, Parts
 from hybridgen.models.roles import next_token
 from hybridgen.models.text.transformer import TextTower, round_up
 from hybridgen.nn.attention import Mask
@@ -133,6 +133,11 @@ def init(model: Raster, key: jax.Array, specs: dict, parts: Parts) -> dict[str, 
         cond |= {"text": text, "text_mask": jnp.ones(text.shape, bool)}
     tokens = jnp.zeros((1, model.length), jnp.int32)
     return {"params": model.init(key, tokens, cond, method=next_token.forward)["params"], "extra": {}}
+
+
+def inputs(model: Raster) -> Inputs:
+    """What of a batch it is conditioned on."""
+    return Inputs(bool(model.text_vocab), model.classes)
 
 
 def conditioning(model: Raster, batch: dict, parts: Parts) -> dict:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
 from hybridgen.core.sharding import shard
-from hybridgen.models.contract import Parts
+from hybridgen.models.contract import Inputs, Parts
 from hybridgen.models.roles import next_token
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Attention, Mask
@@ -136,6 +136,11 @@ def init(model: Taming, key: jax.Array, specs: dict, parts: Parts) -> dict[str, 
     tokens = jnp.zeros((1, model.length), jnp.int32)
     params = model.init(key, tokens, cond, method=next_token.forward)["params"]
     return {"params": next_token.redraw(params, key, INIT_STD), "extra": {}}
+
+
+def inputs(model: Taming) -> Inputs:
+    """What of a batch it is conditioned on."""
+    return Inputs(classes=model.classes)
 
 
 def conditioning(model: Taming, batch: dict, parts: Parts) -> dict:

@@ -10,6 +10,7 @@ cond: see roles/denoiser.py. Letters: b batch, H W picture or latent, c channels
 positions, d width.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -27,6 +28,7 @@ from hybridgen.models.roles.denoiser import (  # noqa: F401  the functions of th
     decoder_loss,
     for_shape,
     init,
+    inputs,
     loss,
     plan_conditioning,
     predict,
@@ -153,6 +155,11 @@ def _joined(plan: tuple[jax.Array, None] | None, features: jax.Array, valid: jax
     codes, _ = plan
     seen = jnp.ones(codes.shape[:2], bool)
     return jnp.concatenate([codes, features], 1), jnp.concatenate([seen, valid], 1)
+
+
+def for_plan(model: Denoiser, width: int) -> Denoiser:
+    """The model for plans of that width, such as a prior's hidden states."""
+    return dataclasses.replace(model, network=model.network.clone(plan_width=width))
 
 
 def build(config: Any) -> Denoiser:

@@ -28,6 +28,7 @@ from hybridgen.models.roles.denoiser import (  # noqa: F401  the functions of th
     decoder_loss,
     for_shape,
     init,
+    inputs,
     loss,
     plan_conditioning,
     predict,

@@ -23,6 +23,7 @@ from hybridgen.models.roles.denoiser import (  # noqa: F401  the functions of th
     corrupt_tokens,
     decoder_loss,
     init,
+    inputs,
     loss,
     plan_conditioning,
     predict,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
-from hybridgen.models.contract import Option, Parts, Shape, divided, need, sides
+from hybridgen.models.contract import Inputs, Option, Parts, Shape, divided, find, need, optional, sides
 from hybridgen.models.diffusion import process as continuous
 from hybridgen.models.diffusion import variance as discrete
 from hybridgen.models.diffusion.process import Network, Process
@@ -116,6 +116,11 @@ def init(model: Denoiser, key: jax.Array, specs: dict, parts: Parts) -> dict[str
     return {"params": params, "extra": {}}
 
 
+def inputs(model: Denoiser) -> Inputs:
+    """What of a batch the network is conditioned on."""
+    return Inputs(bool(model.text_vocab), model.classes)
+
+
 def for_shape(model: Denoiser, shape: Shape, parts: Parts) -> Denoiser:
     """The model for pictures of `shape`, on the same arrays, of a network of patches."""
     shape = parts["autoencoder"].model.grid if "autoencoder" in parts else shape
@@ -188,7 +193,7 @@ def clean(model: Denoiser, batch: dict, parts: Parts, keys: jax.Array | None = N
     if "autoencoder" not in parts:
         return batch["image"]
     auto, draws = parts["autoencoder"], model.posterior == "sample" and keys is not None
-    if draws and not hasattr(auto.model, "moments"):
+    if draws and optional(find(auto.family), "moments") is None:
         raise UserError(f"model.posterior is 'sample', and a {auto.family} predicts no Gaussian: set it to 'mean'")
     noise = {"keys": rng.named(keys, "posterior")} if draws else {}
     return jax.lax.stop_gradient(auto.call("encode", batch["image"], **noise))

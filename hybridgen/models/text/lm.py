@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from hybridgen.models.contract import Option
+from hybridgen.models.contract import Inputs, Option
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.roles import next_token
 from hybridgen.models.text.transformer import round_up
@@ -165,6 +165,12 @@ def build(config: Any) -> LM:
 def init(model: LM, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
     del specs, parts
     return {"params": model.init(key, jnp.zeros((1, 1), jnp.int32), method="forward")["params"], "extra": {}}
+
+
+def inputs(model: LM) -> Inputs:
+    """What of a batch it is conditioned on."""
+    del model
+    return Inputs(text=True)
 
 
 def conditioning(model: LM, batch: dict, parts: Any) -> dict:

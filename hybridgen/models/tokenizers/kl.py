@@ -149,10 +149,16 @@ def encode(model: KL, params: Any, extra: Any, image: jax.Array, keys: jax.Array
     return scaled(model, draw_latent(mean, log_variance, rng.normal(keys, mean.shape[1:], mean.dtype)))
 
 
-def decode(model: KL, params: Any, extra: Any, latent: jax.Array) -> jax.Array:
+def moments(model: KL, params: Any, extra: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-variance `[b, h, w, d]` of the latent's Gaussian, of `image [b, H, W, 3]`; not shifted or scaled."""
+    del extra
+    return model.apply({"params": params}, image, method="moments")
+
+
+def decode(model: KL, params: Any, extra: Any, codes: jax.Array) -> jax.Array:
     """A latent as `encode` gives it, `[b, h, w, d]` -> image `[b, H, W, 3]`."""
     del extra
-    return model.apply({"params": params}, latent / model.scale + model.shift, method="picture")
+    return model.apply({"params": params}, codes / model.scale + model.shift, method="picture")
 
 
 def sample(

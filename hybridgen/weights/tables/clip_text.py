@@ -13,6 +13,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, heads, matrix, qkv
 from hybridgen.weights.tables import About, Plan, _transformers
 
+FAMILY = "text.clip"
+
 PUBLISHED = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
 
 
@@ -48,7 +50,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     if not (bare if not shapes else "text_projection.weight" not in shapes):
         model["projection"] = projection
     begin = "" if "embeddings.token_embedding.weight" in shapes else "text_model."
-    return Plan("text.clip", model, _rules(begin), {"text": (length,)}, (rf"{begin}embeddings\.position_ids", *OTHERS))
+    return Plan(FAMILY, model, _rules(begin), {"text": (length,)}, (rf"{begin}embeddings\.position_ids", *OTHERS))
 
 
 def _model(options: Options) -> tuple[dict[str, Any], int]:

@@ -11,6 +11,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, matrix, qkv
 from hybridgen.weights.tables import About, Plan, _dit
 
+FAMILY = "diffusion.dit_diffusers"
+
 MLPS = {"gelu-approximate": "gelu", "gelu": "gelu_exact", "geglu": "geglu_exact", "geglu-approximate": "quick_gelu"}
 MLPS |= {"swiglu": "swiglu", "linear-silu": "silu"}
 XL = {"out_channels": 8}
@@ -48,9 +50,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         model |= {"classes": options.count("num_embeds_ada_norm", 1000)}
         model["process"] = {"learned_variance": outputs == 2 * channels}
     rules = rules_of(patch, biased, affine, gate="glu" in mlp)
-    return Plan(
-        "diffusion.dit_diffusers", model, rules, {"image": (side, side, channels)}, sample=_dit.sampling(True, 0)
-    )
+    return Plan(FAMILY, model, rules, {"image": (side, side, channels)}, sample=_dit.sampling(True, 0))
 
 
 def rules_of(patch: int, biased: bool, affine: bool, gate: bool) -> tuple[Rule, ...]:

@@ -13,6 +13,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule
 from hybridgen.weights.tables import About, Plan, _dit
 
+FAMILY = "diffusion.dit_official"
+
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "squaredcos"}
 
@@ -60,7 +62,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         *_dit.linear("final_layer.linear", "pixels"),
     )
     sample = _dit.sampling(drop > 0, 3, model["process"]["timesteps"])
-    return Plan("diffusion.dit_official", model, rules, {"image": (side, side, channels)}, sample=sample)
+    return Plan(FAMILY, model, rules, {"image": (side, side, channels)}, sample=sample)
 
 
 def process(config: Any, learned: bool) -> dict[str, Any]:

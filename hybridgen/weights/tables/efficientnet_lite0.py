@@ -12,6 +12,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, conv, matrix
 from hybridgen.weights.tables import About, Plan, _statistics
 
+FAMILY = "features.efficientnet"
+
 LITE0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "image_size": 224, "num_classes": 1000}
 
 ABOUT = About(
@@ -48,4 +50,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     ):
         rules += [Rule(f"{weight}.weight", f"params/{ours}/kernel", conv), *_statistics.rules(norm, ours)]
     side = model["resolution"]
-    return Plan("features.efficientnet", model, tuple(rules), {"image": (side, side, 3)}, _statistics.DROPPED)
+    return Plan(FAMILY, model, tuple(rules), {"image": (side, side, 3)}, _statistics.DROPPED)

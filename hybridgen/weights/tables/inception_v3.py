@@ -11,6 +11,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, conv, matrix
 from hybridgen.weights.tables import About, Plan, _statistics
 
+FAMILY = "features.inception"
+
 SIDE = 299
 
 ABOUT = About(
@@ -39,4 +41,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     ):
         rules += [Rule(f"{official}.conv.weight", f"params/{ours}/kernel", conv)]
         rules += _statistics.rules(f"{official}.bn", ours)
-    return Plan("features.inception", model, tuple(rules), {"image": (SIDE, SIDE, 3)}, _statistics.DROPPED)
+    return Plan(FAMILY, model, tuple(rules), {"image": (SIDE, SIDE, 3)}, _statistics.DROPPED)

@@ -13,6 +13,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, heads, matrix, qkv
 from hybridgen.weights.tables import About, Plan, _rotary, _transformers
 
+FAMILY = "text.lm"
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 LONG = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
@@ -66,7 +68,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     copies = tuple({HEAD} & set(shapes)) if model["tied"] else ()
     rules = (Rule("model.embed_tokens.weight", "params/tokens/table", copies=copies), *_rules())
     rules += () if model["tied"] else (Rule(HEAD, "params/head/kernel", matrix),)
-    return Plan("text.lm", model, rules, {"text": (length,)}, dropped)
+    return Plan(FAMILY, model, rules, {"text": (length,)}, dropped)
 
 
 def _rules() -> tuple[Rule, ...]:

@@ -13,6 +13,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, heads, interleaved_qkv, matrix
 from hybridgen.weights.tables import About, Plan
 
+FAMILY = "ar.llamagen"
+
 SIZES = {  # layers, heads, width
     "B": (12, 12, 768),
     "L": (24, 16, 1024),
@@ -95,7 +97,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     if not text and not model["cond_drop_prob"]:
         draw["guidance"] = 1.0  # without a row for the dropped class
     inputs = {"image": (16 * side, 16 * side, 3)}  # of its tokenizer VQ-16
-    return Plan("ar.llamagen", model, RULES, inputs, DROPPED, {"prior": draw})
+    return Plan(FAMILY, model, RULES, inputs, DROPPED, {"prior": draw})
 
 
 def hidden(options: Options, dim: int) -> int:

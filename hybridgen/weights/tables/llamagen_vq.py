@@ -12,6 +12,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule
 from hybridgen.weights.tables import About, Plan, _residual
 
+FAMILY = "tokenizers.llamagen_vq"
+
 VQ16 = {"codebook_size": 16384, "codebook_embed_dim": 8, "z_channels": 256}
 VQ16 |= {"encoder_ch_mult": (1, 1, 2, 2, 4), "decoder_ch_mult": (1, 1, 2, 2, 4)}
 
@@ -48,4 +50,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         options.skip("codebook_show_usage", "dropout_p")
     rules = (*_residual.rules(NAMES, {"l": len(down)}), Rule("quantize.embedding.weight", "params/codebook"))
     dropped = (r"quantize\.codebook_used",)  # what the official code counts over its last 65536 tokens
-    return Plan("tokenizers.llamagen_vq", model, rules, {"image": (resolution, resolution, 3)}, dropped)
+    return Plan(FAMILY, model, rules, {"image": (resolution, resolution, 3)}, dropped)

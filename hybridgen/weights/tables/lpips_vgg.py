@@ -12,6 +12,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, conv, pointwise
 from hybridgen.weights.tables import About, Plan
 
+FAMILY = "features.perceptual"
+
 ABOUT = About(
     "perceptual distance of pictures, LPIPS 0.1 on VGG16",
     "BSD-2-Clause (heads), BSD-3-Clause (VGG16 of torchvision)",
@@ -39,4 +41,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         rules.append(Rule(f"lin{stage}.model.1.weight", f"params/lin_{stage}/kernel", pointwise))
     # the classifier; the heads once more and the constants of the input, as the official class keeps them
     dropped = (r"classifier\..*", r"lins\.\d\.model\.1\.weight", r"scaling_layer\.(shift|scale)")
-    return Plan("features.perceptual", model, tuple(rules), {"image": (64, 64, 3)}, dropped)
+    return Plan(FAMILY, model, tuple(rules), {"image": (64, 64, 3)}, dropped)

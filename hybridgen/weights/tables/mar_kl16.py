@@ -10,6 +10,8 @@ from typing import Any
 from hybridgen.weights.options import Options
 from hybridgen.weights.tables import About, Plan, _residual
 
+FAMILY = "tokenizers.kl"
+
 SCALE = 0.2325  # of a latent, by MAR's trainer
 
 ABOUT = About(
@@ -44,4 +46,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         model |= {"blocks": options.count("num_res_blocks", 2), "residual": residual}
         model |= {"variational": options.flag("use_variational", True)}
     rules = _residual.rules(_residual.TAMING, {})
-    return Plan("tokenizers.kl", model, rules, {"image": (resolution, resolution, residual["read"])}, (r"loss\..+",))
+    return Plan(FAMILY, model, rules, {"image": (resolution, resolution, residual["read"])}, (r"loss\..+",))

@@ -11,6 +11,8 @@ from hybridgen.core.errors import UserError
 from hybridgen.weights.options import Options
 from hybridgen.weights.tables import About, Plan, _residual
 
+FAMILY = "tokenizers.kl"
+
 BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
 BLOCKS |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 WIDE = BLOCKS | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024}
@@ -81,7 +83,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         model |= {"attention": options.flag("mid_block_add_attention", True)}
     old = any(name.endswith(".proj_attn.weight") for name in shapes)
     rules = _residual.rules(OLD if old else NAMES, {"l": len(channels)})
-    return Plan("tokenizers.kl", model, rules, {"image": (side, side, residual["read"])})
+    return Plan(FAMILY, model, rules, {"image": (side, side, residual["read"])})
 
 
 def _attending(options: Options, key: str, names: tuple[str, str], levels: int) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule, heads, matrix, qkv
 from hybridgen.weights.tables import About, Plan, _transformers
 
+FAMILY = "text.t5"
+
 PUBLISHED = {"feed_forward_proj": "gated-gelu", "d_kv": 64, "num_layers": 24, "vocab_size": 32128}
 
 ABOUT = About(
@@ -52,7 +54,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         options.skip("num_decoder_layers", "dropout_rate", "classifier_dropout", "scale_decoder_outputs")
         options.skip("eos_token_id", "tie_word_embeddings", "n_positions", "output_past")
     names = [name for name in TABLE if name in shapes] or TABLE[:1]
-    return Plan("text.t5", model, _rules(tuple(names), gated), {"text": (LONGEST,)}, OTHERS)
+    return Plan(FAMILY, model, _rules(tuple(names), gated), {"text": (LONGEST,)}, OTHERS)
 
 
 def _feed_forward(options: Options) -> tuple[bool, str]:

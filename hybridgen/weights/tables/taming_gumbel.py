@@ -9,6 +9,8 @@ from hybridgen.weights.rules import Rule, pointwise
 from hybridgen.weights.tables import About, Plan, _residual
 from hybridgen.weights.tables.taming_vqgan import DROPPED, F16, REMAP, network, remap
 
+FAMILY = "tokenizers.vqgan"
+
 F8 = F16 | {"ch_mult": (1, 1, 2, 4), "attn_resolutions": (32,)}
 
 ABOUT = About(
@@ -38,4 +40,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         quantizer |= {"divergence": options.number("kl_weight", 1e-8)}
         model = {"resolution": image[0]} | net | {"quantizer": quantizer}
     rules = (*_residual.rules(_residual.TAMING, {}), *SCORES, *REMAP)
-    return Plan("tokenizers.vqgan", model, rules, {"image": image}, DROPPED)
+    return Plan(FAMILY, model, rules, {"image": image}, DROPPED)

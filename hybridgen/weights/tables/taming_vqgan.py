@@ -10,6 +10,8 @@ from hybridgen.weights.options import Options
 from hybridgen.weights.rules import Rule
 from hybridgen.weights.tables import About, Plan, _residual
 
+FAMILY = "tokenizers.vqgan"
+
 F16 = {"double_z": False, "z_channels": 256, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
 F16 |= {"ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (16,), "dropout": 0.0}
 
@@ -34,7 +36,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         quantizer |= {"used": used, "revive_below": 0.0}
         model = {"resolution": image[0]} | net | {"quantizer": quantizer}
     rules = (*_residual.rules(_residual.TAMING, {}), Rule("quantize.embedding.weight", "params/codebook"), *REMAP)
-    return Plan("tokenizers.vqgan", model, rules, {"image": image}, DROPPED)
+    return Plan(FAMILY, model, rules, {"image": image}, DROPPED)
 
 
 REMAP = (Rule("quantize.used", "extra/used", dtype="int64"),)
