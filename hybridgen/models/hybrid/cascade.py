@@ -133,8 +133,8 @@ def by_soft_codes(flow: Flow) -> dict:
     ids = jnp.arange(-(-vocab // (h * w)) * h * w) % vocab  # every code, filled up to whole grids
     table = flow.tokenizer.call("embed", ids.reshape(-1, h * w)).reshape(ids.size, -1)[:vocab]  # v d
     codes = jnp.einsum("bnv,vd->bnd", jax.nn.softmax(flow.logits.astype(table.dtype), -1), table)
-    codes = codes.reshape(codes.shape[0], h, w, -1)
-    return flow.conditioning(jnp.where(flow.own[:, None, None, None], hard, codes))
+    own = flow.own[:, None, None, None]
+    return flow.conditioning(jnp.where(own, hard, codes.reshape(-1, h, w, codes.shape[-1])))
 
 
 def by_features(flow: Flow) -> dict:
