@@ -63,7 +63,7 @@ def encoder(run: Run, mesh: Any, data: Mapping) -> Encoder:
     """The encoder in a run, for `data`. Raises UserError for a run that encodes nothing."""
     family, model, part = find(run.part.family), run.part.model, run.part
     placed = sharding.put(part, part_shardings(part, mesh))
-    if hasattr(family, "decode") and hasattr(model, "vocab"):
+    if getattr(family, "ROLE", None) == "tokenizer":
         entry, program = ("tokens", _tokens) if model.vocab else ("latent", _latents)
         return Encoder("image", entry, functools.partial(jax.jit(program), placed), None, run.digest)
     if hasattr(family, "encode") and not hasattr(model, "grid"):
