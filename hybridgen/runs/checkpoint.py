@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from hybridgen.core import distributed
 from hybridgen.core.errors import PeerError, UserError
 from hybridgen.runs import fingerprint as fingerprint_lib
+from hybridgen.runs import upgrades
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs import manifest
 
@@ -335,7 +336,11 @@ class Checkpointer:
 
     def _about(self, step: int) -> dict:
         self._check(step)
-        return run_folder.read_json(self._folder(step) / "about" / "metadata")
+        about = run_folder.read_json(self._folder(step) / "about" / "metadata")
+        config = about["fingerprint"].get("config", {})
+        if {"family", "model"} <= set(config):  # an earlier version's, as they are called today
+            config["family"], config["model"] = upgrades.renewed(config["family"], config["model"])
+        return about
 
     def _check(self, step: int) -> None:
         self.wait_until_saved()
