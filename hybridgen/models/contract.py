@@ -31,7 +31,6 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from hybridgen.core.errors import UserError
@@ -81,7 +80,7 @@ Parts = Mapping[str, Part]
 Shape = tuple[int, int]  # height, width
 
 
-def for_shape(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> tuple[nn.Module, dict]:
+def for_shape(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: Shape) -> tuple[Any, dict]:
     """A model and its parts for pictures of `shape`. UserError naming a family that has one shape only."""
     ready: dict[str, Part] = {}
     for name in sorted(parts, key=lambda name: (name not in ("tokenizer", "autoencoder"), name)):  # others need these
@@ -91,7 +90,7 @@ def for_shape(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], s
     return _for_shape(family, model, ready, shape), ready
 
 
-def _for_shape(family: ModuleType, model: nn.Module, parts: Mapping[str, Part], shape: Shape) -> nn.Module:
+def _for_shape(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: Shape) -> Any:
     name, size = family.__name__.removeprefix("hybridgen.models."), "{} x {}".format(*shape)
     if not hasattr(family, "for_shape"):
         raise UserError(f"{name} takes pictures of one shape, and these are of several, such as {size}")
