@@ -30,9 +30,8 @@ from jax.experimental import multihost_utils
 from hybridgen.core import distributed
 from hybridgen.core.errors import PeerError, UserError
 from hybridgen.runs import fingerprint as fingerprint_lib
-from hybridgen.runs import upgrades
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs import manifest
+from hybridgen.runs import manifest, upgrades
 
 MODEL = ("params", "ema", "extra")  # the branches of a state that lie in `model/`
 
