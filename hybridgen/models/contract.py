@@ -280,7 +280,7 @@ def for_shape(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: 
     ready: dict[str, Part] = {}
     for name in sorted(parts, key=lambda name: (name not in ("tokenizer", "autoencoder"), name)):  # others need these
         part, module = parts[name], find(parts[name].family)
-        shapeless = set(roles(module)) <= {"text", "features"}
+        shapeless = {"text", "features"} & set(roles(module))
         ready[name] = part if shapeless else dataclasses.replace(part, model=fit(module, part.model, ready, shape))
     return fit(family, model, ready, shape), ready
 

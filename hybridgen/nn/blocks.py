@@ -118,9 +118,9 @@ def adaln(condition: jax.Array, width: int, dtype: str) -> tuple[jax.Array, ...]
     return tuple(gates[:, i, None, :] for i in range(6))
 
 
-def modulate(x: jax.Array, shift: jax.Array | None, scale: jax.Array | None) -> jax.Array:
-    """`x * (1 + scale) + shift`, or `x` without a condition."""
-    return x if shift is None else x * (1 + scale) + shift
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x * (1 + scale) + shift`, all `[b, t or 1, d]`."""
+    return x * (1 + scale) + shift
 
 
 def dropout(
@@ -131,77 +131,3 @@ def dropout(
         return x
     kept = rng.bernoulli(rng.fold_in(rng.named(keys, name), layer), 1 - rate, x.shape[1:])
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
-class Block(nn.Module):
-    """`x [b, t, d] -> [b, t, d]` and the cache. Context `[b, s, d']` is attended to if given."""
-
-    heads: int
-    head_width: int
-    hidden: int
-    kv_heads: int | None = None
-    mlp: str = "swiglu"
-    norm: str = "rms"
-    norm_eps: float = 1e-6
-    mlp_norm_eps: float = 0.0  # of the norm before the feed-forward; 0: as norm_eps
-    mlp_norm_affine: bool = False  # that norm has scale and bias though the block is modulated
-    qk_norm: bool = False
-    bias: bool = False
-    mlp_bias: bool | None = None  # None: as bias
-    qkv_bias: bool = True  # with `bias`, queries, keys and values have one too
-    scale: float = 0.0  # of the attention scores; 0: head_width ** -0.5
-    dropout: float = 0.0
-    modulated: bool = False
-    dtype: str = "float32"
-    out_scale: float = 1.0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: Mask,
-        *,
-        rotary: Rotary | None = None,
-        relative: jax.Array | None = None,
-        condition: jax.Array | None = None,
-        context: tuple[jax.Array, jax.Array | None] | None = None,
-        cache: kv.Cache | None = None,
-        layer: jax.Array | int = 0,
-        keys: jax.Array | None = None,
-    ) -> tuple[jax.Array, kv.Cache | None]:
-        def norm(name: str, eps: float = 0.0, affine: bool = False) -> Norm:
-            return Norm(self.norm, eps or self.norm_eps, affine=affine or not self.modulated, name=name)
-
-        attention = {
-            "heads": self.heads,
-            "head_width": self.head_width,
-            "kv_heads": self.kv_heads,
-            "qk_norm": self.qk_norm,
-            "bias": self.bias,
-            "qkv_bias": self.qkv_bias,
-            "scale": self.scale,
-            "dtype": self.dtype,
-            "out_scale": self.out_scale,
-        }
-        gates = (None,) * 6
-        if self.modulated:
-            options = {"bias": True, "dtype": self.dtype, "init": zeros}
-            gates = Linear((6, x.shape[-1]), name="modulation", **options)(nn.silu(condition))  # b 6 d
-            gates = tuple(gates[:, i, None, :] for i in range(6))  # six of b 1 d
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = gates
-
-        y = modulate(norm("attention_norm")(x), shift_a, scale_a)
-        attend = Attention(name="attention", **attention)
-        y, cache = attend(y, mask, rotary=rotary, relative=relative, cache=cache, layer=layer)
-        y = dropout(y, keys, "attention", layer, self.dropout)
-        x = x + (y if gate_a is None else gate_a * y)
-        if context is not None:
-            features, valid = context
-            y = Norm(self.norm, self.norm_eps, name="cross_norm")(x)
-            x = x + Attention(name="cross_attention", **attention)(y, Mask(valid=valid), context=features)[0]
-        y = modulate(norm("mlp_norm", self.mlp_norm_eps, self.mlp_norm_affine)(x), shift_m, scale_m)
-        bias = self.bias if self.mlp_bias is None else self.mlp_bias
-        y = MLP(self.hidden, self.mlp, bias, self.dtype, self.out_scale, name="mlp")(y)
-        y = dropout(y, keys, "mlp", layer, self.dropout)
-        x = x + (y if gate_m is None else gate_m * y)
-        return shard(x, "batch", None, None), cache

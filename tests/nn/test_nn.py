@@ -11,7 +11,7 @@ import pytest
 from hybridgen.core import trees
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask, attend
-from hybridgen.nn.blocks import Block
+from hybridgen.nn.blocks import AdaLNBlock, LlamaBlock
 from hybridgen.nn.linear import Embed, Linear, cast_for_inference
 from hybridgen.nn.mlp import MLP
 from hybridgen.nn.norm import GroupNorm, Norm
@@ -159,12 +159,14 @@ def test_grid_positions_are_distinct():
 # -- the stack ---------------------------------------------------------------------------------------------------------
 
 WIDTH, DEPTH, LENGTH = 32, 3, 12
-DIT = {"modulated": True, "norm": "layer", "mlp": "gelu", "bias": True}
+DIT = {"norm": "layer", "mlp": "gelu", "bias": True}
 
 
-def stack(*, remat="none", unroll=1, **options):
-    block = {"heads": 4, "head_width": 8, "hidden": 48, "kv_heads": 2} | options
-    return Stack(DEPTH, Block, block, remat=remat, unroll=unroll)
+def stack(*, remat="none", unroll=1, block=None, **options):
+    """Llama's blocks, or with a norm of adaLN's choice its blocks."""
+    block = block or (AdaLNBlock if "norm" in options else LlamaBlock)
+    sizes = {"heads": 4, "head_width": 8, "hidden": 48} | ({"kv_heads": 2} if block is LlamaBlock else {})
+    return Stack(DEPTH, block, sizes | options, remat=remat, unroll=unroll)
 
 
 def init(model, x, **side):
@@ -239,7 +241,8 @@ def test_scan_equals_loop_over_layers(x64, options, unroll, remat):
     modulated = bool(options)
     x = draw(0, 2, LENGTH, WIDTH, dtype=np.float64)
     side = {"condition": draw(1, 2, WIDTH, dtype=np.float64)} if modulated else {}
-    side["context"] = draw(2, 2, 5, 16, dtype=np.float64), jnp.arange(5) < jnp.array([[3], [5]])
+    if modulated:
+        side["context"] = draw(2, 2, 5, 16, dtype=np.float64), jnp.arange(5) < jnp.array([[3], [5]])
     side["rotary"] = TABLE
     model = stack(unroll=unroll, remat=remat, **options)
     params = jax.tree.map(lambda p: p.astype(jnp.float64), init(model, x, **side))
@@ -249,7 +252,7 @@ def test_scan_equals_loop_over_layers(x64, options, unroll, remat):
 
     def looped(params, x):
         for layer in range(DEPTH):
-            block = Block(**dict(model.options))
+            block = model.block(**dict(model.options))
             sliced = jax.tree.map(lambda p, i=layer: p[i], params["layers"])
             x, _ = block.apply({"params": sliced}, x, Mask("causal"), **side)
         return x
@@ -280,7 +283,7 @@ def test_parameters_are_stacked_by_layer():
 
 def test_a_fresh_modulated_stack_is_the_identity():
     x, condition = draw(0, 2, 6, WIDTH), draw(1, 2, WIDTH)
-    model = stack(modulated=True, norm="layer")
+    model = stack(norm="layer")
     params = jax.jit(lambda key: model.init(key, x, Mask(), condition=condition)["params"])(jax.random.key(0))
     assert (apply(model, params, x, Mask(), condition=condition) == x).all()
 
