@@ -118,6 +118,9 @@ def check_families(config: Any, folder: Path) -> None:
         if family not in sys.modules and not file_of(family).is_file():
             what = f"the family {family!r}: import that module first, if you trust it"
             raise UserError(f"the bundle {folder} is of {what}")
+    module = str(config.get("data", {}).get("source", "")).rpartition(".")[0]
+    if module and module not in sys.modules:
+        raise UserError(f"the bundle {folder} has data of {module!r}: import that module first, if you trust it")
 
 
 def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution: int) -> None:

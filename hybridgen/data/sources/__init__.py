@@ -11,6 +11,7 @@
     {"source": "records", "options": {"path": "written"}, ...}   what data.prepare.write or the caching command wrote
     {"source": "tfds", "options": {"path": "prepared data set", "text_key": "caption"}, ...}
     {"source": "mixture", "options": {"sources": {"a": {"source": ..., "options": ..., "weight": 3}, "b": ...}}, ...}
+    {"source": "my_package.my_source.MySource", "options": {...}, ...}   a class of one's own: see protocol.py
 
 With `buckets`, a table of data/sources/buckets.py, in its options a folder has batches of several shapes; a run's
 config.json keeps those that it was trained on as `shapes`.
@@ -23,8 +24,11 @@ and, where batches have several shapes, `shapes` ((height, width) of each) and `
 whole batches, or batches at all, have).
 """
 
+import importlib
 import inspect
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybridgen.core.errors import UserError
@@ -67,18 +71,28 @@ def _build(kind: str, options: dict, split: str, resolution: int, where: str):
         options["sources"] = {
             name: _member(name, entry, split, resolution) for name, entry in options.get("sources", {}).items()
         }
-    source = KINDS[kind](split=split, resolution=resolution, **options)
+    source = kind_of(kind, f"{where}.source")(split=split, resolution=resolution, **options)
     return Buckets(source, table, split) if table else source
+
+
+def kind_of(kind: str, where: str = "data.source") -> Callable[..., Source]:
+    """The class of a source by its name, or by "package.module.Class" of one's own. Raises UserError for none."""
+    module, dot, name = kind.rpartition(".") if isinstance(kind, str) else ("", "", "")
+    if not dot:
+        known(where, [kind], tuple(KINDS))
+        return KINDS[kind]
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        raise UserError(f"{where} {kind!r}: {error} (is its folder in PYTHONPATH?)") from None
 
 
 def checked(kind: str, options: Mapping, where: str = "data") -> dict:
     """Options as a source takes them; UserError for one that it does not know, or of another type than its default."""
-    known(f"{where}.source", [kind], tuple(KINDS))
-    takes = {
-        name: parameter
-        for name, parameter in inspect.signature(KINDS[kind]).parameters.items()
-        if name not in ("split", "resolution")
-    }
+    takes_of = inspect.signature(kind_of(kind, f"{where}.source")).parameters
+    takes = {name: parameter for name, parameter in takes_of.items() if name not in ("split", "resolution")}
     known(f"option of the source {kind!r}:", options, [*takes, *((BUCKETS,) if kind == "folder" else ())])
     if "path" in takes and not options.get("path"):
         what = {"folder": "the folder of pictures", "records": "the folder of records"}.get(kind, "the data set")

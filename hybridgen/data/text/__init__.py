@@ -169,9 +169,12 @@ def count_words(captions: Iterable[str], max_words: int = MAX_WORDS) -> list[str
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]]
 
 
+COUNTED = 10_000  # records whose captions are counted, of a source that does not list them
+
+
 def words_of(source: Source, max_words: int = MAX_WORDS) -> list[str]:
     """The words of a source's captions: the closed vocabulary of `shapes`; those of records, which were counted when
-    they were written; of a mixture, those of its sources in turn; otherwise counted now.
+    they were written; of a mixture, those of its sources in turn; otherwise counted now, without `captions()` in the first records.
     """
     if hasattr(source, "languages"):
         return list(dict.fromkeys(token for unit in vocabulary(source.languages) for token in split(unit)))
@@ -180,7 +183,9 @@ def words_of(source: Source, max_words: int = MAX_WORDS) -> list[str]:
     if hasattr(source, "sources"):
         turns = itertools.zip_longest(*(words_of(one, max_words) for one in source.sources))
         return list(dict.fromkeys(word for turn in turns for word in turn if word is not None))[:max_words]
-    return count_words(source.captions(), max_words)
+    if hasattr(source, "captions"):
+        return count_words(source.captions(), max_words)
+    return count_words((source[index].get("text", "") for index in range(min(len(source), COUNTED))), max_words)
 
 
 def build(data_config: Mapping[str, Any], source: Source | None) -> Tokenizer:
