@@ -174,7 +174,8 @@ COUNTED = 10_000  # records whose captions are counted, of a source that does no
 
 def words_of(source: Source, max_words: int = MAX_WORDS) -> list[str]:
     """The words of a source's captions: the closed vocabulary of `shapes`; those of records, which were counted when
-    they were written; of a mixture, those of its sources in turn; otherwise counted now, without `captions()` in the first records.
+    they were written; of a mixture, those of its sources in turn; otherwise counted now, where a source does not list
+    its `captions()` in the first records.
     """
     if hasattr(source, "languages"):
         return list(dict.fromkeys(token for unit in vocabulary(source.languages) for token in split(unit)))
