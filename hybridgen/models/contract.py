@@ -251,7 +251,8 @@ def options_of(families: Iterable[ModuleType]) -> dict[str, dict[str, Option]]:
     for family in families:
         for group, options in getattr(family, "OPTIONS", {}).items():
             found[group] = {**options, **found.get(group, {})}
-    return found
+    order = [*ROLES, *found]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
 # ---------------------------------------------------------------- parts

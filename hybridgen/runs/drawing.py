@@ -185,7 +185,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
         which = f" (one of {', '.join(option.choices)})" if option.choices else ""
         text = f"{option.meaning}{which}".replace("%", "%%")
         group.add_argument(f"--{flag.replace('_', '-')}", dest=f"option:{path}", type=kind, metavar="X", help=text)
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if others:
+        names = ", ".join(f"--{flag.replace('_', '-')}" for flag in paths) or "none"
+        raise UserError(f"unrecognized arguments: {' '.join(others)}; the sampling options of this run are {names}")
     given = {path: getattr(args, f"option:{path}") for path in paths.values()}
     return args, {path: value for path, value in given.items() if value is not None}
 

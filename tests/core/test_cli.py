@@ -272,7 +272,10 @@ def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
         (["--prompt", "a red circle", "--temperature", "-0.1"], "prior.temperature -0.1 is not within"),
         (["--prompt", "a red circle", "--top-k", "-1"], "prior.top_k -1 is not within"),
         (["--prompt", "a red circle", "--top-p", "0"], "prior.top_p 0.0 is not within"),
-        (["--prompt", "a red circle", "--steps", "4"], "this run has no 'decoder' to set 'steps' of"),
+        (
+            ["--prompt", "a red circle", "--steps", "4"],
+            "--steps 4; the sampling options of this run are --guidance, --guidance-schedule,",
+        ),
         (["--prompt", "a red circle", "--count", "0"], "--count 0 is not within 1 and"),
         (["--prompt", "a red circle", "--batch", "-2"], "--batch -2 is not within 1 and"),
         (["--prompt", "a red circle", "--seed", "-1"], "--seed -1"),

@@ -14,6 +14,7 @@ from PIL import Image
 from hybridgen import evaluate, sample, train
 from hybridgen.core import config
 from hybridgen.core.errors import UserError
+from hybridgen.models.roles import denoiser, next_token
 from hybridgen.runs import drawing
 from hybridgen.sampling import guidance
 from hybridgen.training import profiling
@@ -92,21 +93,29 @@ def test_a_prior_that_reads_takes_no_class(tiny_run, tmp_path):
 
 
 def test_guidance_is_a_scale_a_schedule_or_several_scales():
-    plain = drawing.checked({"prior": {"guidance": 3, "guidance_schedule": "constant"}})
-    assert plain == {"prior": {"guidance": 3.0}}
-    ramp = drawing.checked({"guidance": 3.0, "guidance_schedule": "linear"})["guidance"]
+    known = {"prior": next_token.OPTIONS, "decoder": denoiser.OPTIONS}
+
+    def checked(**options):
+        return drawing.checked(options, known)
+
+    assert checked(prior={"guidance": 3, "guidance_schedule": "constant"}) == {"prior": {"guidance": 3.0}}
+    ramp = checked(prior={"guidance": 3.0, "guidance_schedule": "linear"})["prior"]["guidance"]
     np.testing.assert_allclose([ramp(p) for p in (0.0, 0.5, 1.0)], [1, 2, 3])
-    levels = drawing.checked({"guidance": {"plan": 1.5, "plan+text|text": 2}, "guidance_schedule": "linear"})
+    by_condition = {"guidance": {"plan": 1.5, "plan+text|text": 2}, "guidance_schedule": "linear"}
+    levels = checked(decoder=by_condition)["decoder"]
     assert sorted(levels["guidance"]) == ["plan", "plan+text|text"] and callable(levels["guidance"]["plan"])
     assert len(guidance.parse(levels["guidance"])) == 2
     for wrong, says in (
-        ({"guidance": {"plan": -1.0}}, "guidance.plan -1.0 is not within"),
-        ({"guidance": None}, "guidance None is not within"),
-        ({"guidance": 2.0, "guidance_schedule": "steep"}, "'steep' is not one of"),
-        ({"decoder": {"size": 3}}, "unknown option 'decoder.size'"),
+        ({"decoder": {"guidance": {"plan": -1.0}}}, "decoder.guidance.plan -1.0 is not within"),
+        ({"prior": {"guidance": None}}, "prior.guidance None is not within"),
+        ({"prior": {"guidance": 2.0, "guidance_schedule": "steep"}}, "'steep' is not one of"),
+        ({"decoder": {"size": 3}}, "unknown option 'decoder.size'; known are prior.guidance, "),
+        ({"prior": 3}, "unknown option 'prior'"),
+        ({"other": {"guidance": 2.0}}, "unknown option 'other'"),
     ):
         with pytest.raises(UserError, match=says):
-            drawing.checked(wrong)
+            checked(**wrong)
+    assert drawing.checked({"other": {"guidance": 2.0}}, known, partial=True) == {}  # of a part that is not there yet
 
 
 def test_render_and_draft_are_compared_picture_by_picture():

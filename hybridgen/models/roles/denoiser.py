@@ -317,7 +317,7 @@ def options_of(process: Process) -> dict[str, Option]:
     ramps, ramp = tuple(guidance.RAMPS), "how the decoder's guidance changes over the steps"
     scale = "guidance scale of the decoder, with a condition against without (1: none); or a scale for each condition"
     known = {
-        "guidance": Option(1.0, scale, 0.0, 100.0, flag="decoder_guidance"),
+        "guidance": Option(1.0, scale, 0.0, 100.0, by_condition=True, flag="decoder_guidance"),
         "guidance_schedule": Option("constant", ramp, choices=ramps, flag="decoder_guidance_schedule"),
         "guidance_until": Option(1.0, "share of the steps that are guided", 0.0, 1.0, flag="decoder_guidance_until"),
         "guidance_channels": Option(0, "number of channels that are guided, the first ones (0: all)", 0, 1_000_000),

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybridgen.core import config as config_lib
+from hybridgen.core.errors import UserError
 
 
 def upgraded(config: ConfigDict) -> ConfigDict:
@@ -32,5 +33,11 @@ def renewed(family: str, model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     """(family, options) of a model, plain data, as they are called today."""
     name = f"{__name__}.{family.replace('.', '_')}"
     known = family.replace(".", "_").isidentifier() and importlib.util.find_spec(name) is not None
-    found = importlib.import_module(name).upgrade(dict(model)) if known else None
+    try:
+        found = importlib.import_module(name).upgrade(dict(model)) if known else None
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # the config may be anybody's
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"the config does not describe a model of {family}: {text}") from error
     return found or (family, dict(model))
