@@ -38,11 +38,13 @@ def variants(path: Path) -> list[str]:
     return ["", *names[1].split(", ")]
 
 
-JUDGED = ("kl", "vqgan")  # a discriminator compiles for long
+ADVERSARIAL = ("kl", "llamagen_vq", "vqgan")  # a discriminator compiles for long
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=pytest.mark.slow) if path.stem in JUDGED else path for path in FILES], ids=str
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in ADVERSARIAL else path for path in FILES],
+    ids=str,
 )
 def test_tiny_trains_and_samples(path, tiny_run):
     folder, losses = tiny_run(str(path))
