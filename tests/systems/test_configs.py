@@ -38,7 +38,7 @@ def variants(path: Path) -> list[str]:
     return ["", *names[1].split(", ")]
 
 
-ADVERSARIAL = ("kl", "vqgan")  # a discriminator compiles for long
+ADVERSARIAL = ("kl", "llamagen_vq", "vqgan")  # a discriminator compiles for long
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_init_from_a_run(tmp_path):
     with pytest.raises(UserError, match="no subtree 'head'; it has decoder, encoder"):
         begun("bad", {"decoder": "../first:head"})
     with pytest.raises(UserError, match=r"has shape \(32, 8\) and is to have \(64, 8\)"):
-        begun("other", {"all": "../first"}, codes=64)
+        begun("other", {"all": "../first"}, quantizer={"codebook_size": 64})
     for name in ("bad", "other"):
         assert not list((tmp_path / name / "checkpoints").iterdir())
 
