@@ -209,7 +209,7 @@ def compare(out: Path, split: str, description: Mapping) -> None:
         if found.get(name) != description[name]:
             raise UserError(
                 f"{out / split} is a cache of something else: its {name} is {found.get(name)}, and "
-                f"{description[name]} is asked for; remove it or give another folder"
+                f"{description[name]} is requested; remove it or give another folder"
             )
     print(f"{split}: {found['count']} records in {out / split} are there already")
 

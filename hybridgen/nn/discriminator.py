@@ -1,7 +1,7 @@
-"""PatchGAN: a discriminator that judges overlapping patches of a picture (Isola et al. 2017).
+"""PatchGAN: a discriminator of overlapping patches of a picture (Isola et al. 2017).
 
 As VQGAN uses it (Esser et al. 2021): `depth` convolutions that halve the picture, one that does not, and one to a logit
-a place. Its BatchNorm is a GroupNorm here: what one picture is told does not depend on the others, so that microbatches
+a place. Its BatchNorm is a GroupNorm here: the logits of a picture do not depend on the others, so that microbatches
 and devices agree, and there are no statistics to keep.
 
 Letters: b batch, H W picture, h w grid of patches, c channels.

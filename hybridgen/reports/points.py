@@ -4,8 +4,9 @@ A stage of a recipe: {"compare": {NAME: {"tokenizer": run, "prior": run, "pictur
 Nothing is computed anew. A point that is not measured yet is named below the table.
 
 The size of the code in bits is tokens times log2 of the codebook, or the mean divergence of a KL autoencoder. A prior
-on tokens is told in nats a token and, as that depends on how many there are, a picture; in bits a picture it stands
-beside the size of the code. One on latents is a diffusion: its loss is an error a value, and compares with neither.
+on tokens is measured in nats a token and, as that depends on how many there are, a picture; in bits a picture it
+compares with the size of the code. One on latents is a diffusion: its loss is an error a value, which compares with
+neither.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Adversarial terms in one scalar: who learns from what, from when on and how much; before that they cost nothing.
 
-Toy sizes: tokenizers of pictures at 16 and a discriminator of depth 2. What the loss gives as its gradient is held
-against automatic differentiation of the published formulas.
+Toy sizes: tokenizers of pictures at 16 and a discriminator of depth 2. The gradient of the loss is compared with
+automatic differentiation of the published formulas.
 """
 
 import dataclasses

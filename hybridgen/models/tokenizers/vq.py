@@ -43,7 +43,7 @@ class VQ(nn.Module):
     channels: tuple[int, ...] = (128, 256)
     blocks: int = 1
     attention: bool = True
-    local: bool = False  # tokens tell of their neighbourhood only: plans compose, and a prior learns them faster
+    local: bool = False  # a token depends on its neighbourhood only: plans compose, and a prior learns them faster
     quantizer: Any = fsq.Quantizer()
     mse: float = 1.0  # weights of the squared error, ...
     l1: float = 0.0  # ... the absolute one, ...

@@ -58,15 +58,15 @@ def kinds() -> list[str]:
 def build(options: Mapping[str, Any]) -> Any:
     """The quantiser of `{"kind": ..., option: value}`. Raises UserError for what it does not have or cannot be."""
     if not hasattr(options, "items"):
-        raise UserError(f"quantizer {options!r} is no group of options, such as {{'kind': 'fsq'}}")
+        raise UserError(f"quantizer {repr(options)[:80]} is no group of options, such as {{'kind': 'fsq'}}")
     kind = options.get("kind")
     if kind not in kinds():
-        raise UserError(f"quantizer.kind {kind!r} is not one of {', '.join(kinds())}")
+        raise UserError(f"quantizer.kind {repr(kind)[:80]} is not one of {', '.join(kinds())}")
     quantizer = importlib.import_module(f"{__name__}.{kind}").Quantizer
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     known = ["kind", *(field.name for field in dataclasses.fields(quantizer))]
     if unknown := sorted(given.keys() - set(known)):
-        raise UserError(f"quantizer {kind!r} has no option {unknown[0]!r}, only {', '.join(known[1:])}")
+        raise UserError(f"quantizer {kind!r} has no option {unknown[0][:80]!r}, only {', '.join(known[1:])}")
     del given["kind"]
     return quantizer(**given)
 
@@ -88,4 +88,4 @@ def check_ranges(quantizer: Any, **ranges: tuple[float, float]) -> None:
                 right = isinstance(number, int if isinstance(example, int) else int | float) and low <= number <= high
                 wanted = f"within {low} and {high}"
             if not right:
-                raise UserError(f"quantizer.{field.name} {value!r} is not {wanted}")
+                raise UserError(f"quantizer.{field.name} {repr(value)[:80]} is not {wanted}")

@@ -33,8 +33,8 @@ class Quantizer:
     def __post_init__(self) -> None:
         weights = dict.fromkeys(("entropy",), (0.0, 1e6)) | dict.fromkeys(("fill", "softness"), (1e-6, 1e6))
         check_ranges(self, levels=(2, 2**16), decay=(0.0, 1.0), **weights)
-        if self.size > 2**24:
-            raise UserError(f"quantizer.levels {self.levels} make {self.size} codes, at most {2**24} are numbered")
+        if len(self.levels) > 24 or self.size > 2**24:
+            raise UserError(f"quantizer.levels {str(self.levels)[:80]} make more than {2**24} codes")
 
     @property
     def size(self) -> int:
