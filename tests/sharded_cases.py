@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tiny
 
-from hybridgen.core import distributed, sharding, trees
+from hybridgen.core import distributed, meshes, placement, trees
 
 ROWS = 16
 WIDE = {"width": 32, "heads": 4}  # heads, width and words divide by every mesh axis here
@@ -65,7 +65,7 @@ def measure(name: str, dtype: str, steps: int, mesh: dict, **changes) -> dict:
         "shards": {path: [leaf.shape, leaf.addressable_shards[0].data.shape] for path, leaf in flat.items()},
         "copies": all(copies_agree(leaf) for leaf in flat.values()),
         "final": {
-            path: sharding.whole(leaf).tolist()
+            path: placement.whole(leaf).tolist()
             for path, leaf in flat.items()
             if path.startswith(("extra/", "params/")) and (leaf.size < 600 or path.startswith("extra/"))
         },
@@ -86,16 +86,16 @@ def memory(mesh: dict) -> dict:
     batch = tiny.toy_batch(64, n=64, d=16)
     run = tiny.Run(system("toy", mesh), batch)
     with jax.set_mesh(run.experiment.mesh):
-        placed = sharding.to_global(batch, run.experiment.mesh)
+        placed = placement.to_global(batch, run.experiment.mesh)
     return {"mesh": mesh, "temporary": run.memory(placed).temp_size_in_bytes}
 
 
 def places(sizes: dict) -> dict:
     """Where rows of a batch of 16 lie on a mesh of all devices."""
-    mesh = sharding.make_mesh(sizes)
-    batch = sharding.to_global({"x": np.arange(32).reshape(16, 2)}, mesh)["x"]
+    mesh = meshes.make_mesh(sizes)
+    batch = placement.to_global({"x": np.arange(32).reshape(16, 2)}, mesh)["x"]
     rows = [[shard.device.id, np.asarray(shard.data)[:, 0].tolist()] for shard in batch.addressable_shards]
-    return {"shape": dict(mesh.shape), "rows": rows, "local": sharding.local_rows(mesh, 16)}
+    return {"shape": dict(mesh.shape), "rows": rows, "local": placement.local_rows(mesh, 16)}
 
 
 def main() -> None:

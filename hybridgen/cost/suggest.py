@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybridgen.core import sharding, trees
+from hybridgen.core import meshes, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, programs, roofline
 
@@ -133,7 +133,7 @@ def _candidates(
             continue
         sizes = {"dcn": slices, "data": inner // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
         try:
-            mesh = sharding.make_mesh(sizes, devices)
+            mesh = meshes.make_mesh(sizes, devices)
         except (NotImplementedError, ValueError):  # no such shape can be laid on this torus
             continue
         places = sharding.param_shardings(base.state["params"], mesh)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core.errors import UserError
-from hybridgen.core.sharding import platform, shard
+from hybridgen.core.meshes import platform
+from hybridgen.core.sharding import shard
 from hybridgen.nn import cache as kv
 from hybridgen.nn.flash import flash_attention
 from hybridgen.nn.linear import Linear, affine, cast, fan_in

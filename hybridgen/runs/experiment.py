@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import sharding, trees
+from hybridgen.core import meshes, placement, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
@@ -45,7 +45,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
 
     Otherwise it is that of the parts that read text, and if none does it is made from `source` as the config says.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
     parts, digests, runs, bundled = {}, {}, {}, []
     seen: dict[str, str] = {}
     for name, path in config.parts.items():
@@ -73,7 +73,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     model = family.build(config_lib.resolve(config.model, context(config.data, parts, text, source)))
     for shape in getattr(source, "shapes", ()):
         for_shape(family, model, parts, shape)  # refused before anything is compiled
-    parts = {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
+    parts = {name: placement.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
     return Experiment(config, family, model, parts, digests, text, mesh)
 
 
@@ -99,7 +99,7 @@ def _reads(name: str, run: "Run") -> bool:
 
 def part_shardings(part: Part, mesh: Mesh) -> Part:
     """Where a part's arrays lie: parameters by the table, everything else on every device."""
-    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), part.extra)
+    everywhere = jax.tree.map(lambda _: placement.replicated(mesh), part.extra)
     return dataclasses.replace(part, params=sharding.param_shardings(part.params, mesh), extra=everywhere)
 
 
@@ -258,7 +258,7 @@ class Loaded(NamedTuple):
 
     def tokens(self, images: Any, batch: int) -> np.ndarray:
         """Tokens `[b, n]` of pictures `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
-        run = sharding.by_batches(lambda given: self.encode(given["image"]), {"image": images}, batch, self.mesh)
+        run = placement.by_batches(lambda given: self.encode(given["image"]), {"image": images}, batch, self.mesh)
         return np.concatenate(list(run))
 
 
@@ -271,7 +271,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
         try:
-            sharding.make_mesh(config.mesh)
+            meshes.make_mesh(config.mesh)
         except UserError:  # trained on another machine
             config.mesh = type(config.mesh)({"data": -1})
         _change(config.sample.options, changes)
@@ -281,7 +281,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         for name, digest in run.part_digests.items():
             if experiment.digests.get(name) != digest:
                 raise UserError(f"the part {name!r} is not the one that the bundle {folder} was made with")
-    own = sharding.put(run.part, part_shardings(run.part, experiment.mesh))
+    own = placement.put(run.part, part_shardings(run.part, experiment.mesh))
 
     def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
         options = config.sample.options.copy_and_resolve_references()
@@ -299,7 +299,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         run.step,
         drawer({}),
         drawer,
-        functools.partial(sharding.shard_batch, mesh=experiment.mesh),
+        functools.partial(placement.shard_batch, mesh=experiment.mesh),
         part,
         functools.partial(jax.jit(lambda part, image: part.call("encode", image)), part) if part else None,
         hasattr(experiment.family, "generate")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from hybridgen.core import sharding
+from hybridgen.core import meshes, sharding
 from hybridgen.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -177,40 +177,40 @@ def test_rows_of_a_batch_are_cut_and_so_is_the_work():
 
 def abstract(**sizes) -> AbstractMesh:
     """A mesh of no devices."""
-    shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
-    return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    shape = tuple(sizes.get(axis, 1) for axis in meshes.MESH_AXES)
+    return AbstractMesh(shape, meshes.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
     six = list(range(6))  # whatever they are: nothing is placed on them
     with pytest.raises(UserError, match=r"mesh \{'data': 4\} takes 4 devices and there are 6"):
-        sharding.make_mesh({"data": 4}, six)
+        meshes.make_mesh({"data": 4}, six)
     with pytest.raises(UserError, match="takes 3 devices and there are 6"):
-        sharding.make_mesh({"data": 3}, six)  # it divides, and would leave three idle
+        meshes.make_mesh({"data": 3}, six)  # it divides, and would leave three idle
     with pytest.raises(UserError, match="takes 4 devices and there are 6"):
-        sharding.make_mesh({"data": -1, "tensor": 4}, six)
+        meshes.make_mesh({"data": -1, "tensor": 4}, six)
     with pytest.raises(UserError, match="at most one is -1"):
-        sharding.make_mesh({"data": -1, "fsdp": -1}, six)
+        meshes.make_mesh({"data": -1, "fsdp": -1}, six)
     for size in (0, -2):
         with pytest.raises(UserError, match="sizes are positive"):
-            sharding.make_mesh({"data": size}, six)
+            meshes.make_mesh({"data": size}, six)
     with pytest.raises(UserError, match="mesh axis 'model' is not one of dcn, data, fsdp, tensor"):
-        sharding.make_mesh({"model": 6}, six)
-    mesh = sharding.make_mesh({"fsdp": -1}, jax.devices()[:1])
+        meshes.make_mesh({"model": 6}, six)
+    mesh = meshes.make_mesh({"fsdp": -1}, jax.devices()[:1])
     assert mesh.axis_names == ("dcn", "data", "fsdp", "tensor") and set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = abstract(dcn=2, data=2, fsdp=2, tensor=3)
-    sharding.check_batch(mesh, 16)
-    sharding.check_batch(mesh, 32, accumulate=4)
-    assert [sharding.padded(mesh, rows) for rows in (1, 8, 9)] == [8, 8, 16]
+    meshes.check_batch(mesh, 16)
+    meshes.check_batch(mesh, 32, accumulate=4)
+    assert [meshes.padded(mesh, rows) for rows in (1, 8, 9)] == [8, 8, 16]
     with pytest.raises(UserError, match="batch 12 in 1 accumulation steps does not divide over 8 data-parallel"):
-        sharding.check_batch(mesh, 12)
+        meshes.check_batch(mesh, 12)
     with pytest.raises(UserError, match="batch 16 in 4 accumulation steps does not divide over 8"):
-        sharding.check_batch(mesh, 16, accumulate=4)
+        meshes.check_batch(mesh, 16, accumulate=4)
     with pytest.raises(UserError, match="batch 16 in 3 accumulation steps"):
-        sharding.check_batch(abstract(), 16, accumulate=3)
+        meshes.check_batch(abstract(), 16, accumulate=3)
 
 
 def test_two_logical_axes_on_one_mesh_axis_are_an_error():
