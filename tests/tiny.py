@@ -13,6 +13,7 @@ import numpy as np
 
 from hybridgen import train
 from hybridgen.core import meshes, placement, rng, trees
+from hybridgen.core.param_rules import Rule, add_rules
 from hybridgen.models.contract import Part, find
 from hybridgen.models.losses import weighted
 from hybridgen.runs.experiment import Experiment
@@ -198,4 +199,5 @@ def _toy_merge(model, extra, sums, key, step):
     return {"seen": 0.5 * extra["seen"] + sums["seen"], "ids": extra["ids"] + sums["ids"]}
 
 
+add_rules(Rule("[ab]/kernel", "df", fsdp="df"), Rule("[ab]/bias", "f"))
 toy = SimpleNamespace(build=lambda options: None, init=_toy_init, loss=_toy_loss, merge=_toy_merge)

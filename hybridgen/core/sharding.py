@@ -1,51 +1,31 @@
-"""Shardings: one table for parameters (path patterns), one for activations (logical axes).
+"""Shardings of parameters, by the table in core/param_rules.py, and of activations, by a table of logical axes.
 
-Parameters match the first rule of `PARAM_RULES` whose pattern is found in their path; a stacked layer
-axis in front is never sharded. Every parameter must match a rule. Activations are named by
-`shard(x, "batch", None, "mlp")`, which does nothing outside a mesh.
+An activation is constrained by `shard(x, "batch", None, "mlp")`, which does nothing outside a mesh and leaves an axis
+whole that does not divide. A parameter's rule names several axes for that case, and a large parameter that would lie
+whole on every device all the same is an error when it is placed.
 """
 
-import re
+import math
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from hybridgen.core.errors import UserError
 from hybridgen.core.meshes import DATA_AXES
+from hybridgen.core.param_rules import find_rule
 from hybridgen.core.placement import replicated
 
-# logical axis -> mesh axes
+LARGE = 1_000_000  # elements of a parameter that must not lie whole on every device
+
+# logical axis of an activation -> mesh axes
 LOGICAL: dict[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
-    "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-
-# path pattern -> logical axes of the trailing dimensions (a leading layer axis is added by itself)
-PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"attention/(qkv|kv)/kernel$", ("embed", "heads", None, None)),
-    (r"attention/(qkv|kv)/bias$", ("heads", None, None)),
-    (r"attention/q/kernel$", ("embed", "heads", None, None)),
-    (r"attention/out/kernel$", ("heads", None, None, "embed")),
-    (r"mlp/up/kernel$", ("embed", None, "mlp")),
-    (r"mlp/up/bias$", (None, "mlp")),
-    (r"mlp/down/kernel$", ("mlp", "embed")),
-    (r"modulation/kernel$", ("embed", None, None)),
-    (r"modulation/bias$", (None, None)),
-    (r"table$", ("vocab", "embed")),
-    (r"head/kernel$", ("embed", "vocab")),
-    (r"head/bias$", ("vocab",)),
-    (r"conv\w*/kernel$", (None, None, None, "embed")),
-    (r"codebook$", (None, "embed")),
-    (r"relative$", (None, "heads")),
-    (r"position$", (None, "embed")),
-    (r"null\w*$", (None, None)),
-    (r"kernel$", ("embed", None)),
-    (r"(scale|bias)$", (None,)),
-)
 
 
 def logical_spec(*names: str | None) -> PartitionSpec:
@@ -78,22 +58,58 @@ def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partit
     return PartitionSpec(*kept)
 
 
-def param_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Rule for one parameter by its path ("prior/blocks/attention/qkv/kernel"). ValueError if no rule matches."""
-    for pattern, names in PARAM_RULES:
-        if re.search(pattern, path) and len(shape) >= len(names):
-            return logical_spec(*(None,) * (len(shape) - len(names)), *names)
-    raise ValueError(f"no sharding rule matches parameter {path!r} of shape {shape}")
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Which axes of a parameter ("prior/blocks/layers/attention/qkv/kernel") a mesh divides. UserError without a rule.
+
+    `tensor` takes the first axis of the rule's that it divides evenly, then `fsdp` the first of those left.
+    """
+    rule, start = find_rule(path, shape)
+    spec: list[str | None] = [None] * len(shape)
+    for axis, letters in (("tensor", rule.tensor), ("fsdp", rule.fsdp)):
+        ways = mesh.shape[axis]
+        places = (start + rule.axes.index(letter) for letter in letters)
+        best = next((i for i in places if spec[i] is None and shape[i] % ways == 0), None)
+        if ways > 1 and best is not None:
+            spec[best] = axis
+    return PartitionSpec(*spec)
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a nested dict of parameters (or their averages)."""
+def check_divided(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
+    """UserError for a large parameter that is whole on every device though the mesh has an axis of its rule's.
+
+    On a mesh whose `fsdp` is 1 that is as it should be for a rule that names axes for `fsdp` alone.
+    """
+    if math.prod(shape) <= LARGE or any(param_spec(path, shape, mesh)):
+        return
+    rule, start = find_rule(path, shape)
+    sizes = dict(zip(rule.axes, shape[start:], strict=True))
+    reasons = [
+        f"mesh axis {axis} {mesh.shape[axis]} divides none of {', '.join(f'{x} {sizes[x]}' for x in letters)}"
+        for axis, letters in (("tensor", rule.tensor), ("fsdp", rule.fsdp))
+        if letters and mesh.shape[axis] > 1
+    ]
+    if not rule.tensor + rule.fsdp and max(mesh.shape["tensor"], mesh.shape["fsdp"]) > 1:
+        reasons = ["its rule names no axis to divide"]
+    if reasons:
+        raise UserError(
+            f"parameter {path!r} of shape {tuple(shape)}, {math.prod(shape):,} elements, would lie whole on every "
+            f"device: {'; '.join(reasons)} (rule {rule.path!r}, axes {rule.axes!r}, of hybridgen/core/param_rules.py)"
+        )
+
+
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """NamedShardings for a nested dict of parameters (or their averages). UserError as of `check_divided`."""
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        spec = param_spec("/".join(str(key.key) for key in path), leaf.shape)
-        return NamedSharding(mesh, _divisible(spec, leaf.shape, mesh))
+        name = _name(path)
+        check_divided(name, leaf.shape, mesh)
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(key.key) for key in path)
 
 
 def gathered(params: Any) -> Any:
@@ -103,9 +119,9 @@ def gathered(params: Any) -> Any:
         return params
 
     def place(path: tuple, leaf: jax.Array) -> jax.Array:
-        spec = param_spec("/".join(str(key.key) for key in path), leaf.shape)
-        kept = PartitionSpec(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in spec))
-        return jax.lax.with_sharding_constraint(leaf, _divisible(kept, leaf.shape, mesh))
+        spec = param_spec(_name(path), leaf.shape, mesh)
+        kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, kept)
 
     # the barriers: what was cast to a narrower dtype is sent in it, and nothing is sent again within a loop
     params = jax.lax.optimization_barrier(params)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from hybridgen.core import meshes, sharding
+from hybridgen.core import meshes, param_rules, sharding, trees
 from hybridgen.core.errors import UserError
+from hybridgen.core.param_rules import Rule
 
 ROOT = Path(__file__).parents[2]
 ONE = {"data": 1}
@@ -215,7 +216,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 def test_two_logical_axes_on_one_mesh_axis_are_an_error():
     assert sharding.logical_spec("batch", None, "mlp") == PartitionSpec(("dcn", "data", "fsdp"), None, ("tensor",))
-    for names in (("heads", "mlp"), ("batch", "embed"), ("vocab", None, "vocab")):
+    for names in (("heads", "mlp"), ("batch", "batch"), ("vocab", None, "vocab")):
         with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
             sharding.logical_spec(*names)
         with jax.sharding.use_abstract_mesh(abstract(data=2)), pytest.raises(ValueError, match="on one mesh axis"):
@@ -235,27 +236,120 @@ def test_activations_are_constrained_where_there_is_a_mesh():
             jax.eval_shape(lambda x: sharding.shard(x, "batch", None), x)
 
 
-def test_every_parameter_needs_a_rule_and_the_first_one_counts():
-    with pytest.raises(ValueError, match=r"no sharding rule matches parameter 'blocks/odd' of shape \(3, 4\)"):
-        sharding.param_spec("blocks/odd", (3, 4))
-    fsdp, tensor = ("fsdp",), ("tensor",)
-    assert sharding.param_spec("blocks/layers/mlp/up/kernel", (5, 8, 2, 16)) == PartitionSpec(None, fsdp, None, tensor)
-    # a kernel of its own name, and any other one
-    assert sharding.param_spec("x/mlp/down/kernel", (16, 8)) == PartitionSpec(tensor, fsdp)
-    assert sharding.param_spec("x/other/kernel", (16, 8)) == PartitionSpec(fsdp, None)
-    assert sharding.param_spec("layers/norm/scale", (5, 8)) == PartitionSpec(None, None)
+# ---------------------------------------------------------------- parameters, by shape
 
 
-def test_what_mirrors_parameters_is_placed_like_them_and_what_does_not_divide_stays_whole():
+PODS = (abstract(fsdp=16), abstract(fsdp=4, tensor=4))
+
+
+def misplaced(params: dict) -> list[str]:
+    """Large parameters that are whole on every device of a pod, and matrices of blocks that `tensor` does not divide.
+
+    params: arrays or their shapes, nested. A ValueError for a parameter without a rule.
+    """
+    found = []
+    for mesh in PODS:
+        for path, leaf in trees.flatten(params).items():
+            spec = sharding.param_spec(path, leaf.shape, mesh)
+            if leaf.size <= 1e6:
+                continue
+            where = f"{path} {leaf.shape} on {dict(mesh.shape)}"
+            if NamedSharding(mesh, spec).shard_shape(leaf.shape) == leaf.shape:
+                found.append(f"{where}: whole on every device")
+            block = "blocks/" in path or "layers" in path
+            if mesh.shape["tensor"] > 1 and block and leaf.ndim > 2 and "tensor" not in spec:
+                found.append(f"{where}: not divided over tensor")
+    return found
+
+
+def test_every_parameter_needs_a_rule_of_its_path_and_rank():
+    mesh = abstract(fsdp=2, tensor=2)
+    for path, shape in (
+        ("blocks/odd", (3, 4)),
+        ("joint/text_gate/kernel", (16, 8)),  # no rule is for whatever is a kernel ...
+        ("joint/text_gate/bias", (8,)),  # ... or a bias
+        ("x/mlp/down/kernel", (3, 3, 16, 8)),
+        ("blocks/layers/mlp/down/kernel", (16, 8)),  # has no layer axis
+    ):
+        message = (
+            rf"no sharding rule matches parameter '{path}' of shape {re.escape(str(shape))}: add one to PARAM_RULES in"
+        )
+        with pytest.raises(ValueError, match=message):
+            sharding.param_spec(path, shape, mesh)
+    for path, shape, spec in (
+        ("blocks/layers/mlp/up/kernel", (5, 8, 2, 16), (None, "fsdp", None, "tensor")),
+        ("x/mlp/down/kernel", (16, 8), ("tensor", "fsdp")),
+        ("time/out/kernel", (16, 8), ("tensor", "fsdp")),
+        ("time/out/kernel", (5, 16, 8), (None, "tensor", "fsdp")),  # an embedder a layer
+        ("layers/mlp_norm/scale", (5, 8), (None, None)),
+        ("block_1/project/kernel", (1, 1, 16, 8), (None, None, None, "fsdp")),
+        ("encoder/project/kernel", (16, 8), ("fsdp", None)),
+    ):
+        assert sharding.param_spec(path, shape, mesh) == PartitionSpec(*spec), path
+
+
+def test_what_does_not_divide_goes_to_the_next_axis_of_its_rule():
+    one, both = PODS
+    path = "joint/text_qkv/kernel"
+    for mesh, shape, spec in (
+        (both, (24, 1536, 24, 3, 64), (None, "fsdp", "tensor", None, None)),
+        (one, (24, 1536, 24, 3, 64), (None, "fsdp", None, None, None)),
+        (both, (24, 1536, 6, 3, 64), (None, "fsdp", None, None, "tensor")),  # 6 heads over 4
+        (one, (24, 1533, 24, 3, 64), (None, None, None, None, "fsdp")),
+        (both, (24, 1533, 6, 3, 64), (None, None, None, None, "tensor")),  # an axis is divided once
+    ):
+        assert sharding.param_spec(path, shape, mesh) == PartitionSpec(*spec), (mesh, shape)
+        assert not misplaced({"joint": {"text_qkv": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}})
+
+
+def test_a_large_parameter_that_would_lie_whole_everywhere_is_refused():
+    one, both = PODS
+    odd = {"blocks": {"layers": {"text_qkv": {"kernel": jax.ShapeDtypeStruct((24, 1533, 6, 3, 63), "float32")}}}}
+    start = (
+        r"parameter 'blocks/layers/text_qkv/kernel' of shape \(24, 1533, 6, 3, 63\), 41,721,\d+ elements, would lie "
+    )
+    with pytest.raises(
+        UserError, match=start + r"whole on every device: mesh axis fsdp 16 divides none of d 1533, k 63"
+    ):
+        sharding.param_shardings(odd, one)
+    with pytest.raises(UserError, match="tensor 4 divides none of h 6, k 63; mesh axis fsdp 4 divides none of d 1533"):
+        sharding.param_shardings(odd, both)
+    assert [text.rpartition(": ")[2] for text in misplaced(odd)] == [
+        "whole on every device",
+        "whole on every device",
+        "not divided over tensor",
+    ]
+    sharding.param_shardings(odd, abstract(data=16))  # data parallel: all of them are whole
+    small = {"text_qkv": {"kernel": jax.ShapeDtypeStruct((33, 3, 3, 3), "float32")}}
+    assert not any(sharding.param_shardings(small, both)["text_qkv"]["kernel"].spec)
+    conv = {"conv_1": {"kernel": jax.ShapeDtypeStruct((3, 3, 512, 512), "float32")}}
+    sharding.param_shardings(conv, abstract(tensor=4))  # its rule has no axis for `tensor`
+    norm = {"norm": {"scale": jax.ShapeDtypeStruct((2_000_000,), "float32")}}
+    with pytest.raises(UserError, match="its rule names no axis to divide"):
+        sharding.param_shardings(norm, both)
+
+
+def test_a_family_of_ones_own_brings_its_rules(monkeypatch):
+    monkeypatch.setattr(param_rules, "PARAM_RULES", list(param_rules.PARAM_RULES))
+    mixing = Rule("mixer/weights", "de", fsdp="ed"), Rule("head/kernel", "dv")
+    param_rules.add_rules(*mixing)
+    param_rules.add_rules(*mixing)  # its file is read again
+    assert param_rules.PARAM_RULES[-2:] == list(mixing) and param_rules.PARAM_RULES.count(mixing[0]) == 1
+    mesh = abstract(fsdp=2)
+    assert sharding.param_spec("blocks/layers/mixer/weights", (2, 8, 8), mesh) == PartitionSpec(None, None, "fsdp")
+    assert sharding.param_spec("head/kernel", (8, 8), mesh) == PartitionSpec("fsdp", None)  # what there was comes first
+
+
+def test_what_mirrors_parameters_is_placed_like_them():
     mesh = abstract(fsdp=4, tensor=2)
-    params = {"a": {"kernel": jnp.zeros((8, 3))}, "b": {"kernel": jnp.zeros((6, 3))}}
+    params = {"head": {"kernel": jnp.zeros((8, 3))}, "skip": {"kernel": jnp.zeros((6, 3))}}
     state = {"0": {"mu": params, "count": jnp.zeros(())}, "odd": jnp.zeros((8, 3))}
     places = sharding.mirror_shardings(state, params, mesh)
     for found in (sharding.param_shardings(params, mesh), places["0"]["mu"]):
-        assert found["a"]["kernel"].spec == PartitionSpec(("fsdp",), None)
-        assert found["b"]["kernel"].spec == PartitionSpec(None, None)  # 6 over 4
-    factored = sharding.mirror_shardings({"row": {"a": {"kernel": jnp.zeros(8)}}}, params, mesh)
-    for whole in (places["0"]["count"], places["odd"], factored["row"]["a"]["kernel"]):
+        assert found["head"]["kernel"].spec == PartitionSpec("fsdp", None)
+        assert found["skip"]["kernel"].spec == PartitionSpec(None, None)  # 6 over 4
+    factored = sharding.mirror_shardings({"row": {"head": {"kernel": jnp.zeros(8)}}}, params, mesh)
+    for whole in (places["0"]["count"], places["odd"], factored["row"]["head"]["kernel"]):
         assert not any(whole.spec)
     with pytest.raises(ValueError, match="no sharding rule matches parameter 'count'"):
         sharding.param_shardings({"count": jnp.zeros(())}, mesh)
