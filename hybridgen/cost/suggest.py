@@ -134,9 +134,9 @@ def _candidates(
         sizes = {"dcn": slices, "data": inner // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
         try:
             mesh = meshes.make_mesh(sizes, devices)
-        except (NotImplementedError, ValueError):  # no such shape can be laid on this torus
+            places = sharding.param_shardings(base.state["params"], mesh)
+        except (NotImplementedError, ValueError):  # such a torus has no such shape, or a large parameter stays whole
             continue
-        places = sharding.param_shardings(base.state["params"], mesh)
         ways = len(devices) // tensor
         batches = {max(ways, round(batch_size * factor / ways) * ways) for factor in FACTORS}
         for (name, policy), batch in itertools.product(policies.items(), sorted(batches)):

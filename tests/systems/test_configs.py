@@ -7,8 +7,10 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -21,6 +23,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
 from hybridgen.models.ar import raster
+from hybridgen.models.contract import find
 from hybridgen.reports import points as points_lib
 from hybridgen.runs import drawing, experiment, importing
 from hybridgen.runs.experiment import restore
@@ -69,8 +72,29 @@ def test_tiny_trains_and_samples(path, tiny_run):
             assert (0 <= piece["tokens"]).all() and (piece["tokens"] < loaded.tokenizer.model.vocab).all()
 
 
+TRACED: dict[tuple, dict] = {}  # what `init` makes, by family and model
+
+
+@pytest.fixture
+def parts_once(monkeypatch):
+    """`init` of a part is traced once for all configs that have the same model."""
+
+    def find_cached(name: str) -> SimpleNamespace:
+        family = find(name)
+
+        def init(model, key, specs, parts):
+            which = name, repr(model)
+            if which not in TRACED:
+                TRACED[which] = jax.eval_shape(lambda: family.init(model, jax.random.key(0), specs, parts))
+            return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), TRACED[which])
+
+        return SimpleNamespace(**vars(family) | {"init": init})
+
+    monkeypatch.setattr(programs, "find", find_cached)
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_parameter_has_a_place(path):
+def test_every_parameter_has_a_place(path, parts_once):
     """Also on a pod: large arrays are divided there, and matrices of blocks over `tensor` too, of the parts as well."""
     neighbours = {"tokenizer": "tokenizers/vq.py", "prior": "ar/raster.py", "decoder": "diffusion/dit.py"}
     stages = {name: config_lib.load(f"{ROOT}/configs/{file}:tiny") for name, file in neighbours.items()}
