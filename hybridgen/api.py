@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen.core import sharding
+from hybridgen.core import meshes
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.evals import sheet
@@ -98,7 +98,7 @@ class Model:
         loaded, draw = self._loaded, self._drawn_by(options, size)
         repeated = [one for one in requests for _ in range(count)]
         cond = conditions(loaded, repeated)
-        batch = sharding.padded(loaded.mesh, min(batch, len(repeated)))
+        batch = meshes.padded(loaded.mesh, min(batch, len(repeated)))
         with jax.set_mesh(loaded.mesh):
             pieces = list(drawing.draw_all(draw, cond, seed, batch, loaded.put))
         out = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

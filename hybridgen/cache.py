@@ -28,7 +28,7 @@ import numpy as np
 
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
-from hybridgen.core import distributed, sharding
+from hybridgen.core import distributed, meshes, placement
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import sources, transforms
@@ -64,7 +64,7 @@ class Encoder(NamedTuple):
 def encoder(run: Run, mesh: Any, data: Mapping) -> Encoder:
     """The encoder in a run, for `data`. Raises UserError for a run that encodes nothing."""
     family, model, part = find(run.part.family), run.part.model, run.part
-    placed = sharding.put(part, part_shardings(part, mesh))
+    placed = placement.put(part, part_shardings(part, mesh))
     roles = contract.roles(family)
     if "tokenizer" in roles:
         entry, program = ("tokens", _tokens) if model.vocab else ("latent", _latents)
@@ -159,14 +159,14 @@ def _run(one: Encoder, group: list, mesh: Any, batch: int) -> dict[str, np.ndarr
         pairs = [one.text.encode(text) for _, _, texts in group for text in texts]
         inputs = [np.stack(part) for part in zip(*pairs, strict=True)]  # r*k l
     given = {str(i): x for i, x in enumerate(inputs)}
-    pieces = list(sharding.by_batches(lambda given: one.run(*given.values()), given, batch, mesh))
+    pieces = list(placement.by_batches(lambda given: one.run(*given.values()), given, batch, mesh))
     out = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     return {name: value.reshape(len(group), -1, *value.shape[1:]) for name, value in out.items()}
 
 
 def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, threads: int = 4) -> None:
     """Caches what `runs` make of `data` (None: that of the first run). What is there and fits is left as it is."""
-    options, mesh = checked(options), sharding.make_mesh({"data": -1})
+    options, mesh = checked(options), meshes.make_mesh({"data": -1})
     data = runs[0].config.data if data is None else data
     encoders = [encoder(run, mesh, data) for run in runs]
     if len({one.entry for one in encoders}) < len(encoders):

@@ -20,7 +20,7 @@ import numpy as np
 
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
-from hybridgen.core import distributed, sharding
+from hybridgen.core import distributed, meshes
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources
@@ -120,7 +120,7 @@ def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndar
 
 def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[str, np.ndarray]:
     """All pictures of a run for `cond`, as numpy."""
-    batch = sharding.padded(loaded.mesh, batch)
+    batch = meshes.padded(loaded.mesh, batch)
     pieces = drawing.draw_all(loaded.draw, cond, seed, batch, loaded.put)
     total = -(-len(next(iter(cond.values()))) // batch)
     pieces = list(progress(pieces, total=total, label=f"drawing {label}"))

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from hybridgen.cli import a_path, command, make_parser
-from hybridgen.core import distributed, sharding
+from hybridgen.core import distributed, meshes
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import transforms
@@ -33,7 +33,7 @@ def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch
     """Draws `count` pictures of each (prompt, class) asked for into `out`; returns the path of the grid."""
     cond = conditions(loaded, [one for one in requests for _ in range(count)])
     prompts = [words(one) for one in requests for _ in range(count)]
-    batch = sharding.padded(loaded.mesh, min(batch, len(prompts)))
+    batch = meshes.padded(loaded.mesh, min(batch, len(prompts)))
     folder.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
     if writes and (older := len(list(out.glob("[0-9]*.png")))):

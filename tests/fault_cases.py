@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hybridgen import cli, train
-from hybridgen.core import config, sharding
+from hybridgen.core import config, placement
 from hybridgen.data import pipeline
 from hybridgen.runs import checkpoint
 from hybridgen.runs.checkpoint import Checkpointer
@@ -99,7 +99,7 @@ def looking(look: Callable, fail: int = -1, full: tuple = (-1, -1, 0), begun: bo
         nonlocal begun
         if begun:
             begun = False
-            print("begun:", checkpoint.digest(sharding.whole(state)), flush=True)
+            print("begun:", checkpoint.digest(placement.whole(state)), flush=True)
         if step == fail:
             raise RuntimeError(f"step {step} fails")
         if step == full[0]:

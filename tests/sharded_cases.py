@@ -7,22 +7,27 @@ HOSTS="127.0.0.1:PORT 2 0" makes it process 0 of 2.
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 
 import jax
 import numpy as np
 import tiny
 
-from hybridgen.core import distributed, sharding, trees
+from hybridgen.core import distributed, meshes, placement, sharding, trees
+from hybridgen.nn.attention import Mask
+from hybridgen.nn.blocks import AdaLNBlock, LlamaBlock
 
 ROWS = 16
 WIDE = {"width": 32, "heads": 4}  # heads, width and words divide by every mesh axis here
 OPTIONS = {"ema__decay": 0.9, "optim__lr": 1e-3, "optim__warmup": 5, "optim__decay": 0.1}
 
 
-def system(name: str, mesh: dict, **changes):
+def system(name: str, mesh: dict, heads: int = 4, **changes):
     """An experiment of this name on this mesh."""
+    wide = WIDE | {"heads": heads}
     if name == "toy":
         return tiny.experiment(tiny.toy, {}, None, mesh, **changes)
     if name == "fsq":
@@ -33,12 +38,12 @@ def system(name: str, mesh: dict, **changes):
     tokenizer = tiny.tokenizer()
     parts = {"tokenizer": tokenizer}
     if name == "prior":
-        return tiny.experiment("ar.raster", tiny.prior_options(tokenizer, **WIDE), parts, mesh, **changes)
+        return tiny.experiment("ar.raster", tiny.prior_options(tokenizer, **wide), parts, mesh, **changes)
     if name == "decoder":
-        model = tiny.decoder_options(tokenizer, cross=True, token_corruption=0.3, classes=tiny.CLASSES, **WIDE)
+        model = tiny.decoder_options(tokenizer, cross=True, token_corruption=0.3, classes=tiny.CLASSES, **wide)
         return tiny.experiment("diffusion.dit", model, parts, mesh, **changes)
     # a gradient from the decoder to the prior, the prior's own plans, and a true rollout at steps 0, 4, 8 ...
-    model = tiny.cascade_options(tokenizer, WIDE, WIDE, mode="features", own=0.5, rollout_every=4)
+    model = tiny.cascade_options(tokenizer, wide, wide, mode="features", own=0.5, rollout_every=4)
     return tiny.experiment("hybrid.cascade", model, parts, mesh, **changes)
 
 
@@ -65,7 +70,7 @@ def measure(name: str, dtype: str, steps: int, mesh: dict, **changes) -> dict:
         "shards": {path: [leaf.shape, leaf.addressable_shards[0].data.shape] for path, leaf in flat.items()},
         "copies": all(copies_agree(leaf) for leaf in flat.values()),
         "final": {
-            path: sharding.whole(leaf).tolist()
+            path: placement.whole(leaf).tolist()
             for path, leaf in flat.items()
             if path.startswith(("extra/", "params/")) and (leaf.size < 600 or path.startswith("extra/"))
         },
@@ -86,16 +91,38 @@ def memory(mesh: dict) -> dict:
     batch = tiny.toy_batch(64, n=64, d=16)
     run = tiny.Run(system("toy", mesh), batch)
     with jax.set_mesh(run.experiment.mesh):
-        placed = sharding.to_global(batch, run.experiment.mesh)
+        placed = placement.to_global(batch, run.experiment.mesh)
     return {"mesh": mesh, "temporary": run.memory(placed).temp_size_in_bytes}
+
+
+def gathers(sizes: dict) -> dict:
+    """Elements of the largest array that a block gathers: Llama's in a step of decoding, adaLN's of many rows."""
+    mesh, rows, width = meshes.make_mesh(sizes), 4, 64
+    options = {"heads": 2, "head_width": 32, "hidden": 96}  # two heads do not divide over four devices
+    condition = {"condition": jax.ShapeDtypeStruct((rows, width), "float32", sharding=placement.batch_sharding(mesh))}
+    step = largest_gather(LlamaBlock(**options), mesh, (rows, 1, width), {})
+    return {"step": step, "rows": largest_gather(AdaLNBlock(**options), mesh, (rows, 512, width), condition)}
+
+
+def largest_gather(block, mesh, shape: tuple, inputs: dict) -> int:
+    x = jax.ShapeDtypeStruct(shape, "float32", sharding=placement.batch_sharding(mesh))
+    make = lambda x, inputs: block.init(jax.random.key(0), x, Mask(), **inputs)["params"]  # noqa: E731
+    params = jax.eval_shape(make, x, inputs)
+    places = sharding.param_shardings(params, mesh)
+    placed = jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), params, places)
+    run = jax.jit(lambda params, x, inputs: block.apply({"params": params}, x, Mask(), **inputs)[0])
+    with jax.set_mesh(mesh):
+        text = run.lower(placed, x, inputs).compile().as_text()
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    return max(math.prod(int(side) for side in shape.split(",")) for shape in shapes)
 
 
 def places(sizes: dict) -> dict:
     """Where rows of a batch of 16 lie on a mesh of all devices."""
-    mesh = sharding.make_mesh(sizes)
-    batch = sharding.to_global({"x": np.arange(32).reshape(16, 2)}, mesh)["x"]
+    mesh = meshes.make_mesh(sizes)
+    batch = placement.to_global({"x": np.arange(32).reshape(16, 2)}, mesh)["x"]
     rows = [[shard.device.id, np.asarray(shard.data)[:, 0].tolist()] for shard in batch.addressable_shards]
-    return {"shape": dict(mesh.shape), "rows": rows, "local": sharding.local_rows(mesh, 16)}
+    return {"shape": dict(mesh.shape), "rows": rows, "local": placement.local_rows(mesh, 16)}
 
 
 def main() -> None:
@@ -108,8 +135,8 @@ def main() -> None:
         distributed.start(argparse.Namespace(**options, init_timeout=60, distributed=False))
     for mesh in (json.loads(text) for text in rest if not text.startswith("--")):
         with jax.enable_x64(dtype == "float64"):
-            if name in ("memory", "places"):
-                out = {"memory": memory, "places": places}[name](mesh)
+            if name in ("memory", "places", "gathers"):
+                out = {"memory": memory, "places": places, "gathers": gathers}[name](mesh)
             else:
                 out = measure(name, dtype, int(steps), mesh, **changes)
         print(json.dumps(out), flush=True)

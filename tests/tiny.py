@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen import train
-from hybridgen.core import rng, sharding, trees
+from hybridgen.core import meshes, placement, rng, trees
+from hybridgen.core.param_rules import Rule, add_rules
 from hybridgen.models.contract import Part, find
 from hybridgen.models.losses import weighted
 from hybridgen.runs.experiment import Experiment
@@ -108,10 +109,10 @@ def cascade_options(tokenizer: Part, prior: dict | None = None, decoder: dict | 
 def experiment(family, model: dict, parts: dict | None = None, mesh: dict | None = None, **changes) -> Experiment:
     """An experiment without a folder. `family`: a name or a namespace such as `toy`; `changes`: see configs.common."""
     sizes = mesh or {"data": 1}
-    place = sharding.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    place = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     config = common.stage(str(family), {}, {}, **{"log__every": 1, "steps": 1000, "optim__warmup": 0} | changes)
     module = find(family) if isinstance(family, str) else family
-    ready = {name: sharding.put(part, sharding.replicated(place)) for name, part in (parts or {}).items()}
+    ready = {name: placement.put(part, placement.replicated(place)) for name, part in (parts or {}).items()}
     return Experiment(config, module, model, module.build(model), ready, {}, None, place)
 
 
@@ -130,11 +131,11 @@ class Run:
         )
         start = state.initial(arrays, zeros, self.rule.which, experiment.config.frozen_dtype)
         places = jax.tree.map(lambda s: s.sharding, self.abstract)
-        self.state = sharding.put(wide(start, dtype), places)
+        self.state = placement.put(wide(start, dtype), places)
 
     def step(self, batch: dict) -> dict[str, float]:
         with jax.set_mesh(self.experiment.mesh):
-            put = sharding.shard_batch(wide(batch, self.dtype), self.experiment.mesh)
+            put = placement.shard_batch(wide(batch, self.dtype), self.experiment.mesh)
             self.state, report = self.compiled(self.state, put, self.parts)
         return {name: float(value) for name, value in report.items()}
 
@@ -205,4 +206,5 @@ def _toy_merge(model, extra, sums, key, step):
     return {"seen": 0.5 * extra["seen"] + sums["seen"], "ids": extra["ids"] + sums["ids"]}
 
 
+add_rules(Rule("[ab]/kernel", "df", fsdp="df"), Rule("[ab]/bias", "f"))
 toy = SimpleNamespace(build=lambda options: None, init=_toy_init, loss=_toy_loss, merge=_toy_merge)

@@ -1,98 +1,31 @@
-"""Meshes and shardings: one table for parameters (path patterns), one for activations (logical axes).
+"""Shardings of parameters, by the table in core/param_rules.py, and of activations, by a table of logical axes.
 
-Mesh axes, outermost first: `dcn` (data parallel across slices), `data`, `fsdp` (data parallel with sharded parameters)
-and `tensor`. Parameters match the first rule of `PARAM_RULES` whose pattern is found in their path; a stacked layer
-axis in front is never sharded. Every parameter must match a rule. Activations are named by
-`shard(x, "batch", None, "mlp")`, which does nothing outside a mesh.
+An activation is constrained by `shard(x, "batch", None, "mlp")`, which does nothing outside a mesh and leaves an axis
+whole that does not divide. A parameter's rule names several axes for that case, and a large parameter that would lie
+whole on every device all the same is an error when it is placed.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+import math
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from hybridgen.core.errors import UserError
+from hybridgen.core.meshes import DATA_AXES
+from hybridgen.core.param_rules import find_rule
+from hybridgen.core.placement import replicated
 
-MESH_AXES = ("dcn", "data", "fsdp", "tensor")
+LARGE = 1_000_000  # elements of a parameter that must not lie whole on every device
 
-# logical axis -> mesh axes
+# logical axis of an activation -> mesh axes
 LOGICAL: dict[str, tuple[str, ...]] = {
-    "batch": ("dcn", "data", "fsdp"),
-    "embed": ("fsdp",),
+    "batch": DATA_AXES,
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-
-# path pattern -> logical axes of the trailing dimensions (a leading layer axis is added by itself)
-PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"attention/(qkv|kv)/kernel$", ("embed", "heads", None, None)),
-    (r"attention/(qkv|kv)/bias$", ("heads", None, None)),
-    (r"attention/q/kernel$", ("embed", "heads", None, None)),
-    (r"attention/out/kernel$", ("heads", None, None, "embed")),
-    (r"mlp/up/kernel$", ("embed", None, "mlp")),
-    (r"mlp/up/bias$", (None, "mlp")),
-    (r"mlp/down/kernel$", ("mlp", "embed")),
-    (r"modulation/kernel$", ("embed", None, None)),
-    (r"modulation/bias$", (None, None)),
-    (r"table$", ("vocab", "embed")),
-    (r"head/kernel$", ("embed", "vocab")),
-    (r"head/bias$", ("vocab",)),
-    (r"conv\w*/kernel$", (None, None, None, "embed")),
-    (r"codebook$", (None, "embed")),
-    (r"relative$", (None, "heads")),
-    (r"position$", (None, "embed")),
-    (r"null\w*$", (None, None)),
-    (r"kernel$", ("embed", None)),
-    (r"(scale|bias)$", (None,)),
-)
-
-
-def make_mesh(sizes: Mapping[str, int], devices: Any = None) -> Mesh:
-    """Mesh over all devices from `{axis: size}`; one size may be -1 (the rest). UserError if it does not divide."""
-    devices = np.asarray(jax.devices() if devices is None else devices).reshape(-1)
-    unknown = set(sizes) - set(MESH_AXES)
-    if unknown:
-        raise UserError(f"mesh axis {sorted(unknown)[0]!r} is not one of {', '.join(MESH_AXES)}")
-    shape = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
-    free = [axis for axis, size in shape.items() if size == -1]
-    fixed = int(np.prod([size for size in shape.values() if size != -1]))
-    if len(free) > 1 or min(size for size in shape.values() if size != -1) < 1:
-        raise UserError(f"mesh {dict(sizes)} is not usable: sizes are positive and at most one is -1")
-    if devices.size % fixed or (not free and fixed != devices.size):
-        raise UserError(f"mesh {dict(sizes)} takes {fixed} devices and there are {devices.size}")
-    if free:
-        shape[free[0]] = devices.size // fixed
-    types, (dcn, *inner) = (AxisType.Auto,) * len(MESH_AXES), shape.values()
-    if devices[0].platform != "tpu":  # in order of rank; hosts of GPUs may say that they are slices, and are none
-        return Mesh(devices.reshape(tuple(shape.values())), MESH_AXES, axis_types=types)
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) == 1:
-        return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=types, devices=devices.tolist())
-    if len(slices) != dcn:
-        raise UserError(f"mesh.dcn {dcn} is not the number of slices, {len(slices)}: between slices is data parallel")
-    options = {"allow_split_physical_axes": True}  # an axis may be wider than a side of the slice
-    grid = mesh_utils.create_hybrid_device_mesh((1, *inner), (dcn, 1, 1, 1), devices.tolist(), **options)
-    return Mesh(grid, MESH_AXES, axis_types=types)
-
-
-def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
-    """The global batch must divide over accumulation steps and the mesh's data axes."""
-    ways = int(np.prod([mesh.shape[axis] for axis in LOGICAL["batch"]]))
-    if batch % accumulate or (batch // accumulate) % ways:
-        raise UserError(
-            f"batch {batch} in {accumulate} accumulation steps does not divide over {ways} data-parallel devices"
-        )
-
-
-def padded(mesh: Mesh, rows: int) -> int:
-    """The least batch of at least `rows` rows that divides over the mesh's data axes."""
-    ways = int(np.prod([mesh.shape[axis] for axis in LOGICAL["batch"]]))
-    return -(-rows // ways) * ways
 
 
 def logical_spec(*names: str | None) -> PartitionSpec:
@@ -102,13 +35,6 @@ def logical_spec(*names: str | None) -> PartitionSpec:
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {names} put two dimensions on one mesh axis: {spec}")
     return PartitionSpec(*spec)
-
-
-def platform() -> str:
-    """Where the program will run ("cpu", "tpu", "gpu"): that of the mesh in force, else of this machine."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device  # what is compiled for may not be what is here
-    return device.platform if device else jax.default_backend()
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
@@ -132,22 +58,58 @@ def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partit
     return PartitionSpec(*kept)
 
 
-def param_spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Rule for one parameter by its path ("prior/blocks/attention/qkv/kernel"). ValueError if no rule matches."""
-    for pattern, names in PARAM_RULES:
-        if re.search(pattern, path) and len(shape) >= len(names):
-            return logical_spec(*(None,) * (len(shape) - len(names)), *names)
-    raise ValueError(f"no sharding rule matches parameter {path!r} of shape {shape}")
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Which axes of a parameter ("prior/blocks/layers/attention/qkv/kernel") a mesh divides. UserError without a rule.
+
+    `tensor` takes the first axis of the rule's that it divides evenly, then `fsdp` the first of those left.
+    """
+    rule, start = find_rule(path, shape)
+    spec: list[str | None] = [None] * len(shape)
+    for axis, letters in (("tensor", rule.tensor), ("fsdp", rule.fsdp)):
+        ways = mesh.shape[axis]
+        places = (start + rule.axes.index(letter) for letter in letters)
+        best = next((i for i in places if spec[i] is None and shape[i] % ways == 0), None)
+        if ways > 1 and best is not None:
+            spec[best] = axis
+    return PartitionSpec(*spec)
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a nested dict of parameters (or their averages)."""
+def check_divided(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
+    """UserError for a large parameter that is whole on every device though the mesh has an axis of its rule's.
+
+    On a mesh whose `fsdp` is 1 that is as it should be for a rule that names axes for `fsdp` alone.
+    """
+    if math.prod(shape) <= LARGE or any(param_spec(path, shape, mesh)):
+        return
+    rule, start = find_rule(path, shape)
+    sizes = dict(zip(rule.axes, shape[start:], strict=True))
+    reasons = [
+        f"mesh axis {axis} {mesh.shape[axis]} divides none of {', '.join(f'{x} {sizes[x]}' for x in letters)}"
+        for axis, letters in (("tensor", rule.tensor), ("fsdp", rule.fsdp))
+        if letters and mesh.shape[axis] > 1
+    ]
+    if not rule.tensor + rule.fsdp and max(mesh.shape["tensor"], mesh.shape["fsdp"]) > 1:
+        reasons = ["its rule names no axis to divide"]
+    if reasons:
+        raise UserError(
+            f"parameter {path!r} of shape {tuple(shape)}, {math.prod(shape):,} elements, would lie whole on every "
+            f"device: {'; '.join(reasons)} (rule {rule.path!r}, axes {rule.axes!r}, of hybridgen/core/param_rules.py)"
+        )
+
+
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """NamedShardings for a nested dict of parameters (or their averages). UserError as of `check_divided`."""
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
-        spec = param_spec("/".join(str(key.key) for key in path), leaf.shape)
-        return NamedSharding(mesh, _divisible(spec, leaf.shape, mesh))
+        name = _name(path)
+        check_divided(name, leaf.shape, mesh)
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(key.key) for key in path)
 
 
 def gathered(params: Any) -> Any:
@@ -157,9 +119,9 @@ def gathered(params: Any) -> Any:
         return params
 
     def place(path: tuple, leaf: jax.Array) -> jax.Array:
-        spec = param_spec("/".join(str(key.key) for key in path), leaf.shape)
-        kept = PartitionSpec(*(None if axes in ("fsdp", ("fsdp",)) else axes for axes in spec))
-        return jax.lax.with_sharding_constraint(leaf, _divisible(kept, leaf.shape, mesh))
+        spec = param_spec(_name(path), leaf.shape, mesh)
+        kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, kept)
 
     # the barriers: what was cast to a narrower dtype is sent in it, and nothing is sent again within a loop
     params = jax.lax.optimization_barrier(params)
@@ -179,67 +141,3 @@ def mirror_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:
         return next((places[end] for end in ends if shapes.get(end) == leaf.shape), replicated(mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axes."""
-    return NamedSharding(mesh, PartitionSpec(LOGICAL["batch"]))
-
-
-def local_rows(mesh: Mesh, batch: int) -> list[int]:
-    """Rows of the global batch that this process's devices hold, in order; several hosts may hold the same rows."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-    return sorted({row for (part,) in slices for row in range(*part.indices(batch))})
-
-
-def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this process's rows of each entry."""
-    place = batch_sharding(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(dict(batch), place)
-    return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
-
-
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays, rows over the data axes, from all rows of each entry, which every process has."""
-    return put(dict(batch), batch_sharding(mesh))
-
-
-def by_batches(program: Callable, arrays: Mapping[str, np.ndarray], batch: int, mesh: Mesh) -> Iterator[Any]:
-    """What `program` makes of all rows of `arrays`, at least `batch` at a time and in one shape: trees of numpy arrays.
-
-    The last rows are filled up with copies of the very last, which are cut off again.
-    """
-    count, batch = len(next(iter(arrays.values()))), padded(mesh, batch)
-    for start in range(0, count, batch):
-        rows = np.minimum(np.arange(start, start + batch), count - 1)
-        out = whole(program(shard_batch({name: x[rows] for name, x in arrays.items()}, mesh)))
-        yield jax.tree.map(lambda x, kept=count - start: x[:kept], out)
-
-
-def put(tree: Any, places: Any) -> Any:
-    """Arrays that every process has whole, laid out by `places`: a sharding, or a tree of them."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, places)
-
-    def one(x: Any, place: NamedSharding) -> jax.Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.jit(lambda x: x, out_shardings=place)(x)
-        whole = np.asarray(x)
-        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
-
-    if isinstance(places, NamedSharding):
-        places = jax.tree.map(lambda _: places, tree)
-    return jax.tree.map(one, tree, places)
-
-
-def whole(tree: Any) -> Any:
-    """Global arrays as numpy, in every process."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    return multihost_utils.process_allgather(tree, tiled=True)

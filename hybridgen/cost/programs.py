@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import rng, sharding, trees
+from hybridgen.core import meshes, placement, rng, trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import flops
 from hybridgen.data import pipeline, sources
@@ -190,10 +190,10 @@ def build(
     cached: image tokens and latents come with the batch, as from a cache, and encoders do not run.
     """
     try:
-        mesh = sharding.make_mesh(config.mesh, devices)
+        mesh = meshes.make_mesh(config.mesh, devices)
     except NotImplementedError as error:  # of JAX: an axis that no sides of the torus make up
         raise UserError(f"mesh {dict(config.mesh)} cannot be laid on these devices: {error}") from None
-    sharding.check_batch(mesh, config.batch, config.accumulate)
+    meshes.check_batch(mesh, config.batch, config.accumulate)
     source = largest(sources.build(config.data, "train"), max(config.batch, count or config.sample.count))
     runs = {name: _run(name, path) for name, path in config.parts.items() if _is_run(path, stages)}
     text = read_by(runs, config.data)
@@ -206,7 +206,7 @@ def build(
     family = find(config.family)
     options = config_lib.resolve(config.model, context(config.data, parts, text, source))
     model = family.build(options)
-    by_row = sharding.batch_sharding(mesh)
+    by_row = placement.batch_sharding(mesh)
     places = {name: part_shardings(part, mesh) for name, part in parts.items()}
     experiment = Experiment(config, family, options, model, _placed(parts, places), {}, text, mesh)
     encoders = [name for name in CACHED if cached and name in parts]
@@ -214,7 +214,7 @@ def build(
     for name in encoders:
         batch |= jax.eval_shape(functools.partial(_encoded, name), parts[name], specs)
     rule, step, state, make_state = program(experiment, batch)
-    count = sharding.padded(mesh, count or config.sample.count)
+    count = meshes.padded(mesh, count or config.sample.count)
     requested = [name for name in ("text", "text_mask", "label", "image") if name in specs]
     cond = {name: jax.ShapeDtypeStruct((count, *specs[name].shape[1:]), specs[name].dtype) for name in requested}
     keys = jax.eval_shape(lambda: drawing.keys_for(config.seed, np.arange(count)))
@@ -223,19 +223,19 @@ def build(
         rows = next(read(batch=max(config.batch, count)))
         pipeline.take_broken(rows)
         real = {name: jax.device_put(made(), places[name]) for name, (_, made) in unmade.items()}
-        batch = sharding.to_global({name: x[: config.batch] for name, x in rows.items()}, mesh)
+        batch = placement.to_global({name: x[: config.batch] for name, x in rows.items()}, mesh)
         for name in encoders:
             batch |= jax.jit(functools.partial(_encoded, name))(real[name], batch)
-        conditions = sharding.to_global({name: rows[name][:count] for name in cond}, mesh)
+        conditions = placement.to_global({name: rows[name][:count] for name in cond}, mesh)
         drawn = jax.device_put(drawing.keys_for(config.seed, np.arange(count)), by_row)
         with jax.set_mesh(mesh):
             return make_state(real), batch, real, conditions, drawn
 
     def stream() -> pipeline.Prefetch:
-        rows = sharding.local_rows(mesh, config.batch)
+        rows = placement.local_rows(mesh, config.batch)
         options = {"batch": config.batch, "seed": config.seed, "rows": rows, "flip": config.data.get("flip", False)}
         host = pipeline.batches(source, text, workers=config.data.workers, **options)
-        return pipeline.prefetch(map(_unbroken, host), functools.partial(sharding.to_global, mesh=mesh))
+        return pipeline.prefetch(map(_unbroken, host), functools.partial(placement.to_global, mesh=mesh))
 
     draw = drawing.sampler(family, model, config.sample.options, parts, rule.shape(batch))
     inputs = (_placed(x, jax.tree.map(lambda _: by_row, x)) for x in (batch, cond, keys))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybridgen.core import sharding, trees
+from hybridgen.core import meshes, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, programs, roofline
 
@@ -133,10 +133,10 @@ def _candidates(
             continue
         sizes = {"dcn": slices, "data": inner // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
         try:
-            mesh = sharding.make_mesh(sizes, devices)
-        except (NotImplementedError, ValueError):  # no such shape can be laid on this torus
+            mesh = meshes.make_mesh(sizes, devices)
+            places = sharding.param_shardings(base.state["params"], mesh)
+        except (NotImplementedError, ValueError):  # such a torus has no such shape, or a large parameter stays whole
             continue
-        places = sharding.param_shardings(base.state["params"], mesh)
         ways = len(devices) // tensor
         batches = {max(ways, round(batch_size * factor / ways) * ways) for factor in FACTORS}
         for (name, policy), batch in itertools.product(policies.items(), sorted(batches)):

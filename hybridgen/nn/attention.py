@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core.errors import UserError
-from hybridgen.core.sharding import platform, shard
+from hybridgen.core.meshes import platform
+from hybridgen.core.sharding import shard
 from hybridgen.nn import cache as kv
 from hybridgen.nn.flash import flash_attention
-from hybridgen.nn.linear import Linear, affine, cast, fan_in
+from hybridgen.nn.linear import Linear, affine, cast, fan_in, few, keeps_axes
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary, rotate
 
@@ -229,4 +230,8 @@ class _Out(nn.Module):
         shape = (*x.shape[-3:], self.width)
         kernel = cast(self.param("kernel", fan_in(self.scale, axes=3), shape), self.dtype)  # h g k d
         bias = cast(self.param("bias", nn.initializers.zeros, (self.width,)), self.dtype) if self.bias else None
+        d = kernel.size // self.width
+        if keeps_axes(kernel, few(x.size // d, d)):
+            y = jnp.tensordot(x, kernel, 3)
+            return y if bias is None else y + bias
         return affine(x.reshape(*x.shape[:-3], -1), kernel.reshape(-1, self.width), bias)

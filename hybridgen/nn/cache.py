@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridgen.core.sharding import platform, shard
+from hybridgen.core.meshes import platform
+from hybridgen.core.sharding import shard
 
 Cache = dict[str, Any]
 

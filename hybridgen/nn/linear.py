@@ -19,6 +19,11 @@ Init = Callable[..., jax.Array]
 FEW = 64  # rows of a step of decoding, not of training; or half as many as the kernel has
 
 
+def few(rows: int, d: int) -> bool:
+    """Whether a product of so many rows with a kernel of `d` rows is bound by reading the kernel."""
+    return rows <= max(FEW, d // 2)
+
+
 def cast(x: jax.Array, dtype: str) -> jax.Array:
     """`x` in the compute dtype: exactly bfloat16 if so configured, otherwise at least `dtype`."""
     wanted = jnp.dtype(dtype)
@@ -94,7 +99,7 @@ class Linear(nn.Module):
         x = cast(x, self.dtype)
         if not self.parts:
             return affine(x, kernel, bias, self.wide)
-        if x.size // x.shape[-1] <= max(FEW, x.shape[-1] // 2):
+        if few(x.size // x.shape[-1], x.shape[-1]):
             y = affine(x, kernel, bias, self.wide)
             return jax.lax.split(y, self.parts, y.ndim - 2)
         kernels = jax.lax.split(kernel, self.parts, kernel.ndim - 2)
@@ -106,13 +111,31 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, wide:
     """`x [..., d] @ kernel [d, *features] + bias`, as one product of two matrices; `wide`: in at least float32.
 
     With the leading axes flat, the kernel's gradient contracts one axis; with more, the CPU backend copies both
-    operands to transpose them, at the price of the product itself.
+    operands to transpose them, at the price of the product itself. Where `keeps_axes`, the kernel is not flat.
     """
     d, *features = kernel.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else None
-    y = jnp.matmul(x.reshape(-1, d), kernel.reshape(d, -1), preferred_element_type=dtype)
+    rows = x.reshape(-1, d)
+    if keeps_axes(kernel, few(rows.shape[0], d)):
+        y = jnp.tensordot(rows, kernel, 1, preferred_element_type=dtype)
+    else:
+        y = jnp.matmul(rows, kernel.reshape(d, -1), preferred_element_type=dtype)
     y = y.reshape(*x.shape[:-1], *features)
     return y if bias is None else y + bias
+
+
+def keeps_axes(kernel: jax.Array, few_rows: bool) -> bool:
+    """Whether the axes of a kernel must not become one, on a mesh that divides kernels over `tensor`.
+
+    An axis that is divided and not the first of those that become one is gathered for that, over `tensor`. So `[d, n,
+    f]`, divided in its last axis, is never flat. A kernel of attention `[d, h, n, k]` or `[h, n, k, d]` is divided by
+    head, its first; where heads do not divide, it is so by `k`: then to gather it is less than to gather the results,
+    but not of few rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] == 1:
+        return False
+    return kernel.ndim == 3 or (kernel.ndim > 3 and few_rows)
 
 
 class Embed(nn.Module):

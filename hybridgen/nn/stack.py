@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen.core.errors import UserError
-from hybridgen.core.sharding import platform
+from hybridgen.core.meshes import platform
 from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
 

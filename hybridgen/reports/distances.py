@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen.core import sharding
+from hybridgen.core import meshes, placement
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources, transforms
@@ -102,7 +102,7 @@ def build(
     for name, value in (("count", count), ("reference-count", most)):
         if value < LEAST:
             raise UserError(f"distances need at least {LEAST} pictures, --{name} is {value}")
-    batch = sharding.padded(loaded.mesh, batch)
+    batch = meshes.padded(loaded.mesh, batch)
     run = reading.load(reading.find_run(features, None))
     width = getattr(run.part.model, "feature_width", 0)
     if not width:
@@ -118,12 +118,12 @@ def build(
 
 def _encoder(part: Any, loaded: Loaded, batch: int) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 pictures, at most `batch` -> features as numpy, over all devices; the last rows are padded."""
-    placed = sharding.put(part, experiment.part_shardings(part, loaded.mesh))
+    placed = placement.put(part, experiment.part_shardings(part, loaded.mesh))
     program = jax.jit(lambda part, image: part.call("encode", image))
 
     def encode(pictures: np.ndarray) -> np.ndarray:
         given = {"image": transforms.to_float(pictures)}
-        run = sharding.by_batches(lambda given: program(placed, given["image"]), given, batch, loaded.mesh)
+        run = placement.by_batches(lambda given: program(placed, given["image"]), given, batch, loaded.mesh)
         return np.concatenate(list(run))
 
     return encode

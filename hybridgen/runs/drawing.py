@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import rng, sharding
+from hybridgen.core import meshes, placement, rng
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals.sheet import sheet
@@ -120,7 +120,7 @@ def draw_all(draw: Callable, cond: Mapping[str, np.ndarray], seed: int, batch: i
         ids = np.arange(start, start + batch)
         rows = np.minimum(ids, count - 1)
         given = put({name: value[rows] for name, value in cond.items()} | {"key": key_data(seed, ids)})
-        out = sharding.whole(draw(given, jax.random.wrap_key_data(given.pop("key"))))
+        out = placement.whole(draw(given, jax.random.wrap_key_data(given.pop("key"))))
         kept = min(batch, count - start)
         yield {name: value[:kept] for name, value in out.items()}
 
@@ -140,7 +140,7 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     """state -> a captioned sheet of pictures for the first validation batch, original on the left of each."""
     config = experiment.config
     source = sources.build(config.data, "validation")
-    count = sharding.padded(experiment.mesh, min(count, len(source)))
+    count = meshes.padded(experiment.mesh, min(count, len(source)))
     batch = next(pipeline.batches(source, experiment.text, batch=count, seed=config.seed, shuffle=False))
     pipeline.take_broken(batch)
     indices, _ = pipeline.arrange(source, np.arange(count), count, config.seed, shuffle=False)
@@ -148,7 +148,7 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     cond = {name: value for name, value in batch.items() if name in ("text", "text_mask", "label", "image")}
     shape = batch["image"].shape[1:3] if hasattr(source, "occurring") else None
     draw = sampler(experiment.family, experiment.model, config.sample.options, experiment.parts, shape)
-    put = functools.partial(sharding.shard_batch, mesh=experiment.mesh)
+    put = functools.partial(placement.shard_batch, mesh=experiment.mesh)
     seed = config.seed
 
     def grid(params: Any, extra: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import sharding
+from hybridgen.core import meshes, placement, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
@@ -43,7 +43,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
 
     Otherwise it is that of the parts that read text, and if none does it is made from `source` as the config says.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
     runs = load(config, folder)
     verify(config, runs, source)
     known = read_by(runs, config.data)
@@ -96,7 +96,7 @@ def resolve(
 
 def place(parts: Mapping[str, Part], mesh: Mesh) -> dict[str, Part]:
     """Parts with their arrays on the mesh."""
-    return {name: sharding.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
+    return {name: placement.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
 
 
 def read_by(runs: Mapping[str, Run], data: Any) -> Any:
@@ -121,7 +121,7 @@ def _reads(name: str, run: Run) -> bool:
 
 def part_shardings(part: Part, mesh: Mesh) -> Part:
     """Where a part's arrays lie: parameters by the table, everything else on every device."""
-    everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), part.extra)
+    everywhere = jax.tree.map(lambda _: placement.replicated(mesh), part.extra)
     return dataclasses.replace(part, params=sharding.param_shardings(part.params, mesh), extra=everywhere)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hybridgen.core import sharding
+from hybridgen.core import meshes, placement
 from hybridgen.core.errors import UserError
 from hybridgen.data.sources.buckets import LARGEST
 from hybridgen.models import contract
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
 
     def tokens(self, images: Any, batch: int) -> np.ndarray:
         """Tokens `[b, n]` of pictures `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
-        run = sharding.by_batches(lambda given: self.encode(given["image"]), {"image": images}, batch, self.mesh)
+        run = placement.by_batches(lambda given: self.encode(given["image"]), {"image": images}, batch, self.mesh)
         return np.concatenate(list(run))
 
 
@@ -58,7 +58,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
         try:
-            sharding.make_mesh(config.mesh)
+            meshes.make_mesh(config.mesh)
         except UserError:  # trained on another machine
             config.mesh = type(config.mesh)({"data": -1})
         _change(config.sample.options, changes)
@@ -68,7 +68,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         for name, digest in run.part_digests.items():
             if experiment.digests.get(name) != digest:
                 raise UserError(f"the part {name!r} is not the one that the bundle {folder} was made with")
-    own = sharding.put(run.part, part_shardings(run.part, experiment.mesh))
+    own = placement.put(run.part, part_shardings(run.part, experiment.mesh))
 
     def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
         options = config.sample.options.copy_and_resolve_references()
@@ -90,7 +90,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         run.step,
         drawer({}),
         drawer,
-        functools.partial(sharding.shard_batch, mesh=experiment.mesh),
+        functools.partial(placement.shard_batch, mesh=experiment.mesh),
         tokenizer,
         functools.partial(encode, tokenizer) if tokenizer else None,
         not {"text", "features"} & set(roles),

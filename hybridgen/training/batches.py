@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridgen.core import sharding
+from hybridgen.core import placement
 from hybridgen.data import pipeline, sources
 from hybridgen.runs.experiment import Experiment
 from hybridgen.training.logging import Writer
@@ -17,7 +17,7 @@ from hybridgen.training.logging import Writer
 def reader(experiment: Experiment) -> tuple[Callable, Callable]:
     """(`stream(source, start)`: iterator of this process's rows of each batch, `put`: rows -> arrays on the mesh)."""
     config, mesh = experiment.config, experiment.mesh
-    rows = sharding.local_rows(mesh, config.batch)
+    rows = placement.local_rows(mesh, config.batch)
 
     def stream(source: Any, start: int, shuffle: bool = True) -> Any:
         options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
@@ -26,7 +26,7 @@ def reader(experiment: Experiment) -> tuple[Callable, Callable]:
             source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
         )
 
-    return stream, functools.partial(sharding.to_global, mesh=mesh)
+    return stream, functools.partial(placement.to_global, mesh=mesh)
 
 
 def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Callable:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import sharding
+from hybridgen.core import meshes
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.models.contract import find
@@ -28,7 +28,7 @@ def checked(
     Raises UserError, before any work, for what a run would stumble over later.
     """
     find(config.family)
-    sharding.check_batch(sharding.make_mesh(config.mesh), config.batch, config.accumulate)
+    meshes.check_batch(meshes.make_mesh(config.mesh), config.batch, config.accumulate)
     drawing.check_config(config, folder, stages or {})
     if config.eval.every or config.sample.every:
         source(config.data, "validation")

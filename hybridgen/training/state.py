@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from hybridgen.core import rng, sharding, trees
+from hybridgen.core import placement, rng, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.training import optim
 
@@ -78,7 +78,7 @@ def initial(arrays: dict, rule: optax.GradientTransformation, which: Trainable, 
 
 def shardings(state: Any, mesh: Mesh) -> Any:
     """Shardings of a state: parameters and what mirrors them by the table, everything else replicated."""
-    everywhere = sharding.replicated(mesh)
+    everywhere = placement.replicated(mesh)
     rest = {name: jax.tree.map(lambda _: everywhere, state[name]) for name in ("step", "extra", "health")}
     return rest | {
         "params": sharding.param_shardings(state["params"], mesh),
@@ -134,7 +134,7 @@ def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
         target = flat[path]
         if leaf.shape != target.shape:
             raise UserError(f"init_from: {path!r} has shape {leaf.shape} and is to have {target.shape}")
-        flat[path] = sharding.put(jnp.asarray(leaf, target.dtype), target.sharding)
+        flat[path] = placement.put(jnp.asarray(leaf, target.dtype), target.sharding)
     return trees.unflatten(flat)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hybridgen.cli import command, make_parser
-from hybridgen.core import distributed, sharding
+from hybridgen.core import distributed, meshes, placement
 from hybridgen.core.errors import PeerError, UserError
 from hybridgen.training import watchdog
 
@@ -207,7 +207,7 @@ def test_a_lost_peer_is_one_line_and_exit_code_1(capsys):
 
 
 def test_alone_it_agrees_with_itself():
-    assert distributed.Agreement(sharding.make_mesh({"data": -1})).most_of(3) == 3
+    assert distributed.Agreement(meshes.make_mesh({"data": -1})).most_of(3) == 3
     assert distributed.exchange("name", "text") == ["text"]
 
 
@@ -256,12 +256,12 @@ def test_the_straggler_is_named(where, late):
 
 def test_places_of_several_processes(monkeypatch):
     """What `put` lays out piece by piece, as with several processes, is what device_put lays out."""
-    mesh = sharding.make_mesh({"data": -1})
+    mesh = meshes.make_mesh({"data": -1})
     tree = {"a": np.arange(24.0).reshape(8, 3), "b": np.int32(7)}
-    places = {"a": sharding.batch_sharding(mesh), "b": sharding.replicated(mesh)}
-    want = sharding.put(tree, places)
+    places = {"a": placement.batch_sharding(mesh), "b": placement.replicated(mesh)}
+    want = placement.put(tree, places)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    found = sharding.put(tree, places)
+    found = placement.put(tree, places)
     for name in tree:
         assert found[name].sharding == want[name].sharding
         assert np.array_equal(found[name], want[name])

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from hybridgen.core import sharding
+from hybridgen.core import meshes, param_rules, sharding, trees
 from hybridgen.core.errors import UserError
+from hybridgen.core.param_rules import Rule
 
 ROOT = Path(__file__).parents[2]
 ONE = {"data": 1}
@@ -115,6 +116,16 @@ def test_every_system_on_every_mesh(name, dtype, steps, tolerance):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_heads_that_do_not_divide(name):
+    """Their kernels are divided by head width, and the numbers are the same."""
+    one, many = found = on(name, "float64", 10, ONE, {"fsdp": 2, "tensor": 4}, heads=2)
+    check(found, 1e-9, 1e-7)
+    shares = cut(many, "params/blocks/layers/attention/")
+    assert {shares[f"params/blocks/layers/attention/{kernel}/kernel"] for kernel in ("qkv", "out")} == {1 / 8}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moving", "prior"])
 def test_microbatches_on_a_mesh(name):
     check(on(name, "float64", 10, ONE, {"data": 2, "fsdp": 2}, accumulate=2), 1e-9, 1e-7)
@@ -172,50 +183,58 @@ def test_rows_of_a_batch_are_cut_and_so_is_the_work():
     assert many["temporary"] < 0.3 * one["temporary"]
 
 
+def test_a_kernel_is_not_gathered_over_tensor_where_its_product_is_smaller():
+    """Of few rows none is, also where heads do not divide; adaLN's never is, also of many rows."""
+    (found,) = on("gathers", "float32", 0, {"data": 2, "tensor": 4})
+    width, heads = 64, 64  # kernels: qkv 64 x 192, mlp 64 x 2 x 96, out 64 x 64, modulation 64 x 6 x 64
+    assert found["step"] <= 2 * heads  # queries of the two rows of a device
+    assert found["rows"] <= width * heads  # a part of the qkv kernel
+
+
 # ---------------------------------------------------------------- rules, on one device
 
 
 def abstract(**sizes) -> AbstractMesh:
     """A mesh of no devices."""
-    shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
-    return AbstractMesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+    shape = tuple(sizes.get(axis, 1) for axis in meshes.MESH_AXES)
+    return AbstractMesh(shape, meshes.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
     six = list(range(6))  # whatever they are: nothing is placed on them
     with pytest.raises(UserError, match=r"mesh \{'data': 4\} takes 4 devices and there are 6"):
-        sharding.make_mesh({"data": 4}, six)
+        meshes.make_mesh({"data": 4}, six)
     with pytest.raises(UserError, match="takes 3 devices and there are 6"):
-        sharding.make_mesh({"data": 3}, six)  # it divides, and would leave three idle
+        meshes.make_mesh({"data": 3}, six)  # it divides, and would leave three idle
     with pytest.raises(UserError, match="takes 4 devices and there are 6"):
-        sharding.make_mesh({"data": -1, "tensor": 4}, six)
+        meshes.make_mesh({"data": -1, "tensor": 4}, six)
     with pytest.raises(UserError, match="at most one is -1"):
-        sharding.make_mesh({"data": -1, "fsdp": -1}, six)
+        meshes.make_mesh({"data": -1, "fsdp": -1}, six)
     for size in (0, -2):
         with pytest.raises(UserError, match="sizes are positive"):
-            sharding.make_mesh({"data": size}, six)
+            meshes.make_mesh({"data": size}, six)
     with pytest.raises(UserError, match="mesh axis 'model' is not one of dcn, data, fsdp, tensor"):
-        sharding.make_mesh({"model": 6}, six)
-    mesh = sharding.make_mesh({"fsdp": -1}, jax.devices()[:1])
+        meshes.make_mesh({"model": 6}, six)
+    mesh = meshes.make_mesh({"fsdp": -1}, jax.devices()[:1])
     assert mesh.axis_names == ("dcn", "data", "fsdp", "tensor") and set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = abstract(dcn=2, data=2, fsdp=2, tensor=3)
-    sharding.check_batch(mesh, 16)
-    sharding.check_batch(mesh, 32, accumulate=4)
-    assert [sharding.padded(mesh, rows) for rows in (1, 8, 9)] == [8, 8, 16]
+    meshes.check_batch(mesh, 16)
+    meshes.check_batch(mesh, 32, accumulate=4)
+    assert [meshes.padded(mesh, rows) for rows in (1, 8, 9)] == [8, 8, 16]
     with pytest.raises(UserError, match="batch 12 in 1 accumulation steps does not divide over 8 data-parallel"):
-        sharding.check_batch(mesh, 12)
+        meshes.check_batch(mesh, 12)
     with pytest.raises(UserError, match="batch 16 in 4 accumulation steps does not divide over 8"):
-        sharding.check_batch(mesh, 16, accumulate=4)
+        meshes.check_batch(mesh, 16, accumulate=4)
     with pytest.raises(UserError, match="batch 16 in 3 accumulation steps"):
-        sharding.check_batch(abstract(), 16, accumulate=3)
+        meshes.check_batch(abstract(), 16, accumulate=3)
 
 
 def test_two_logical_axes_on_one_mesh_axis_are_an_error():
     assert sharding.logical_spec("batch", None, "mlp") == PartitionSpec(("dcn", "data", "fsdp"), None, ("tensor",))
-    for names in (("heads", "mlp"), ("batch", "embed"), ("vocab", None, "vocab")):
+    for names in (("heads", "mlp"), ("batch", "batch"), ("vocab", None, "vocab")):
         with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
             sharding.logical_spec(*names)
         with jax.sharding.use_abstract_mesh(abstract(data=2)), pytest.raises(ValueError, match="on one mesh axis"):
@@ -235,27 +254,120 @@ def test_activations_are_constrained_where_there_is_a_mesh():
             jax.eval_shape(lambda x: sharding.shard(x, "batch", None), x)
 
 
-def test_every_parameter_needs_a_rule_and_the_first_one_counts():
-    with pytest.raises(ValueError, match=r"no sharding rule matches parameter 'blocks/odd' of shape \(3, 4\)"):
-        sharding.param_spec("blocks/odd", (3, 4))
-    fsdp, tensor = ("fsdp",), ("tensor",)
-    assert sharding.param_spec("blocks/layers/mlp/up/kernel", (5, 8, 2, 16)) == PartitionSpec(None, fsdp, None, tensor)
-    # a kernel of its own name, and any other one
-    assert sharding.param_spec("x/mlp/down/kernel", (16, 8)) == PartitionSpec(tensor, fsdp)
-    assert sharding.param_spec("x/other/kernel", (16, 8)) == PartitionSpec(fsdp, None)
-    assert sharding.param_spec("layers/norm/scale", (5, 8)) == PartitionSpec(None, None)
+# ---------------------------------------------------------------- parameters, by shape
 
 
-def test_what_mirrors_parameters_is_placed_like_them_and_what_does_not_divide_stays_whole():
+PODS = (abstract(fsdp=16), abstract(fsdp=4, tensor=4))
+
+
+def misplaced(params: dict) -> list[str]:
+    """Large parameters that are whole on every device of a pod, and matrices of blocks that `tensor` does not divide.
+
+    params: arrays or their shapes, nested. A ValueError for a parameter without a rule.
+    """
+    found = []
+    for mesh in PODS:
+        for path, leaf in trees.flatten(params).items():
+            spec = sharding.param_spec(path, leaf.shape, mesh)
+            if leaf.size <= 1e6:
+                continue
+            where = f"{path} {leaf.shape} on {dict(mesh.shape)}"
+            if NamedSharding(mesh, spec).shard_shape(leaf.shape) == leaf.shape:
+                found.append(f"{where}: whole on every device")
+            block = "blocks/" in path or "layers" in path
+            if mesh.shape["tensor"] > 1 and block and leaf.ndim > 2 and "tensor" not in spec:
+                found.append(f"{where}: not divided over tensor")
+    return found
+
+
+def test_every_parameter_needs_a_rule_of_its_path_and_rank():
+    mesh = abstract(fsdp=2, tensor=2)
+    for path, shape in (
+        ("blocks/odd", (3, 4)),
+        ("joint/text_gate/kernel", (16, 8)),  # no rule is for whatever is a kernel ...
+        ("joint/text_gate/bias", (8,)),  # ... or a bias
+        ("x/mlp/down/kernel", (3, 3, 16, 8)),
+        ("blocks/layers/mlp/down/kernel", (16, 8)),  # has no layer axis
+    ):
+        message = (
+            rf"no sharding rule matches parameter '{path}' of shape {re.escape(str(shape))}: add one to PARAM_RULES in"
+        )
+        with pytest.raises(ValueError, match=message):
+            sharding.param_spec(path, shape, mesh)
+    for path, shape, spec in (
+        ("blocks/layers/mlp/up/kernel", (5, 8, 2, 16), (None, "fsdp", None, "tensor")),
+        ("x/mlp/down/kernel", (16, 8), ("tensor", "fsdp")),
+        ("time/out/kernel", (16, 8), ("tensor", "fsdp")),
+        ("time/out/kernel", (5, 16, 8), (None, "tensor", "fsdp")),  # an embedder a layer
+        ("layers/mlp_norm/scale", (5, 8), (None, None)),
+        ("block_1/project/kernel", (1, 1, 16, 8), (None, None, None, "fsdp")),
+        ("encoder/project/kernel", (16, 8), ("fsdp", None)),
+    ):
+        assert sharding.param_spec(path, shape, mesh) == PartitionSpec(*spec), path
+
+
+def test_what_does_not_divide_goes_to_the_next_axis_of_its_rule():
+    one, both = PODS
+    path = "joint/text_qkv/kernel"
+    for mesh, shape, spec in (
+        (both, (24, 1536, 24, 3, 64), (None, "fsdp", "tensor", None, None)),
+        (one, (24, 1536, 24, 3, 64), (None, "fsdp", None, None, None)),
+        (both, (24, 1536, 6, 3, 64), (None, "fsdp", None, None, "tensor")),  # 6 heads over 4
+        (one, (24, 1533, 24, 3, 64), (None, None, None, None, "fsdp")),
+        (both, (24, 1533, 6, 3, 64), (None, None, None, None, "tensor")),  # an axis is divided once
+    ):
+        assert sharding.param_spec(path, shape, mesh) == PartitionSpec(*spec), (mesh, shape)
+        assert not misplaced({"joint": {"text_qkv": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}})
+
+
+def test_a_large_parameter_that_would_lie_whole_everywhere_is_refused():
+    one, both = PODS
+    odd = {"blocks": {"layers": {"text_qkv": {"kernel": jax.ShapeDtypeStruct((24, 1533, 6, 3, 63), "float32")}}}}
+    start = (
+        r"parameter 'blocks/layers/text_qkv/kernel' of shape \(24, 1533, 6, 3, 63\), 41,722,128 elements, would lie "
+    )
+    with pytest.raises(
+        UserError, match=start + r"whole on every device: mesh axis fsdp 16 divides none of d 1533, k 63"
+    ):
+        sharding.param_shardings(odd, one)
+    with pytest.raises(UserError, match="tensor 4 divides none of h 6, k 63; mesh axis fsdp 4 divides none of d 1533"):
+        sharding.param_shardings(odd, both)
+    assert [text.rpartition(": ")[2] for text in misplaced(odd)] == [
+        "whole on every device",
+        "whole on every device",
+        "not divided over tensor",
+    ]
+    sharding.param_shardings(odd, abstract(data=16))  # data parallel: all of them are whole
+    small = {"text_qkv": {"kernel": jax.ShapeDtypeStruct((33, 3, 3, 3), "float32")}}
+    assert not any(sharding.param_shardings(small, both)["text_qkv"]["kernel"].spec)
+    conv = {"conv_1": {"kernel": jax.ShapeDtypeStruct((3, 3, 512, 512), "float32")}}
+    sharding.param_shardings(conv, abstract(tensor=4))  # its rule has no axis for `tensor`
+    norm = {"norm": {"scale": jax.ShapeDtypeStruct((2_000_000,), "float32")}}
+    with pytest.raises(UserError, match="its rule names no axis to divide"):
+        sharding.param_shardings(norm, both)
+
+
+def test_a_family_of_ones_own_brings_its_rules(monkeypatch):
+    monkeypatch.setattr(param_rules, "PARAM_RULES", list(param_rules.PARAM_RULES))
+    mixing = Rule("mixer/weights", "de", fsdp="ed"), Rule("head/kernel", "dv")
+    param_rules.add_rules(*mixing)
+    param_rules.add_rules(*mixing)  # its file is read again
+    assert param_rules.PARAM_RULES[-2:] == list(mixing) and param_rules.PARAM_RULES.count(mixing[0]) == 1
+    mesh = abstract(fsdp=2)
+    assert sharding.param_spec("blocks/layers/mixer/weights", (2, 8, 8), mesh) == PartitionSpec(None, None, "fsdp")
+    assert sharding.param_spec("head/kernel", (8, 8), mesh) == PartitionSpec("fsdp", None)  # what there was comes first
+
+
+def test_what_mirrors_parameters_is_placed_like_them():
     mesh = abstract(fsdp=4, tensor=2)
-    params = {"a": {"kernel": jnp.zeros((8, 3))}, "b": {"kernel": jnp.zeros((6, 3))}}
+    params = {"head": {"kernel": jnp.zeros((8, 3))}, "skip": {"kernel": jnp.zeros((6, 3))}}
     state = {"0": {"mu": params, "count": jnp.zeros(())}, "odd": jnp.zeros((8, 3))}
     places = sharding.mirror_shardings(state, params, mesh)
     for found in (sharding.param_shardings(params, mesh), places["0"]["mu"]):
-        assert found["a"]["kernel"].spec == PartitionSpec(("fsdp",), None)
-        assert found["b"]["kernel"].spec == PartitionSpec(None, None)  # 6 over 4
-    factored = sharding.mirror_shardings({"row": {"a": {"kernel": jnp.zeros(8)}}}, params, mesh)
-    for whole in (places["0"]["count"], places["odd"], factored["row"]["a"]["kernel"]):
+        assert found["head"]["kernel"].spec == PartitionSpec("fsdp", None)
+        assert found["skip"]["kernel"].spec == PartitionSpec(None, None)  # 6 over 4
+    factored = sharding.mirror_shardings({"row": {"head": {"kernel": jnp.zeros(8)}}}, params, mesh)
+    for whole in (places["0"]["count"], places["odd"], factored["row"]["head"]["kernel"]):
         assert not any(whole.spec)
     with pytest.raises(ValueError, match="no sharding rule matches parameter 'count'"):
         sharding.param_shardings({"count": jnp.zeros(())}, mesh)

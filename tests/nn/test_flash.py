@@ -61,7 +61,7 @@ MESHED = """
 import json
 import jax, numpy as np
 from test_flash import arrays
-from hybridgen.core import sharding
+from hybridgen.core import meshes, placement
 from hybridgen.nn.attention import Mask, attend
 
 worst = []
@@ -71,7 +71,7 @@ for heads, rows in ((2, 4), (3, 4), (2, 3)):  # heads or rows that do not divide
         out, back = jax.vjp(lambda *x: attend(*x, Mask("causal", valid=valid), kernel), q, k, v)
         return out, *back(weight)
     plain = both("xla")
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         ours = jax.jit(lambda: both("splash interpreted"))()
     worst += [float(abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(ours, plain, strict=True)]
@@ -100,13 +100,13 @@ COMPILED = """
 import json
 import jax, jax.numpy as jnp
 from hybridgen import preflight
-from hybridgen.core import sharding
+from hybridgen.core import meshes, placement
 from hybridgen.cost import topology
 from hybridgen.nn.attention import Mask, attend
 
 jax.config.update("jax_platforms", "cpu")
-mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology.describe("v5e:2x2")[0])
-rows = sharding.batch_sharding(mesh)
+mesh = meshes.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, topology.describe("v5e:2x2")[0])
+rows = placement.batch_sharding(mesh)
 found = []
 for t, s, h, g, k, kind, prefix, hidden, dtype in CASES:
     q, kv = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for shape in ((4, t, h, g, k), (4, s, h, k)))

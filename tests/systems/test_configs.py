@@ -7,27 +7,31 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from test_sharding import misplaced
 
 from hybridgen import recipe
 from hybridgen.core import config as config_lib
-from hybridgen.core import sharding, trees
+from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.data import pipeline, sources
 from hybridgen.models.contract import find
 from hybridgen.reports import points as points_lib
-from hybridgen.runs import drawing, experiment, reading
+from hybridgen.runs import drawing, experiment, importing, reading
 from hybridgen.runs.restore import restore
+from hybridgen.weights import tables
+from hybridgen.weights.files import open_weights
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/recipes/*.py"))
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*/*.py") if path.parent.name != "recipes")
-LARGE = 2**20  # elements of a parameter that must not be whole on every device of a large mesh
 
 
 def variants(path: Path) -> list[str]:
@@ -69,22 +73,71 @@ def test_tiny_trains_and_samples(path, tiny_run):
             assert (0 <= piece["tokens"]).all() and (piece["tokens"] < loaded.tokenizer.model.vocab).all()
 
 
+TRACED: dict[tuple, dict] = {}  # what `init` makes, by family and model
+
+
+@pytest.fixture
+def parts_once(monkeypatch):
+    """`init` of a part is traced once for all configs that have the same model."""
+
+    def find_cached(name: str) -> SimpleNamespace:
+        family = find(name)
+
+        def init(model, key, specs, parts):
+            which = name, repr(model)
+            if which not in TRACED:
+                TRACED[which] = jax.eval_shape(lambda: family.init(model, jax.random.key(0), specs, parts))
+            return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), TRACED[which])
+
+        return SimpleNamespace(**vars(family) | {"init": init})
+
+    monkeypatch.setattr(programs, "find", find_cached)
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_parameter_has_a_place(path):
+def test_every_parameter_has_a_place(path, parts_once):
+    """Also on a pod: large arrays are divided there, and matrices of blocks over `tensor` too, of the parts as well."""
     neighbours = {"tokenizer": "tokenizers/vq.py", "prior": "ar/raster.py", "decoder": "diffusion/dit.py"}
     stages = {name: config_lib.load(f"{ROOT}/configs/{file}:tiny") for name, file in neighbours.items()}
     tower = {"vocab": 64, "length": 120, "width": 2048, "depth": 0}  # in the place of Flan-T5-XL
     stages["text"] = tiny.common.stage("text.transformer", tower, {})
-    for variant in variants(path):
-        config = config_lib.load(f"{ROOT / path}:{variant}").copy_and_resolve_references()
+    configs = {variant: config_lib.load(f"{ROOT / path}:{variant}") for variant in variants(path)}
+    configs = {config.to_json(): (variant, config) for variant, config in configs.items()}  # the default has a name too
+    for variant, config in configs.values():
+        config = config.copy_and_resolve_references()
         with config.unlocked():
             config.mesh = {"data": -1}
             for name, part in config.parts.items():
                 config.parts[name] = str(ROOT / part) if part.startswith("configs/") else part
-        built = programs.build(config, stages, devices=jax.devices()[:1])  # raises for a parameter that no rule fits
-        for name, leaf in trees.flatten(built.state["params"]).items():
-            spec = sharding.param_spec(name, leaf.shape)
-            assert leaf.size < LARGE or any(spec), f"{path}:{variant} {name} {leaf.shape} would be whole everywhere"
+        built = programs.build(config, stages, devices=jax.devices()[:1])
+        parts = {name: part.params for name, part in built.experiment.parts.items()}
+        for name, params in {"": built.state["params"], **parts}.items():
+            assert not misplaced(params), f"{path}:{variant} {name}"
+
+
+def golden(folder: Path) -> dict:
+    """The shapes of a recorded system's parameters."""
+    source = tables.find(folder.name)
+    tensors = tables.rooted(open_weights(folder / "weights.safetensors"), source.about.roots)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return importing.target(source.plan(json.loads((folder / "config.json").read_text()), shapes)).shapes
+
+
+def test_every_parameter_of_a_recorded_system_has_a_place():
+    folders = [path.parent for path in ROOT.glob("tests/golden/*/weights.safetensors")]
+    assert len(folders) > 10
+    for folder in folders:
+        if not folder.name.startswith("sched_"):
+            assert not misplaced(trees.unflatten(golden(folder)).get("params", {})), folder.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tables.names())
+def test_every_parameter_of_a_published_checkpoint_has_a_place(name):
+    source = tables.find(name)
+    for preset, config in source.about.presets.items():
+        shapes = importing.target(source.plan(config, {})).shapes
+        assert not misplaced(trees.unflatten(shapes).get("params", {})), preset
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)

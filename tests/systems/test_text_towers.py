@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_autoencoders import drawn
+from test_sharding import misplaced
 
 from hybridgen import cache, convert, sample
-from hybridgen.core import sharding, trees
+from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.models.contract import Part, find
 from hybridgen.models.text import clip
@@ -66,9 +67,7 @@ def test_published_sizes(source, preset):
     known = tables.find(source)
     shapes = importing.target(known.plan(known.about.presets[preset], {})).shapes
     assert sum(int(np.prod(spec.shape)) for spec in shapes.values()) == OFFICIAL[source, preset]
-    for path, spec in shapes.items():
-        spread_of = any(sharding.param_spec(path.removeprefix("params/"), spec.shape))
-        assert spread_of or spec.size < 2**20, f"{path} {spec.shape} would be whole on every device"
+    assert not misplaced(trees.unflatten(shapes)["params"])
 
 
 # ---------------------------------------------------------------- the way back

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_flash import arrays
 
-from hybridgen.core import sharding
+from hybridgen.core import meshes
 from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, topology
 from hybridgen.nn.attention import Mask, attend
@@ -120,7 +120,7 @@ def test_hosts_of_gpus_are_no_slices():
             self.id, self.process_index, self.slice_index = number, number // 2, number // 2
 
     devices = [Device(number) for number in range(4)]
-    mesh = sharding.make_mesh({"fsdp": 4, "data": 1}, devices)
+    mesh = meshes.make_mesh({"fsdp": 4, "data": 1}, devices)
     assert [device.id for device in mesh.devices.flat] == [0, 1, 2, 3] and mesh.shape["fsdp"] == 4
 
 

@@ -61,10 +61,10 @@ SCANNED = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from hybridgen.core import sharding
+from hybridgen.core import meshes
 from hybridgen.cost import hlo
 
-mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+mesh = meshes.make_mesh({"data": 2, "fsdp": 4})
 def place(shape, *spec):
     return jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from hybridgen import train
-from hybridgen.core import config, sharding, trees
+from hybridgen.core import config, meshes, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline
 from hybridgen.runs.reading import inference_params
@@ -95,7 +95,7 @@ def test_batches_are_read_as_the_config_says(monkeypatch):
     monkeypatch.setattr(pipeline, "batches", lambda *_, **options: requested.append(options))
     words = ["data.workers=3", "data.threads=5", "data.flip=True", "batch=8", "seed=2"]
     config_of = config.load(f"{ROOT}/configs/tokenizers/vq.py:tiny", words)
-    read, _ = batch_stream.reader(SimpleNamespace(config=config_of, mesh=sharding.make_mesh({"data": -1}), text=None))
+    read, _ = batch_stream.reader(SimpleNamespace(config=config_of, mesh=meshes.make_mesh({"data": -1}), text=None))
     read(None, 7)
     read(None, 0, shuffle=False)
     same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5}
