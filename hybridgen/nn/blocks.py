@@ -112,15 +112,12 @@ class AdaLNBlock(nn.Module):
         return shard(x, "batch", None, None), cache
 
 
-def adaln(condition: jax.Array, width: int, dtype: str, maps: int = 6) -> tuple[jax.Array, ...]:
-    """Shift, scale and gate of two branches, `[b, 1, width]` each, of a condition `[b, d]`; within a block.
-
-    maps: how many there are; 2 before the output layer, a shift and a scale.
-    """
-    y = Linear((maps, width), bias=True, dtype=dtype, init=zeros, name="modulation")(nn.silu(condition))  # b n d
-    y = shard(y, "batch", None, "mlp")  # the product is divided as its kernel is ...
-    y = shard(y, "batch", None, None)  # ... and its result whole, as the activations are that it modulates
-    return tuple(y[:, i, None, :] for i in range(maps))
+def adaln(condition: jax.Array, width: int, dtype: str) -> tuple[jax.Array, ...]:
+    """Shift, scale and gate of two branches, `[b, 1, width]` each, of a condition `[b, d]`; within a block."""
+    gates = Linear((6, width), bias=True, dtype=dtype, init=zeros, name="modulation")(nn.silu(condition))  # b 6 d
+    gates = shard(gates, "batch", None, "mlp")  # the product is divided as its kernel is ...
+    gates = shard(gates, "batch", None, None)  # ... and then whole, as the activations are that it modulates
+    return tuple(gates[:, i, None, :] for i in range(6))
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
