@@ -13,7 +13,7 @@ import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
 
-LIMIT = 5.0  # times the average system
+LIMIT = 8.0  # times the average system
 FILE = 0.08  # of all seconds
 SYSTEM = re.compile(r"\[(?:configs/|golden/)?([\w./]*?)(?:\.py)?(?:[:,-][^\]]*)?\]$")
 

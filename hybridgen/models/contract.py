@@ -139,7 +139,9 @@ class Member(NamedTuple):
     @classmethod
     def build(cls, described: Mapping[str, Any], **changes: Any) -> "Member":
         """Of {"family", "model": its options}, as a config has it."""
-        return cls(described["family"], find(described["family"]).build({**described["model"], **changes}))
+        options = {**described["model"], **changes}  # from JSON, tuples are lists
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        return cls(described["family"], find(described["family"]).build(options))
 
 
 # ---------------------------------------------------------------- families by name

@@ -5,6 +5,7 @@ The role test at the end runs over PRIORS x DECODERS: a family that joins is add
 Letters: b pictures, n tokens, v codes, l text positions.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -76,7 +77,7 @@ def graded(mode):
     return part, jax.jit(jax.value_and_grad(lambda params: loss_of(part)(params, batch, key, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("mode", cascade.MODES)
+@pytest.mark.parametrize("mode", cascade.COUPLINGS)
 def test_which_modes_carry_a_gradient_to_the_prior(mode):
     """With the prior's own loss left out, what remains is what the decoder's error says of the prior."""
     part, run = graded(mode)
@@ -128,7 +129,7 @@ def at(run, name, path):
 
 def test_own_plans_are_drawn_in_parallel_and_every_k_steps_rolled_out():
     part = joint(own=1.0, rollout_every=3)
-    prior = cascade.member(part.model, "prior", part.params, parts())
+    prior = cascade.part(part.model, "prior", part.params, parts())
     cond, keys = requested(), keys_of()
     logits = 3 * jax.random.normal(jax.random.key(5), (B, N, prior.model.vocab))  # not what this prior says
     run = jax.jit(lambda logits, keys, step: cascade.own_tokens(part.model, prior, cond, logits, keys, step))
@@ -148,7 +149,7 @@ def test_the_decoder_is_trained_on_its_share_of_own_plans():
     """Rows that the share picks see the prior's tokens, the others the true ones; none of it outside training."""
     part = joint(own=0.5, rollout_every=2)
     batch, key = batch_of(), jax.random.key(0)
-    prior, decoder = (cascade.member(part.model, name, part.params, parts()) for name in MEMBERS)
+    prior, decoder = (cascade.part(part.model, name, part.params, parts()) for name in MEMBERS)
     keys = rng.sample_keys(key, batch["id"])
     picked = rng.bernoulli(rng.named(keys, "own"), 0.5)
     assert 0 < picked.sum() < B
@@ -188,7 +189,7 @@ def drawn_by(prior=(), decoder=(), mode="tokens"):
     """(cascade, its program) with these sampling options, as pairs."""
     part = joint(mode=mode)
     options = {"prior": dict(prior), "decoder": {"steps": 2} | dict(decoder)}
-    return part, drawing.sampler(cascade, part.model, options)
+    return part, drawing.sampler(cascade, part.model, options, parts())
 
 
 def draw(cond, keys, **options):
@@ -293,7 +294,7 @@ def test_a_picture_is_the_same_whatever_the_batch():
 
 def given_parts(part, *names):
     """The tokenizer, and these members of a joint cascade as parts."""
-    return parts() | {name: cascade.member(part.model, name, part.params, {}) for name in names}
+    return parts() | {name: cascade.part(part.model, name, part.params, {}) for name in names}
 
 
 def test_given_members_draw_what_members_trained_here_draw():
@@ -302,7 +303,7 @@ def test_given_members_draw_what_members_trained_here_draw():
     out = program(part.params, {}, parts(), cond, keys)
     gap = cascade.build({})
     given = given_parts(part, *MEMBERS)
-    alone = drawing.sampler(cascade, gap, {"prior": {}, "decoder": {"steps": 2}})
+    alone = drawing.sampler(cascade, gap, {"prior": {}, "decoder": {"steps": 2}}, given)
     assert tiny.same(out, alone({}, {}, given, cond, keys))
     assert cascade.init(gap, jax.random.key(0), {}, given) == {"params": {}, "extra": {}}
     # what a config says of a member, and its way through JSON, is the model that is trained alone
@@ -317,8 +318,7 @@ def test_a_member_can_be_trained_on_top_of_the_other(trained):
     """The other one is a part: no parameters here, and no gradient."""
     both, run = graded("soft")
     (given,) = set(MEMBERS) - {trained}
-    options = {name: getattr(both.model, name) for name in ("mode", "prior_weight", trained)}
-    model, ready = cascade.build(options), given_parts(both, given)
+    model, ready = dataclasses.replace(both.model, **{given: None}), given_parts(both, given)
     shapes = jax.eval_shape(lambda key: cascade.init(model, key, {}, ready), jax.random.key(0))
     assert list(shapes["params"]) == [trained]
     one = Part({trained: both.params[trained]}, {}, "hybrid.cascade", model)
@@ -373,7 +373,7 @@ def test_any_prior_with_any_decoder(prior, decoder):
     for name in MEMBERS:
         assert np.isfinite(largest(grads[name])) and largest(grads[name]) > 1e-6
 
-    program = drawing.sampler(cascade, part.model, {"prior": {"guidance": 2.0}, "decoder": {"steps": 2}})
+    program = drawing.sampler(cascade, part.model, {"prior": {"guidance": 2.0}, "decoder": {"steps": 2}}, parts())
     cond, keys = {name: batch[name] for name in ("text", "text_mask", "label")}, keys_of(4)
     out = program(part.params, {}, parts(), cond, keys)
     assert out["tokens"].shape == (4, N) and 0 <= out["tokens"].min() and out["tokens"].max() < tokenizer.model.vocab

@@ -198,7 +198,7 @@ def refused(message, capsys, *args):
 
 
 def test_bad_folders(tmp_path, capsys):
-    refused("unknown source 'dall_e'; known are taming_vqgan", capsys, "dall_e", GOLDEN / "sd_kl_vae")
+    refused("unknown source 'dall_e'; known are clip_text, dit,", capsys, "dall_e", GOLDEN / "sd_kl_vae")
     refused("cannot read", capsys, "sched_ddpm", tmp_path)
 
     def scheduler(official):

@@ -28,7 +28,7 @@ from hybridgen.models.hybrid import cascade
 from hybridgen.models.text import lm
 from hybridgen.models.tokenizers import kl, vq
 from hybridgen.nn.position import learned
-from hybridgen.runs import experiment
+from hybridgen.runs import restore
 from hybridgen.runs.reading import load
 from hybridgen.training import logging
 from hybridgen.training.state import spec_of
@@ -336,7 +336,7 @@ def test_a_run_of_one_shape_has_that_size_only(run, prior):
 @pytest.mark.parametrize("shapes", [3, "x", [[4]], [[4, "4"]], [[0, 4]], [[4, 10**6]], [[4, 4, 4]], [[True, 4]], None])
 def test_shapes_of_somebody_are_refused(shapes, tmp_path):
     with pytest.raises(UserError, match="config.json is not the config of a run: data.shapes has"):
-        experiment._shapes(config.from_plain({"shapes": shapes}).shapes, tmp_path)
+        restore._shapes(config.from_plain({"shapes": shapes}).shapes, tmp_path)
 
 
 def test_a_run_read_back_needs_no_table(prior):
