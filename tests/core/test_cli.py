@@ -206,6 +206,7 @@ def test_a_folder_that_cannot_be_written(main, tmp_path):
 # ---- what is wrong in a run
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_config_is_not_gone_on_from(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run("configs/tokenizers/vq.py").folder, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -236,6 +237,7 @@ def test_runs_that_are_damaged(tiny_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
     """Neither where the config was changed under it, nor where it was put into another run."""
     tokenizer, prior = (tiny_run(f"configs/{name}.py").folder for name in ("tokenizers/vq", "ar/raster"))

@@ -182,6 +182,7 @@ def test_codes_drawn_by_cosine_are_distinct_from_the_first_step():
     assert np.abs(slope["codebook"]).max(-1).min() > 0 and np.abs(slope["encoder"]["project"]["kernel"]).min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lfq", "vq"])
 def test_entropies_keep_the_codes_in_use(name):
     """Some steps on a few pictures: with them more codes are used than without, and most."""

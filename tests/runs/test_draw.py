@@ -85,6 +85,7 @@ def test_a_class_conditional_prior_without_captions(tmp_path, capsys):
             sample.main([*words, *wrong])
 
 
+@pytest.mark.slow
 def test_a_prior_that_reads_takes_no_class(tiny_run, tmp_path):
     run = str(tiny_run("configs/ar/raster.py").folder)
     for wrong in (["--label", "1"], ["--label", "1", "--prompt", PROMPT]):

@@ -214,6 +214,7 @@ def test_the_legacy_loss_swaps_the_two_weights():
     assert np.abs(ours - theirs).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_posterior_is_drawn_from_and_pulled():
     mean, log_variance = jnp.asarray([[[[1.0, -2.0]]]]), jnp.log(jnp.asarray([[[[4.0, 0.25]]]]))
     # in closed form: sum of (mean^2 + variance - 1 - log variance) / 2
@@ -260,6 +261,7 @@ def test_families_say_what_cannot_be():
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
+@pytest.mark.slow
 def test_llamagen_is_vqgan_with_its_options():
     """One loss and one picture, from the same arrays."""
     options = {"resolution": 8, "channels": (8, 16), "blocks": 1, "l1": 0.5}

@@ -259,6 +259,7 @@ def measured(tiny_run, lite):
     return loaded, features, pixels
 
 
+@pytest.mark.slow
 def test_references_of_every_kind(measured, lite, tmp_path):
     """A folder and a reference file of the same pictures give the distances of their features, computed directly."""
     loaded, features, pixels = measured

@@ -217,6 +217,7 @@ def test_from_a_class_to_pictures(place, capsys):
     assert not (folder / "odd").exists()
 
 
+@pytest.mark.slow
 def test_from_a_text_to_pictures(place, capsys):
     """T5 with the tokenizer beside its weights, which reads as many positions as the prior does."""
     folder, vocab = place

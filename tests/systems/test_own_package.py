@@ -25,6 +25,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_it_trains_and_samples_with_its_own_option(tmp_path):
     config = str(OWN / "config.py")
     for variant, place in ((":tokenizer", "tokenizer"), ("", "prior")):

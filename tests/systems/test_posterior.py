@@ -67,6 +67,7 @@ def losses(posterior):
     return run
 
 
+@pytest.mark.slow
 def test_training_draws_by_the_samples_key_and_evaluation_takes_the_mean():
     batch, key = tiny.batch(B), jax.random.key(1)
     noise = rng.named(rng.sample_keys(key, batch["id"]), "posterior")

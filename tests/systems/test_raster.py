@@ -182,6 +182,7 @@ def test_a_picture_is_the_same_whatever_the_batch():
         assert tiny.same(tokens[: min(b, B)], some[: min(b, B)])
 
 
+@pytest.mark.slow
 def test_class_conditions():
     part = prior(text_vocab=0, classes=tiny.CLASSES)
     run, tokens = forward(part), tokens_of()

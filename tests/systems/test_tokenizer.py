@@ -260,6 +260,7 @@ def test_candidates_are_outputs_and_not_means(n, parts):
         assert not tiny.same(other, places)
 
 
+@pytest.mark.slow
 def test_accumulated_is_a_large_batch_for_a_moving_codebook():
     """Also for the codes that are reborn: at encoder outputs of the batch, in microbatches as in one piece."""
     options = tiny.quantised(tiny.MOVING, revive_below=0.5, decay=0.5)
@@ -316,6 +317,7 @@ def test_usage_and_perplexity_are_honest_from_the_first_step():
             assert float(codebook.in_use(extra["use"], decay)) == pytest.approx(seen / 20), step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient", "moving"])
 def test_training_brings_dead_codes_to_life(name):
     """Codes start in one place, and one takes all: after some steps most are in use, and the pictures are better."""

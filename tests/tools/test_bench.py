@@ -16,6 +16,7 @@ PRIOR = ["--config", "configs/ar/raster.py:tiny", "--config.parts.tokenizer=conf
 SMALL = ["--config.model.depth=1", "--config.batch=2", "--count", "3"]
 
 
+@pytest.mark.slow
 def test_the_report_of_training_and_sampling(tmp_path, capsys):
     file = tmp_path / "report.json"
     assert bench.main([*PRIOR, *SMALL, "--steps", "3", "--json", str(file)]) == 0
@@ -116,6 +117,7 @@ def test_nothing_trains_in_an_assembled_cascade(capsys):
         bench.main(["--config", "configs/recipes/shapes.py:tiny", "--stage", "cascade", "--what", "train"])
 
 
+@pytest.mark.slow
 def test_of_several_shapes_the_largest_is_compiled(tmp_path, capsys):
     """Pictures of two ratios, and of training and drawing the programs that the larger shape has."""
     for i in range(12):

@@ -32,6 +32,7 @@ def run(tmp_path, *arguments):
     return done.returncode, json.loads(file.read_text()) if file.exists() else done.stderr, done.stdout
 
 
+@pytest.mark.slow
 def test_this_machine(tmp_path, capsys):
     file = tmp_path / "report.json"
     assert preflight.main([*PRIOR, "--json", str(file)]) == 0
@@ -50,6 +51,7 @@ def test_this_machine(tmp_path, capsys):
     assert "GiB to spare" in shown and "limited by" in shown
 
 
+@pytest.mark.slow
 def test_a_program_over_the_capacity_is_exit_code_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "capacity", lambda: 2**20)
     assert preflight.main(PRIOR) == 1
@@ -283,6 +285,7 @@ def test_a_tpu_topology_on_a_cpu(tmp_path):
     assert train["roofline"]["times"]["network"] > 0 and train["roofline"]["memory_bytes"] > 4 * report["parameters"]
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_two_slices(tmp_path):
     code, report, shown = run(tmp_path, *PRIOR, "--topology", "v5e:2x2", "--slices", "2", "--cached", "--what", "train")

@@ -155,6 +155,7 @@ def run_of(**changes):
     return tiny.Run(tiny.experiment("tokenizers.vq", VQ | {"adversarial": gan}, **options, **changes), tiny.batch(8))
 
 
+@pytest.mark.slow
 def test_the_trainer_starts_it_late_and_outside_of_the_average():
     run = run_of(optim__lr=1e-3)
     assert "disc" in run.state["params"] and set(run.state["ema"]) == {"encoder", "decoder"}
@@ -174,6 +175,7 @@ def test_the_trainer_starts_it_late_and_outside_of_the_average():
     assert last["discriminator"] < 0.7 * first["discriminator"]
 
 
+@pytest.mark.slow
 def test_accumulated_is_a_large_batch():
     """All terms are means over pictures; the adaptive weight alone is that of a microbatch."""
     batch, slopes = tiny.batch(8), {}

@@ -103,6 +103,7 @@ def watched(settings, folder: Path) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, seen=seen, message=message)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_first_step(run):
     """Batches of both shapes, evaluations whose last batches are not full, and saves: all of it was there before."""
     assert "compiled the step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(run.message)
@@ -310,6 +311,7 @@ def prior(run, data) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sample_draws_one_of_the_shapes(prior, tmp_path, capsys):
     words = ["--run", str(prior), "--prompt", "a wide one", "--count", "2", "--out", str(tmp_path)]
     assert sample.main([*words, "--size", "20x12"]) == 0

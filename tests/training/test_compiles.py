@@ -62,6 +62,7 @@ def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, com
     assert {seen[number] for number in range(every + 1, steps + 1)} == {seen[every + 1]}
 
 
+@pytest.mark.slow
 def test_drawing_compiles_once_whatever_the_number(tiny_run, tmp_path, compilations):
     """A last batch that is not full, other prompts and another seed are the same program."""
     loaded = restore(tiny_run("configs/ar/raster.py").folder, {})

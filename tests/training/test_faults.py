@@ -75,6 +75,7 @@ def skipped_in(folder: Path) -> list:
 # ---- bad batches
 
 
+@pytest.mark.slow
 def test_one_bad_batch_is_counted_and_nothing_else(run):
     """The run is the one that skips this batch: parameters, average, codebook, optimiser, counts, and the log."""
     bad = run("bad", {"nan": [6]}, 12, 5)
@@ -254,6 +255,7 @@ def test_a_rotten_step_is_fallen_back_from(run, capsys):
 # ---- going on
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_by_its_keys(run):
     run("run", {}, 3, 5)
     changes = {

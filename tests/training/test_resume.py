@@ -67,6 +67,7 @@ def config_of(path: str, *overrides: str):
     return config.load(f"{ROOT}/{path}", [*overrides])
 
 
+@pytest.mark.slow
 def test_a_part_that_was_swapped_is_refused(tiny_run, tmp_path):
     shutil.copytree(tiny_run("configs/tokenizers/vq.py").folder, tmp_path / "tokenizer")
     words = [f"parts.tokenizer={tmp_path / 'tokenizer'}", "log.every=1", "model.width=32", "model.depth=1"]
@@ -81,6 +82,7 @@ def test_a_part_that_was_swapped_is_refused(tiny_run, tmp_path):
     assert train.run(longer, tmp_path / "prior", allow=("config.steps", "parts.tokenizer"))
 
 
+@pytest.mark.slow
 def test_init_from_a_run(tmp_path):
     """The whole, with the codebook that is no parameter; a subtree; and subtrees that are not there."""
     words = ["steps=3", "batch=4", "model.channels=(16,)", "model.attention=False", "model.quantizer.codebook_size=32"]

@@ -49,6 +49,7 @@ def test_accumulated_is_a_large_batch_for_a_masked_loss():
     assert tiny.gap(losses, by_parts) < 1e-12
 
 
+@pytest.mark.slow
 def test_accumulated_is_a_large_batch_for_a_prior_with_rows_that_do_not_count():
     tokenizer = tiny.tokenizer()
     model = tiny.prior_options(tokenizer, text_vocab=0, classes=tiny.CLASSES, depth=1, cond_drop_prob=0.5)
