@@ -129,7 +129,7 @@ def test_a_joint_step_with_the_tower_or_with_cached_features(runs):
     cached |= {"text_features": np.asarray(features), "text_features_mask": np.asarray(seen)}
     run = tiny.Run(tiny.experiment("hybrid.cascade", options, parts), batch)
     model, before = run.experiment.model, jax.device_get(run.state["params"])
-    prior = cascade.member(model, "prior", before, parts)
+    prior = cascade.part(model, "prior", before, parts)
     reported = jax.jit(lambda batch, parts: llamagen.conditioning(prior.model, batch, parts))
     straight, kept = reported(batch, parts), reported(cached, {})
     assert tiny.gap(straight["text_features"], kept["text_features"]) < 1e-5
