@@ -59,12 +59,12 @@ def check_config(config: Any, folder: Path | None, stages: Mapping[str, Any]) ->
 
     A part is a run, seen from `folder`, or a stage of a recipe; the options of one that is neither yet pass.
     """
-    names, partial = list(reading.families({"family": config.family, "model": config.model})), False
+    names, partial = list(reading.families(config)), False
     for path in config.parts.values():
         stage = stages.get(Path(path).name)
         try:
             names += (
-                reading.families({"family": stage.family, "model": stage.model})
+                reading.families(stage)
                 if stage is not None and "family" in stage
                 else reading.families_of(reading.find_run(path, folder))
             )

@@ -49,14 +49,10 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     """The newest good checkpoint of a run (or the one at `step`), averaged parameters where there are some."""
     bundled = bundle.at(folder)
     made = bundle.read(folder) if bundled else None  # verifies its files before anything else is made of them
-    config = upgrades.upgraded(config_lib.read(folder / "config.json"))
-    if bundled:
-        check_families(config, folder)
+    config = read_config(folder)
     model = _model(config, folder)
-    if made:
-        bundle.check_parts(folder, config.parts)
-        if step not in (None, made.step):
-            raise UserError(f"the bundle {folder} is of step {made.step}, there is no {step} in it")
+    if made and step not in (None, made.step):
+        raise UserError(f"the bundle {folder} is of step {made.step}, there is no {step} in it")
     arrays, part_digests, found = made or saved_arrays(folder, step, config, report)
     part = Part(arrays["params"], arrays["extra"], config.family, model)
     text_file = folder / "text.json"
@@ -92,29 +88,42 @@ def inference_params(params: Any, ema: Any) -> dict:
     return trees.unflatten(flat)
 
 
+def read_config(folder: Path) -> Any:
+    """The config of a run or a bundle, in today's options. Raises UserError for one that is none, or leads out."""
+    config = upgrades.upgraded(config_lib.read(folder / "config.json"))
+    for name in ("model", "data", "mesh", "parts", "sample"):
+        if not hasattr(config.get(name), "items"):
+            raise UserError(f"{folder / 'config.json'} is not the config of a run: it has no group {name!r}")
+    if bundle.at(folder):
+        check_families(config, folder)
+        bundle.check_parts(folder, config.parts)
+    return config
+
+
 def families(config: Mapping) -> Iterator[str]:
     """The families that a config names: its own, and those of members within its model."""
     if isinstance(config.get("family"), str):
         yield config["family"]
-    for value in config.values():
+    yield from _members(config.get("model", {}))
+
+
+def _members(model: Mapping) -> Iterator[str]:
+    for value in model.values():
         if hasattr(value, "items"):
-            yield from families(value)
+            yield from [value["family"]] if isinstance(value.get("family"), str) else []
+            yield from _members(value)
 
 
 def families_of(folder: Path) -> list[str]:
-    """The families of a run and of its parts, by their configs alone."""
-    config = upgrades.upgraded(config_lib.read(folder / "config.json"))
-    if bundle.at(folder):
-        check_families(config, folder)
-    found = list(families({"family": config.get("family"), "model": config.get("model", {})}))
-    for path in config.get("parts", {}).values():
-        found += families_of(find_run(path, folder))
-    return found
+    """The families of a run and of its parts, which have none of their own, by their configs alone."""
+    config = read_config(folder)
+    parts = [read_config(find_run(path, folder)) for path in config.parts.values()]
+    return [family for one in (config, *parts) for family in families(one)]
 
 
 def check_families(config: Any, folder: Path) -> None:
     """Raises UserError for a family outside of hybridgen in a bundle, which may be anybody's: no code is imported."""
-    for family in families({"family": config.get("family"), "model": config.get("model", {})}):
+    for family in families(config):
         if family not in sys.modules and not file_of(family).is_file():
             what = f"the family {family!r}: import that module first, if you trust it"
             raise UserError(f"the bundle {folder} is of {what}")
@@ -142,9 +151,6 @@ def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution
 
 def _model(config: Any, folder: Path) -> Any:
     """The model of a run that is read back. Raises UserError for a config that does not make one."""
-    for name in ("model", "data", "mesh", "parts", "sample"):
-        if not hasattr(config.get(name), "items"):
-            raise UserError(f"{folder / 'config.json'} is not the config of a run: it has no group {name!r}")
     try:
         return find(config.family).build(config_lib.resolve(config.model, {}))
     except UserError:

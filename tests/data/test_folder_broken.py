@@ -1,62 +1,15 @@
 """A broken record of a folder among good ones: replaced by a fixed rule, and no other sample changes."""
 
 import gc
-import json
-import struct
 import sys
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from test_folder import EMOJI, folder_of, read
 
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, text, transforms
 from hybridgen.runs.fingerprint import check_fingerprint
-
-EMOJI = Path(__file__).parents[3] / "shared" / "data" / "emoji"
-RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-def picture(path, colour=RED, size=(24, 16), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **options)
-
-
-def metadata(folder, records):
-    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-
-
-def folder_of(path, count=8, **fields):
-    for i in range(count):
-        picture(path / f"{i}.png", (i, 2 * i, 3 * i))
-    metadata(path, [{"file_name": f"{i}.png", "text": f"number {i}", **fields} for i in range(count)])
-    return path
-
-
-def read(path, **options):
-    return sources.Folder(path, **{"resolution": 8, "validation": 0, **options})
-
-
-def png_header(width, height):
-    """A PNG that claims a size and holds no pixels to speak of."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + ihdr + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
-
-
-def refusal(source, index=0):
-    with pytest.raises(sources.BrokenRecord) as error:
-        source[index]
-    assert source.name(index) in str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
-
 
 # ---- a broken record among good ones
 

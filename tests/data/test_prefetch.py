@@ -11,45 +11,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_pipeline import TOKENIZER, Numbers, same, take
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import pipeline, sources, text
-
-
-class Numbers:
-    """Picture i shows i; `seen` lists what was read. `bad` records are broken."""
-
-    def __init__(self, length=37, bad=()):
-        self.length, self.bad, self.seen = length, set(bad), []
-
-    def __len__(self):
-        return self.length
-
-    def name(self, index):
-        return f"number {index}"
-
-    def __getitem__(self, index):
-        self.seen.append(index)
-        if index in self.bad:
-            raise sources.BrokenRecord(f"{self.name(index)}: bad")
-        picture = np.full((2, 2, 3), index % 256, np.uint8)
-        picture[0, 0, 0] = index // 256
-        return {"image": picture, "text": f"a {index}", "scene": {"number": index}}
-
-
-TOKENIZER = text.Bytes(6)
-
-
-def take(count, source=None, **options):
-    loader = pipeline.batches(source or Numbers(), TOKENIZER, **{"batch": 8, "seed": 5, **options})
-    out = [next(loader) for _ in range(count)]
-    loader.close()
-    return out
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(np.array_equal(one[key], two[key]) for key in one)
-
+from hybridgen.data import pipeline
 
 # ---- prefetch
 

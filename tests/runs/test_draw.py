@@ -15,7 +15,7 @@ from hybridgen import evaluate, sample, train
 from hybridgen.core import config
 from hybridgen.core.errors import UserError
 from hybridgen.models.roles import denoiser, next_token
-from hybridgen.runs import drawing
+from hybridgen.runs import drawing, reading
 from hybridgen.sampling import guidance
 from hybridgen.training import profiling
 
@@ -161,3 +161,11 @@ def test_a_profile_window_writes_a_trace(tmp_path):
         for step in range(3):
             window.at(step, jnp.arange(4) + step)
     assert [path.stat().st_size > 0 for path in tmp_path.rglob("*.xplane.pb")] == [True]
+
+
+def test_the_families_of_a_run_that_names_itself_as_a_part(tmp_path):
+    """Parts have no parts: looking for the options of a run ends, whatever its config says."""
+    groups = {name: {} for name in ("model", "data", "mesh", "sample")}
+    config = groups | {"family": "ar.raster", "parts": {"tokenizer": "."}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert reading.families_of(tmp_path) == ["ar.raster", "ar.raster"]
