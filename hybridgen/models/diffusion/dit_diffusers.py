@@ -21,20 +21,7 @@ from hybridgen.core.sharding import shard
 from hybridgen.models.contract import Shape, sides
 from hybridgen.models.diffusion.process import Process
 from hybridgen.models.roles import denoiser
-from hybridgen.models.roles.denoiser import (  # noqa: F401  the functions of the role
-    Denoiser,
-    conditioning,
-    corrupt_tokens,
-    decoder_loss,
-    for_shape,
-    init,
-    inputs,
-    loss,
-    plan_conditioning,
-    predict,
-    render,
-    sample,
-)
+from hybridgen.models.roles.denoiser import Denoiser
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.blocks import adaln, modulate
 from hybridgen.nn.conv import patchify, unpatchify
@@ -57,6 +44,10 @@ PROCESS = Process(
 )
 ROLE = "decoder"
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
+init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
+conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning
+corrupt_tokens, decoder_loss = denoiser.corrupt_tokens, denoiser.decoder_loss
+predict, render, for_shape = denoiser.predict, denoiser.render, denoiser.for_shape
 
 
 class DiTBlock(nn.Module):

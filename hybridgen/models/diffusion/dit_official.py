@@ -17,19 +17,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.models.contract import Parts, Shape, sides
 from hybridgen.models.diffusion.process import Process
 from hybridgen.models.roles import denoiser
-from hybridgen.models.roles.denoiser import (  # noqa: F401  the functions of the role
-    Denoiser,
-    conditioning,
-    corrupt_tokens,
-    decoder_loss,
-    init,
-    inputs,
-    loss,
-    plan_conditioning,
-    predict,
-    render,
-    sample,
-)
+from hybridgen.models.roles.denoiser import Denoiser
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.blocks import AdaLNBlock, modulate
 from hybridgen.nn.conv import patchify, unpatchify
@@ -51,6 +39,10 @@ PROCESS = Process(
 )
 ROLE = "decoder"
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
+init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
+conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning
+corrupt_tokens, decoder_loss = denoiser.corrupt_tokens, denoiser.decoder_loss
+predict, render = denoiser.predict, denoiser.render
 
 
 class DiT(nn.Module):

@@ -56,6 +56,12 @@ class PictureLoss:
     values: int = 1  # the published objective is so many times ours, which the bounds of the adaptive weight go by
     dtype: str = "float32"
 
+    @classmethod
+    def of(cls, model: Any, last: str, values: int = 1) -> "PictureLoss":
+        """As a tokenizer's options say: `l1`, `mse`, `perceptual`, `adversarial`, `dtype`."""
+        weights = model.l1, model.mse, model.perceptual
+        return cls(*weights, adversarial(model.adversarial), last, values, model.dtype)
+
     @property
     def discriminator(self) -> PatchGAN:
         options = self.adversarial

@@ -22,11 +22,11 @@ from hybridgen.core import rng
 from hybridgen.models.contract import Parts, Shape, sides
 from hybridgen.models.losses import rows, weighted
 from hybridgen.models.roles import tokenizer
-from hybridgen.models.roles.tokenizer import for_shape  # noqa: F401  a function of the role
 from hybridgen.models.tokenizers import gan_loss
 from hybridgen.nn.autoencoder import Autoencoder
 
 ROLE = "tokenizer"
+for_shape = tokenizer.for_shape
 
 
 class KL(nn.Module):
@@ -72,9 +72,8 @@ class KL(nn.Module):
     @property
     def picture_loss(self) -> gan_loss.PictureLoss:
         """The loss of a decoded picture; the published objective sums over a picture's values."""
-        options, values = gan_loss.adversarial(self.adversarial), 3 * math.prod(sides(self.resolution))
-        weights, last = (self.l1, self.mse, self.perceptual), "net/decoder/conv_out/kernel"
-        return gan_loss.PictureLoss(*weights, options, last, values, self.dtype)
+        values = 3 * math.prod(sides(self.resolution))
+        return gan_loss.PictureLoss.of(self, "net/decoder/conv_out/kernel", values)
 
     def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
         return self.net.encoded(image, hidden)

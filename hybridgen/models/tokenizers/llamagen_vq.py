@@ -18,21 +18,13 @@ from flax.core import FrozenDict
 
 from hybridgen.models.contract import Shape
 from hybridgen.models.roles import tokenizer
-from hybridgen.models.roles.tokenizer import (  # noqa: F401  the functions of the role
-    decode,
-    embed,
-    encode,
-    for_shape,
-    init,
-    loss,
-    merge,
-    sample,
-)
 from hybridgen.models.tokenizers import gan_loss
 from hybridgen.nn.autoencoder import Autoencoder
 from hybridgen.nn.quantizers import vq_gradient
 
 ROLE = "tokenizer"
+init, loss, merge, sample = tokenizer.init, tokenizer.loss, tokenizer.merge, tokenizer.sample
+encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.decode, tokenizer.for_shape
 SOFTNESS = 0.01  # temperature of the soft codes
 
 
@@ -83,8 +75,7 @@ class LlamaGenVQ(nn.Module):
     @property
     def picture_loss(self) -> gan_loss.PictureLoss:
         """The loss of a decoded picture."""
-        options, last = gan_loss.adversarial(self.adversarial), "net/decoder/conv_out/kernel"
-        return gan_loss.PictureLoss(self.l1, self.mse, self.perceptual, options, last, dtype=self.dtype)
+        return gan_loss.PictureLoss.of(self, "net/decoder/conv_out/kernel")
 
     def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
         return self.net.encoded(image, hidden)
