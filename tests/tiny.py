@@ -74,9 +74,11 @@ def filled(module, model, specs: dict, parts: dict, seed: int = 0) -> dict:
 
 
 def part(family: str, options: dict, seed: int = 0, parts: dict | None = None) -> Part:
-    """A component with random arrays."""
+    """A component with random arrays: constants also where a traced function asks for it first."""
     model = find(family).build(options)
-    arrays = jax.tree.map(jnp.asarray, filled(find(family), model, state.spec_of(batch(1)), parts or {}, seed))
+    given = filled(find(family), model, state.spec_of(batch(1)), parts or {}, seed)
+    with jax.ensure_compile_time_eval():
+        arrays = jax.tree.map(jnp.asarray, given)
     return Part(arrays["params"], arrays["extra"], family, model)
 
 
