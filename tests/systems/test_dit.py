@@ -331,5 +331,5 @@ def test_a_decoder_of_discrete_timesteps():
     cond = dit.conditioning(part.model, batch_of(), parts_of())
     image = jax.jit(lambda cond, keys: drawer(part)(cond, keys, solver="ddpm"))(cond, keys_of())
     assert np.isfinite(loss) and image.shape == (B, 16, 16, 3) and np.isfinite(image).all()
-    with pytest.raises(UserError, match="process.learned_variance: this network predicts no variance"):
+    with pytest.raises(UserError, match="process.learned_variance is not supported by this network"):
         decoder(process=way | {"learned_variance": True})
