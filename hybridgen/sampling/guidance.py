@@ -1,8 +1,8 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) on logits, noise, velocity or clean predictions.
 
 The form is `c + (s - 1) * (c - u)`: with s = 1 it equals the conditional branch bit for bit. If the scale is None or
-the Python number 1, the unconditional branch is not computed (`is_on`). A scale is a Python number, a traced scalar or a
-function of progress in [0, 1] (position / last position, or 1 - time): see `schedule`. Branches must be finite.
+the Python number 1, the unconditional branch is not computed (`is_on`). A scale is a Python number, a traced scalar, or
+a function of progress in [0, 1] (position / last position, or 1 - time): see `schedule`. Branches must be finite.
 
 **Levels.** Several named conditions (text "c", plan "z", history "h") are guided by terms. A term compares two
 branches, each named by the conditions that it drops, and `combine_levels` is

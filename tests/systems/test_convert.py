@@ -133,7 +133,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys, state):
     (folder / "w.safetensors").write_bytes(whole[:-4])
     refused(capsys, tmp_path, "is not a valid safetensors file", "sd_kl_vae", folder, tmp_path / "run")
     (folder / "w.safetensors").write_bytes(whole)
-    refused(capsys, tmp_path, "unknown source 'dall_e'; known are", "dall_e", folder, tmp_path / "run")
+    refused(capsys, tmp_path, "unknown source 'dall_e'; it must be one of", "dall_e", folder, tmp_path / "run")
     refused(capsys, tmp_path, "three things are asked for", "sd_kl_vae", folder)
     refused(capsys, tmp_path, "no config 'sd9'", "sd_kl_vae", folder, tmp_path / "run", "--config", "sd9")
     refused(capsys, tmp_path, "is there already", "sd_kl_vae", folder, folder)

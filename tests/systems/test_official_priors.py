@@ -129,7 +129,7 @@ def test_wrapped_files():
         ("llamagen_gpt", {"rope_scale": 2}, "has the key 'rope_scale', which is not supported"),
         ("llamagen_gpt", {"model_type": "i2i"}, "model_type 'i2i' is not supported, only 'c2i', 't2i'"),
         ("llamagen_gpt", {"n_head": 5}, "dim 64 does not divide into n_head 5 heads"),
-        ("llamagen_gpt", {"n_kv_head": 3}, "4 query heads do not divide over 3 key heads"),
+        ("llamagen_gpt", {"n_kv_head": 3}, "heads 4 (queries) do not divide by kv_heads 3"),
         ("llamagen_gpt", {"cls_token_num": 2}, "cls_token_num 2 is not supported, only 1"),
         ("taming_gpt", {"n_head": 5}, "n_embd 48 does not divide by n_head 5"),
         ("taming_gpt", {"n_past": 5}, "has the key 'n_past', which is not supported"),

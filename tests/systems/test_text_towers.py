@@ -193,7 +193,7 @@ def test_copies_of_one_table():
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters lacks the key 'factor'"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor 0.0 is not positive"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_theta": 1e4, "beta": 1}}, "rope_parameters has the key 'beta'"),
-        ("llama_lm", LLAMA | {"num_key_value_heads": 3}, "2 query heads do not divide over 3"),
+        ("llama_lm", LLAMA | {"num_key_value_heads": 3}, "heads 2 .queries. do not divide by kv_heads 3"),
         ("llama_lm", LLAMA | {"head_dim": 3}, "head width 3 does not divide by 2"),
     ],
 )
@@ -263,7 +263,9 @@ def test_buckets_are_exact_near_and_geometric_far():
     assert near.tolist() == [*range(7, -1, -1), *range(17, 24)]
     far = relative_buckets(np.array([8, 11, 12, 15, 16, 22, 23, 127, 128, 10_000]), 32, 128) - 16
     assert far.tolist() == [8, 8, 9, 9, 10, 10, 11, 15, 15, 15]
-    with pytest.raises(UserError, match="32 buckets do not reach to a distance of 8"):
+    with pytest.raises(
+        UserError, match="32 buckets, farthest 8: need at least 4 buckets, and farthest above buckets / 4"
+    ):
         relative_buckets(np.arange(3), 32, 8)
 
 
