@@ -324,7 +324,7 @@ def test_networks_that_are_not_built_are_named():
     for family, message in classes.items():
         with pytest.raises(UserError, match="process.timesteps is 0, but .* needs discrete timesteps"):
             family.build({"process": {"timesteps": 0, "learned_variance": False}})
-        with pytest.raises(UserError, match=f"model.classes is 0: {message}"):
+        with pytest.raises(UserError, match=f"model.classes is 0, but {message}"):
             family.build({"classes": 0})
 
 
@@ -334,7 +334,7 @@ def test_outputs_are_the_channels_or_twice_as_many():
     params = jax.eval_shape(lambda key: dit_diffusers.init(model, key, {}, {}), jax.random.key(0))["params"]
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(1))
     with pytest.raises(
-        UserError, match="the network has 4 outputs; 3 channels and process.learned_variance True make 6"
+        UserError, match="the network has 4 outputs, but 3 channels with process.learned_variance True need 6"
     ):
         jax.eval_shape(
             lambda p: dit_diffusers.render(model, p, {}, {"label": jnp.zeros(1, jnp.int32)}, keys, {}, {}), params
