@@ -117,6 +117,5 @@ def _rows(features: np.ndarray, width: int | None = None) -> np.ndarray:
     if rows.ndim != 2 or width not in (None, rows.shape[1]):
         raise UserError(f"features must have the shape n {width or 'd'}, not {rows.shape}")
     if not np.isfinite(rows).all():
-        wrong = int((~np.isfinite(rows)).any(1).sum())
-        raise UserError(f"{wrong} of {len(rows)} pictures have features that are not finite")
+        raise UserError(f"{int((~np.isfinite(rows)).any(1).sum())} of {len(rows)} pictures have non-finite features")
     return rows

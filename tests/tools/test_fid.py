@@ -88,7 +88,7 @@ def test_the_memory_is_that_of_the_covariance():
     ("call", "says"),
     [
         (lambda: fid.Moments(3).add(np.ones((2, 4))), "features must have the shape n 3, not (2, 4)"),
-        (lambda: fid.Moments(2).add([[0, np.nan], [1, 1]]), "1 of 2 pictures have features that are not finite"),
+        (lambda: fid.Moments(2).add([[0, np.nan], [1, 1]]), "1 of 2 pictures have non-finite features"),
         (lambda: fid.Moments(2).statistics(), "at least 2 pictures, not 0"),
         (lambda: fid.frechet(*gaussian(0, 3), *gaussian(0, 4)), "different widths"),
         (lambda: fid.kernel(np.ones((3, 2)), np.ones((9, 2))), "at least 4 pictures in each set, not 3 and 9"),
