@@ -68,7 +68,7 @@ class Window:
         left = self.end - self.file.tell()
         count = left if count < 0 else min(count, left)
         if count > MAX_READ:
-            raise Malformed(f"it needs a read of {count} bytes at once, at most {MAX_READ} are allowed")
+            raise Malformed(f"it needs to read {count} bytes at once, at most {MAX_READ} are allowed")
         return self.file.read(count)
 
     def readline(self) -> bytes:
