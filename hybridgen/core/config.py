@@ -1,15 +1,16 @@
 """Configs: load `file.py:variant,key=value`, override `--config.a.b=value`, resolve "auto", compare.
 
-A config is plain data (an `ml_collections.ConfigDict` from `get_config(arg)`): strings name things, tuples hold lists.
-Unknown keys and values of another type are refused with the nearest known key. Four groups are open, what a user adds
-to them is new: `parts.NAME=RUN`, `init_from.SUBTREE=RUN[:SUBTREE]`, `optim.groups.NAME.OPTION=VALUE` and
-`data.options.NAME=VALUE` (of a recipe: of all stages with its first source), which the source itself checks.
+A config is plain data (an `ml_collections.ConfigDict` from `get_config(arg)`): strings name components, and lists are
+tuples. An unknown key or a value of the wrong type raises UserError, which names the nearest known key. Users may add
+keys to four groups: `parts.NAME=RUN`, `init_from.SUBTREE=RUN[:SUBTREE]`, `optim.groups.NAME.OPTION=VALUE` and
+`data.options.NAME=VALUE`, which the data source checks (in a recipe: for all stages with the first stage's source).
 
-A value is a Python literal, or one of the words true, false, none. An option that holds text takes its value as it is
-written, so `model.quantizer.kind=none` is the word; but one of a data source (`data.options.NAME`, or an entry that
-stages share as one) may also be none or a tuple of texts: `text_key=none` is a folder without captions.
+A value is a Python literal or one of the words true, false, none. An option of type str takes the text as written, so
+`model.quantizer.kind=none` sets the string "none". A string option of a data source (`data.options.NAME`, or an entry
+that stages share as one) may also be None or a tuple of strings: `text_key=none` reads a folder without captions.
 
-An entry that stages share (`path` of a recipe) reaches all of them; set under one stage, it is that stage's own.
+Setting an entry that stages share (a recipe's `path`) changes it in all of them; setting it under one stage changes it
+there only.
 """
 
 import argparse
@@ -29,9 +30,9 @@ from ml_collections import ConfigDict, FieldReference
 from hybridgen.core.errors import UserError
 
 AUTO = "auto"
-FILLED = ("resolution", "classes", "text_vocab", "text_length", "vocab", "grid", "plan_width")  # what "auto" knows
+FILLED = ("resolution", "classes", "text_vocab", "text_length", "vocab", "grid", "plan_width")  # may be "auto"
 
-# the least value of an entry of a stage, whole numbers unless it is written 0.0; the most is what fits a seed
+# the smallest allowed value of an entry of a stage: an integer unless written 0.0; the largest is that of a seed
 LEAST = {
     "seed": 0,
     "batch": 1,
@@ -59,7 +60,7 @@ LEAST = {
 } | {f"mesh.{axis}": -1 for axis in ("dcn", "data", "fsdp", "tensor")}
 MOST = 2**32 - 1
 MAX_FILE, MAX_LEVELS = 2**24, 16  # bytes and nesting of a config that is read back
-# and of an option of a model, or of a member of it; of a tuple, each
+# the smallest allowed value of a model option, also a nested one; for a tuple, of each member
 LEAST_OF_MODEL = {
     name: 1 for name in ("heads", "kv_heads", "depth", "patch", "width", "blocks", "codebook_size", "channels")
 }
@@ -80,18 +81,18 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE[:VARIANT[,KEY=VALUE...]]",
-        help="a file in configs/, such as configs/ar/raster.py:tiny; --config.a.b=VALUE overrides an entry: a number, "
-        "true, false, none, a tuple, or text as it is (of data.options, none is no text)",
+        help="config file with an optional variant, such as configs/ar/raster.py:tiny; --config.a.b=VALUE overrides an "
+        "entry; VALUE is a number, true, false, none, a tuple or unquoted text",
     )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Parses known arguments; what is left must be `--config.a.b=value`, returned as a list of "a.b=value"."""
+    """Parses known arguments. All others must be `--config.a.b=value` and are returned as a list of "a.b=value"."""
     args, rest = parser.parse_known_args(argv)
     overrides = []
     for item in rest:
         if item.startswith("--config.") and "=" not in item:
-            parser.error(f"{item} has no value: {item}=VALUE")
+            parser.error(f"{item} needs a value: {item}=VALUE")
         if not item.startswith("--config."):
             known = [option for action in parser._actions for option in action.option_strings]
             parser.error(f"unknown argument {item!r}{hint(item.split('=')[0], known)}")
@@ -106,7 +107,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not file.is_file():
         raise UserError(f"no config file {path!r}{hint(path, [str(p) for p in Path('configs').rglob('*.py')])}")
     if file.suffix != ".py":
-        raise UserError(f"{path} is not a config: that is a Python file such as configs/ar/raster.py")
+        raise UserError(f"{path} is not a config: a config is a Python file such as configs/ar/raster.py")
     root = str(next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent))
     if root not in sys.path:
         sys.path.insert(0, root)  # configs import each other as `configs.x`
@@ -126,7 +127,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def check(config: Mapping) -> None:
-    """Raises UserError for a value of a stage, or of a stage of a recipe, that nothing can be made of."""
+    """Raises UserError for a value that is out of range, in a stage's config or in any stage of a recipe."""
     for stage, prefix in [(config, ""), *((s, f"stages.{name}.") for name, s in config.get("stages", {}).items())]:
         for key, value in flatten(stage).items():
             _check_value(f"config key '{prefix}{key}'", key, value)
@@ -137,7 +138,7 @@ def _check_value(where: str, key: str, value: Any) -> None:
     least = LEAST_OF_MODEL.get(name) if key.startswith("model.") else LEAST.get(key)
     if least is not None:
         if value == ():
-            raise UserError(f"{where} is empty, it takes at least one number")
+            raise UserError(f"{where} is empty: give at least one number")
         for number in value if isinstance(value, tuple) else (value,):
             if number is None or number == AUTO:
                 continue
@@ -150,11 +151,11 @@ def _check_value(where: str, key: str, value: Any) -> None:
     if (key == "frozen_dtype" or (key.startswith("model.") and name == "dtype")) and value not in DTYPES:
         raise UserError(f"{where} {value!r} is not one of {', '.join(DTYPES)}{hint(str(value), DTYPES)}")
     if key.startswith("sample.options.") and value is None:
-        raise UserError(f"{where} is none, a sampling option has a value")
+        raise UserError(f"{where} is none: a sampling option needs a value")
     if key == "trainable":
         for rule in value if isinstance(value, tuple) else (value,):
             if not (isinstance(rule, tuple | list) and [type(part) for part in rule] == [str, bool]):
-                raise UserError(f"{where} takes pairs, such as (('^text/', False),), and was given {value!r}")
+                raise UserError(f"{where} takes pairs, such as (('^text/', False),), not {value!r}")
             _check_pattern(where, rule[0])
     elif PATTERN.fullmatch(key):
         _check_pattern(where, value)
@@ -197,13 +198,13 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
         node, last = _node(config, key)
         with node.unlocked(), node.ignore_type():
             if any(other.count(".") <= key.count(".") for other in same if other != key):
-                del node[last]  # its own from now on; what is above all that share it reaches them
+                del node[last]  # unshares the entry; only the topmost key of those that share it changes them all
             source_option = any(SOURCE_OPTION.fullmatch(other) for other in (key, *same))
             node[last] = _convert(key, text, old, source_option)
 
 
 def _add(config: ConfigDict, known: Mapping, key: str, text: str) -> None:
-    """Sets an entry that an open group does not have yet. Raises UserError for any other key."""
+    """Adds an entry to a group that accepts new keys (see the head). Raises UserError for any other key."""
     if match := OPEN.fullmatch(key):
         group, name = filter(None, match.groups())
         if group in known:
@@ -233,7 +234,7 @@ def _add(config: ConfigDict, known: Mapping, key: str, text: str) -> None:
 
 
 def _option_groups(config: ConfigDict, known: Mapping, group: str, name: str) -> list[str]:
-    """The groups of source options that a new one goes to: the key's own or, of a recipe's `data`, those of stages."""
+    """The option groups that a new source option is added to: the key's own, or the stages' for a recipe's `data`."""
     stages = [f"stages.{stage}.data" for stage in config.get("order", ()) if f"stages.{stage}.data.source" in known]
     several = "data" not in config and group == "data.options"
     datas = [data for data in stages if known[f"{data}.source"] == known[f"{stages[0]}.source"]] if several else []
@@ -243,7 +244,7 @@ def _option_groups(config: ConfigDict, known: Mapping, group: str, name: str) ->
 
 
 def _node(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """The group that a key is in, and its name there."""
+    """The group that contains a key, and the key's last component."""
     *path, last = key.split(".")
     for name in path:
         config = config[name]
@@ -251,7 +252,7 @@ def _node(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 
 def _references(config: ConfigDict, prefix: str = "") -> dict[str, FieldReference]:
-    """{key: reference} of the entries that are shared; those that share one have one object."""
+    """{key: reference} of the shared entries; entries that share a value have the same reference object."""
     found = {}
     for name, value in config.items(preserve_field_references=True):
         if isinstance(value, ConfigDict):
@@ -262,7 +263,7 @@ def _references(config: ConfigDict, prefix: str = "") -> dict[str, FieldReferenc
 
 
 def _convert(key: str, text: str, old: Any, source_option: bool = False) -> Any:
-    """`text` as a value of the type of `old`; where that is None or "auto" it is free."""
+    """`text` as a value of the type of `old`; any type if that is None or "auto"."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -284,12 +285,12 @@ def _typed(key: str, value: Any, old: Any) -> Any:
         return value
     if isinstance(old, tuple):
         values = value if isinstance(value, tuple) else (value,)
-        alike = len({type(one) for one in old}) == 1  # a pair of a pattern and a bool is not
+        alike = len({type(one) for one in old}) == 1  # False for a pair of a pattern and a bool
         return tuple(_typed(key, one, old[0]) for one in values) if alike else values
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(old):
-        raise UserError(f"config key {key!r} takes {type(old).__name__}, such as {old!r}, and was given {value!r}")
+        raise UserError(f"config key {key!r} takes {type(old).__name__}, such as {old!r}, not {value!r}")
     return value
 
 
@@ -314,14 +315,17 @@ def hint(word: str, known: Any) -> str:
 
 
 def resolve(model: Mapping, context: Mapping[str, Any]) -> dict[str, Any]:
-    """Model options with every "auto" replaced by the entry of that name in `context` (data and parts know them)."""
+    """Model options with every "auto" replaced by the entry of that name in `context`, which data and parts provide.
+
+    Raises UserError for an "auto" whose name is not in `context`.
+    """
     out = {}
     for name, value in model.items():
         if isinstance(value, Mapping | ConfigDict):
             value = resolve(value, context)
         elif isinstance(value, str) and value == AUTO:
             if name not in context:
-                raise UserError(f"model.{name} is 'auto', and neither the data nor the parts tell it")
+                raise UserError(f"model.{name} is 'auto', but neither data nor parts provide it: set a value")
             value = context[name]
         out[name] = tuple(value) if isinstance(value, list) else value
     return out
@@ -337,7 +341,7 @@ def plain(config: Any) -> Any:
 
 
 def from_plain(data: Any, levels: int = MAX_LEVELS) -> Any:
-    """Inverse of `plain`: dicts become ConfigDicts and lists tuples. ValueError beyond so many levels of them."""
+    """Inverse of `plain`: dicts become ConfigDicts, lists tuples. ValueError if nested in more than `levels` levels."""
     if not levels:
         raise ValueError(f"nested in more than {MAX_LEVELS} levels")
     if isinstance(data, dict):
@@ -349,12 +353,12 @@ def from_plain(data: Any, levels: int = MAX_LEVELS) -> Any:
 
 
 def read(path: Path) -> ConfigDict:
-    """The config that a run wrote. Raises UserError if the file is missing or damaged, or has values of no config."""
+    """The config that a run wrote. Raises UserError if the file is missing or damaged or has values out of range."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE:
-                raise ValueError(f"{size} bytes, at most {MAX_FILE} are read")
+                raise ValueError(f"it has {size} bytes, at most {MAX_FILE} are allowed")
             config = from_plain(json.loads(file.read(size))).lock()
         check(config)
         return config

@@ -1,12 +1,12 @@
-"""Many processes as one program: how they find each other and agree. What notices that one hangs is watchdog.py.
+"""Multi-process programs: connecting the processes, exchanging text and agreeing on numbers. Hangs: watchdog.py.
 
     hybridgen train ... --coordinator 10.0.0.2:8476 --num-processes 2 --process-id 0   # and with 1 on the other host
-    hybridgen train ... --distributed                                                # where JAX knows: TPU pods, SLURM
+    hybridgen train ... --distributed                                         # TPU pods and SLURM, which JAX detects
 
-All hosts run the same command on the same files (a shared run folder). Before JAX connects, the processes meet at the
-coordinator's address, so that one which is missing is named with the command that starts it. Text between processes
-goes through JAX's coordination service, which any thread may use; numbers that decide what the next step is go through
-a collective that every process issues in the same place (`Agreement`).
+All hosts run the same command on the same files (a shared run folder). Before JAX connects, the processes register at
+the coordinator's address, so that the program can name a missing process and the command that starts it. Text between
+processes goes through JAX's coordination service, which any thread may use; numbers that decide about the next step go
+through a collective that every process issues at the same point of the program (`Agreement`).
 """
 
 import argparse
@@ -27,24 +27,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridgen.core.errors import PeerError, UserError
 
-HEARTBEAT = 30  # seconds without one, and JAX takes a process for dead
-PATIENCE = 5.0  # seconds between messages of who is missing
+HEARTBEAT = 30  # seconds without a heartbeat after which JAX considers a process dead
+PATIENCE = 5.0  # seconds between messages that name the missing processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options with which several processes run one command."""
-    group = parser.add_argument_group("several processes", "the same command on every host, with its --process-id")
-    group.add_argument("--distributed", action="store_true", help="find the others as a TPU pod or SLURM does")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, which listens there")
-    group.add_argument("--num-processes", type=int, metavar="N", help="processes in all")
-    group.add_argument("--process-id", type=int, metavar="I", help="number of this one, 0 to N - 1")
-    group.add_argument("--init-timeout", type=int, default=300, metavar="SECONDS", help="wait for the others (300)")
+    """Adds the options of a command that runs in several processes."""
+    group = parser.add_argument_group("multiple processes", "run the same command on every host, with its --process-id")
+    group.add_argument("--distributed", action="store_true", help="detect the other processes (TPU pod or SLURM)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
+    group.add_argument("--num-processes", type=int, metavar="N", help="total number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, 0 to N - 1")
+    group.add_argument(
+        "--init-timeout", type=int, default=300, metavar="SECONDS", help="time to wait for the others (default 300)"
+    )
 
 
 def start(args: argparse.Namespace) -> None:
-    """Connects this process with the others, if there are any. Before anything touches a device.
+    """Connects this process with the others, if there are any. Call it before any use of a device.
 
-    Raises UserError for options that do not go together, PeerError if the others do not come in time.
+    Raises UserError for inconsistent options, PeerError if the other processes do not connect in time.
     """
     given = [name for name in ("coordinator", "num_processes", "process_id") if getattr(args, name) is not None]
     if not given:
@@ -52,11 +54,11 @@ def start(args: argparse.Namespace) -> None:
             _connect_detected(args.init_timeout)
         return
     if len(given) < 3:
-        raise UserError("--coordinator, --num-processes and --process-id go together")
+        raise UserError("--coordinator, --num-processes and --process-id must be given together")
     if args.num_processes < 1 or not 0 <= args.process_id < args.num_processes:
-        raise UserError(f"--process-id {args.process_id} is not one of {args.num_processes} processes, 0 and up")
+        raise UserError(f"--process-id {args.process_id} is not within 0 and --num-processes {args.num_processes} - 1")
     if args.init_timeout < 1:
-        raise UserError(f"--init-timeout {args.init_timeout} is not a number of seconds above 0")
+        raise UserError(f"--init-timeout {args.init_timeout} is below 1 second")
     if args.num_processes == 1:
         return
     meet(args.coordinator, args.num_processes, args.process_id, args.init_timeout)
@@ -77,44 +79,44 @@ def _detected() -> bool:
 
 
 def _connect_detected(timeout: int) -> None:
-    """Connects with the others that the environment tells of, after meeting them at its coordinator."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks, which names nobody who is missing
+    """Connects with the processes that the environment describes, after they have registered at its coordinator."""
+    from jax._src.clusters import ClusterEnv  # jax.distributed.initialize uses it, but names no missing process
 
     given = os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, timeout)
     except (RuntimeError, OSError) as error:
-        raise PeerError(f"the coordinator is not found: {error}") from None
+        raise PeerError(f"--distributed: the coordinator was not found: {error}") from None
     address, count, process, devices = found
     if None in (address, count, process):
         raise UserError(
-            "--distributed: nothing here says who the other processes are; "
+            "--distributed: the environment does not describe the other processes; "
             "give --coordinator, --num-processes and --process-id"
         )
     alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if alone or "JAX_LOCAL_DEVICE_IDS" in os.environ:
-        devices = None  # JAX would give a task of SLURM one GPU, also where all of the node are its own
+        devices = None  # JAX would give a SLURM task one GPU, even if the task has all GPUs of the node
     meet(address, count, process, timeout, everywhere=True)
     options = {"num_processes": count, "process_id": process, "local_device_ids": devices}
     _initialize(coordinator_address=address, initialization_timeout=timeout, **options)
 
 
 def _initialize(**options: Any) -> None:
-    # "deactivate": under SLURM, JAX would hide all GPUs but one from a process whose devices are not listed
+    # "deactivate": under SLURM, JAX would hide all GPUs but one from a process without a list of local devices
     options |= {"heartbeat_timeout_seconds": HEARTBEAT, "cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(**options)
     except RuntimeError as error:
         raise PeerError(f"the processes did not connect: {str(error).splitlines()[0]}") from None
     if jax.config.jax_platforms == "cpu" or jax.default_backend() == "cpu":
-        # two programs in flight would mix up their messages in gloo
+        # gloo would mix up the messages of two programs that run at once
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.process_index():  # process 0 speaks; what goes wrong here is on stderr
+    if jax.process_index():  # only process 0 prints to stdout; errors of the others are on stderr
         sys.stdout = open(os.devnull, "w")
 
 
 def command_of(process: int) -> str:
-    """This program's command line, as process number `process` would give it, where the number is given at all."""
+    """This program's command line with `--process-id` set to `process`, if it has that option at all."""
     words, skip = ["hybridgen", os.path.basename(sys.argv[0]).removesuffix(".py"), *sys.argv[1:]], False
     if words[1] == "hybridgen":
         del words[1]
@@ -132,8 +134,8 @@ def command_of(process: int) -> str:
 def meet(address: str, count: int, process: int, timeout: float, everywhere: bool = False) -> None:
     """Returns when all `count` processes have called it with the same address. PeerError after `timeout` seconds.
 
-    A line of JSON each way over TCP; process 0 answers when all have come. Every few seconds it says who is missing.
-    everywhere: it listens at all its addresses, not at this one only.
+    Each process sends one JSON object over TCP; process 0 answers when all are connected. Every few seconds it prints
+    which processes are missing. everywhere: process 0 listens on all of its interfaces, not on this address only.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -146,14 +148,14 @@ def meet(address: str, count: int, process: int, timeout: float, everywhere: boo
 
 
 def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
-    """Process 0: listens until all others have come, then lets them go on."""
+    """Process 0: listens until all others are connected, then lets them continue."""
     both = not place[0] and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in place[0] else socket.AF_INET
     try:
         server = socket.create_server(place, family=family, dualstack_ipv6=both)
     except OSError as error:
-        kind = UserError if place[0] else PeerError  # a process before this one may not have ended yet
-        raise kind(f"--coordinator {place[0]}:{place[1]}: cannot listen there: {error.strerror}") from None
+        kind = UserError if place[0] else PeerError  # an earlier process may still be using the port
+        raise kind(f"--coordinator {place[0]}:{place[1]}: cannot listen at this address: {error.strerror}") from None
     come: dict[int, socket.socket] = {}
     last_report = time.monotonic()
     with server:
@@ -162,7 +164,7 @@ def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
                 now = time.monotonic()
                 missing = [i for i in range(1, count) if i not in come]
                 if now > deadline:
-                    raise PeerError(f"{_who(missing, count)} did not come")
+                    raise PeerError(f"{_who(missing, count)} did not connect in time")
                 if now - last_report >= PATIENCE:
                     last_report = now
                     print(
@@ -177,7 +179,7 @@ def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
                 if number in come and _gone(come[number]):
                     come.pop(number).close()
                 if problem or number in come:
-                    _send(peer, {"error": problem or f"there is a process {number} already"})
+                    _send(peer, {"error": problem or f"another process has --process-id {number} already"})
                     peer.close()
                 else:
                     come[number] = peer
@@ -189,7 +191,7 @@ def _receive(place: tuple[str, int], count: int, deadline: float) -> None:
 
 
 def _introduced(peer: socket.socket, count: int) -> tuple[int, str]:
-    """(number of a process that has connected, what is wrong with it or "")."""
+    """(index of a process that has connected, its error message or "")."""
     peer.settimeout(2.0)
     try:
         greeting = json.loads(peer.recv(4096))
@@ -197,12 +199,12 @@ def _introduced(peer: socket.socket, count: int) -> tuple[int, str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0, "this is a hybridgen coordinator"
     if of != count or not 0 < number < count:
-        return 0, f"process {number} of {of} does not fit: there are {count} processes here, and 0 is this one"
+        return 0, f"process {number} of {of} does not fit: --num-processes is {count} here, and process 0 is this one"
     return number, ""
 
 
 def _gone(peer: socket.socket) -> bool:
-    """Whether the other end has hung up: it was killed, and came again under its number."""
+    """Whether the connection is closed: the process was killed and connected again with the same index."""
     ready = select.select([peer], [], [], 0)[0]
     try:
         return bool(ready) and not peer.recv(1)
@@ -211,12 +213,12 @@ def _gone(peer: socket.socket) -> bool:
 
 
 def _report(place: tuple[str, int], count: int, process: int, deadline: float) -> None:
-    """Another process: tells process 0 that it is there, and waits until all are."""
+    """All other processes: registers at process 0 and blocks until all are connected."""
     last_report = time.monotonic()
     while True:
         now = time.monotonic()
         if now > deadline:
-            raise PeerError(f"process 0 at {place[0]}:{place[1]}, or another one, did not come")
+            raise PeerError(f"process 0 at {place[0]}:{place[1]}, or another process, did not connect in time")
         try:
             with socket.create_connection(place, timeout=2.0) as link:
                 _send(link, {"process": process, "of": count})
@@ -225,7 +227,7 @@ def _report(place: tuple[str, int], count: int, process: int, deadline: float) -
         except (OSError, ValueError):
             answer = None
         if answer and "error" in answer:
-            raise UserError(f"process 0 at {place[0]}:{place[1]} says: {answer['error']}")
+            raise UserError(f"process 0 at {place[0]}:{place[1]} refused the connection: {answer['error']}")
         if answer:
             return
         if now - last_report >= PATIENCE:
@@ -248,7 +250,7 @@ def _who(missing: list[int], count: int) -> str:
 
 
 class Agreement:
-    """A small number that all processes read alike: the largest of what each of them says, in the same step."""
+    """A maximum over processes: in each step every process gives an integer, and all read the largest one."""
 
     def __init__(self, mesh: Mesh):
         self.place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -257,17 +259,20 @@ class Agreement:
         self.alone = jax.process_count() == 1
 
     def most_of(self, value: int) -> Any:
-        """What all will read, as an array that is ready once all have said theirs."""
+        """The maximum of all processes' values: an array that is ready once every process has called this."""
         if self.alone:
             return value
         return self.most(jax.make_array_from_process_local_data(self.place, np.full(self.mine, value, np.int32)))
 
 
-_turns: collections.Counter = collections.Counter()  # how often a name was used: several runs may follow each other
+_turns: collections.Counter = collections.Counter()  # how often a name was used: a program may do several runs
 
 
 def exchange(name: str, text: str, timeout: float = 600.0) -> list[str]:
-    """What every process says under this name, this time. Any thread may call it. Raises PeerError in time-out."""
+    """The texts that all processes give under this name, by process index. Any thread may call it.
+
+    The n-th call with a name exchanges with the n-th call of the others. Raises PeerError after `timeout` seconds.
+    """
     if jax.process_count() == 1:
         return [text]
     service = client()
@@ -277,18 +282,18 @@ def exchange(name: str, text: str, timeout: float = 600.0) -> list[str]:
         service.key_value_set(keys[jax.process_index()], text or " ")
         return [service.blocking_key_value_get(key, int(1000 * timeout)).strip() for key in keys]
     except jax.errors.JaxRuntimeError as error:
-        raise PeerError(f"{name}: another process says nothing: {str(error).splitlines()[0]}") from None
+        raise PeerError(f"{name}: another process does not respond: {str(error).splitlines()[0]}") from None
 
 
 def client() -> Any:
-    """The coordination service of JAX; None where this is the only process."""
+    """JAX's client of its coordination service; None if there is only this process."""
     from jax._src import distributed  # JAX has no public name for it; Orbax and others take it from here
 
     return distributed.global_state.client
 
 
 def leave(code: int) -> None:
-    """Ends this process at once if it is one of several, which go on without it: JAX would wait for them at its end."""
+    """Ends this process at once if it is one of several: on a normal exit JAX would block until the others end."""
     if client() is not None:
         sys.stdout.flush()
         sys.stderr.flush()

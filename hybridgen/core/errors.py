@@ -1,9 +1,9 @@
-"""What command lines print as one line: a user's mistake (exit code 2), and a lost peer (exit code 1)."""
+"""Errors that a command prints as one line: UserError (exit code 2) and PeerError (exit code 1)."""
 
 
 class UserError(ValueError):
-    """Something that the user can put right: its message names the value given and the values allowed."""
+    """A mistake that the user can correct: the message states the given value and the allowed values."""
 
 
 class PeerError(RuntimeError):
-    """Another process of this program is missing or lost: the command is right, and may be run again."""
+    """Another process of this program is missing or lost: the same command may succeed when run again."""

@@ -1,4 +1,4 @@
-"""Arrays between the host and the devices of a mesh, also where each process has a part of the devices only."""
+"""Transfers of arrays between host and mesh devices, in one process or several (each with some of the devices)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,12 +12,12 @@ from hybridgen.core.meshes import DATA_AXES, padded
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """A sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axes."""
+    """A sharding that divides an array's first axis over the data axes."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXES))
 
 
@@ -41,9 +41,9 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
 
 def by_batches(program: Callable, arrays: Mapping[str, np.ndarray], batch: int, mesh: Mesh) -> Iterator[Any]:
-    """What `program` makes of all rows of `arrays`, at least `batch` at a time and in one shape: trees of numpy arrays.
+    """Runs `program` on all rows of `arrays`, in batches of one shape (at least `batch` rows) -> trees of numpy arrays.
 
-    The last rows are filled up with copies of the very last, which are cut off again.
+    The last batch is padded with copies of the last row; their outputs are removed.
     """
     count, batch = len(next(iter(arrays.values()))), padded(mesh, batch)
     for start in range(0, count, batch):
@@ -53,7 +53,7 @@ def by_batches(program: Callable, arrays: Mapping[str, np.ndarray], batch: int, 
 
 
 def put(tree: Any, places: Any) -> Any:
-    """Arrays that every process has whole, laid out by `places`: a sharding, or a tree of them."""
+    """Places arrays, which every process has in full, by `places`: a sharding, or a tree of shardings."""
     if jax.process_count() == 1:
         return jax.device_put(tree, places)
 
@@ -69,7 +69,7 @@ def put(tree: Any, places: Any) -> Any:
 
 
 def whole(tree: Any) -> Any:
-    """Global arrays as numpy, in every process."""
+    """Gathers global arrays into numpy arrays, in every process."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,4 +1,4 @@
-"""Progress of long work with the time that is left: a bar on a terminal, otherwise a line now and then."""
+"""Progress of long loops with the time remaining: a bar on a terminal, otherwise a line every few seconds."""
 
 import sys
 import time
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T] | int, label: str, total: int | None = None, seconds: float = 15) -> Iterator[T]:
-    """Goes through `items` (or range(items)), showing progress with ETA: a bar on a terminal, else a line now and then.
+    """Iterates over `items` (or range(items)) and shows progress with the time remaining on stderr.
 
-    On a plain log there is a line every `seconds`, so that short work prints nothing.
+    On a terminal it is a bar; otherwise a line is printed every `seconds`, so short loops print nothing.
     """
     from tqdm import tqdm
 

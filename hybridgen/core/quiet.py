@@ -1,7 +1,7 @@
-"""What a failed save sets off in the libraries that write: thousands of lines, where SaveError says it in one.
+"""Suppresses the log lines of libraries after a failed save: thousands of them, where SaveError needs one.
 
-For each part of a save to a full disk Orbax's threads log a traceback, asyncio another for each write that nobody
-awaited, and tensorstore one for each write that ends after the event loop it reports to.
+When a disk is full, Orbax's threads log a traceback for each part of the save, asyncio one for each write that was
+never awaited, and tensorstore one for each write that ends after its event loop was closed.
 """
 
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def failed_saves() -> None:
-    """From here on none of that is printed; for programs, which tell of a failed save themselves."""
+    """Suppresses these lines from now on. For commands, which report a failed save themselves."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_needed)
     before = sys.unraisablehook

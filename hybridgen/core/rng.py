@@ -1,8 +1,8 @@
 """Random numbers: one seed for a run, one key for a step and purpose, one key for a sample.
 
-`key = fold_in(fold_in(seed, step), name)`: nothing about randomness is carried in the state, so a resumed run draws
-what the uninterrupted one would have. Noise is drawn **per sample**, each row from its own key, so that a row is the
-same whatever its neighbours, the batch size or the sharding. Keys are new-style typed keys (`jax.random.key`).
+`key = fold_in(fold_in(seed, step), name)`: the training state contains no random state, so a resumed run draws the same
+numbers as an uninterrupted one. Noise is drawn **per sample**, each row from its own key, so a row does not depend on
+the other rows, the batch size or the sharding. Keys are new-style typed keys (`jax.random.key`).
 
 Shape letters: b samples (one key each).
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def name_hash(name: str) -> np.uint32:
-    """The hash of a name, the same in every process (Python's own `hash` of a str is not)."""
+    """The hash of a name, the same in every process (unlike Python's `hash` of a str)."""
     return np.uint32(int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little"))
 
 
@@ -37,7 +37,7 @@ def fold_in(keys: jax.Array, data: int | np.integer | jax.Array) -> jax.Array:
 def named(keys: jax.Array, name: str) -> jax.Array:
     """Keys for one purpose, folded with its name. keys: b -> keys b.
 
-    Two consumers of a picture's keys (a prior's tokens, a decoder's noise) need a name each: both fold in step numbers,
+    Two users of a picture's keys (a prior's tokens, a decoder's noise) need different names: both fold in step numbers,
     and so does `jax.random.split`: in JAX, `split(key)[i]` is `fold_in(key, i)`.
     """
     return fold_in(keys, name_hash(name))

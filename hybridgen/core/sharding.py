@@ -1,8 +1,8 @@
 """Shardings of parameters, by the table in core/param_rules.py, and of activations, by a table of logical axes.
 
-An activation is constrained by `shard(x, "batch", None, "mlp")`, which does nothing outside a mesh and leaves an axis
-whole that does not divide. A parameter's rule names several axes for that case, and a large parameter that would lie
-whole on every device all the same is an error when it is placed.
+An activation is constrained by `shard(x, "batch", None, "mlp")`, which does nothing outside a mesh and does not shard
+an axis that the mesh does not divide evenly. A parameter's rule lists alternative axes for this case; a large parameter
+that would still be replicated is an error when its sharding is made.
 """
 
 import math
@@ -17,7 +17,7 @@ from hybridgen.core.meshes import DATA_AXES
 from hybridgen.core.param_rules import find_rule
 from hybridgen.core.placement import replicated
 
-LARGE = 1_000_000  # elements of a parameter that must not lie whole on every device
+LARGE = 1_000_000  # a parameter with more elements must not be replicated
 
 # logical axis of an activation -> mesh axes
 LOGICAL: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ LOGICAL: dict[str, tuple[str, ...]] = {
 
 
 def logical_spec(*names: str | None) -> PartitionSpec:
-    """PartitionSpec of logical axis names. Two logical axes on one mesh axis are an error."""
+    """PartitionSpec of logical axis names. Raises ValueError for two logical axes on one mesh axis."""
     spec = [LOGICAL[name] if name else None for name in names]
     used = [axis for axes in spec for axis in axes or ()]
     if len(used) != len(set(used)):
@@ -38,7 +38,10 @@ def logical_spec(*names: str | None) -> PartitionSpec:
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation to the mesh in force, by logical axis names, one a dimension; without a mesh, nothing."""
+    """Constrains an activation to the current mesh by logical axis names, one for each dimension; no-op without a mesh.
+
+    Raises ValueError if the number of names is not that of dimensions.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -49,7 +52,7 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Drops the axes of `spec` that do not divide their dimension (3 heads over 2 devices stay whole)."""
+    """Drops the axes of `spec` that do not divide their dimension (3 heads over 2 devices are not sharded)."""
     kept = []
     for size, axes in zip(shape, spec, strict=True):
         axes = (axes,) if isinstance(axes, str) else axes
@@ -59,9 +62,9 @@ def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> Partit
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Which axes of a parameter ("prior/blocks/layers/attention/qkv/kernel") a mesh divides. UserError without a rule.
+    """The PartitionSpec of a parameter ("prior/blocks/layers/attention/qkv/kernel"). Raises UserError without a rule.
 
-    `tensor` takes the first axis of the rule's that it divides evenly, then `fsdp` the first of those left.
+    `tensor` takes the first axis of its rule that it divides evenly, then `fsdp` the first such axis that is left.
     """
     rule, start = find_rule(path, shape)
     spec: list[str | None] = [None] * len(shape)
@@ -75,9 +78,9 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> 
 
 
 def check_divided(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
-    """UserError for a large parameter that is whole on every device though the mesh has an axis of its rule's.
+    """Raises UserError for a large parameter that is replicated although the mesh has an axis that its rule uses.
 
-    On a mesh whose `fsdp` is 1 that is as it should be for a rule that names axes for `fsdp` alone.
+    On a mesh whose `fsdp` is 1, a rule that lists axes for `fsdp` only replicates its parameters without an error.
     """
     if math.prod(shape) <= LARGE or any(param_spec(path, shape, mesh)):
         return
@@ -89,16 +92,16 @@ def check_divided(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) 
         if letters and mesh.shape[axis] > 1
     ]
     if not rule.tensor + rule.fsdp and max(mesh.shape["tensor"], mesh.shape["fsdp"]) > 1:
-        reasons = ["its rule names no axis to divide"]
+        reasons = ["its rule lists no axis to shard"]
     if reasons:
         raise UserError(
-            f"parameter {path!r} of shape {tuple(shape)}, {math.prod(shape):,} elements, would lie whole on every "
-            f"device: {'; '.join(reasons)} (rule {rule.path!r}, axes {rule.axes!r}, of hybridgen/core/param_rules.py)"
+            f"parameter {path!r} of shape {tuple(shape)}, {math.prod(shape):,} elements, would be replicated on every "
+            f"device: {'; '.join(reasons)} (rule {rule.path!r}, axes {rule.axes!r}, in hybridgen/core/param_rules.py)"
         )
 
 
 def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """NamedShardings for a nested dict of parameters (or their averages). UserError as of `check_divided`."""
+    """NamedShardings for a nested dict of parameters (or their averages). Raises the UserError of `check_divided`."""
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         name = _name(path)
@@ -113,7 +116,7 @@ def _name(path: tuple) -> str:
 
 
 def gathered(params: Any) -> Any:
-    """Constrains a nested dict of parameters to be whole over `fsdp`, in the mesh in force; over `tensor` they stay."""
+    """Gathers a nested dict of parameters over the current mesh's `fsdp`; they stay sharded over `tensor`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return params
@@ -123,15 +126,15 @@ def gathered(params: Any) -> Any:
         kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
         return jax.lax.with_sharding_constraint(leaf, kept)
 
-    # the barriers: what was cast to a narrower dtype is sent in it, and nothing is sent again within a loop
+    # the barriers: parameters cast to a narrower dtype are sent in it, and a loop does not gather them again
     params = jax.lax.optimization_barrier(params)
     return jax.lax.optimization_barrier(jax.tree_util.tree_map_with_path(place, params))
 
 
 def mirror_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:
-    """NamedShardings of an optimiser's state: a moment lies as its parameter does, everything else on every device.
+    """NamedShardings of an optimiser's state: a moment is sharded like its parameter, everything else is replicated.
 
-    A moment has the path of its parameter at the end of its own, and its shape; a factored one (Adafactor) has not.
+    A moment's path ends in its parameter's path and it has the same shape; factored moments (Adafactor) have not.
     """
     shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     places = dict(zip(shapes, jax.tree.leaves(param_shardings(params, mesh)), strict=True))

@@ -1,7 +1,7 @@
 """Nested dicts of arrays by path: flatten, split by pattern, count.
 
-A path is "blocks/attention/qkv/kernel". Patterns are regular expressions searched in it; ordered lists of
-(pattern, value) decide by the first match.
+A path is "blocks/attention/qkv/kernel". Patterns are regular expressions that are searched in the path; of an ordered
+list of (pattern, value), the first match decides.
 """
 
 import re
@@ -12,7 +12,7 @@ import jax
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {path: leaf}; empty dicts vanish."""
+    """Nested dict -> {path: leaf}; empty dicts are dropped."""
     flat = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
@@ -43,7 +43,7 @@ def split(tree: Mapping, keep: Callable[[str], bool]) -> tuple[dict, dict]:
 
 
 def join(*trees: Mapping) -> dict:
-    """Nested dicts with disjoint leaves, put together."""
+    """Merges nested dicts that have no leaf in common."""
     flat: dict[str, Any] = {}
     for tree in trees:
         flat |= flatten(tree)

@@ -1,14 +1,14 @@
-"""The exact judge of `shapes`: reads a picture back and says which of its caption's attributes are right. No model.
+"""Exact evaluator of `shapes`: finds the objects of a picture and checks its caption's attributes, without a model.
 
-How it reads (all in numpy; soft means 0 to 1 a pixel):
+The method (all in NumPy; a soft mask has values from 0 to 1):
 1. background: the median of the picture's border.
-2. every pixel is explained as background + alpha * (palette colour - background) by the colour with the least rest;
-   so blended edges belong to the object's colour, and touching objects of different colours fall apart.
-3. objects: connected pixels of one colour class; specks are dropped, and thin seams between classes join the larger
-   neighbour. An object's colour is the median of its pixels that are covered most.
-4. shape: the soft mask against every shape drawn with the mask's own area and centre; the best overlap decides, and
-   must be good, so that a shapeless blob is no circle.
-5. size from the area, place from the centre. Objects of the scene are matched to those found by best assignment.
+2. every pixel is fitted as background + alpha * (palette colour - background), by the colour of the smallest residual;
+   so blended edges belong to the object's colour, and touching objects of different colours are separated.
+3. objects: connected pixels of one colour class; specks and thin seams between objects are dropped. An object's colour
+   is the median of its pixels with the most coverage.
+4. shape: the soft mask is compared with every shape drawn with the mask's area and centre; the best overlap decides. It
+   must reach a threshold, so that an irregular blob is not a circle.
+5. size from the area, place from the centre. The scene's objects are matched to those found by optimal assignment.
 
 Letters: `H W` picture, `n` pixels, `c` palette colours, `o` objects found, `s` objects of the scene.
 """
@@ -27,8 +27,8 @@ from hybridgen.data.sources.shapes import CELLS, POSITIONS, RADII, RELATIONS
 
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background")
 COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette's, of 255 a channel
-LEAST_OVERLAP = 0.75  # intersection over union, at 32 pixels
-SPECK = 0.3  # of the smallest object's area: less is no object
+LEAST_OVERLAP = 0.75  # intersection over union, chosen at 32 pixels
+SPECK = 0.3  # share of the smallest object's area below which a piece is not an object
 _COLOURS = np.array([PALETTE[name] for name in COLOURS], np.float32)  # c 3
 _BACKGROUNDS = np.array([PALETTE[name] for name in BACKGROUNDS], np.float32)
 _GRID = 128
@@ -36,7 +36,7 @@ _GRID = 128
 
 @functools.cache
 def moments(shape: str) -> tuple[float, float, float]:
-    """(area, x, y) of a shape of radius 1: its area and the centre of its mass, from a fine drawing."""
+    """(area, x, y) of a shape of radius 1: its area and centre of mass, from a fine drawing."""
     cover, (rows, columns) = coverage(shape, 0.5, 0.5, 0.4, _GRID)
     cover = cover.astype(np.float64)
     x, y = ((np.arange(s.start, s.stop) + 0.5) / _GRID - 0.5 for s in (columns, rows))
@@ -45,10 +45,13 @@ def moments(shape: str) -> tuple[float, float, float]:
 
 
 def as_pixels(image: np.ndarray) -> np.ndarray:
-    """H W 3, uint8 or float in [-1, 1] -> float32 in [0, 255]. Floats beyond the range are clipped, NaN becomes -1."""
+    """H H 3, uint8 or float in [-1, 1] -> float32 in [0, 255]. Floats are clipped to the range, NaN becomes -1.
+
+    Raises UserError for another shape.
+    """
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3 or image.shape[0] != image.shape[1]:
-        raise UserError(f"a picture must be H H 3, not {image.shape}")
+        raise UserError(f"a picture must have the shape H H 3, not {image.shape}")
     if image.dtype == np.uint8:
         return image.astype(np.float32)
     return (np.clip(np.nan_to_num(image.astype(np.float32), nan=-1.0), -1, 1) + 1) * 127.5
@@ -60,7 +63,7 @@ def _median(values):
 
 
 def _explain(pixels):
-    """Pixels as background and colours: background 3, class H W int, alpha H W float32 (0 background, 1 colour)."""
+    """(background 3, colour class H W int, alpha H W float32: 0 background, 1 colour) of pixels H W 3."""
     height = pixels.shape[0]
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     background = _median(border)
@@ -69,7 +72,7 @@ def _explain(pixels):
     offset = pixels.reshape(-1, 3) - background  # n 3
     dots = offset @ rays.T  # n c
     alpha = np.clip(dots / lengths, 0, 1)
-    rest = alpha * (alpha * lengths - 2 * dots)  # n c, the squared rest less |offset|^2
+    rest = alpha * (alpha * lengths - 2 * dots)  # n c, the squared residual minus |offset|^2
     best = rest.argmin(-1)
     alpha = np.take_along_axis(alpha, best[:, None], 1)[:, 0]
     return background, best.reshape(height, height), alpha.reshape(height, height)
@@ -89,7 +92,7 @@ def _pieces(classes, alpha):
             mask = labels == k
             thick = ndimage.minimum_filter(mask, block, mode="constant").any()
             (pieces if thick else thin).append(mask)
-    for mask in thin:  # a seam between two colours touches a larger piece; what stands alone is an object
+    for mask in thin:  # a seam between two colours touches a larger piece; an isolated piece is an object
         around = ndimage.binary_dilation(mask, np.ones((3, 3)))
         if not any((around & piece).any() for piece in pieces):
             pieces.append(mask)
@@ -97,7 +100,7 @@ def _pieces(classes, alpha):
 
 
 def _fit(soft):
-    """The shape that overlaps a soft mask best: (name, overlap, x, y, r), in sides. soft: H W float32."""
+    """The shape that overlaps a soft mask best: (name, overlap, x, y, r), in units of the side. soft: H W float32."""
     height = soft.shape[0]
     area = float(soft.sum())
     at = (np.arange(height) + 0.5) / height
@@ -116,10 +119,10 @@ def _fit(soft):
 
 
 def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
-    """What is in a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}]}.
+    """The content of a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}]}.
 
-    image: H H 3, uint8 or float in [-1, 1]. Objects from the largest on; beyond `most` they are counted but not fitted
-    (shape None). A colour far from every palette colour and a shape that overlaps none well are None.
+    image: H H 3, uint8 or float in [-1, 1]. Objects are sorted by area, largest first; after the first `most` they are
+    counted but not fitted (shape None). A colour or shape that matches none well enough is None.
     """
     pixels = as_pixels(image)
     height = pixels.shape[0]
@@ -154,20 +157,20 @@ def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
 
 
 def size_name(r: float, radii: Mapping[str, float]) -> str | None:
-    """The size of `radii` nearest to r by ratio; None if r is far smaller or larger than all."""
+    """The size in `radii` nearest to r by ratio; None if r is much smaller or larger than all."""
     if not min(radii.values()) / 1.3 < r < max(radii.values()) * 1.3:
         return None
     return min(radii, key=lambda name: abs(np.log(radii[name] / r)))
 
 
 def cell_name(x: float, y: float) -> str:
-    """The one of the nine positions that a point lies in."""
+    """The name of the position, one of nine, that contains a point."""
     at = tuple(min(CELLS, key=lambda cell: abs(cell - v)) for v in (x, y))
     return next(name for name, cell in POSITIONS.items() if cell == at)
 
 
 def _match(stated, found, radii):
-    """Best assignment of the scene's objects to those found: for each of `stated`, one of `found` or None."""
+    """Optimal assignment of the scene's objects to those found: for each of `stated`, one of `found` or None."""
     score = np.zeros((len(stated), len(found)))  # s o
     for i, want in enumerate(stated):
         for j, have in enumerate(found):
@@ -177,7 +180,7 @@ def _match(stated, found, radii):
                 + (want["colour"] == have["colour"])
                 + 0.5 * (want["size"] == size_name(have["r"], radii))
                 + 0.1 * near
-            )  # nearness only breaks ties, so that a wrong relation is not forgiven by swapping the objects
+            )  # distance only breaks ties, so that swapping the objects does not hide a wrong relation
     matched = [None] * len(stated)
     for i, j in zip(*linear_sum_assignment(-score), strict=True):
         matched[i] = found[j]
@@ -185,11 +188,11 @@ def _match(stated, found, radii):
 
 
 def judge(image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, bool]:
-    """Which attributes of the scene's caption the picture gets right: {attribute: bool, ..., "all_right": bool}.
+    """Whether the picture has the attributes of the scene's caption: {attribute: bool, ..., "all_right": bool}.
 
     image: H H 3, uint8 or float in [-1, 1]; scene: see `data.shapes`. The keys are "shape", "colour" and "count", and
-    of "size", "position", "relation" and "background" those that the caption states. An attribute is right only if it
-    is right in every object of the scene; an object that was not found has none right.
+    those of "size", "position", "relation" and "background" that the caption states. An attribute is right only if it
+    is right for every object of the scene; for an object that was not found, all are wrong.
     """
     seen, stated, radii = read(image), scene["stated"], scene["radii"]
     objects = scene["objects"]
@@ -214,28 +217,28 @@ def judge(image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _stands(first, relation, second):
-    """Does the first object stand in the relation to the second, more than in one of the other axis?"""
+    """Whether the relation of the first object to the second holds, and dominates those along the other axis."""
     dx, dy = first["x"] - second["x"], first["y"] - second["y"]
     ax, ay = RELATIONS[relation]
     return ax * dx + ay * dy > abs(ay * dx) + abs(ax * dy)
 
 
 def judge_batch(images: np.ndarray, scenes: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Verdicts of many pictures: {attribute: B int8, 1 right, 0 wrong, -1 not stated} with "objects" B, their number.
+    """Verdicts of B pictures: {attribute: B int8: 1 right, 0 wrong, -1 not stated}, and "objects": B, their number.
 
-    images: B H H 3, uint8 or float in [-1, 1]; scenes: B scenes.
+    images: B H H 3, uint8 or float in [-1, 1]; scenes: B scenes. Raises UserError if the numbers differ.
     """
     if len(images) != len(scenes):
-        raise UserError(f"{len(images)} pictures but {len(scenes)} scenes")
+        raise UserError(f"there are {len(images)} pictures, but {len(scenes)} scenes")
     verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
     table = {name: np.array([v.get(name, -1) for v in verdicts], np.int8) for name in (*ATTRIBUTES, "all_right")}
     return table | {"objects": np.array([len(scene["objects"]) for scene in scenes], np.int8)}
 
 
 def summary(table: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Means of `judge_batch`'s table: {"all": {attribute: share, "pictures": B}, "1": ..., "2": ...} by objects.
+    """Means of `judge_batch`'s table: {"all": {attribute: share, "pictures": B}, "1": ..., ...} by number of objects.
 
-    An attribute that no picture of a group states is left out of it.
+    A group has no entry for an attribute that none of its captions states.
     """
     numbers = table["objects"]
     groups = {"all": np.ones_like(numbers, bool)} | {str(n): numbers == n for n in np.unique(numbers)}

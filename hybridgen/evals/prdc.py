@@ -1,11 +1,11 @@
 """Precision, recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020) of features, by neighbours.
 
-Around every picture lies a ball that reaches to its k-th nearest neighbour in its own set. Precision is the share of
-generated pictures within a ball of a true one, recall that of true ones within a ball of a generated one. Density is in
-how many balls of true pictures a generated one lies, over k (it may exceed 1); coverage is the share of true pictures
-with a generated one in their ball. Distances are taken some rows at a time.
+Every picture has a ball whose radius is the distance to its k-th nearest neighbour in its own set. Precision is the
+share of generated pictures inside a ball of a real one, recall the share of real ones inside a ball of a generated one.
+Density is the mean number of balls of real pictures that contain a generated one, divided by k (it may exceed 1);
+coverage is the share of real pictures with a generated one in their ball. Distances are computed in chunks of rows.
 
-Letters: n true, m generated pictures, d features, c rows of a chunk.
+Letters: n real, m generated pictures, d features, c rows of a chunk.
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,16 @@ CHUNK = 1024
 def prdc(true: np.ndarray, generated: np.ndarray, manifold: int = MANIFOLD, covered: int = COVERED) -> dict[str, float]:
     """{"precision", "recall", "density", "coverage"} of `true [n, d]` and `generated [m, d]`.
 
-    Raises UserError for different widths or no more rows than neighbours.
+    manifold: k of precision and recall; covered: k of density and coverage. Raises UserError for different widths or
+    if a set has too few rows.
     """
     true, generated = (np.asarray(x, np.float64) for x in (true, generated))
     if true.ndim != 2 or generated.ndim != 2 or true.shape[1] != generated.shape[1]:
-        raise UserError(f"features must be n d and m d, not {true.shape} and {generated.shape}")
+        raise UserError(f"features must have the shapes n d and m d, not {true.shape} and {generated.shape}")
     least, k = min(len(true), len(generated)), max(manifold, covered)
     if least <= k:
-        raise UserError(f"{k} nearest neighbours need more than {k} pictures of each set, not {least}")
-    centre = true.mean(0)  # distances do not change, their rounding does
+        raise UserError(f"{k} nearest neighbours need more than {k} pictures in each set, not {least}")
+    centre = true.mean(0)  # centring keeps distances and reduces their rounding error
     true, generated = true - centre, generated - centre
     near, wide = radii(true, (manifold, covered))  # n each
     (own,) = radii(generated, (manifold,))  # m
@@ -51,7 +52,7 @@ def radii(x: np.ndarray, neighbours: tuple[int, ...]) -> list[np.ndarray]:
     """Squared distance of each row of `x [n, d]` to its k-th nearest other row, `[n]` for each k."""
     out: list[list[np.ndarray]] = [[] for _ in neighbours]
     for start, far in chunks(x, x):
-        far[np.arange(len(far)), start + np.arange(len(far))] = np.inf  # a row is no neighbour of itself
+        far[np.arange(len(far)), start + np.arange(len(far))] = np.inf  # a row is not its own neighbour
         ordered = np.partition(far, [k - 1 for k in neighbours], axis=1)
         for k, found in zip(neighbours, out, strict=True):
             found.append(ordered[:, k - 1])
@@ -65,5 +66,5 @@ def chunks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         rows = slice(start, start + CHUNK)
         sizes = size_a[rows, None] + size_b
         far = sizes - 2 * a[rows] @ b.T
-        far[far < 1e-12 * sizes] = 0.0  # what rounding leaves of equal rows
+        far[far < 1e-12 * sizes] = 0.0  # rounding error of equal rows
         yield start, far

@@ -1,7 +1,7 @@
-"""How near a picture is to its original: PSNR and SSIM, one number a picture.
+"""Reconstruction quality: PSNR and SSIM, one number per picture.
 
 SSIM follows Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity": Gaussian
-window of 11 pixels with deviation 1.5, K1 = 0.01, K2 = 0.03, over windows that lie wholly inside, mean over channels.
+window of 11 pixels with deviation 1.5, K1 = 0.01, K2 = 0.03, over all windows inside the picture, mean over channels.
 
 Letters: `B` pictures, `H W` their size. Pictures are B H W 3 in [-1, 1], so the data range is 2.
 """
@@ -13,21 +13,21 @@ from hybridgen.core.errors import UserError
 
 RANGE = 2.0
 WINDOW, DEVIATION = 11, 1.5
-LEAST_ERROR = 1e-10  # equal pictures get 106 dB rather than infinity, so that means and JSON stay finite
+LEAST_ERROR = 1e-10  # equal pictures have 106 dB instead of infinity, so that means and JSON stay finite
 
 
 def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio: B float64, in dB. Both B H W 3 in [-1, 1]. Raises UserError if they do not match."""
+    """Peak signal-to-noise ratio: B float64, in dB. Both B H W 3 in [-1, 1]. Raises UserError if the shapes differ."""
     a, b = _pair(images, originals)
     error = np.mean((a - b) ** 2, axis=(1, 2, 3))  # B
     return 10 * np.log10(RANGE**2 / np.maximum(error, LEAST_ERROR))
 
 
 def ssim(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Structural similarity: B float64, 1 for equal pictures. Both B H W 3 in [-1, 1], at least 11 pixels a side."""
+    """Structural similarity: B float64, 1 for equal pictures. Both B H W 3 in [-1, 1], each side at least 11 pixels."""
     a, b = _pair(images, originals)
     if min(a.shape[1:3]) < WINDOW:
-        raise UserError(f"ssim needs pictures of at least {WINDOW} pixels a side, not {a.shape[1]} x {a.shape[2]}")
+        raise UserError(f"ssim needs pictures of at least {WINDOW} x {WINDOW} pixels, not {a.shape[1]} x {a.shape[2]}")
     c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
     mean_a, mean_b = _blur(a), _blur(b)  # B h w 3
     var_a = _blur(a * a) - mean_a**2
@@ -47,7 +47,7 @@ def _blur(x):
 def _pair(images, originals):
     a, b = np.asarray(images), np.asarray(originals)
     if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3:
-        raise UserError(f"pictures must both be B H W 3, not {a.shape} and {b.shape}")
+        raise UserError(f"pictures must both have the shape B H W 3, not {a.shape} and {b.shape}")
     if not all(np.issubdtype(x.dtype, np.floating) for x in (a, b)):
         raise UserError(f"pictures must be floats in [-1, 1], not {a.dtype} and {b.dtype}")
     return a.astype(np.float64), b.astype(np.float64)

@@ -1,7 +1,7 @@
-"""A sheet of pictures with a caption and, if wanted, a verdict under each: sample grids and evaluation reports.
+"""Draws a sheet of pictures, each with a caption and optionally a verdict: sample grids and evaluation reports.
 
-Small pictures are enlarged by a whole factor without smoothing, so that every pixel can be seen. Chinese is drawn where
-a Chinese font is installed; without one its characters are boxes, so a report should give captions as text as well.
+Small pictures are enlarged by an integer factor without smoothing, so that every pixel is visible. Chinese text needs a
+Chinese font; without one its characters are boxes, so a report should also contain captions as text.
 """
 
 import math
@@ -15,7 +15,7 @@ from hybridgen.core.errors import UserError
 
 MARGIN, LINE, FONT_SIZE = 8, 15, 12
 INK, RIGHT, WRONG = (40, 40, 40), (0, 120, 40), (190, 20, 30)
-# Pillow's own font has no Chinese; the usual names of fonts that do, on Linux, macOS and Windows.
+# Pillow's own font has no Chinese characters; these are usual fonts that have them on Linux, macOS and Windows
 CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc")
 
 
@@ -28,16 +28,16 @@ def sheet(
     cell: int = 128,
     title: str | None = None,
 ) -> Image.Image:
-    """Lay pictures out on a white sheet, in RGB.
+    """Arranges pictures on a white sheet, in RGB.
 
     Args:
-      images: B H W 3, uint8 or float in [-1, 1]. To compare several of a caption, join them along W.
+      images: B H W 3, uint8 or float in [-1, 1]. To compare several pictures of a caption, concatenate them along W.
       captions: B, or None. Long ones are wrapped to the width of a cell.
-      verdicts: B (see `evals.alignment.judge`), or None each, or None. The line under a picture says "all right", or
-        what is wrong.
+      verdicts: B (see `evals.alignment.judge`), each may be None, or None. The line under a picture is "all right" or
+        lists the wrong attributes.
       columns: pictures in a row; None makes the sheet about square.
-      cell: pictures narrower than this many pixels are enlarged to about it.
-      title: a line above all.
+      cell: pictures narrower than this many pixels are enlarged to about this width.
+      title: a line at the top.
 
     Raises UserError if the numbers differ or there is no picture.
     """
@@ -45,7 +45,7 @@ def sheet(
     count, height, width = pixels.shape[:3]
     for name, rows in (("captions", captions), ("verdicts", verdicts)):
         if rows is not None and len(rows) != count:
-            raise UserError(f"sheet: {count} pictures but {len(rows)} {name}")
+            raise UserError(f"sheet: there are {count} pictures, but {len(rows)} {name}")
     factor = max(1, round(cell / width))
     width, height = width * factor, height * factor
     columns = min(count, columns or math.ceil((count * height / width) ** 0.5))
@@ -75,7 +75,7 @@ def verdict_line(verdict: Mapping[str, bool]) -> str:
 
 
 def wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break a text into lines at most `width` pixels wide, at spaces and between Chinese characters."""
+    """Breaks a text into lines of at most `width` pixels, at spaces and between Chinese characters."""
     lines = [""]
     for piece in re.findall(r" *[!-~]+| *\S", text):
         if lines[-1] and font.getlength(lines[-1] + piece) > width:
@@ -104,7 +104,7 @@ def _font(chinese):
 def _as_uint8(images):
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or not images.size:
-        raise UserError(f"sheet: pictures must be B H W 3 and at least one, not {images.shape}")
+        raise UserError(f"sheet: pictures must have the shape B H W 3 with B > 0, not {images.shape}")
     if images.dtype == np.uint8:
         return images
     return np.round((np.clip(np.nan_to_num(images.astype(np.float32), nan=-1.0), -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -1,14 +1,14 @@
-"""The family contract: what a family is, the roles it can have, its sampling options, and parts.
+"""The family contract: what a family must define, its roles, its sampling options, and parts.
 
-A family is a module with the functions of `FAMILY`, and those of the roles that it declares as `ROLE`: a name of
-`ROLES`, or several. It may offer the functions of `OPTIONAL` too. What it can be asked for in sampling it declares as
-`OPTIONS`, {group: {name: Option}}, as in `config.sample.options`. A family is found by its dotted name: under
-`hybridgen.models`, such as "ar.raster", or anywhere that Python imports from, such as "my_package.my_prior".
+A family is a module with the functions of `FAMILY`, and those of the roles that it declares as `ROLE`: one name of
+`ROLES`, or several. It may also define the functions of `OPTIONAL`. It declares its sampling options as `OPTIONS`,
+{group: {name: Option}}, as in `config.sample.options`. A family is found by its dotted name: under `hybridgen.models`,
+such as "ar.raster", or anywhere that Python imports from, such as "my_package.my_prior".
 
-A part is a family's model with its arrays: a small pytree whose leaves are `params` and `extra` and whose static half
-names the family and holds the model, so that it travels into jit as traced arguments. `parts` are those of the whole
-config, by name. A part has none of its own: what a prior needs (a text tower) is the part of that name of whoever uses
-the prior, and must be the one that the prior was trained with, by its digest.
+A part is a family's model with its arrays: a pytree whose leaves are `params` and `extra` and whose static fields are
+the family's name and the model, so jit receives its arrays as traced arguments. `parts` are those of the whole config,
+by name. A part has no parts of its own: a part that a prior needs (a text tower) must be a part, by the same name, of
+the config that uses the prior, and have the digest of the one that the prior was trained with.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from hybridgen.core.errors import UserError
 
 PACKAGE = "hybridgen.models"
 
-# function -> its parameters; a family may add some that have defaults
+# function -> its parameters; a family may add parameters with defaults
 FAMILY = {
     "build": "config",  # -> model: hyper-parameters only, hashable
     "init": "model key specs parts",  # -> {"params", "extra"}; specs: ShapeDtypeStructs of a batch
@@ -38,19 +38,19 @@ TRAINED = {
     "sample": "model params cond keys parts extra options",  # -> {"image", "tokens", ...}
 }
 OPTIONAL = {
-    "merge": "model extra sums key step",  # -> extra after a step, from the sums that `loss` gave as aux["extra"]
-    "for_shape": "model shape parts",  # -> the model for pictures (height, width) on the same arrays
-    "for_plan": "model width",  # of a decoder -> the model for plans of that width
-    "members": "model",  # -> {name: Member} of the models that are trained within this one
-    "inputs": "model",  # -> Inputs: what of a batch it is conditioned on
-    "embed": "model params extra tokens",  # of a tokenizer with a codebook: b n -> codes b h w d
-    "pooled": "model params extra text mask",  # of a text tower -> one vector a text, b p
-    "moments": "model params extra image",  # of a tokenizer with a Gaussian latent -> mean, log-variance, b h w c
+    "merge": "model extra sums key step",  # -> extra after a step, from the sums that `loss` returned as aux["extra"]
+    "for_shape": "model shape parts",  # -> the model for pictures (height, width), with the same arrays
+    "for_plan": "model width",  # decoder: -> the model for plans of that width
+    "members": "model",  # -> {name: Member} of the models that are trained inside this one
+    "inputs": "model",  # -> Inputs: the entries of a batch that it is conditioned on
+    "embed": "model params extra tokens",  # tokenizer with a codebook: b n -> codes b h w d
+    "pooled": "model params extra text mask",  # text tower: -> one vector per text, b p
+    "moments": "model params extra image",  # tokenizer with a Gaussian latent: -> mean, log-variance, b h w c
 }
 
 
 class Role(NamedTuple):
-    """What hybrids may use of a family of a role: functions, and attributes of its model."""
+    """The interface of a role: functions of the family, and attributes of its model."""
 
     functions: Mapping[str, str]
     attributes: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ ROLES = {
     "decoder": Role(
         {
             "conditioning": "model batch parts",  # -> cond
-            "plan_conditioning": "model codes parts",  # codes b h w d -> the entries of cond that follow from a plan
+            "plan_conditioning": "model codes parts",  # codes b h w d -> the entries of cond that depend on a plan
             "corrupt_tokens": "tokens keys vocab most",  # b n -> b n
             "decoder_loss": "model params batch cond keys parts train",  # -> scalar, aux, as `loss`
             "predict": "model params extra x t cond",  # -> prediction b H W c
@@ -88,17 +88,17 @@ ROLES = {
         },
         ("shape", "channels"),
     ),
-    "features": Role({}, trained=False),  # networks that measure pictures: encode(image) -> b d, or distance(a, b) -> b
-    "generator": Role({}),  # draws pictures by itself and is no part of another
+    "features": Role({}, trained=False),  # networks for metrics: encode(image) -> b d, or distance(a, b) -> b
+    "generator": Role({}),  # generates pictures by itself and is not a part of another model
 }
 
 
 class Option(NamedTuple):
     """A sampling option of a family, an entry of its `OPTIONS`.
 
-    A number is within `low` and `high`, whole if the default is; a text is one of `choices`, or any if there are none.
-    With `by_condition` a number may also be a mapping, one for each condition. `flag`: the name on the command line and
-    in the Python API, if it is not that of the option.
+    A number must be within `low` and `high`, and is an integer if the default is one; a string must be in `choices`, or
+    may be any if there are none. With `by_condition` a mapping may give one number per condition. flag: the name on the
+    command line and in the Python API, if it differs from the option's.
     """
 
     default: Any
@@ -110,7 +110,7 @@ class Option(NamedTuple):
     flag: str = ""
 
     def checked(self, where: str, value: Any) -> Any:
-        """`value` as this option takes it. Raises UserError, with `where` it stands, for one that is none."""
+        """`value`, converted to the option's type. Raises UserError, which begins with `where`, if it is invalid."""
         if self.by_condition and hasattr(value, "items"):
             return {name: self.checked(f"{where}.{name}", scale) for name, scale in value.items()}
         if isinstance(self.default, str):
@@ -124,21 +124,21 @@ class Option(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What of a batch a model is conditioned on: captions (`text`), and labels of so many `classes` (0: none)."""
+    """The entries of a batch that a model is conditioned on: captions (`text`) and labels (`classes` above 0)."""
 
     text: bool = False
     classes: int = 0
 
 
 class Member(NamedTuple):
-    """A model that is trained within another one: static, its arrays are a subtree of the other's."""
+    """A model that is trained inside another one (static); its arrays are a subtree of the other's."""
 
     family: str
     model: Any
 
     @classmethod
     def build(cls, described: Mapping[str, Any], **changes: Any) -> "Member":
-        """Of {"family", "model": its options}, as a config has it."""
+        """The member described by {"family", "model": its options}, as in a config; `changes` override options."""
         options = {**described["model"], **changes}  # from JSON, tuples are lists
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         return cls(described["family"], find(described["family"]).build(options))
@@ -149,22 +149,22 @@ class Member(NamedTuple):
 
 @functools.cache
 def find(family: str) -> ModuleType:
-    """The module of a family by its dotted name. Raises UserError for none, and for one that breaks the contract."""
+    """The module of a family by its dotted name. Raises UserError if there is none or it breaks the contract."""
     try:
         module = importlib.import_module(f"{PACKAGE}.{family}")
     except ModuleNotFoundError as error:
         if not f"{PACKAGE}.{family}".startswith(error.name or "?"):
-            raise  # something that the family imports
+            raise  # the family was found, but a module that it imports is missing
         module = _outside(family)
     if problems := faults(module):
-        raise UserError(f"{family!r} is no family: {problems[0]}")
+        raise UserError(f"{family!r} is not a family: {problems[0]}")
     return module
 
 
 def _outside(family: str) -> ModuleType:
-    """A module that is not in this package, but installed, or in the folder where one stands."""
+    """A module outside this package: installed, or in the current folder."""
     file = f"hybridgen/models/{family.replace('.', '/')}.py"
-    missing = f"no family {family!r}: there is no {file if file.isprintable() else 'such'}"
+    missing = f"no family {family!r}: there is no {file if file.isprintable() else 'such file'}"
     if not all(part.isidentifier() for part in family.split(".")):
         raise UserError(missing)
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -178,12 +178,12 @@ def _outside(family: str) -> ModuleType:
 
 
 def file_of(family: str) -> Path:
-    """Where a family of this package would be."""
+    """The file of a family of this package, which may not exist."""
     return Path(__file__).parent.joinpath(*family.split(".")).with_suffix(".py")
 
 
 def named(module: ModuleType) -> str:
-    """The dotted name by which `find` finds a family."""
+    """The dotted name of a family, for `find`."""
     return module.__name__.removeprefix(f"{PACKAGE}.")
 
 
@@ -194,7 +194,7 @@ def roles(family: ModuleType) -> tuple[str, ...]:
 
 
 def faults(family: ModuleType) -> list[str]:
-    """What of the contract a module does not keep, a line each."""
+    """The violations of the contract by a module, one line each."""
     declared = roles(family)
     out = [f"its ROLE {role!r} is not one of {', '.join(ROLES)}" for role in declared if role not in ROLES]
     if not declared:
@@ -209,7 +209,7 @@ def faults(family: ModuleType) -> list[str]:
         if not callable(function):
             out.append(f"it has no function {name}({', '.join(parameters.split())})")
         elif fault := _signature(function, parameters.split()):
-            out.append(f"{name} takes ({', '.join(inspect.signature(function).parameters)}), {fault}")
+            out.append(f"{name} has the parameters ({', '.join(inspect.signature(function).parameters)}), {fault}")
     groups = getattr(family, "OPTIONS", {})
     good = isinstance(groups, Mapping) and all(isinstance(group, Mapping) for group in groups.values())
     if not good or not all(isinstance(option, Option) for group in groups.values() for option in group.values()):
@@ -218,29 +218,29 @@ def faults(family: ModuleType) -> list[str]:
 
 
 def _signature(function: Callable, wanted: list[str]) -> str:
-    """How a function's parameters differ from those wanted, in their order; more of them need defaults."""
+    """How a function's parameters differ from `wanted` and its order, or ""; additional ones need defaults."""
     given = inspect.signature(function).parameters
     plain = [name for name, parameter in given.items() if parameter.kind is not parameter.VAR_KEYWORD]
     if plain[: len(wanted)] != wanted:
-        return f"and is to take ({', '.join(wanted)})"
+        return f"but needs ({', '.join(wanted)})"
     more = [name for name in plain[len(wanted) :] if given[name].default is inspect.Parameter.empty]
     return f"of which {more[0]!r} needs a default" if more else ""
 
 
 def optional(family: ModuleType, name: str) -> Callable | None:
-    """A function of `OPTIONAL`, or None where a family does not offer it."""
+    """A function of `OPTIONAL`, or None if the family does not define it."""
     assert name in OPTIONAL, name
     return getattr(family, name, None)
 
 
 def members(family: ModuleType, model: Any) -> dict[str, Member]:
-    """The models that are trained within a model, by name."""
+    """The models that are trained inside a model, by name."""
     within = optional(family, "members")
     return within(model) if within else {}
 
 
 def inputs(family: ModuleType, model: Any) -> Inputs:
-    """What a model and the models trained within it are conditioned on."""
+    """The inputs of a model and of the models trained inside it."""
     own = optional(family, "inputs")
     found = [own(model)] if own else []
     found += [inputs(find(member.family), member.model) for member in members(family, model).values()]
@@ -268,7 +268,7 @@ class Part:
     params: Any
     extra: Any
     family: str = dataclasses.field(metadata={"static": True})
-    model: Any = dataclasses.field(metadata={"static": True})  # what the family builds: a module, or one and more
+    model: Any = dataclasses.field(metadata={"static": True})  # the result of the family's `build`
 
     def call(self, role: str, *args: Any, **options: Any) -> Any:
         return getattr(find(self.family), role)(self.model, self.params, self.extra, *args, **options)
@@ -279,7 +279,7 @@ Shape = tuple[int, int]  # height, width
 
 
 def for_shape(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: Shape) -> tuple[Any, dict[str, Part]]:
-    """A model and its parts for pictures of `shape`. UserError naming a family that has one shape only."""
+    """A model and its parts for pictures of `shape`. Raises UserError for a family that supports one shape only."""
     ready: dict[str, Part] = {}
     for name in sorted(parts, key=lambda name: (name not in ("tokenizer", "autoencoder"), name)):  # others need these
         part, module = parts[name], find(parts[name].family)
@@ -289,10 +289,10 @@ def for_shape(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: 
 
 
 def fit(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: Shape) -> Any:
-    """A model for pictures of `shape`; its parts are so already. UserError naming a family that has one shape only."""
+    """A model for pictures of `shape`, with `parts` for that shape. UserError for a family with one shape only."""
     name, size, function = named(family), "{} x {}".format(*shape), optional(family, "for_shape")
     if function is None:
-        raise UserError(f"{name} takes pictures of one shape, and these are of several, such as {size}")
+        raise UserError(f"{name} supports pictures of one shape only, but the data has several, such as {size}")
     try:
         return function(model, tuple(shape), parts)
     except UserError as error:
@@ -300,19 +300,19 @@ def fit(family: ModuleType, model: Any, parts: Mapping[str, Part], shape: Shape)
 
 
 def sides(resolution: int | Shape) -> Shape:
-    """(height, width) of a model's pictures: an option that is a square's side, or both."""
+    """(height, width) of a model's pictures, from the side of a square or from both."""
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 def divided(shape: Shape, by: int) -> Shape:
-    """The grid of a picture whose sides are reduced by a factor. UserError where they do not divide."""
+    """The grid (height, width) of a picture whose sides are divided by `by`. UserError if they do not divide."""
     if any(side % by for side in shape):
         raise UserError(f"its sides do not divide by {by}")
     return shape[0] // by, shape[1] // by
 
 
 def need(parts: Parts, name: str, why: str) -> Part:
-    """The part `name`; raises UserError naming what needs it."""
+    """The part `name`. Raises UserError, which begins with `why` (what needs the part), if it is missing."""
     if name not in parts:
         raise UserError(f"{why} needs the part {name!r}; this config has {sorted(parts) or 'none'}")
     return parts[name]

@@ -1,6 +1,6 @@
 """Losses: functions on arrays, in at least float32.
 
-A loss returns one number a sample or token and leaves the mean to `weighted`, so that masked samples count for nothing.
+A loss returns one number per sample or token; `weighted` takes the mean, with weight 0 for masked samples.
 
 Letters: b batch, n tokens, v vocabulary.
 """
@@ -24,7 +24,7 @@ def per_sample(x: jax.Array) -> jax.Array:
 
 
 def weighted(values: jax.Array, weights: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Weighted mean and the weight it was averaged over; `values` and `weights` of one shape."""
+    """(weighted mean, sum of the weights); `values` and `weights` have the same shape."""
     if weights is None:
         return values.mean(), jnp.asarray(values.size, values.dtype)
     weights = weights.astype(values.dtype)
@@ -33,19 +33,19 @@ def weighted(values: jax.Array, weights: jax.Array | None = None) -> tuple[jax.A
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """A discriminator's hinge loss, a number a picture: logits of pictures and of drawn ones `[b, ...]` -> `[b]`."""
+    """A discriminator's hinge loss per picture: logits of real and of generated pictures `[b, ...]` -> `[b]`."""
     return 0.5 * (per_sample(jax.nn.relu(1 - real)) + per_sample(jax.nn.relu(1 + fake)))
 
 
 def attached(value: jax.Array, slopes: Any, leaves: Any) -> jax.Array:
-    """`value`, with `slopes` as its gradient by `leaves`, a tree of arrays of the same shapes."""
+    """`value`, whose gradient with respect to `leaves` is `slopes`, a tree of arrays of the same shapes."""
     still = jax.lax.stop_gradient
     each = jax.tree.map(lambda slope, leaf: (still(slope) * (leaf - still(leaf))).sum(), slopes, leaves)
     return still(value) + sum(jax.tree.leaves(each))
 
 
 def rows(batch: dict, like: jax.Array) -> jax.Array | None:
-    """The batch's `valid` rows (padding of a last partial batch is not), broadcast to the shape of `like [b, ...]`."""
+    """The batch's `valid` (False for padding of a partial last batch), broadcast to the shape of `like [b, ...]`."""
     if "valid" not in batch:
         return None
     valid = batch["valid"].reshape(-1, *(1,) * (like.ndim - 1))

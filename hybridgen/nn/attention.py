@@ -1,8 +1,8 @@
-"""Attention: one function that picks the kernel, and the layer around it.
+"""Attention: one function that selects the kernel, and the layer around it.
 
-Masks are descriptions, not dense arrays, so that every kernel can take them: a kind ("full", "causal", or "prefix":
-full over the first `prefix` positions and causal after), and which keys are valid. Grouped queries (Ainslie et al.
-2023) keep the group as an axis: q is `[b, t, h, g, k]` over `h` key heads.
+Masks are descriptions, not dense arrays, so that every kernel supports them: a kind ("full", "causal", or "prefix":
+full over the first `prefix` positions and causal after them), and the valid keys. Grouped queries (Ainslie et al. 2023)
+have the group as an axis: q is `[b, t, h, g, k]` over `h` key heads.
 
 Letters: b batch, t query positions, s key positions, h key heads, g queries per key head, k head width, d width.
 """
@@ -26,9 +26,9 @@ from hybridgen.nn.position import Rotary, rotate
 
 
 class Mask(NamedTuple):
-    """Who sees whom. `offset` is the position of the first query (traced while decoding).
+    """An attention mask. offset: position of the first query (traced while decoding). valid: which keys are visible.
 
-    `own`: a causal query sees its own position though that is not valid ("xla" alone).
+    own: a causal query attends to its own position even if that is not valid (kernel "xla" only).
     """
 
     kind: str = "full"
@@ -38,7 +38,7 @@ class Mask(NamedTuple):
     own: bool = False
 
     def dense(self, t: int, s: int) -> jax.Array | None:
-        """The mask as booleans that broadcast to [b, h, g, t, s], or None if everything is seen."""
+        """The mask as booleans that broadcast to [b, h, g, t, s], or None if all keys are visible."""
         seen = None
         if self.kind != "full":
             query = self.offset + jnp.arange(t)[:, None]  # t 1
@@ -55,9 +55,9 @@ class Mask(NamedTuple):
         return seen
 
     def scope(self, t: int, s: int) -> str:
-        """Name for the profile and the FLOP count: "attend.{t}x{s}.{pairs of query and key that see each other}".
+        """Name scope for profiles and FLOP counts: "attend.{t}x{s}.{number of visible (query, key) pairs}".
 
-        Where the offset is traced, over a cache, a chunk counts as the first of it and a single query as "loop".
+        If the offset is traced (with a cache), a chunk counts as if its offset were 0, and a single query as "loop".
         """
         known = isinstance(self.offset, int)
         if self.kind == "full" or (t == 1 and not known):
@@ -72,15 +72,16 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention: `q [b, t, h, g, k]`, `k, v [b, s, h, k]` -> `[b, t, h, g, k]`.
 
-    `kernel`: "xla" anywhere, "cudnn" on NVIDIA (half precision), "splash" on a TPU (the offset known; "splash
-    interpreted" anywhere, slowly), "auto" picks. Softmax in at least float32. A row that sees no key is zero.
-    `relative [h, g, t, s]` is added to the scores ("xla" alone).
+    kernel: "xla" on any platform, "cudnn" on NVIDIA GPUs (half precision), "splash" on TPUs (with a static offset;
+    "splash interpreted" runs on any platform, slowly); "auto" selects. The softmax is in at least float32. A query
+    without visible keys gives zeros. relative `[h, g, t, s]`: added to the scores (kernel "xla" only). Raises UserError
+    for an unknown kernel or one that does not support the arguments.
     """
     special = relative is not None or (mask.own and mask.valid is not None)
     if kernel == "auto":
         kernel = "xla" if special else pick(q, k, mask)
     if special and kernel != "xla":
-        raise UserError(f"attention kernel {kernel!r} knows no added scores and no `own` of a mask; take 'xla'")
+        raise UserError(f"attention kernel {kernel!r} does not support relative scores and a mask's `own`; use 'xla'")
     if kernel == "cudnn":
         return _cudnn(q, k, v, mask)
     if kernel in ("splash", "splash interpreted"):
@@ -91,12 +92,12 @@ def attend(
 
 
 def pick(q: jax.Array, k: jax.Array, mask: Mask) -> str:
-    """The kernel for these shapes where the program will run."""
+    """The kernel for these shapes on the platform that the program runs on."""
     place = platform()
     if place in ("gpu", "cuda"):
         fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] > 1
         return "cudnn" if fits else "xla"
-    # below this the weights fit on the chip, and one product over all heads fills the matrix unit better
+    # for smaller shapes the attention weights fit on the chip, and one product over all heads is faster
     large = q.shape[1] >= 128 and q.shape[1] * k.shape[1] >= 256 * 256
     fits = large and q.dtype in (jnp.bfloat16, jnp.float32) and isinstance(mask.offset, int)
     return "splash" if fits and place == "tpu" else "xla"
@@ -104,7 +105,7 @@ def pick(q: jax.Array, k: jax.Array, mask: Mask) -> str:
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, interpret: bool) -> jax.Array:
     if not isinstance(mask.offset, int):
-        raise UserError("the splash kernel needs to know where its first query stands; over a cache take 'xla'")
+        raise UserError("attention kernel 'splash' needs a static mask offset; with a cache use 'xla'")
     b, t, s = q.shape[0], q.shape[1], k.shape[1]
     seen = None
     if mask.valid is not None:
@@ -115,8 +116,8 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, interpret: boo
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, relative: jax.Array | None) -> jax.Array:
     b, t, h, g, width = q.shape
-    # heads before positions, once: every product here and in the backward pass is then a plain batched matrix
-    # product; otherwise the CPU backend copies the t x s arrays to transpose them
+    # transposed once to heads before positions: all products, also in the backward pass, are then plain batched matrix
+    # products; otherwise the CPU backend copies the t x s arrays to transpose them
     q = (q * width**-0.5).transpose(0, 2, 3, 1, 4).reshape(b, h, g * t, width)  # b h gt k
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # b h s k
     scores = _product(q, k, 3).reshape(b, h, g, t, -1)  # b h g t s
@@ -125,17 +126,17 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, relative: jax.Arr
     seen = mask.dense(t, k.shape[2])
     if seen is not None:
         scores = jnp.where(seen, scores, low)
-    # the floor makes exp(low - top) zero in a row that sees no key
+    # the floor makes exp(low - top) zero in a row without visible keys
     top = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), low / 2)
     weights = jnp.exp(scores - top).reshape(b, h, g * t, -1)  # b h gt s
-    # normalising after the product touches t*k numbers in place of t*s
+    # normalising after the product touches t*k numbers instead of t*s
     total = weights.sum(-1, keepdims=True)  # b h gt 1
     out = _product(weights.astype(v.dtype), v, 2) / jnp.where(total == 0, 1.0, total)
     return out.astype(q.dtype).reshape(b, h, g, t, width).transpose(0, 3, 1, 2, 4)
 
 
 def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Batched over b and h: the last axis of `x [b, h, m, n]` against `axis` of y, summed in at least float32."""
+    """Product batched over b and h that contracts the last axis of `x [b, h, m, n]` and `axis` of y, in >= float32."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jax.lax.dot_general(x, y, (((3,), (axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)
 
@@ -143,27 +144,27 @@ def _product(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
     b, t, h, g, width = q.shape
     s = k.shape[1]
-    # the kernel's own causal mask leaves out the blocks that it hides; every other mask is added to the scores
+    # the kernel's own causal mask skips hidden blocks; every other mask is added to the scores
     causal = mask.kind == "causal" and isinstance(mask.offset, int) and mask.offset == 0
     kernel = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     q = q.reshape(b, t, h * g, width)
     if mask.valid is None and (causal or mask.kind == "full"):
         return kernel(q, k, v).reshape(b, t, h, g, width)
     seen = jnp.broadcast_to(mask.dense(t, s), (b, 1, 1, t, s))[:, 0]  # b 1 t s
-    # it takes added scores of even lengths only, which a query and a key that is hidden make up
+    # masks must have even lengths, so a query and a hidden key are added if needed
     odd, short = t % 2, s % 2
     q = jnp.pad(q, ((0, 0), (0, odd), (0, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) for x in (k, v))
     out = kernel(q, k, v, mask=jnp.pad(seen, ((0, 0), (0, 0), (0, odd), (0, short))))[:, :t]
-    # a row that sees no key is a mean over hidden ones; zero here, it also sends nothing back
+    # a row without visible keys would be a mean over hidden ones: zero here, also in its gradient
     return jnp.where(seen.any(-1)[:, 0, :, None, None], out, 0).reshape(b, t, h, g, width)
 
 
 class Attention(nn.Module):
     """Self-attention, or cross-attention if `context` is given; `x [b, t, d] -> [b, t, d]`, and the cache.
 
-    One product makes queries, keys and values: kernel `[d, h, g + 2, k]`, sharded by key head, so that a device holds
-    a key head with its queries.
+    One product computes queries, keys and values: kernel `[d, h, g + 2, k]`, sharded by key head, so that a device has
+    a key head together with its queries. Raises UserError if the heads do not divide by the key heads.
     """
 
     heads: int
@@ -171,8 +172,8 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     qk_norm: bool = False
     bias: bool = False
-    qkv_bias: bool = True  # with `bias`, queries, keys and values have one too
-    scale: float = 0.0  # of the scores; 0: head_width ** -0.5
+    qkv_bias: bool = True  # with `bias`: queries, keys and values have a bias too
+    scale: float = 0.0  # factor of the scores; 0: head_width ** -0.5
     dtype: str = "float32"
     out_scale: float = 1.0
 
@@ -190,7 +191,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, kv.Cache | None]:
         h = self.kv_heads or self.heads
         if self.heads % h:
-            raise UserError(f"{self.heads} query heads do not divide over {h} key heads")
+            raise UserError(f"heads {self.heads} (queries) do not divide by kv_heads {h}")
         g, width = self.heads // h, self.head_width
         options = {"bias": self.bias and self.qkv_bias, "dtype": self.dtype}
         if context is None:
@@ -218,7 +219,7 @@ class Attention(nn.Module):
 
 
 class _Out(nn.Module):
-    """Heads back to the width: `x [b, t, h, g, k] -> [b, t, d]`, kernel `[h, g, k, d]`."""
+    """Output projection: `x [b, t, h, g, k] -> [b, t, d]`, kernel `[h, g, k, d]`."""
 
     width: int
     bias: bool

@@ -1,8 +1,8 @@
 """The residual convolutional autoencoder that official tokenizers share: VQGAN, LlamaGen, Stable Diffusion, MAR.
 
-Esser et al. 2021 (VQGAN), after the UNet of Ho et al. 2020 without its skips: a stem, residual blocks at every level,
-half the size between levels, two blocks around one attention in the middle; the decoder mirrors it with one block more
-a level. Published checkpoints differ in the options below and in nothing else, so all are this module.
+Esser et al. 2021 (VQGAN), from the UNet of Ho et al. 2020 without its skips: a stem, residual blocks at every level,
+halving between levels, and in the middle two blocks around one attention. The decoder mirrors it, with one more block
+per level. Published checkpoints differ only in the options below, so this module represents all of them.
 
 Letters: b batch, H W picture, h w grid, c channels. Level l has `channels[l]`, 0 being the full size, in the encoder
 and in the decoder alike.
@@ -19,7 +19,7 @@ from hybridgen.nn.norm import GroupNorm
 
 
 class Place(nn.Module):
-    """GroupNorm and full self-attention of one head over the places of `x [b, h, w, c]`, and a skip."""
+    """GroupNorm and full self-attention with one head over the positions of `x [b, h, w, c]`, with a residual."""
 
     groups: int = 32
     dtype: str = "float32"
@@ -35,17 +35,17 @@ class Place(nn.Module):
 class Half(nn.Module):
     """One side of the autoencoder: the encoder if `down`, otherwise the decoder. `x [b, h, w, c]` -> `[.., features]`.
 
-    `hidden=True` gives what the last norm takes in: a norm of as many groups as channels hides biases.
+    `hidden=True` returns the input of the last norm, for tests: a norm with one channel per group hides biases.
     """
 
     features: int
     down: bool
-    stem: int  # channels behind the first convolution
+    stem: int  # channels after the first convolution
     channels: tuple[int, ...]
     blocks: int
-    attend: tuple[int, ...] = ()  # levels with an attention behind every block
+    attend: tuple[int, ...] = ()  # levels with attention after every block
     middle: bool = True  # attention in the middle
-    resample: bool = True  # a convolution where the size changes, otherwise means and copies alone
+    resample: bool = True  # a convolution where the size changes; False: average pool and nearest upsampling only
     groups: int = 32
     activation: str = "silu"
     dtype: str = "float32"
@@ -67,7 +67,7 @@ class Half(nn.Module):
             x = self._middle(x)
         if hidden:
             return x
-        x = nn.silu(GroupNorm(self.groups, name="norm")(x))  # whatever the blocks' activation is
+        x = nn.silu(GroupNorm(self.groups, name="norm")(x))  # silu for any activation of the blocks
         return Conv(self.features, dtype=self.dtype, name="conv_out")(x)
 
     def _block(self, x: jax.Array, width: int, name: str) -> jax.Array:
@@ -93,19 +93,19 @@ class Autoencoder(nn.Module):
 
     channels: tuple[int, ...]
     stem: int
-    z: int  # channels that the decoder's first convolution takes, and half or all of what the encoder's last one gives
-    code: int  # channels of a code, and half or all of what is encoded
-    double: bool = False  # the encoder gives means and log-variances
+    z: int  # input channels of the decoder; the encoder has as many outputs, or twice as many with `double`
+    code: int  # channels of a code; `encode` returns as many, or twice as many with `double`
+    double: bool = False  # the encoder predicts means and log-variances
     blocks: int = 2
-    decoder_channels: tuple[int, ...] = ()  # if they are others
+    decoder_channels: tuple[int, ...] = ()  # if they differ
     attend: tuple[int, ...] = ()
-    decoder_attend: tuple[int, ...] | None = None  # if they are others
+    decoder_attend: tuple[int, ...] | None = None  # if they differ
     middle: bool = True
     resample: bool = True
     groups: int = 32
     activation: str = "silu"
-    quant: int = -1  # width of the 1x1 map behind the encoder; 0: there is none; -1: that of a code, twice if `double`
-    post_quant: bool = True  # the 1x1 map before the decoder
+    quant: int = -1  # width of the 1x1 convolution after the encoder; 0: none; -1: `code`, or twice that with `double`
+    post_quant: bool = True  # a 1x1 convolution before the decoder
     read: int = 3
     painted: int = 3
     dtype: str = "float32"
@@ -121,7 +121,7 @@ class Autoencoder(nn.Module):
             if not widths or any(width % self.groups for width in (*widths, self.stem)):
                 raise UserError(f"channels {widths} and {self.stem} do not divide into {self.groups} groups")
             if not set(levels) <= set(range(len(widths))):
-                raise UserError(f"attention at the levels {levels}, of which there are {len(widths)}")
+                raise UserError(f"attention levels {levels} are not within 0 and {len(widths) - 1}")
         self.encoder = Half(self.z * ways, True, self.stem, self.channels, self.blocks, self.attend, **options)
         self.decoder = Half(self.painted, False, channels[-1], channels, self.blocks + 1, attend, **options)
         width = self.code * ways if self.quant < 0 else self.quant
@@ -129,7 +129,7 @@ class Autoencoder(nn.Module):
         self.post_map = Linear(self.z, bias=True, dtype=self.dtype) if self.post_quant else None
 
     def encoded(self, image: jax.Array, hidden: bool = False) -> jax.Array:
-        """What the encoder alone says, or what its last norm takes in."""
+        """The output of the encoder without the 1x1 convolution, or with `hidden` the input of its last norm."""
         return self.encoder(image, hidden)
 
     def encode(self, image: jax.Array) -> jax.Array:

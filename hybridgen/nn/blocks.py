@@ -1,7 +1,7 @@
-"""The transformer blocks that most systems use: Llama's, and adaLN's of diffusion transformers.
+"""The transformer blocks that most systems use: Llama's block, and the adaLN block of diffusion transformers.
 
-Both are pre-norm attention and feed-forward. A system whose block differs writes its own in its file: the pieces are
-Attention, MLP, Norm, `modulate` and `dropout`, and nn/stack.py scans over any of them.
+Both are pre-norm attention and feed-forward. A system with another block defines it in its own file, from Attention,
+MLP, Norm, `modulate` and `dropout`; nn/stack.py scans over any block.
 
 Letters: b batch, t positions, s context positions, d width.
 """
@@ -25,7 +25,7 @@ from hybridgen.nn.position import Rotary
 class LlamaBlock(nn.Module):
     """Llama's block (Touvron et al. 2023): RMSNorm, rotary positions, gated feed-forward. `x [b, t, d] -> [b, t, d]`.
 
-    With `dropout` and `keys [b]`, one a sample, both branches lose some of their outputs.
+    With `dropout` and `keys [b]`, one per sample, dropout applies to the outputs of both branches.
     """
 
     heads: int
@@ -69,7 +69,7 @@ class LlamaBlock(nn.Module):
 
 class AdaLNBlock(nn.Module):
     """The block of DiT (Peebles & Xie 2022, adaLN-zero): a condition `[b, d]` gives shift, scale and gate of both
-    branches. With a context (`[b, s, d']`, and which of it is valid `[b, s]` or None) it has cross-attention between.
+    branches. With a context (`[b, s, d']`, and its valid positions `[b, s]` or None) it has cross-attention in between.
     """
 
     heads: int
@@ -113,10 +113,10 @@ class AdaLNBlock(nn.Module):
 
 
 def adaln(condition: jax.Array, width: int, dtype: str) -> tuple[jax.Array, ...]:
-    """Shift, scale and gate of two branches, `[b, 1, width]` each, of a condition `[b, d]`; within a block."""
+    """Shift, scale and gate of two branches, `[b, 1, width]` each, from a condition `[b, d]`; called in a block."""
     gates = Linear((6, width), bias=True, dtype=dtype, init=zeros, name="modulation")(nn.silu(condition))  # b 6 d
-    gates = shard(gates, "batch", None, "mlp")  # the product is divided as its kernel is ...
-    gates = shard(gates, "batch", None, None)  # ... and then whole, as the activations are that it modulates
+    gates = shard(gates, "batch", None, "mlp")  # the product is sharded like its kernel ...
+    gates = shard(gates, "batch", None, None)  # ... and then gathered, like the activations that it modulates
     return tuple(gates[:, i, None, :] for i in range(6))
 
 
@@ -128,7 +128,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def dropout(
     x: jax.Array, keys: jax.Array | None, name: str, layer: jax.Array | int = 0, rate: float = 0.0
 ) -> jax.Array:
-    """Dropout of `x [b, ...]` by one key a sample, `keys [b]`; `x` as it is without keys or rate."""
+    """Dropout of `x [b, ...]` with one key per sample, `keys [b]`; no change without keys or rate."""
     if keys is None or not rate:
         return x
     kept = rng.bernoulli(rng.fold_in(rng.named(keys, name), layer), 1 - rate, x.shape[1:])

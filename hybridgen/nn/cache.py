@@ -1,10 +1,10 @@
 """The KV cache: a pytree that takes chunks of any length (prefill, one token, a whole scale, a speculative draft).
 
 `{"k", "v", "valid": [b, s] bool, "index": int32 scalar}`. For a scan over layers "k" and "v" are `[l, b, s, h*k]`: they
-are carried through the scan and written at (layer, position), since as its input and output they would exist twice.
-For layers that run one by one ("apart") they are lists of an array a layer: a step copies none of it. Heads and head
-width are stored as one axis (a head of 64 alone would be padded to 128 on a TPU); on a CPU, where nothing is padded,
-those of layers apart are `[b, h, s, k]`, as attention reads them.
+are carried through the scan and written at (layer, position), because as input and output of the scan they would exist
+twice. For unstacked layers they are lists with one array per layer, which a step does not copy. Heads and head width
+are stored as one axis (a TPU would pad a head width of 64 to 128); on a CPU, which does not pad, the arrays of
+unstacked layers are `[b, h, s, k]`, the layout that attention reads.
 
 Letters: l layers, b batch, s cached positions, t new positions, h heads, k head width.
 """
@@ -23,7 +23,7 @@ Cache = dict[str, Any]
 def empty(
     layers: int, b: int, length: int, heads: int, width: int, dtype: str = "float32", *, unstacked: bool = False
 ) -> Cache:
-    """A cache of `length` positions, for `heads` key heads of `width`; `apart`: for layers that run one by one."""
+    """An empty cache of `length` positions, for `heads` key heads of `width`; unstacked: one array per layer."""
     shape = (b, heads, length, width) if unstacked and platform() == "cpu" else (b, length, heads * width)
 
     def made() -> Any:
@@ -33,7 +33,7 @@ def empty(
 
 
 def grown(cache: Cache, length: int) -> Cache:
-    """The cache with room for `length` positions, what it holds as it is; so that no step reads room not yet used."""
+    """The cache, extended to `length` positions. Growing in parts avoids reading positions that are not used yet."""
     more = length - cache["valid"].shape[1]
 
     def longer(rows: jax.Array, axis: int) -> jax.Array:
@@ -49,7 +49,7 @@ def grown(cache: Cache, length: int) -> Cache:
 
 
 def write(cache: Cache, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
-    """Stores `k, v [b, t, h, k]` of one layer at the cache's index; returns the cache and all keys and values of it."""
+    """Stores `k, v [b, t, h, k]` of a layer at the cache's index -> (cache, all keys and all values of the layer)."""
     new = dict(cache)
     store = _store_unstacked if isinstance(cache["k"], list) else _stacked
     out = []
@@ -63,7 +63,7 @@ def _stacked(
     stored: jax.Array, layer: jax.Array | int, index: jax.Array, chunk: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     b, t, h, width = chunk.shape
-    start = [jnp.asarray(place, jnp.int32) for place in (layer, 0, index, 0)]  # all of one type
+    start = [jnp.asarray(place, jnp.int32) for place in (layer, 0, index, 0)]  # must have the same type
     stored = jax.lax.dynamic_update_slice(stored, chunk.reshape(1, b, t, h * width).astype(stored.dtype), start)
     stored = shard(stored, None, "batch", None, "heads")
     rows = jax.lax.dynamic_index_in_dim(stored, layer, 0, keepdims=False)  # b s hk
@@ -87,10 +87,10 @@ def _store_unstacked(stored: list, layer: int, index: jax.Array, chunk: jax.Arra
 
 
 def admit(cache: Cache, valid: jax.Array) -> Cache:
-    """Marks the next `valid.shape[1]` positions as visible where `valid [b, t]`; once per chunk, before the layers."""
+    """Marks the next `t` positions as visible where `valid [b, t]`; called once per chunk, before the layers."""
     return cache | {"valid": jax.lax.dynamic_update_slice_in_dim(cache["valid"], valid, cache["index"], axis=1)}
 
 
 def advance(cache: Cache, t: int) -> Cache:
-    """Moves the write position on by a chunk of `t`; once per chunk, after the layers."""
+    """Advances the write position by `t`; called once per chunk, after the layers."""
     return cache | {"index": cache["index"] + t}

@@ -1,4 +1,4 @@
-"""What quantisers share: codes by distance, straight-through gradients, entropies of soft codes, use of a codebook.
+"""Functions shared by quantisers: nearest codes, straight-through gradients, entropies of soft codes, codebook use.
 
 Letters: b batch, n tokens, d code width, v codes.
 """
@@ -11,7 +11,7 @@ from hybridgen.nn.linear import Linear, normal
 
 
 class Codebook(nn.Module):
-    """Parameters of a codebook that gradients learn: `codebook [v, d]` and, with `score`, a map to logits of codes."""
+    """Parameters of a trained codebook: `codebook [v, d]` and, with `score`, a linear layer to logits of codes."""
 
     size: int
     width: int
@@ -24,19 +24,19 @@ class Codebook(nn.Module):
 
 
 def scores(size: int, name: str | None = None) -> Linear:
-    """The linear map `[..., d] -> [..., v]` to logits of codes, in at least float32."""
+    """The linear layer `[..., d] -> [..., v]` to logits of codes, in at least float32."""
     return Linear(size, bias=True, wide=True, name=name)
 
 
 def normalise(x: jax.Array) -> jax.Array:
-    """Rows of `x [..., d]` on the unit sphere."""
+    """Rows of `x [..., d]`, normalised to length 1."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Rows of `x [..., d]` on the unit sphere, where official code puts them: over the length, 1e-12 at the least."""
+    """Rows of `x [..., d]`, normalised as in official code: divided by max(length, 1e-12)."""
     square = jnp.square(x).sum(-1, keepdims=True)
-    return x / jnp.maximum(jnp.sqrt(jnp.maximum(square, 1e-30)), 1e-12)  # the inner floor: no gradient is NaN
+    return x / jnp.maximum(jnp.sqrt(jnp.maximum(square, 1e-30)), 1e-12)  # the inner floor avoids a NaN gradient
 
 
 def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -46,13 +46,13 @@ def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Squared distances of `z [..., d]` and `codebook [v, d]`, rounded as official code rounds them: `[..., v]`."""
+    """Squared distances of `z [..., d]` and `codebook [v, d]`, with the rounding of official code: `[..., v]`."""
     product = jnp.einsum("...d,vd->...v", z, codebook)
     return jnp.square(z).sum(-1, keepdims=True) + jnp.square(codebook).sum(-1) - 2 * product
 
 
 def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
-    """The value of `codes` with the gradient of `z`, of one shape."""
+    """The value of `codes` with the gradient of `z`; both have the same shape."""
     return z + jax.lax.stop_gradient(codes - z)
 
 
@@ -65,7 +65,7 @@ def per_picture(x: jax.Array) -> jax.Array:
 
 
 def joint_entropy(digits: list[jax.Array]) -> jax.Array:
-    """Entropy in nats of the mean over tokens of what independent digits `[n, level]` make together."""
+    """Entropy in nats of the mean over tokens of the joint distribution of independent digits `[n, level]`."""
     n = digits[0].shape[0]
     usage = jnp.ones((n, 1), digits[0].dtype)  # n, product of the levels so far
     for digit in digits[:-1]:
@@ -75,7 +75,7 @@ def joint_entropy(digits: list[jax.Array]) -> jax.Array:
 
 
 def distance_entropy(distance: jax.Array, temperature: float = 0.01) -> jax.Array:
-    """Mean entropy of a token's soft codes less the entropy of their mean (LlamaGen's): `[..., v]` -> scalar."""
+    """Mean entropy of a token's soft codes minus the entropy of their mean (LlamaGen): `[..., v]` -> scalar."""
     logits = (-distance / temperature).reshape(-1, distance.shape[-1])  # n v
     p = jax.nn.softmax(logits, -1)
     mean = p.mean(0)
@@ -86,25 +86,25 @@ def distance_entropy(distance: jax.Array, temperature: float = 0.01) -> jax.Arra
 
 
 def counts(ids: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
-    """Tokens of each code `[v]`, of `ids [...]`: a sum over tokens, so it adds over microbatches and hosts."""
+    """Number of tokens with each code `[v]`, for `ids [...]`: a sum, so microbatches and hosts can be added."""
     return jnp.zeros((size,), dtype).at[ids.reshape(-1)].add(1.0)
 
 
 def moving_average(average: jax.Array, value: jax.Array, decay: float) -> jax.Array:
-    """The average after a step that had `value`, of one shape."""
+    """The moving average after a step with `value`; both have the same shape."""
     return decay * average + (1 - decay) * value
 
 
 def in_use(usage: jax.Array, decay: float) -> jax.Array:
-    """Share of codes that took a token within the last 1 / (1 - decay) steps, or many shortly before: `usage [v]`.
+    """Share of codes with a token in the last 1 / (1 - decay) steps, or with many shortly before: `usage [v]`.
 
-    `usage` is the moving average of tokens a step, from zero on: one token adds 1 - decay, and a window later e^-1 of
-    it is left.
+    `usage` is the moving average of tokens per step, starting at zero: one token adds 1 - decay, and after 1 / (1 -
+    decay) steps e^-1 of it is left.
     """
     return (usage > (1 - decay) * jnp.exp(-1.0)).mean()
 
 
 def perplexity(count: jax.Array) -> jax.Array:
-    """exp(entropy) of code counts `[v]`, of any scale; 1 before anything was counted."""
+    """exp(entropy) of code counts `[v]` of any scale; 1 if all are zero."""
     p = count / jnp.maximum(count.sum(), 1e-9)
     return jnp.exp(-(p * jnp.log(p + 1e-12)).sum())

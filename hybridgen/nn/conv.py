@@ -1,9 +1,9 @@
-"""Convolutions, residual blocks, and the light convolutional encoder and decoder of our own tokenizers.
+"""Convolutions, residual blocks, and the small convolutional encoder and decoder of our own tokenizers.
 
-The one that official tokenizers share is in autoencoder.py. Here the encoder starts with `patch` x `patch`
-space-to-depth, then runs residual blocks at each level and halves the picture between levels; the decoder mirrors it.
-Reduction is `patch * 2 ** (levels - 1)`. Shapes as in VQGAN (Esser et al. 2021), with the first reductions as
-space-to-depth, which costs a fraction and loses nothing at small sizes.
+The autoencoder of official tokenizers is in autoencoder.py. Here the encoder starts with `patch` x `patch`
+space-to-depth, then has residual blocks at each level and halves the picture between levels; the decoder mirrors it.
+The reduction is `patch * 2 ** (levels - 1)`. The shapes follow VQGAN (Esser et al. 2021), but the first reductions are
+space-to-depth, which is much cheaper and equally good at small sizes.
 
 Letters: b batch, H W picture, h w grid, c channels.
 """
@@ -25,7 +25,7 @@ from hybridgen.nn.position import learned
 class Conv(nn.Module):
     """`size` x `size` convolution, same padding: `[b, h, w, c] -> [b, h, w, features]`; kernel `[size, size, c, f]`.
 
-    `halves`: every second place, and zeros on the right and below only, as official tokenizers pad.
+    halves: stride 2, with zeros on the right and below only, as in official tokenizers.
     """
 
     features: int
@@ -47,10 +47,10 @@ class Conv(nn.Module):
 
 
 def patchify(x: jax.Array, p: int) -> jax.Array:
-    """`[b, H, W, c] -> [b, H/p, W/p, p*p*c]`."""
+    """Space-to-depth: `[b, H, W, c] -> [b, H/p, W/p, p*p*c]`. Raises UserError if the sides do not divide by p."""
     b, height, width, c = x.shape
     if height % p or width % p:
-        raise UserError(f"a picture of {height} x {width} does not divide into patches of {p}")
+        raise UserError(f"a picture of {height} x {width} pixels does not divide into patches of {p}")
     x = x.reshape(b, height // p, p, width // p, p, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // p, width // p, p * p * c)
 
@@ -67,7 +67,7 @@ ACTIVATIONS |= {"swish": nn.silu, "mish": lambda x: x * jnp.tanh(nn.softplus(x))
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, activation, convolution, twice, and a skip (a 1x1 map where the channels change)."""
+    """GroupNorm, activation, convolution, twice, with a residual (a 1x1 convolution if the channels change)."""
 
     features: int
     groups: int = 16
@@ -88,7 +88,7 @@ class ResBlock(nn.Module):
 
 
 class GridAttention(nn.Module):
-    """Full self-attention over the grid `[b, h, w, c]`, with learned positions: every place sees the whole picture."""
+    """Full self-attention over the grid `[b, h, w, c]`, with learned positions and a residual."""
 
     head_width: int = 64
     dtype: str = "float32"
@@ -107,8 +107,8 @@ class GridAttention(nn.Module):
 class Encoder(nn.Module):
     """`image [b, H, W, c] -> [b, h, w, features]`.
 
-    A `local` encoder has no blocks on the last grid, only a map of each place with its position: what a place says then
-    depends on its neighbourhood alone.
+    A `local` encoder has no blocks on the last grid, only an MLP of each vector with its position, so that an output
+    depends on its neighbourhood only.
     """
 
     features: int

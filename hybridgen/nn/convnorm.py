@@ -1,7 +1,7 @@
-"""Convolution and batch normalisation by stored statistics, as classifiers of pictures are built; depthwise too.
+"""Convolution with batch normalisation by stored statistics, as in image classifiers; also depthwise.
 
-Mean and variance are gathered in training, not learned by gradients: a family keeps them in `extra`, and puts them
-beside the other parameters to run the network (`joined`). Nothing here updates them.
+Mean and variance are statistics of training, not trained by gradients: a family has them in `extra` and merges them
+with the other parameters to run the network (`joined`). Nothing here updates them.
 
 Letters: b batch, H W picture, h w grid, c channels in, f channels out.
 """
@@ -22,8 +22,8 @@ STATISTICS = ("mean", "variance")
 class ConvNorm(nn.Module):
     """`[b, H, W, c] -> [b, h, w, f]`; parameters `kernel [*size, c, f]`, `scale`, `bias`, `mean`, `variance` `[f]`.
 
-    `padding`: SAME is TensorFlow's, where of an odd number of zeros one more is on the right and below; VALID is none.
-    `depthwise`: f is c, a filter of its own for each channel, `kernel [*size, 1, c]`.
+    padding: SAME is TensorFlow's, where an odd number of zeros has one more on the right and below; VALID is none.
+    depthwise: f is c, and each channel has its own filter, `kernel [*size, 1, c]`.
     """
 
     features: int
@@ -51,9 +51,9 @@ class ConvNorm(nn.Module):
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
-    """`x [b, H, W, c]` with `kernel [k, k, 1, c]`, a filter a channel -> `[b, h, w, c]`.
+    """`x [b, H, W, c]` with `kernel [k, k, 1, c]`, one filter per channel -> `[b, h, w, c]`.
 
-    On a CPU as a sum of shifted pictures: XLA's grouped convolution takes ten times as long there.
+    On a CPU it is a sum of shifted pictures, because XLA's grouped convolution takes ten times as long there.
     """
     options = {"stride": stride, "padding": padding}
     shifted, grouped = functools.partial(_shifted, **options), functools.partial(_convolved, **options)
@@ -80,7 +80,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.
 
 
 def joined(params: Mapping, extra: Mapping) -> dict[str, Any]:
-    """Two trees of arrays with different leaves as one."""
+    """Merges two trees of arrays with disjoint leaves."""
     out = dict(params)
     for name, value in extra.items():
         out[name] = joined(out[name], value) if name in out else value
@@ -88,7 +88,7 @@ def joined(params: Mapping, extra: Mapping) -> dict[str, Any]:
 
 
 def divided(tree: Mapping) -> tuple[dict, dict]:
-    """(what is learned by gradients, the statistics) of a network's arrays: the inverse of `joined`."""
+    """(trained parameters, statistics) of a network's arrays: the inverse of `joined`."""
     learned, stored = {}, {}
     for name, value in tree.items():
         if isinstance(value, Mapping):

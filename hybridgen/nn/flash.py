@@ -1,10 +1,10 @@
-"""Attention on a TPU: the splash kernel that comes with JAX (block-sparse flash attention), fitted to our masks.
+"""Attention on a TPU: JAX's splash kernel (block-sparse flash attention), adapted to our masks.
 
-FlashAttention (Dao et al. 2022) never writes the t x s weights to memory, and splash leaves out the blocks that a mask
-hides. It is taken from JAX itself: tokamax's TPU kernel descends from it, and would be one more dependency, of version
-0.0. What it does not take is done here: any length (padded to a block of 128, the padding hidden), keys that are not
-valid (as segments), rows that see no key (zero, also their gradient), and a mesh: XLA cannot divide a kernel by itself,
-so it runs in shard_map, batch and heads divided as the table of activations says.
+FlashAttention (Dao et al. 2022) never writes the t x s weights to memory, and splash skips blocks that a mask hides. We
+use JAX's kernel: tokamax's TPU kernel is derived from it and would be one more dependency, at version 0.0. This file
+adds what the kernel does not support: any length (padded to a multiple of 128, with the padding hidden), invalid keys
+(as segments), queries without visible keys (zeros, also in their gradient), and meshes: XLA cannot partition a kernel,
+so it runs in shard_map, with batch and heads sharded as in the table of activations (core/sharding.py).
 
 Letters: b batch, t query positions, s key positions, h key heads, g queries per key head, k head width.
 """
@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec
 
 from hybridgen.core.sharding import LOGICAL
 
-LANES = 128  # what lengths are padded to
-BLOCK = 512  # the largest block of positions that one turn of the kernel works on
+LANES = 128  # lengths are padded to a multiple of this
+BLOCK = 512  # the largest block of positions of one kernel iteration
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "prefix", "offset", "interpret"))
@@ -40,20 +40,20 @@ def flash_attention(
 ) -> jax.Array:
     """`q [b, t, h, g, k]`, `k, v [b, s, h, k]`, `valid [b, s]` -> `[b, t, h, g, k]`.
 
-    `kind`, `prefix` and `offset` are those of attention.Mask; `seen [b, t]` says which rows see any key (None: all).
-    Counted by hybridgen.cost.flops under the name of this function. interpret: run by the interpreter, on any device.
+    kind, prefix, offset: as in attention.Mask. seen `[b, t]`: True for queries with a visible key (None: all).
+    interpret: runs in the interpreter, on any device. hybridgen.cost.flops counts FLOPs by this function's name.
     """
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
         return _local(q, k, v, valid, visible(kind, prefix, offset, q.shape[1], k.shape[1]), interpret)
 
     out = _over_mesh(local, q, k, v, valid)
-    # a row that sees no key is a mean over hidden ones; zero here, it also sends nothing back
+    # a row without visible keys would be a mean over hidden ones: zero here, also in its gradient
     return out if seen is None else jnp.where(seen[:, :, None, None, None], out, 0)
 
 
 def visible(kind: str, prefix: int, offset: int, t: int, s: int) -> np.ndarray:
-    """Which keys a query sees `[t, s]`, padded to whole blocks: padded keys are hidden, padded queries see one."""
+    """Visible keys of each query `[t, s]`, padded to whole blocks: padded keys are hidden, padded queries see key 0."""
     query, key = offset + np.arange(t)[:, None], np.arange(s)[None]
     seen = np.ones((t, s), bool)
     if kind != "full":
@@ -78,7 +78,7 @@ def _over_mesh(local: Any, q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.
     keys = PartitionSpec(rows, None, heads, None)
     queries = PartitionSpec(rows, None, heads, None, None)
     given = (queries, keys, keys, PartitionSpec(rows, None))
-    # a kernel's results say nothing of the axes they vary along: not checked
+    # a kernel's results do not declare the mesh axes along which they vary, so that is not checked
     return jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=queries, check_vma=False)(q, k, v, valid)
 
 

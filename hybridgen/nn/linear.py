@@ -1,7 +1,7 @@
-"""Linear maps and embedding tables, on `self.param` and einsum.
+"""Linear layers and embedding tables.
 
-Compute dtype: "bfloat16" casts inputs and weights down; "float32" promotes to *at least* float32, so that a float64
-test stays float64. Reductions that lose digits (norms, softmax, losses) go through `at_least_float32`.
+Compute dtype: "bfloat16" casts inputs and weights to bfloat16; "float32" promotes to *at least* float32, so that a
+float64 test stays float64. Reductions that lose digits (norms, softmax, losses) use `at_least_float32`.
 
 Letters: b batch, n tokens, d width in, f width out, v rows of a table.
 """
@@ -16,26 +16,26 @@ import jax.numpy as jnp
 from hybridgen.core.sharding import gathered, shard
 
 Init = Callable[..., jax.Array]
-FEW = 64  # rows of a step of decoding, not of training; or half as many as the kernel has
+FEW = 64  # rows of a decoding step, unlike a training step; see `few`
 
 
 def few(rows: int, d: int) -> bool:
-    """Whether a product of so many rows with a kernel of `d` rows is bound by reading the kernel."""
+    """Whether the product of `rows` rows with a kernel of `d` rows is bound by reading the kernel."""
     return rows <= max(FEW, d // 2)
 
 
 def cast(x: jax.Array, dtype: str) -> jax.Array:
-    """`x` in the compute dtype: exactly bfloat16 if so configured, otherwise at least `dtype`."""
+    """`x` in the compute dtype: exactly bfloat16 if `dtype` is that, otherwise at least `dtype`."""
     wanted = jnp.dtype(dtype)
     return x.astype(wanted if wanted == jnp.bfloat16 else jnp.promote_types(x.dtype, wanted))
 
 
 def cast_for_inference(params: Any, dtype: str, gather: bool = True) -> Any:
-    """Parameters as a loop over a model that computes in `dtype` holds them, to the same results.
+    """Parameters for a loop over a model that computes in `dtype`; results do not change.
 
-    Kernels and tables are in that dtype: layers cast them themselves, and in a loop over tokens or solver steps would
-    do so in every turn and read twice the bytes, where the compiler does not see that (XLA for GPUs does not). With
-    `gather` they are whole over the mesh axis `fsdp`, which would otherwise send all of them in every turn.
+    Kernels and tables are cast to `dtype` before the loop. Otherwise layers cast them in every iteration and read twice
+    the bytes, unless the compiler moves the cast (XLA for GPUs does not). With `gather` they are gathered over the mesh
+    axis `fsdp` before the loop, instead of in every iteration.
     """
 
     def narrow(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -75,13 +75,13 @@ ones = nn.initializers.ones
 
 
 class Linear(nn.Module):
-    """`x [..., d] -> [..., *features]`; parameters `kernel [d, *features]` and, if asked, `bias [*features]`.
+    """`x [..., d] -> [..., *features]`; parameters `kernel [d, *features]` and optionally `bias [*features]`.
 
-    `wide`: the result is in at least float32 (logits).
+    wide: the result is in at least float32 (logits).
 
-    `parts` cuts the last but one feature axis: the result is then a list of arrays, each from a product of its own. One
-    product whose result is cut is slower: in the gradient every part is padded to the whole, and the wholes are summed.
-    For few rows it is one product all the same: reading the kernel is then the work, and cutting it would copy it.
+    parts: splits the second to last feature axis: the result is a list of arrays, each from its own product. Splitting
+    the result of one product is slower, because the gradient pads every part to the full size and sums them. For few
+    rows it is one product nevertheless: its time is that of reading the kernel, and splitting would copy the kernel.
     """
 
     features: int | tuple[int, ...]
@@ -108,10 +108,10 @@ class Linear(nn.Module):
 
 
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, wide: bool = False) -> jax.Array:
-    """`x [..., d] @ kernel [d, *features] + bias`, as one product of two matrices; `wide`: in at least float32.
+    """`x [..., d] @ kernel [d, *features] + bias`, as a product of two matrices; wide: in at least float32.
 
-    With the leading axes flat, the kernel's gradient contracts one axis; with more, the CPU backend copies both
-    operands to transpose them, at the price of the product itself. Where `keeps_axes`, the kernel is not flat.
+    With flattened leading axes, the kernel's gradient contracts one axis; with more axes, the CPU backend copies both
+    operands to transpose them, which takes as long as the product. If `keeps_axes`, the kernel is not flattened.
     """
     d, *features = kernel.shape
     dtype = jnp.promote_types(x.dtype, jnp.float32) if wide else None
@@ -125,12 +125,12 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, wide:
 
 
 def keeps_axes(kernel: jax.Array, few_rows: bool) -> bool:
-    """Whether the axes of a kernel must not become one, on a mesh that divides kernels over `tensor`.
+    """Whether the axes of a kernel must not be flattened into one, on a mesh that shards kernels over `tensor`.
 
-    An axis that is divided and not the first of those that become one is gathered for that, over `tensor`. So `[d, n,
-    f]`, divided in its last axis, is never flat. A kernel of attention `[d, h, n, k]` or `[h, n, k, d]` is divided by
-    head, its first; where heads do not divide, it is so by `k`: then to gather it is less than to gather the results,
-    but not of few rows.
+    Flattening gathers a sharded axis over `tensor` unless it is the first of the flattened axes. So `[d, n, f]`, which
+    is sharded in its last axis, is never flattened. An attention kernel `[d, h, n, k]` or `[h, n, k, d]` is sharded by
+    head, the first axis; if the heads do not divide, it is sharded by `k`, and gathering it is cheaper than gathering
+    the results, except for few rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["tensor"] == 1:
@@ -139,7 +139,7 @@ def keeps_axes(kernel: jax.Array, few_rows: bool) -> bool:
 
 
 class Embed(nn.Module):
-    """Table lookup `ids [...] int -> [..., d]`; parameter `table [v, d]`. `attend(x)`: logits by the same table."""
+    """Table lookup `ids [...] int -> [..., d]`; parameter `table [v, d]`. `attend(x)`: logits with the same table."""
 
     size: int
     width: int
@@ -150,7 +150,7 @@ class Embed(nn.Module):
         self.table = self.param("table", self.init, (self.size, self.width))  # v d
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        # gathered whole over fsdp, as any kernel is: rows of a part of the width would have to change places
+        # gathered over fsdp like any kernel: rows with a part of the width would have to be exchanged
         return lookup(shard(cast(self.table, self.dtype), "vocab", None), ids)
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -158,6 +158,6 @@ class Embed(nn.Module):
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of `table [v, d]` by `ids [...]`: the one place where a table is indexed."""
+    """Rows `[..., d]` of `table [v, d]` at `ids [...]`; all lookups use this function."""
     rows = jnp.take(table, ids, axis=0, mode="clip")  # ... d
     return shard(rows, "batch", *(None,) * (rows.ndim - 1))

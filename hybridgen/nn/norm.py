@@ -14,7 +14,7 @@ from hybridgen.nn.linear import at_least_float32, ones, zeros
 class Norm(nn.Module):
     """Normalises the last axis. `kind`: "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016).
 
-    `affine=False` leaves out scale and bias (adaLN brings its own).
+    `affine=False`: no scale and bias (adaLN has its own).
     """
 
     kind: str = "rms"

@@ -1,9 +1,9 @@
 """Positions: rotary embeddings in one or two dimensions (Su et al. 2021), fixed sine-cosine tables, and the buckets
 of relative positions (Raffel et al. 2020).
 
-A rotary table is `(cos, sin)`, each `[n, k/2]` or `[b, n, k/2]`: two-dimensional ones rotate the first half of a head
-by the row and the second by the column. Text before an image counts on the diagonal, and the image's grid starts where
-the text ends, so that every position has one place in the plane.
+A rotary table is `(cos, sin)`, each `[n, k/2]` or `[b, n, k/2]`. A two-dimensional one rotates the first half of a head
+by the row and the second half by the column. Text before an image has positions on the diagonal, and the image's grid
+starts where the text ends, so that all positions are distinct.
 
 Letters: b batch, n tokens, h heads, k head width, d width.
 """
@@ -33,7 +33,7 @@ def grid_positions(height: int, width: int, prefix: int = 0) -> np.ndarray:
 def learned(module: Any, name: str, std: float, grid: tuple[int, int], width: int) -> jax.Array:
     """A learned table of positions, the parameter `name [n, width]` of `module`, as `[h, w, width]`.
 
-    It is made for the grid of a config's own pictures, which are square; on other grids it is resized.
+    Its size is that of the config's own pictures, which are square; for other grids it is resized.
     """
     made = module.has_variable("params", name)
     n = module.get_variable("params", name).shape[0] if made else math.prod(grid)
@@ -47,10 +47,10 @@ def learned(module: Any, name: str, std: float, grid: tuple[int, int], width: in
 def rotary(
     positions: np.ndarray | jax.Array, head_width: int, base: float = 10_000.0, scaling: Mapping | None = None
 ) -> Rotary:
-    """Rotary table for integer positions `[n]` or `[..., n, axes]`; `head_width` must divide by 2 * axes.
+    """Rotary table for integer positions `[n]` or `[..., n, axes]`; `head_width` must divide by 2 * axes (UserError).
 
-    scaling: options of `stretched`, for texts longer than those of the first training; and `gain`, which cosine and
-    sine are multiplied by.
+    scaling: options of `stretched`, for texts longer than those of the first training; and `gain`, a factor of cosine
+    and sine.
     """
     positions = jnp.asarray(positions)
     positions = positions[:, None] if positions.ndim == 1 else positions  # ... n axes
@@ -80,10 +80,10 @@ def stretched(
 ) -> np.ndarray | jax.Array:
     """Rotary frequencies for longer texts. kind "linear": all are divided by `factor` (Chen et al. 2023).
 
-    "llama3": those that turn less than `low` times within `trained` positions are, those that turn more than `high`
-    times stay, and between them the two are mixed. "each": each is divided by its number of `by`, or, in a text of
-    more `length` than `trained`, of `far` if there are any. "dynamic": the base grows with what a text has more than
-    `trained` positions.
+    "llama3": frequencies with fewer than `low` turns within `trained` positions are divided by `factor`, those with
+    more than `high` turns are unchanged, those between are interpolated. "each": each is divided by its number in `by`,
+    or in `far` (if given) when `length` exceeds `trained`. "dynamic": the base grows with `length` beyond `trained`.
+    Raises UserError for another kind.
     """
     if kind == "linear":
         return frequency / factor
@@ -101,15 +101,17 @@ def stretched(
 
 
 def relative_buckets(distance: np.ndarray, buckets: int, farthest: int) -> np.ndarray:
-    """T5's bucket of each distance (key less query position), in both directions: ints of `distance`'s shape.
+    """T5's bucket of each distance (key minus query position), in both directions: ints of `distance`'s shape.
 
-    Half of the buckets are for keys behind the query. Of either half, half are for one distance each and the others
-    grow by a constant factor up to `farthest`. In float32, as official code rounds.
+    Half of the buckets are for keys after the query. In each half, half of the buckets are for one distance each and
+    the others grow by a constant factor up to `farthest`. Computed in float32, with the rounding of official code.
     """
     half = buckets // 2
     exact = half // 2
     if exact < 1 or farthest <= exact:
-        raise UserError(f"{buckets} buckets do not reach to a distance of {farthest}")
+        raise UserError(
+            f"{buckets} buckets, farthest {farthest}: need at least 4 buckets, and farthest above buckets / 4"
+        )
     far = np.abs(distance)
     octaves = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(np.log(farthest / exact))
     large = exact + (octaves * np.float32(half - exact)).astype(np.int64)
@@ -120,7 +122,7 @@ def rotate(x: jax.Array, table: Rotary) -> jax.Array:
     """Rotates `x [b, n, h, k]`: the pair (i, i + k/2) by the table's i-th angle."""
     cos, sin = (part[..., None, None, :].astype(x.dtype) for part in table)  # (b) n 1 1 k/2
     halves = x.reshape(*x.shape[:-1], 2, -1)  # b n h 2 k/2
-    # the other half by reversal: unlike a concatenation of the two it is fused into the products
+    # the halves are exchanged with flip, which, unlike a concatenation, is fused into the products
     turned = halves * cos + jnp.flip(halves, -2) * jnp.concatenate([-sin, sin], -2)
     return turned.reshape(x.shape)
 
@@ -128,7 +130,7 @@ def rotate(x: jax.Array, table: Rotary) -> jax.Array:
 def sincos_2d(height: int, width: int, d: int) -> np.ndarray:
     """Fixed sine-cosine table of a grid (MAE, He et al. 2021): [height * width, d]; d divides by 4."""
     if d % 4:
-        raise UserError(f"width {d} does not divide by 4")
+        raise UserError(f"width {d} must divide by 4 for 2D sine-cosine positions")
     frequency = 10_000.0 ** (-np.arange(d // 4) / (d // 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     parts = []

@@ -1,10 +1,9 @@
-"""A stack of blocks of any kind, by scan over depth.
+"""A stack of blocks of any kind, as a scan over depth.
 
-A block is a module `block(x, mask, *, cache, layer, keys, ...) -> (x, cache)`; what else it takes (rotary tables, a
-condition, a context) the stack hands on. Layers are stacked on a leading axis of every parameter; `unroll` layers run
-per iteration of the scan (all of them: faster to run and slower to compile), and `remat` recomputes activations in the
-backward pass. For decoding the layers may also be unstacked, each with parameters and a cache of its own, and run one
-by one.
+A block is a module `block(x, mask, *, cache, layer, keys, ...) -> (x, cache)`; the stack passes on all further inputs
+(rotary tables, a condition, a context). Layers are stacked on a leading axis of every parameter; `unroll` layers run
+per iteration of the scan (-1: all, which is faster to run and slower to compile), and `remat` recomputes activations in
+the backward pass. For decoding the layers may be unstacked, each with its own parameters and cache, and run one by one.
 
 Letters: b batch, t positions, d width, l layers.
 """
@@ -29,9 +28,9 @@ REMAT_POLICIES = {
 
 
 class Stack(nn.Module):
-    """`depth` blocks of the class `block` with `options`, its fields; parameters carry a leading layer axis.
+    """`depth` blocks of the class `block` with the fields `options`; parameters have a leading layer axis.
 
-    A block with a field `out_scale` starts its residual branches smaller in a deeper stack.
+    If the block has a field `out_scale`, its residual branches are initialised smaller in a deeper stack.
     """
 
     depth: int
@@ -52,15 +51,15 @@ class Stack(nn.Module):
         every: bool = False,
         **inputs: Any,
     ) -> tuple[jax.Array, kv.Cache | None]:
-        """`x [b, t, d]` -> the last block's output, or with `every` that of each, `[l, b, t, d]`; and the cache.
+        """`x [b, t, d]` -> (output of the last block, or with `every` of all, `[l, b, t, d]`; the cache).
 
-        inputs: what every block takes besides. each: what each block takes a part of its own of, `[l, ...]`.
+        inputs: further inputs of every block. each: inputs `[l, ...]`, of which each block takes its own row.
         """
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         options = dict(self.options)
         if "out_scale" in self.block.__dataclass_fields__:
-            # deep residual branches start smaller, so that the sum over layers keeps its variance (GPT-2)
+            # residual branches start smaller in deep stacks, so that the sum over layers keeps its variance (GPT-2)
             options.setdefault("out_scale", 1.0 / (2 * self.depth))
         kind = mask.kind, mask.prefix
         valid, offset, own = mask.valid, mask.offset, mask.own
@@ -72,7 +71,7 @@ class Stack(nn.Module):
             x, cache = block(x, described, cache=cache, layer=layer, keys=keys, **inputs, **own_inputs)
             return (x, cache), x if every else None
 
-        if self.has_variable("params", "layer_0"):  # of `unstack_layers`
+        if self.has_variable("params", "layer_0"):  # parameters from `unstack_layers`
             outputs = []
             for layer in range(self.depth):
                 (x, cache), y = body(self.block(**options, name=f"layer_{layer}"), (x, cache), layer)
@@ -92,18 +91,18 @@ class Stack(nn.Module):
 
 
 def layers_are_unstacked(unroll: int) -> bool:
-    """Whether layers stand apart in decoding: where they are not scanned, and on a GPU.
+    """Whether decoding uses unstacked layers: if they are not scanned, and on a GPU.
 
-    A scan reads a layer's weights out of their stacks. XLA for TPUs does so within the product; for GPUs it writes them
-    down first, three times the bytes of a step that is bound by them.
+    A scan slices each layer's weights from the stacked arrays. XLA for TPUs fuses the slice into the product; for GPUs
+    it writes a copy first, which triples the bytes of a memory-bound step.
     """
     return unroll < 0 or platform() in ("gpu", "cuda")
 
 
 def unstack_layers(params: Any, unroll: int) -> Any:
-    """Parameters for decoding: where layers stand apart, those of each an entry of their own.
+    """Parameters for decoding: if `layers_are_unstacked`, each layer has its own entry `layer_{i}`.
 
-    To be called outside of the loop over tokens, so that its body does not cut the layers out of the stacks anew.
+    Call it outside the loop over tokens, so that the loop body does not slice the stacked arrays.
     """
     if not layers_are_unstacked(unroll):
         return params

@@ -10,17 +10,17 @@ import numpy as np
 
 from hybridgen.nn.linear import Linear, normal
 
-ROUNDED_UP = (13, 44)  # frequencies of DiT that torch's exp rounds up, just below the middle between two floats
+ROUNDED_UP = (13, 44)  # indices of DiT's frequencies that torch's exp rounds up, although just below the midpoint
 
 
 def sincos(t: jax.Array, width: int, period: float = 10_000.0, scale: float = 1000.0, shift: float = 0.0) -> jax.Array:
     """Features of `t [b]`, cosines first: [b, width].
 
-    scale: of t; continuous times in [0, 1] count in thousandths, as discrete steps do. shift: frequencies fall to
-    1 / period after `width / 2 - shift` of them (0: DiT, 1: diffusers).
+    scale: factor of t; 1000 maps continuous times in [0, 1] to the range of discrete steps. shift: the frequency with
+    index `width / 2 - shift` would be 1 / period (0: DiT, 1: diffusers).
     """
     half = width // 2
-    # the exponent in float32, as official code has it: at t = 1000 another last bit of a frequency would show
+    # the exponent is float32 as in official code: at t = 1000, the last bit of a frequency matters
     exponent = np.float32(-np.log(period)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     if (half, shift, period) == (128, 0, 10_000):

@@ -1,10 +1,10 @@
-"""How recorded outputs of each official system are computed here: a file a system, found by its name.
+"""Replays: recompute the recorded outputs of each official system. One file per system, found by its name.
 
     def replay(case):
         image = case.takes("image")                           # an input
         case.gives("indices", lambda: ...)                    # an output: computed and compared if it was recorded
 
-A function lists all outputs that its system can have; a recorded array that is neither is an error naming it.
+A function lists all outputs of its system; a recorded array that is neither an input nor an output is an error.
 """
 
 import importlib
@@ -35,12 +35,12 @@ def find(source: str) -> tuple[str, Callable[["Case"], None]]:
     """(system, its replay) of a name with any suffix. Raises UserError for an unknown one."""
     system = tables.longest(source, names())
     if system is None:
-        raise UserError(f"unknown source {source!r}; known are {', '.join(names())}")
+        raise UserError(f"unknown source {source!r}; it must be one of {', '.join(names())}")
     return system, importlib.import_module(f"{__name__}.{system}").replay
 
 
 class Case:
-    """One fixture: its arrays, its model, and what was compared so far."""
+    """One fixture: its arrays, its model, and the comparisons so far."""
 
     def __init__(self, system: str, folder: Path, config: dict, arrays: Mapping[str, np.ndarray], report: Any = print):
         self.system, self.folder, self.config, self.arrays, self.report = system, folder, config, arrays, report
@@ -60,12 +60,12 @@ class Case:
     def takes(self, name: str) -> np.ndarray:
         """An input. Raises UserError if it was not recorded."""
         if name not in self.arrays:
-            raise UserError(f"{self.folder / 'io.npz'} has no {name!r}, from which outputs are computed")
+            raise UserError(f"{self.folder / 'io.npz'} lacks the input {name!r}")
         self.taken.add(name)
         return self.arrays[name]
 
     def gives(self, name: str, compute: Callable[[], Any], within: float | None = None) -> None:
-        """An output: compared if it was recorded, otherwise not even computed. within: another bound, of draws."""
+        """An output: computed and compared only if it was recorded. within: an absolute bound, for random samples."""
         if name not in self.arrays:
             return
         recorded, ours = self.arrays[name], np.asarray(compute())
@@ -75,20 +75,22 @@ class Case:
         shape = "x".join(map(str, recorded.shape)) or "scalar"
         if ours.shape != recorded.shape:
             self.verdicts[name] = False
-            self.report(f"{name:24s} {shape:14s} ours has the shape {'x'.join(map(str, ours.shape))}  FAILED")
+            self.report(f"{name:24s} {shape:14s} computed shape is {'x'.join(map(str, ours.shape))}  FAILED")
             return
         exact = recorded.dtype.kind in "iub"
         error = float(np.abs(ours.astype(np.float64) - recorded.astype(np.float64)).max(initial=0.0))
         bound = 0.0 if exact else BOUND * max(1.0, scale) if within is None else within
-        self.verdicts[name] = error <= bound  # not if either is NaN
+        self.verdicts[name] = error <= bound  # False if either is NaN
         verdict = "ok" if self.verdicts[name] else f"FAILED: at most {bound:.1e}"
         self.report(f"{name:24s} {shape:14s} {error:.1e}  {scale:.3g}  {verdict}")
 
     def close(self) -> bool:
-        """Whether all outputs hold. Raises UserError for an array that is neither input nor output, or no output."""
+        """Whether all outputs agree. Raises UserError for an array that was not used, or if there is no output."""
         for name in self.arrays:
             if name not in self.taken and name not in self.verdicts:
-                raise UserError(f"{self.folder / 'io.npz'} has {name!r}, which no replay of {self.system} knows")
+                raise UserError(
+                    f"{self.folder / 'io.npz'} has {name!r}, which the replay of {self.system} does not use"
+                )
         if not self.verdicts:
             raise UserError(f"{self.folder / 'io.npz'} has no output to compare")
         return all(self.verdicts.values())

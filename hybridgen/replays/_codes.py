@@ -1,4 +1,4 @@
-"""What replays of tokenizers with codes share: VQGAN (nearest and Gumbel) and LlamaGen's.
+"""Shared by the replays of tokenizers with codes: VQGAN (nearest and Gumbel) and LlamaGen's.
 
 Recorded pictures are `[b, c, H, W]`, ours `[b, H, W, c]`. Letters: b pictures, h w grid, d code width, v codes.
 """
@@ -15,7 +15,7 @@ from hybridgen.replays import Case, rows_first, rows_last
 
 
 class Codes:
-    """What all of them compute from a picture, each thing once."""
+    """The common outputs of a picture, each computed once."""
 
     def __init__(self, case: Case):
         self.case, (_, self.part) = case, case.imported
@@ -45,14 +45,14 @@ class Codes:
     def codes(self, ids: np.ndarray) -> jax.Array:
         """Codes of `ids [..]`. Raises UserError for one that is not in the codebook."""
         if ids.dtype.kind not in "iu" or ids.min(initial=0) < 0 or ids.max(initial=0) >= self.model.vocab:
-            raise UserError(f"{self.case.folder / 'io.npz'}: code ids are not within 0 and {self.model.vocab - 1}")
+            raise UserError(f"{self.case.folder / 'io.npz'}: code ids must be within 0 and {self.model.vocab - 1}")
         return self.quantizer.codes(self.part.params, self.part.extra, jnp.asarray(ids))
 
     def picture(self, codes: Any) -> np.ndarray:
         return rows_first(self.apply("picture", jnp.asarray(codes)))
 
     def common(self) -> None:
-        """The outputs that every one of them may have."""
+        """The outputs that every such tokenizer may have."""
         gives = self.case.gives
         gives("enc_prenorm", lambda: rows_first(self.apply("encoded", self.image, hidden=True)))
         gives("enc", lambda: rows_first(self.apply("encoded", self.image)))
@@ -63,10 +63,10 @@ class Codes:
         gives("decode_code", self.decoded)
 
     def decoded(self) -> np.ndarray:
-        """Pictures of given codes; how many and how large they are, the recorded ones tell."""
+        """Pictures of given codes; their number and size are those of the recorded output."""
         ids, (b, _, height, width) = self.case.takes("code_ids"), self.case.arrays["decode_code"].shape
         reduction = 2 ** (len(self.model.channels) - 1)
         grid = (b, height // reduction, width // reduction)
         if ids.size != np.prod(grid):
-            raise UserError(f"{self.case.folder / 'io.npz'}: {ids.size} code ids for a grid of {grid}")
+            raise UserError(f"{self.case.folder / 'io.npz'}: {ids.size} code ids do not fill the grid {grid}")
         return self.picture(self.codes(ids.reshape(grid)))

@@ -1,4 +1,4 @@
-"""What replays of class-conditional diffusion transformers share: the network with its recorded inputs.
+"""Shared by the replays of class-conditional diffusion transformers: the network with its recorded inputs.
 
 Recorded latents are `[b, c, H, W]`, ours `[b, H, W, c]`. Letters: b pictures, c channels.
 """
@@ -21,7 +21,7 @@ class Network:
         self.case, (_, part) = case, case.imported
         self.model, self.params = part.model, part.params
         if case.has("in_cfg_scale"):
-            case.takes("in_cfg_scale")  # recorded also of a network without a null class, which nothing guides
+            case.takes("in_cfg_scale")  # also recorded for a network without a null class, which is not guided
         self.run = jax.jit(lambda params, x, t, y: self.model.network.apply({"params": params}, x, t, {"label": y}))
 
     def __call__(self, x: Any, t: Any, y: Any) -> jax.Array:
@@ -40,9 +40,9 @@ class Network:
 
     @property
     def null(self) -> np.ndarray:
-        """The null class, `[b]`. Raises UserError where the network has no such class."""
+        """The null class, `[b]`. Raises UserError if the network has no such class."""
         if not self.model.cond_drop_prob:
-            raise UserError("config: class_dropout_prob is 0: there is no null class")
+            raise UserError("config: class_dropout_prob is 0, so the network has no null class for guided outputs")
         return np.full_like(self.labels, self.model.classes)
 
     def output(self, y: np.ndarray) -> jax.Array:
@@ -59,6 +59,6 @@ class Network:
         return call(jnp.asarray(self.x), jnp.asarray(self.case.takes("in_t"), jnp.float32))
 
     def common(self) -> None:
-        """The outputs that both may have."""
+        """The outputs that both systems may have."""
         self.case.gives("out_cond", lambda: rows_first(self.output(self.labels)))
         self.case.gives("out_uncond", lambda: rows_first(self.output(self.null)))

@@ -1,4 +1,4 @@
-"""What replays of autoencoders with continuous latents share: Stable Diffusion's family, and KL-16 of MAR.
+"""Shared by the replays of autoencoders with continuous latents: Stable Diffusion, SD3, Flux, and MAR's KL-16.
 
 Recorded pictures are `[b, c, H, W]`, ours `[b, H, W, c]`. Letters: b pictures, h w grid, d channels of a latent.
 """
@@ -12,7 +12,7 @@ from hybridgen.replays import Case, rows_first, rows_last
 
 
 class Latents:
-    """The model with its methods compiled; pictures in and out as they were recorded."""
+    """The model with compiled methods; pictures are given and returned in the recorded layout."""
 
     def __init__(self, case: Case):
         _, part = case.imported
@@ -20,7 +20,7 @@ class Latents:
         self.known: dict[Any, Any] = {}
 
     def apply(self, method: str, x: np.ndarray, **options: Any) -> Any:
-        """A method on `x [b, c, H, W]`; results channels last."""
+        """A method on `x [b, c, H, W]`; its results have the channels last."""
         key = (method, x.tobytes(), tuple(options))
         if key not in self.known:
             run = jax.jit(lambda params, x: self.model.apply({"params": params}, x, method=method, **options))
@@ -31,5 +31,5 @@ class Latents:
         return self.apply("moments", image)
 
     def decoded(self, latent: Any) -> np.ndarray:
-        """Pictures of latents that are not scaled, `[b, d, h, w]`."""
+        """Pictures `[b, c, H, W]` of unscaled latents `[b, d, h, w]`."""
         return rows_first(self.apply("picture", np.asarray(latent)))

@@ -1,4 +1,4 @@
-"""What replays of text models share: recorded ids and masks, and methods of the model, compiled once.
+"""Shared by the replays of text models: recorded ids and masks, and methods of the model, compiled once.
 
 Letters: b texts, l positions.
 """
@@ -12,11 +12,11 @@ import numpy as np
 from hybridgen.core.errors import UserError
 from hybridgen.replays import Case
 
-FAINT = np.float32(0.01)  # what embeddings are multiplied by in the outputs called "faint"
+FAINT = np.float32(0.01)  # factor of the embeddings in the outputs named "faint"
 
 
 class Texts:
-    """The model with its methods compiled, and the recorded ids."""
+    """The model with compiled methods, and the recorded ids."""
 
     def __init__(self, case: Case):
         self.case, (_, part) = case, case.imported
@@ -24,7 +24,7 @@ class Texts:
         self.compiled: dict[Any, Any] = {}
 
     def apply(self, method: str, *args: Any, params: Any = None, **options: Any) -> jax.Array:
-        """A method of the model, compiled once; of other parameters if some are given."""
+        """A method of the model, compiled once; `params` replaces the imported parameters."""
         run = jax.jit(lambda params, *args: self.model.apply({"params": params}, *args, method=method, **options))
         run = self.compiled.setdefault((method, *options.items()), run)
         return run(self.params if params is None else params, *args)
@@ -33,7 +33,7 @@ class Texts:
         """Recorded ids `[b, l]`. Raises UserError for one outside the vocabulary."""
         ids = self.case.takes(name)
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab:
-            raise UserError(f"{self.case.folder / 'io.npz'}: {name} are not rows of ids within 0 and {vocab - 1}")
+            raise UserError(f"{self.case.folder / 'io.npz'}: {name} must be b l integers within 0 and {vocab - 1}")
         return ids.astype(np.int32)
 
     def mask(self, name: str) -> np.ndarray:
@@ -41,6 +41,6 @@ class Texts:
         return self.case.takes(name).astype(bool)
 
     def layers(self, states: Callable[[], jax.Array]) -> None:
-        """The outputs of single layers, "out_hidden1" of the first."""
+        """Compares the outputs of single layers; "out_hidden1" is that of the first."""
         for i in range(1, self.model.depth + 1):
             self.case.gives(f"out_hidden{i}", lambda i=i: states()[i - 1])

@@ -1,4 +1,4 @@
-"""What replays of next-token priors share: recorded ids, teacher-forced logits, greedy tokens.
+"""Shared by the replays of next-token priors: recorded ids, teacher-forced logits, greedy tokens.
 
 Letters: b batch, n tokens, v vocabulary.
 """
@@ -19,7 +19,7 @@ def take_ids(case: Case, name: str, size: int) -> np.ndarray:
     """Recorded ids below `size`. Raises UserError for others."""
     ids = case.takes(name)
     if ids.dtype.kind not in "iu" or ids.min(initial=0) < 0 or ids.max(initial=0) >= size:
-        raise UserError(f"{case.folder / 'io.npz'}: {name} are not within 0 and {size - 1}")
+        raise UserError(f"{case.folder / 'io.npz'}: {name} must be integers within 0 and {size - 1}")
     return ids
 
 
@@ -40,11 +40,11 @@ class Tokens:
 
     @cached_property
     def null(self) -> jax.Array:
-        """`[b, n, v]` where the condition is dropped."""
+        """`[b, n, v]` with the condition dropped."""
         return self.score(drop=jnp.ones(self.tokens.shape[:1], bool))
 
     def loss(self) -> jax.Array:
-        """Mean over tokens, of the rows that are `valid` where that was recorded."""
+        """Mean cross-entropy over tokens, of the `valid` rows if that array was recorded."""
         each = cross_entropy(self.logits, self.tokens)
         if not self.case.has("valid"):
             return each.mean()

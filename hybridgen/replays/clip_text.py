@@ -3,14 +3,14 @@
 io.npz; inputs:
 
     in_ids [b, l]               token ids
-    in_mask [b, l]              which of them are seen (missing: all, as in official pipelines)
+    in_mask [b, l]              which of them are attended to (missing: all, as in official pipelines)
 
 outputs:
 
-    out_last, out_penultimate [b, l, d]     the final norm's, and of the last layer but one without that norm
-    out_hidden1, .. [b, l, d]               of single layers
-    out_pooled [b, d]                       the end token's state behind the final norm
-    out_text_embeds [b, p]                  that in the space shared with pictures
+    out_last, out_penultimate [b, l, d]     after the final norm; after the second to last layer, without that norm
+    out_hidden1, .. [b, l, d]               after single layers
+    out_pooled [b, d]                       the end token's state after the final norm
+    out_text_embeds [b, p]                  that state, projected into the space shared with pictures
 
 Letters: b texts, l positions, d width, p width of the pooled vector.
 """
@@ -25,10 +25,10 @@ from hybridgen.replays._texts import Texts
 
 
 def replay(case: Case) -> None:
-    """All outputs of a fixture."""
+    """Compares all outputs of a fixture."""
     it = Texts(case)
     if case.has("out_text_embeds") and not it.model.projection:
-        raise UserError(f"{case.folder / 'io.npz'} has 'out_text_embeds', and the weights have no projection")
+        raise UserError(f"{case.folder / 'io.npz'} has 'out_text_embeds', but the weights have no projection")
 
     def of(method: str, **options: Any) -> jax.Array:
         mask = it.mask("in_mask") if case.has("in_mask") else None

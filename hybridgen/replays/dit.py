@@ -5,7 +5,7 @@ from hybridgen.replays._dit import Network
 
 
 def replay(case: Case) -> None:
-    """The outputs of a label, of none, and guided."""
+    """Compares the outputs for a label, for the null class, and with guidance."""
     it = Network(case)
     it.common()
     case.gives("out_cfg_eps", lambda: rows_first(it.guided(it.model.channels)[..., : it.model.channels]))

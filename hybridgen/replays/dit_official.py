@@ -18,13 +18,13 @@ from hybridgen.weights.options import Options
 
 
 def replay(case: Case) -> None:
-    """DiT with its process: guidance, kept timesteps, ancestral and DDIM samples, and the terms of the loss."""
+    """Compares guidance, kept timesteps, ancestral and DDIM samples, and the terms of the loss."""
     it = Network(case)
     process = it.model.process
     it.common()
 
     def both_halves() -> np.ndarray:
-        """Guided prediction in both, the other channels each half's own."""
+        """The guided channels are the same in both halves, the other channels differ."""
         front, null = it.guided(3), it.output(it.null)
         return rows_first(jnp.concatenate([front, jnp.concatenate([front[..., :3], null[..., 3:]], -1)]))
 
@@ -33,7 +33,7 @@ def replay(case: Case) -> None:
     trajectories(case, it)
 
     def probe() -> tuple[Any, Any, Any]:
-        """Clean x, timesteps and noise of the training probe."""
+        """Clean x, timesteps and noise of the recorded training step."""
         return jnp.asarray(it.x), jnp.asarray(case.takes("in_q_t")), jnp.asarray(rows_last(case.takes("in_q_noise")))
 
     def noised() -> jax.Array:
@@ -53,7 +53,7 @@ def replay(case: Case) -> None:
 
 
 def trajectories(case: Case, it: Network) -> None:
-    """Sampling along the timesteps that the config keeps."""
+    """Compares samples along the timesteps that the config keeps."""
     process, steps = it.model.process, it.model.process.timesteps
     text = Options(case.config.get("diffusion", {}), "diffusion").take("timestep_respacing", "") or str(steps)
     text = ",".join(map(str, text)) if isinstance(text, list) else str(text)

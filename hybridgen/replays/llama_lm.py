@@ -3,16 +3,16 @@
 io.npz; inputs:
 
     in_ids [b, l]                       token ids
-    in_pad_mask [b, l]                  which of them are no padding, for `out_padded_logits` alone
+    in_pad_mask [b, l]                  False at padding; used for `out_padded_logits` only
 
 outputs:
 
-    out_logits [b, l, v], out_loss []   without a mask, and the cross-entropy of each token but the first
-    out_hidden1, .. [b, l, d]           of single layers
-    out_greedy_ids [b, n]               the likeliest continuation
-    out_greedy_logits [b, n, v]         the logits that each was taken from
+    out_logits [b, l, v], out_loss []   without a mask, and the mean cross-entropy of all tokens but the first
+    out_hidden1, .. [b, l, d]           after single layers
+    out_greedy_ids [b, n]               the greedy continuation
+    out_greedy_logits [b, n, v]         the logits of each of its tokens
     out_padded_logits [b, l, v]         with the mask; zeros at the padding
-    out_faint_logits [b, l, v]          of embeddings times 0.01, which shows the epsilon of the norms
+    out_faint_logits [b, l, v]          for embeddings times 0.01, which tests the epsilon of the norms
 
 Letters: b texts, l positions, n tokens, d width, v vocabulary.
 """
@@ -30,7 +30,7 @@ from hybridgen.replays._texts import FAINT, Texts
 
 
 def replay(case: Case) -> None:
-    """All outputs of a fixture."""
+    """Compares all outputs of a fixture."""
     it = Texts(case)
 
     def ids() -> np.ndarray:
@@ -48,7 +48,7 @@ def replay(case: Case) -> None:
         return it.apply("forward", FAINT * it.apply("enter", ids()))
 
     def greedy() -> tuple[jax.Array, jax.Array]:
-        """(ids `[b, n]`, logits `[b, n, v]` that each was taken from), as many as were recorded."""
+        """(ids `[b, n]`, their logits `[b, n, v]`), as many as were recorded."""
         name = "out_greedy_ids" if case.has("out_greedy_ids") else "out_greedy_logits"
         cond = {"text": ids(), "text_mask": np.ones(ids().shape, bool)}
         return _continued(it.model, it.params, cond, case.arrays[name].shape[1])
@@ -63,7 +63,7 @@ def replay(case: Case) -> None:
 
 
 def _continued(model: lm.LM, params: Any, cond: dict, count: int) -> tuple[jax.Array, jax.Array]:
-    """(likeliest ids `[b, n]`, their logits `[b, n, v]`) behind a prompt."""
+    """(greedy ids `[b, n]`, their logits `[b, n, v]`) after a prompt."""
     logits, cache = jax.jit(lambda params, cond: lm.prefill(model, params, {}, cond, count))(params, cond)
     step = jax.jit(lambda params, cache, token: lm.step(model, params, {}, cache, token))
     each = [logits]

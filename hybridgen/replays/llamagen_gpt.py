@@ -2,11 +2,11 @@
 
 io.npz; inputs:
 
-    class_ids [b]                       model_type "c2i": classes, of which number `num_classes` is the null class
+    class_ids [b]                       model_type "c2i": classes; `num_classes` is the null class
     caption_emb [b, l, c]               model_type "t2i": features of a text, padded on the left
-    emb_masks [b, l]                    which of them are no padding (missing: all)
-    code_ids [b, n - 1], last_id [b]    the tokens that are read, and the last one
-    valid [b]                           rows that `loss` is over (missing: all)
+    emb_masks [b, l]                    0 at padding (missing: no padding)
+    code_ids [b, n - 1], last_id [b]    the input tokens, and the last token
+    valid [b]                           the rows that `loss` includes (missing: all)
     cfg_scale []                        guidance scale
     cfg_interval []                     the last step over the cache that is guided, counted from 0
 
@@ -31,12 +31,12 @@ from hybridgen.sampling import guidance
 
 
 def replay(case: Case) -> None:
-    """All outputs of a fixture."""
+    """Compares all outputs of a fixture."""
     _, part = case.imported
     codes, last = (take_ids(case, name, part.model.vocab) for name in ("code_ids", "last_id"))
     tokens = np.concatenate([codes, last.reshape(-1, 1)], 1)  # b n
     if tokens.shape[1] != part.model.length:
-        raise UserError(f"{case.folder / 'io.npz'}: {tokens.shape[1]} tokens for a block of {part.model.length}")
+        raise UserError(f"{case.folder / 'io.npz'}: {tokens.shape[1]} tokens, the model needs {part.model.length}")
     it = Tokens(case, part, tokens, conditioning(case, part.model))
     case.gives("logits", lambda: it.logits)
     case.gives("loss", it.loss)
@@ -46,7 +46,7 @@ def replay(case: Case) -> None:
         return
     scale = float(case.takes("cfg_scale"))
     case.gives("cfg_logits", lambda: guidance.combine(it.logits, it.null, scale))
-    strong = max(scale, 1.0)  # official code guides above 1 alone
+    strong = max(scale, 1.0)  # official code guides only with scales above 1
     case.gives("greedy_cfg", lambda: it.greedy(strong))
     if case.has("cfg_interval"):
         last_guided = int(case.takes("cfg_interval"))
@@ -54,13 +54,13 @@ def replay(case: Case) -> None:
 
 
 def conditioning(case: Case, model: LlamaGen) -> dict:
-    """The recorded condition: a class, or as many positions of a caption as the model reads."""
+    """The recorded condition: a class, or the first `text_length` positions of a caption."""
     if not model.text_width:
         return {"label": jnp.asarray(take_ids(case, "class_ids", model.classes + 1))}
     features, length = case.takes("caption_emb"), model.text_length
     if features.ndim != 3 or features.shape[1] < length or features.shape[2] != model.text_width:
         wanted = f"at least {length} positions of width {model.text_width}"
-        raise UserError(f"{case.folder / 'io.npz'}: caption_emb {features.shape}, {wanted} are expected")
+        raise UserError(f"{case.folder / 'io.npz'}: caption_emb has the shape {features.shape}, not {wanted}")
     mask = np.ones(features.shape[:2], bool)
     if case.has("emb_masks"):
         mask = case.takes("emb_masks").reshape(features.shape[:2]) > 0

@@ -1,4 +1,4 @@
-"""LlamaGen's image tokenizer.
+"""Replay of LlamaGen's image tokenizer.
 
 Letters: v codes, d code width.
 """
@@ -13,7 +13,7 @@ from hybridgen.replays._codes import Codes
 
 
 def replay(case: Case) -> None:
-    """LlamaGen's tokenizer: codes on the unit sphere, and the terms of its loss."""
+    """Compares codes on the unit sphere and the terms of the loss."""
     it = Codes(case)
     it.common()
 

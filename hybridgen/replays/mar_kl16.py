@@ -1,4 +1,4 @@
-"""KL-16, the autoencoder of MAR."""
+"""Replay of KL-16, the autoencoder of MAR."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from hybridgen.replays._latents import Latents
 
 
 def replay(case: Case) -> None:
-    """KL-16 of MAR; `latent` is scaled as its trainer does, `recon` is that latent decoded."""
+    """Compares the outputs of KL-16; `latent` is scaled as in MAR's trainer, and `recon` is that latent decoded."""
     it = Latents(case)
 
     def image() -> np.ndarray:
@@ -23,7 +23,7 @@ def replay(case: Case) -> None:
 
     case.gives("enc_prenorm", lambda: rows_first(it.apply("encoded", image(), hidden=True)))
     case.gives("enc", lambda: rows_first(it.apply("encoded", image())))
-    # without variances the official map gives means alone, and its posterior is handed ones behind them
+    # without variances the official map returns means only, and official code appends ones to them
     given = case.arrays["moments"].shape[1:2] if case.has("moments") else (None,)
     case.gives("moments", lambda: rows_first(it.apply("raw", image()))[:, slice(*given)])
     case.gives("mean", lambda: rows_first(it.moments(image())[0]))

@@ -1,4 +1,4 @@
-"""Replays of the official DDIMScheduler.
+"""Replay of the official DDIMScheduler.
 
 Letters: n steps, T training timesteps, B pictures.
 """
@@ -23,7 +23,7 @@ from hybridgen.sampling import official, solvers
 
 
 def replay(case: Case) -> None:
-    """DDIMScheduler: each step goes T // n back, which may be where no next step begins."""
+    """Compares DDIMScheduler: each step goes back by T // n, which may differ from the next timestep."""
 
     def each(case: Case, run: Run) -> None:
         bar, options = bar_of(run.scheduler), run.scheduler

@@ -1,4 +1,4 @@
-"""Replays of the official DDPMScheduler.
+"""Replay of the official DDPMScheduler.
 
 Letters: n steps, T training timesteps, B pictures.
 """
@@ -24,7 +24,7 @@ from hybridgen.sampling import official, schedules, solvers
 
 
 def replay(case: Case) -> None:
-    """DDPMScheduler: ancestral steps along the list of timesteps."""
+    """Compares DDPMScheduler: ancestral steps along the list of timesteps."""
     bars: dict[str, np.ndarray] = {}
 
     def each(case: Case, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Replays of the official DPMSolverMultistepScheduler.
+"""Replay of the official DPMSolverMultistepScheduler.
 
 Letters: n steps, T training timesteps, B pictures.
 """
@@ -26,7 +26,7 @@ from hybridgen.weights.options import Options
 
 
 def replay(case: Case) -> None:
-    """DPMSolverMultistepScheduler."""
+    """Compares DPMSolverMultistepScheduler."""
 
     def each(case: Case, run: Run) -> None:
         options = run.scheduler
@@ -37,7 +37,7 @@ def replay(case: Case) -> None:
         wide = ratios.astype(np.float64)
         levels = schedules.flow(wide) if flow else official.from_ratio(np.append(steps, -1), wide)
         algorithm = options.only("algorithm_type", "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-        options.only("variance_type", None, "learned", "learned_range")  # cuts off channels that the stand-in has not
+        options.only("variance_type", None, "learned", "learned_range")  # drops channels that `stand_in` does not have
         noisy, of = algorithm.startswith("sde"), "x" if algorithm.endswith("++") else "eps"
         walk = {"of": of, "noisy": noisy, "official": True, "order": _orders(options, len(steps))}
         walk |= {"heun": options.only("solver_type", "midpoint", "heun") == "heun", "keys": noise_of(case, run, noisy)}
@@ -50,10 +50,10 @@ def replay(case: Case) -> None:
 
 
 def _orders(options: Options, n: int) -> np.ndarray:
-    """The order of each step: lower at the end of few steps."""
+    """The order of each step; with fewer than 15 steps it is lower at the end."""
     order, few = options.count("solver_order", 2), options.flag("lower_order_final", True) and n < 15
     if order > 3:
-        raise UserError(f"{options.where}: solver_order {order} is not built, only 1, 2, 3")
+        raise UserError(f"{options.where}: solver_order {order} is not supported, only 1, 2, 3")
     orders = np.full(n, order)
     if few:
         orders[-2:] = np.minimum(orders[-2:], [2, 1][-n:])
@@ -63,7 +63,7 @@ def _orders(options: Options, n: int) -> np.ndarray:
 
 
 def _solver_grid(run: Run, bar: np.ndarray, flow: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(timesteps, sigma / alpha) of the n steps; timesteps that are no whole numbers are cut off, as there."""
+    """(timesteps, sigma / alpha) of the n steps; fractional timesteps are truncated, as in official code."""
     options, count = run.scheduler, len(bar)
     all_ratios = official.sigmas_of(bar)
     logs = np.log(all_ratios)
@@ -75,7 +75,7 @@ def _solver_grid(run: Run, bar: np.ndarray, flow: bool) -> tuple[np.ndarray, np.
     anew, lu, given = regrid(options), options.flag("use_lu_lambdas", False), run.grid.take("timesteps", None)
     if anew or lu:
         ends = float(all_ratios[-1]), float(all_ratios[0])
-        even = np.exp(np.linspace(float(logs[-1]), float(logs[0]), run.n))  # exponential, but for logarithms in float32
+        even = np.exp(np.linspace(float(logs[-1]), float(logs[0]), run.n))  # `exponential`, with logarithms in float32
         ratios = even if lu and anew != "karras" else official.REGRIDDED[anew](*ends, run.n)
         steps = official.timestep_of(ratios, logs)
         rounds = (lu or anew == "karras") and options.take("beta_schedule", "linear") != "squaredcos_cap_v2"

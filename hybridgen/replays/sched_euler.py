@@ -1,4 +1,4 @@
-"""Replays of the official EulerDiscreteScheduler.
+"""Replay of the official EulerDiscreteScheduler.
 
 Letters: n steps, T training timesteps, B pictures.
 """
@@ -28,14 +28,14 @@ from hybridgen.weights.options import Options
 
 
 def _ends_of(options: Options, sigmas: np.ndarray) -> tuple[float, float]:
-    """The largest and the smallest sigma of a grid that is drawn anew."""
+    """The largest and the smallest sigma of a grid that replaces the timesteps' one."""
     most, least = options.take("sigma_max", None), options.take("sigma_min", None)
     most = float(sigmas[0]) if most is None else options.number("sigma_max")
     return most, float(sigmas[-1]) if least is None else options.number("sigma_min")
 
 
 def replay(case: Case) -> None:
-    """EulerDiscreteScheduler: Euler in sigma on pictures that noise was added to; the network sees them shrunk."""
+    """Compares EulerDiscreteScheduler: Euler in sigma for variance-exploding noise; the network's input is scaled."""
 
     def each(case: Case, run: Run) -> None:
         options = run.scheduler
@@ -65,17 +65,17 @@ def replay(case: Case) -> None:
 
 
 def _churn(options: Options, sigmas: np.ndarray) -> np.ndarray:
-    """By which share noise is raised before each step, n+1 (Karras et al. 2022, algorithm 2)."""
+    """The factor by which sigma is increased before each step, n+1 (Karras et al. 2022, gamma of algorithm 2)."""
     share = min(options.number("s_churn", 0.0) / (len(sigmas) - 1), 2**0.5 - 1)
     least, most = options.number("s_tmin", 0.0), options.take("s_tmax", np.inf)
     return np.where((sigmas >= least) & (sigmas <= most), share, 0.0)
 
 
 def _euler_step(kind: str, x: jax.Array, t: Any, sigmas: np.ndarray, noise: jax.Array | None) -> jax.Array:
-    """From the first of three sigmas, which noise raises to the second, to the third; the network sees `x` before."""
+    """One step: noise raises sigmas[0] to sigmas[1], Euler leads to sigmas[2]; the network sees `x` before that."""
     sigma, raised, _ = sigmas
     shrink = np.float32(1 / np.sqrt(sigma**2 + 1))
-    out = stand_in(x * shrink, t)  # what a variance-preserving network would see at this noise
+    out = stand_in(x * shrink, t)  # the input of a variance-preserving network at this noise level
     if raised > sigma:
         x = x + noise * np.float32(np.sqrt(raised**2 - sigma**2))
 
@@ -90,7 +90,7 @@ def _euler_step(kind: str, x: jax.Array, t: Any, sigmas: np.ndarray, noise: jax.
 
 
 def _euler_grid(run: Run, bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(timesteps n, sigmas n, or n+1 where they were given)."""
+    """(timesteps n, sigmas n; sigmas n+1 if the run gives them)."""
     options, all_sigmas = run.scheduler, official.sigmas_of(bar)
     logs, given = np.log(all_sigmas), run.grid.take("sigmas", None)
     spacing, offset = options.take("timestep_spacing", "linspace"), options.count("steps_offset", 0, 0)

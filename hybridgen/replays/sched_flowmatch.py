@@ -1,4 +1,4 @@
-"""Replays of the official FlowMatchEulerDiscreteScheduler, and of the densities of training times.
+"""Replay of the official FlowMatchEulerDiscreteScheduler, and of SD3's densities of training times.
 
 Letters: n steps, T training timesteps, B pictures.
 """
@@ -25,7 +25,7 @@ from hybridgen.sampling import official, schedules, solvers
 
 
 def replay(case: Case) -> None:
-    """FlowMatchEulerDiscreteScheduler, the forward process, and SD3's densities of training times."""
+    """Compares FlowMatchEulerDiscreteScheduler, the forward process, and SD3's densities of training times."""
     trained: dict[str, tuple[np.ndarray, int]] = {}
 
     def each(case: Case, run: Run) -> None:
@@ -36,12 +36,12 @@ def replay(case: Case) -> None:
         sigmas = _flow_grid(run, train, count)
         inverted, explicit = options.flag("invert_sigmas", False), run.grid.take("timesteps", None)
         sigmas = np.append(1 - sigmas if inverted else sigmas, np.float32(inverted))
-        # given timesteps are what the network is told, whatever the sigmas became
+        # the network receives given timesteps unchanged, even if the sigmas were shifted
         steps = sigmas[:-1] * np.float32(count) if explicit is None or inverted else np.asarray(explicit, np.float32)
         if len(steps) != len(sigmas) - 1:
-            raise UserError(f"{run.name}: {len(steps)} timesteps for {len(sigmas) - 1} sigmas")
+            raise UserError(f"{run.name}: there are {len(steps)} timesteps, but {len(sigmas) - 1} sigmas")
         noisy = options.flag("stochastic_sampling", False)
-        options.skip("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # they make mu
+        options.skip("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")  # mu is computed from these
         levels = schedules.flow(sigmas.astype(np.float64))
         predict = predictor("velocity", lambda x: x)
         noise, x = noise_of(case, run, noisy), jnp.asarray(case.takes("in_x_T"))
@@ -61,7 +61,7 @@ def replay(case: Case) -> None:
 
 
 def _flow_grid(run: Run, train: np.ndarray, count: int) -> np.ndarray:
-    """Sigmas of the n steps, float32. A shift that is not dynamic is in the ends of the range and comes again."""
+    """Sigmas of the n steps, float32. A static shift is applied twice: to the ends of the range and to the sigmas."""
     options, given, steps = run.scheduler, run.grid.take("sigmas", None), run.grid.take("timesteps", None)
     mu, kind = run.grid.take("mu", None), options.only("time_shift_type", "exponential", "linear")
     if given is not None:
@@ -72,7 +72,7 @@ def _flow_grid(run: Run, train: np.ndarray, count: int) -> np.ndarray:
         sigmas = np.linspace(float(train[0]) * count, float(train[-1]) * count, run.n) / count
     if options.flag("use_dynamic_shifting", False):
         if mu is None:
-            raise UserError(f"{run.name}: use_dynamic_shifting without mu")
+            raise UserError(f"{run.name}: use_dynamic_shifting needs mu in set_timesteps")
         sigmas = official.shifted_by(sigmas, run.grid.number("mu"), kind)
     else:
         sigmas = official.shifted(sigmas, options.number("shift", 1.0))
@@ -84,12 +84,12 @@ def _flow_grid(run: Run, train: np.ndarray, count: int) -> np.ndarray:
 
 
 def _densities(case: Case) -> None:
-    """Maps and weights at given numbers, and moments of the densities that the config lists, a row each."""
+    """Compares maps and weights at given numbers, and moments of the densities that the config lists, one per row."""
     listed = case.config.get("density", DENSITIES)
     rows = [_density(row) for row in (listed if isinstance(listed, list | tuple) else [listed])]
 
     def moments() -> np.ndarray:
-        u = (np.arange(400_000) + 0.5) / 400_000  # even quantiles: ours need no draw
+        u = (np.arange(400_000) + 0.5) / 400_000  # even quantiles instead of random samples
         drawn = np.stack([DRAWS[name](u, *parameters) for name, parameters in rows])
         return np.stack([drawn.mean(1), drawn.std(1), *((drawn < at).mean(1) for at in (0.25, 0.5, 0.75))], 1)
 
@@ -97,7 +97,7 @@ def _densities(case: Case) -> None:
     case.gives("out_mode_map", lambda: schedules.mode(case.takes("in_density_u"), *scales[0]))
     case.gives("out_weight_cosmap", lambda: schedules.loss_weight("cosmap", case.takes("in_density_u")))
     case.gives("out_weight_sigma_sqrt", lambda: schedules.loss_weight("sigma_sqrt", case.takes("in_density_u")))
-    case.gives("out_density_moments", moments, within=0.004)  # theirs are of 400,000 draws
+    case.gives("out_density_moments", moments, within=0.004)  # the recorded ones are of 400,000 random samples
 
 
 def _density(row: Any) -> tuple[str, tuple[float, ...]]:
@@ -105,11 +105,11 @@ def _density(row: Any) -> tuple[str, tuple[float, ...]]:
     name, *parameters = row if isinstance(row, list | tuple) and row else ("",)
     known = isinstance(name, str) and name in DRAWS
     if not known or len(parameters) > MOST[name] or not all(type(number) in (int, float) for number in parameters):
-        raise UserError(f"config: the density {str(row)[:80]!a} is not built, only {', '.join(DRAWS)} with numbers")
+        raise UserError(f"config: density {str(row)[:80]!a} is not supported, only {', '.join(DRAWS)} with numbers")
     return name, tuple(parameters)
 
 
-# training times of uniform u in (0, 1), and how many parameters they have at most
+# training times from uniform u in (0, 1); MOST is the largest number of parameters
 DRAWS = {
     "logit_normal": lambda u, *parameters: schedules.logit_normal(ndtri(u), *parameters),
     "mode": schedules.mode,
@@ -121,4 +121,4 @@ DENSITIES = (
     ("logit_normal", 0.5, 0.6),
     ("mode", 1.29),
     ("uniform",),
-)  # where none is listed
+)  # the default if the config lists none

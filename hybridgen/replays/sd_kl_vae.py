@@ -1,4 +1,4 @@
-"""The autoencoders of Stable Diffusion, SD3 and Flux (diffusers)."""
+"""Replay of the autoencoders of Stable Diffusion, SD3 and Flux (diffusers)."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from hybridgen.replays._latents import Latents
 
 
 def replay(case: Case) -> None:
-    """AutoencoderKL of diffusers; "faint" is a hundredth of the input."""
+    """Compares AutoencoderKL of diffusers; "faint" outputs are for the input times 0.01."""
     it = Latents(case)
 
     def image() -> np.ndarray:

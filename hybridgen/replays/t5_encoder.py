@@ -1,14 +1,14 @@
-"""Replay of T5's encoder: T5EncoderModel, with the recorded mask and without.
+"""Replay of T5's encoder: T5EncoderModel, with and without the recorded mask.
 
 io.npz; inputs:
 
-    in_ids, in_mask [b, l]      token ids, and which of them are seen
+    in_ids, in_mask [b, l]      token ids, and which of them are attended to
 
 outputs, all [b, l, d]:
 
-    out_last, out_last_nomask   the final norm's, with the mask and without
-    out_last_faint              without the mask, of embeddings times 0.01, which shows the epsilon of the norms
-    out_hidden1, ..             of single layers, with the mask
+    out_last, out_last_nomask   after the final norm, with and without the mask
+    out_last_faint              without the mask, for embeddings times 0.01, which tests the epsilon of the norms
+    out_hidden1, ..             after single layers, with the mask
 
 Letters: b texts, l positions, d width.
 """
@@ -23,7 +23,7 @@ from hybridgen.replays._texts import FAINT, Texts
 
 
 def replay(case: Case) -> None:
-    """All outputs of a fixture."""
+    """Compares all outputs of a fixture."""
     it = Texts(case)
 
     def last(mask: np.ndarray | None = None, params: Any = None) -> jax.Array:

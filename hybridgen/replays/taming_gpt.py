@@ -1,16 +1,16 @@
-"""Replay of the transformer of VQGAN: teacher-forced logits, and greedy tokens with the logits they are drawn from.
+"""Replay of the transformer of VQGAN: teacher-forced logits, and greedy tokens with their logits.
 
 io.npz; inputs:
 
-    cond_ids [b, l] or [b]      condition tokens, of the same vocabulary
+    cond_ids [b, l] or [b]      condition tokens, from the same vocabulary
     code_ids [b, n]             tokens of the picture
-    valid [b]                   rows that `loss` is over (missing: all)
+    valid [b]                   the rows that `loss` includes (missing: all)
 
 outputs:
 
     logits [b, n, v], loss []   teacher-forced, and their cross-entropy
-    greedy_ids [b, n]           the likeliest tokens over a cache
-    greedy_logits [b, n, v]     the logits that each was taken from
+    greedy_ids [b, n]           greedy tokens over a cache
+    greedy_logits [b, n, v]     their logits
 
 Letters: b batch, l positions of the condition, n tokens, v vocabulary.
 """
@@ -27,14 +27,14 @@ from hybridgen.replays._tokens import Tokens, take_ids
 
 
 def replay(case: Case) -> None:
-    """All outputs of a fixture."""
+    """Compares all outputs of a fixture."""
     _, part = case.imported
     ids, tokens = (take_ids(case, name, part.model.vocab) for name in ("cond_ids", "code_ids"))
     ids = ids.reshape(len(tokens), -1)  # b l
     size = part.model.block_size
     if ids.shape[1] + tokens.shape[1] - 1 > size:
-        raise UserError(f"{case.folder / 'io.npz'}: more tokens than a block of {size} holds")
-    # how long condition and picture are is an input of official code, and no array depends on it
+        raise UserError(f"{case.folder / 'io.npz'}: cond_ids and code_ids have more tokens than block_size {size}")
+    # in official code the lengths of condition and picture are inputs, and no array depends on them
     model = part.model.clone(grid=(1, tokens.shape[1]), cond_length=ids.shape[1], classes=0)
     it = Tokens(case, dataclasses.replace(part, model=model), tokens, {"cond_tokens": jnp.asarray(ids)})
     case.gives("logits", lambda: it.logits)

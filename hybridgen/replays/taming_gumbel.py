@@ -1,4 +1,4 @@
-"""VQGAN with Gumbel codes (taming-transformers).
+"""Replay of VQGAN with Gumbel codes (taming-transformers).
 
 Letters: b pictures, h w grid, v codes.
 """
@@ -13,7 +13,7 @@ from hybridgen.replays._codes import Codes
 
 
 def replay(case: Case) -> None:
-    """VQGAN with Gumbel codes: the likeliest ones, and those drawn with recorded noise (temperature 1)."""
+    """Compares the most likely codes, and those drawn with recorded noise (temperature 1)."""
     it = Codes(case)
     it.common()
 

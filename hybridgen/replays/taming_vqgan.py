@@ -1,4 +1,4 @@
-"""VQGAN with the nearest code (taming-transformers)."""
+"""Replay of VQGAN with the nearest code (taming-transformers)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from hybridgen.replays._codes import Codes
 
 
 def replay(case: Case) -> None:
-    """VQGAN with the nearest code; its loss has the two weights swapped, which its value does not show."""
+    """Compares the outputs; official code swaps the two weights of the loss, which does not change its value."""
     it = Codes(case)
     it.common()
 

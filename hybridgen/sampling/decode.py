@@ -1,13 +1,13 @@
-"""Autoregressive decoding over a cache: a `lax.scan` over positions, one token each, optionally guided.
+"""Autoregressive decoding over a cache: a `lax.scan` over positions, one token per step, optionally guided.
 
 Shape letters: B pictures, R rows of the model (B, or 2B when guided), n positions, v vocabulary.
 
-`step(cache, token R) -> logits R v, cache` is any callable; this file knows nothing of models. When guidance is on,
-cache and logits hold the rows of both branches (see "Rows" in guidance.py), and the same token is fed to both. Position
-i draws from `fold_in(keys, i)`: a picture depends on its own key only.
+`step(cache, token R) -> logits R v, cache` is any callable; this file does not depend on models. With guidance, cache
+and logits have the rows of both branches (see "Rows" in guidance.py), and both branches read the same token. Position i
+draws from `fold_in(keys, i)`: a picture depends on its own key only.
 
-Every step reads the cache as long as it is. A long sequence is drawn in parts, before each of which the cache grows: in
-two parts three quarters are read of what the whole of it would be, in four five eighths.
+Every step reads the whole cache. A long sequence is therefore drawn in parts, and the cache grows before each part: two
+parts read 3/4 of the bytes that one part would read, four parts 5/8.
 """
 
 import functools
@@ -21,11 +21,11 @@ from hybridgen.core.errors import UserError
 from hybridgen.sampling import guidance as guide
 from hybridgen.sampling import tokens as tok
 
-PART, PARTS = 128, 4  # tokens that make a part of their own, and the most parts: each compiles a loop
+PART, PARTS = 128, 4  # least tokens of a part, and largest number of parts: each compiles a loop
 
 
 def parts(length: int) -> tuple[int, ...]:
-    """How many of `length` tokens are drawn when each part ends."""
+    """The number of tokens, of `length`, drawn by the end of each part."""
     count = min(max(length // PART, 1), PARTS)
     return tuple(length * (i + 1) // count for i in range(count))
 
@@ -44,27 +44,27 @@ def generate(
     top_p: float | jax.Array = 1.0,
     forced: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw `length` tokens. The model runs length - 1 times: prefill has paid for the first, nothing follows the last.
+    """Draws `length` tokens with length - 1 steps: prefill gives the first logits, and the last token is not read.
 
     Args:
       step: (cache, token R int32) -> (logits R v, cache).
-      cache: any pytree, as prefill left it; with `grow`, one with room for `parts(length)[0]` tokens.
+      cache: any pytree, as prefill returned it; with `grow`, it has room for `parts(length)[0]` tokens.
       logits: R v, of the first position.
       keys: B typed keys.
       grow: None, or (cache, n) -> the cache with room for n tokens.
-      guidance: None, a scale, or a schedule over position / (length - 1); statically 1 is off: then R = B, else R = 2B.
+      guidance: None, a scale, or a schedule over position / (length - 1). None or the Python number 1: R = B; else 2B.
       temperature, top_k, top_p: see `tokens.filter_logits`.
-      forced: None or (tokens B n int32, mask B n bool): where the mask holds, the given token is taken.
+      forced: None or (tokens B n int32, mask B n bool): where the mask is True, the given token is used.
     Returns:
       tokens B n int32, logprobs B n float32 (of guided logits, before temperature and filters).
     Raises:
-      UserError: rows of logits do not fit keys and guidance; length below 1.
+      UserError: the rows of logits do not match keys and guidance, or length is below 1.
     """
     guided = guide.is_on(guidance)
     batch = keys.shape[0]
     rows = batch * (2 if guided else 1)
     if logits.shape[0] != rows:
-        raise UserError(f"logits have {logits.shape[0]} rows, {batch} keys with guidance {guidance} need {rows}")
+        raise UserError(f"logits have {logits.shape[0]} rows, but {batch} keys with guidance {guidance} need {rows}")
     if length < 1:
         raise UserError(f"length {length} is below 1")
 
@@ -100,7 +100,7 @@ def _choose(
     keys: jax.Array,
     forced: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The token B of a position, of which `last` is the last, and its log-probability B. logits: R v; keys: B."""
+    """The token B of a position and its log-probability B. last: the last position; logits: R v; keys: B."""
     if guide.is_on(guidance):
         scale = guide.at(guidance, position / max(last, 1))
         logits = guide.combine(*guide.split(logits, 2), scale)  # B v

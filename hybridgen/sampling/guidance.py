@@ -1,15 +1,15 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) on logits, noise, velocity or clean predictions.
 
-The form is `c + (s - 1) * (c - u)`: with s = 1 it is the conditional branch bit for bit, and a scale that is statically
-1 (or None) skips the other branch altogether (`is_on`). A scale is a Python number, a traced scalar, or a function of
-progress in [0, 1] (position / last position, or 1 - time): see `schedule`. Branches must be finite.
+The form is `c + (s - 1) * (c - u)`: with s = 1 it equals the conditional branch bit for bit. If the scale is None or
+the Python number 1, the unconditional branch is not computed (`is_on`). A scale is a Python number, a traced scalar, or
+a function of progress in [0, 1] (position / last position, or 1 - time): see `schedule`. Branches must be finite.
 
 **Levels.** Several named conditions (text "c", plan "z", history "h") are guided by terms. A term compares two
 branches, each named by the conditions that it drops, and `combine_levels` is
 
     full + sum over terms of (scale - 1) * (branch[base] - branch[drop])
 
-so all weights 1 give the full branch exactly. Written as plain data for configs, see `parse`:
+so with all scales 1 the result is exactly the full branch. Configs write terms as plain data (see `parse`):
 
     {"c": 4.0}                          ordinary guidance: full against dropped c
     {"z": 2.0, "c+z": 1.5}              each against the full branch
@@ -17,8 +17,8 @@ so all weights 1 give the full branch exactly. Written as plain data for configs
 
 **Rows.** K branches run as one batch of K * B rows, picture after picture: row K * b + k is branch k of picture b, in
 the order of `branches(terms)`, so for ordinary guidance [conditional of 0; unconditional of 0; conditional of 1; ...].
-A device that holds a share of the rows then holds all branches of its pictures: to combine them nothing is sent.
-`repeat`, `join` and `split` know this order, and nothing else does.
+A device then has all branches of its pictures and combines them without communication. Only `repeat`, `join` and
+`split` depend on this order.
 """
 
 import functools
@@ -37,17 +37,17 @@ Scale = Number | Callable[[jax.Array | float], jax.Array]  # or a function of pr
 
 
 def is_on(scale: Scale | None) -> bool:
-    """Must the second branch be computed? False for None and for a Python (or numpy) number equal to 1."""
+    """Whether the second branch must be computed: False for None and for a Python (or NumPy) number equal to 1."""
     return not (scale is None or (isinstance(scale, (int, float, np.number)) and scale == 1))
 
 
 def at(scale: Scale, progress: jax.Array | float) -> Number:
-    """The scale at a progress in [0, 1]: a number or traced scalar is the same everywhere, a schedule is called."""
+    """The scale at a progress in [0, 1]: a number or traced scalar is constant, a schedule is called."""
     return scale(progress) if callable(scale) else scale
 
 
 def combine(cond: jax.Array, uncond: jax.Array, scale: Number) -> jax.Array:
-    """cond + (scale - 1) * (cond - uncond), float32 at least. Arrays of one shape."""
+    """cond + (scale - 1) * (cond - uncond), in at least float32. Both arrays have the same shape."""
     cond, uncond = _wide(cond), _wide(uncond)
     return cond + (scale - 1) * (cond - uncond)
 
@@ -66,13 +66,14 @@ RAMPS = {
 
 
 def schedule(name: str, scale: Number | None, interval: Sequence[float] = (0.0, 1.0)) -> Scale | None:
-    """A scale over progress: 1 -> `scale` along ramp `name` (constant, linear, cosine), and 1 outside `interval`.
+    """A scale over progress: from 1 to `scale` along ramp `name` (constant, linear, cosine), and 1 outside `interval`.
 
-    -> a function progress -> float32, or the plain number where nothing depends on progress (so that `is_on` can tell).
+    Returns a function progress -> float32, or the number itself if it does not depend on progress (`is_on` needs that).
     The interval is that of Kynkaanniemi et al. 2024 (arXiv 2404.07724), in progress: 0 is the first position, or noise.
+    Raises UserError for an unknown ramp or an invalid interval.
     """
     if name not in RAMPS:
-        raise UserError(f"guidance schedule {name!r} is none of {', '.join(RAMPS)}")
+        raise UserError(f"guidance schedule {name!r} is not one of {', '.join(RAMPS)}")
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise UserError(f"guidance interval {tuple(interval)} is not within 0 <= low <= high <= 1")
@@ -82,9 +83,9 @@ def schedule(name: str, scale: Number | None, interval: Sequence[float] = (0.0, 
 
 
 def scheduled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with `guidance` made a schedule by its `guidance_schedule`, up to the share `guidance_until` of the way.
+    """Options whose `guidance` is a schedule, made from `guidance_schedule` and `guidance_until` (end of the interval).
 
-    `guidance` is a scale, or a scale by the condition that it is against: {"plan": 1.5, "text": 3.0}.
+    `guidance` is a scale, or one scale per dropped condition: {"plan": 1.5, "text": 3.0}.
     """
     out = dict(options)
     interval = (0.0, out.pop("guidance_until", 1.0))
@@ -102,9 +103,9 @@ def _scale_at(ramp, scale, low, high, progress):
 
 
 def until(scale: Number | None, last: int, length: int) -> Scale | None:
-    """`scale` for the tokens up to number `last + 1` of `length`, 1 behind them: LlamaGen's `cfg_interval`.
+    """`scale` for tokens 0 to `last + 1` of `length`, 1 for later ones: LlamaGen's `cfg_interval`.
 
-    It counts runs over the cache from 0, the first of which gives token 1, and means all of them below 0.
+    LlamaGen counts steps over the cache from 0 (the first one gives token 1); a negative `last` means all tokens.
     """
     if last < 0 or last + 1 >= length - 1:
         return scale
@@ -123,10 +124,10 @@ class Term(NamedTuple):
 
 
 def parse(spec: Scale | Mapping[str, Scale | None] | None) -> tuple[Term, ...]:
-    """Plain data -> terms, those with a scale statically 1 left out.
+    """Plain data -> terms, without those whose scale is off (`is_on`).
 
     spec: None, one scale (it drops "c"), or {"names dropped" or "names dropped|names dropped in the base": scale}, with
-    names joined by +.
+    names joined by +. Raises UserError for a malformed name.
     """
     if not hasattr(spec, "items"):
         spec = {"c": spec}
@@ -138,17 +139,17 @@ def _branch_pair(text):
     sides = [tuple(sorted(filter(None, side.split("+")))) for side in text.split("|")]
     drop, base = (sides + [()])[:2]
     if len(sides) > 2 or not set(base) < set(drop):
-        raise UserError(f"guidance term {text!r} is not 'dropped' or 'dropped|base', the base dropping fewer")
+        raise UserError(f"guidance term {text!r} is not 'dropped' or 'dropped|base', where the base drops fewer")
     return drop, base
 
 
 def branches(terms: Sequence[Term]) -> tuple[tuple[str, ...], ...]:
-    """The branches to compute, in row order: the conditions that each drops. The first is (), the full condition."""
+    """The branches to compute, in row order, each as the conditions that it drops. The first is (), the full branch."""
     return tuple(dict.fromkeys([(), *(side for term in terms for side in (term.base, term.drop))]))
 
 
 def combine_levels(outputs: Sequence[jax.Array], terms: Sequence[Term], progress: jax.Array | float = 0.0) -> jax.Array:
-    """outputs: one array for each of `branches(terms)`, in that order -> the guided output, that shape, float32."""
+    """outputs: one array for each of `branches(terms)`, in that order -> the guided output, same shape, float32."""
     outputs = {name: _wide(a) for name, a in zip(branches(terms), outputs, strict=True)}
     total = outputs[()]
     for term in terms:
@@ -160,7 +161,7 @@ def combine_levels(outputs: Sequence[jax.Array], terms: Sequence[Term], progress
 
 
 def repeat(tree: Any, count: int) -> Any:
-    """Every leaf B ... -> count*B ...: each row once for every branch."""
+    """Every leaf B ... -> count*B ...: each row repeated once per branch."""
     return jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), tree) if count > 1 else tree
 
 
@@ -171,7 +172,7 @@ def join(outputs: Sequence[jax.Array]) -> jax.Array:
 
 
 def split(rows: jax.Array, count: int) -> list[jax.Array]:
-    """K*B ... -> K arrays B ..., one for each branch: what `join` joined."""
+    """K*B ... -> K arrays B ..., one for each branch: the inverse of `join`."""
     each = rows.reshape(-1, count, *rows.shape[1:])  # B K ...
     return [each[:, k] for k in range(count)]
 
@@ -179,11 +180,11 @@ def split(rows: jax.Array, count: int) -> list[jax.Array]:
 def guided(call: Network, spec: Scale | Mapping[str, Scale | None] | None, channels: int | None = None) -> Network:
     """call(x K*B ..., t K*B) -> K*B ..., over the rows of `branches(parse(spec))`, -> a function of x B ..., t B.
 
-    channels: how many of the last axis are guided, the first ones; the others are those of the full branch (DiT guides
+    channels: only the first `channels` of the last axis are guided; the others are those of the full branch (DiT guides
     three of a latent's four). None: all.
 
-    For diffusion: t is time (1 is noise), progress is 1 - t of the first row. With guidance off K is 1 and `call` is
-    called as it stands. What it closes over (embedded conditions) must have K*B rows, as `repeat` or `join` make them.
+    For diffusion: t is time (1 is noise), progress is 1 - t of the first row. With guidance off, K is 1 and `call` is
+    returned unchanged. Conditions that `call` closes over must have K*B rows, in the order of `repeat` and `join`.
     """
     terms = parse(spec)
     count = len(branches(terms))

@@ -1,12 +1,12 @@
-"""Grids of the official schedulers (diffusers), rounding included: timesteps and noise levels as pipelines use them.
+"""Grids of the official schedulers (diffusers), with their rounding: timesteps and noise levels as pipelines use them.
 
     bar = alphas_bar("scaled_linear", start=0.00085, end=0.012)          # T float32
     steps = spaced("leading", 50, 1000, offset=1)                        # n, noisiest first
     sigmas = karras(sigmas_of(bar)[::-1], 20)
 
-What a network was told and how noisy its input was part ways here by rounding, by grids that are not those of the
-training timesteps, and by quirks that results depend on; so these are functions on numpy arrays that give both, and
-solvers get a Level made of them. Our own samplers use schedules.py.
+In official schedulers the timestep that the network receives may differ from the noise level of its input: by rounding,
+by grids between the training timesteps, and by quirks that change results. These functions on NumPy arrays therefore
+return both, and solvers get a Level made from them. Our own samplers use schedules.py.
 
 Letters: n steps, T training timesteps.
 """
@@ -39,19 +39,19 @@ def betas(name: str, steps: int = 1000, start: float = 1e-4, end: float = 0.02) 
         bar = np.sqrt(np.exp(half) / (1 + np.exp(half)))
     else:
         known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace"
-        raise UserError(f"beta schedule {name!r} is none of {known}")
+        raise UserError(f"beta schedule {name!r} is not one of {known}")
     return np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(F32)
 
 
 def _line(start: float, end: float, count: int) -> np.ndarray:
-    """Evenly from start to end, count float32: each half from its own end in steps that were rounded, as torch does."""
+    """torch.linspace: `count` float32 from start to end, each half computed from its own end with a rounded step."""
     first, last, at = F32(start), F32(end), np.arange(count)
     step = np.float64((last - first) / F32(max(count - 1, 1)))
     return np.where(at < count // 2, first + step * at, last - step * (count - 1 - at)).astype(F32)
 
 
 def alphas_bar(betas: np.ndarray, zero_snr: bool = False, floor: bool = False) -> np.ndarray:
-    """Products of 1 - beta, T float32. zero_snr: stretched so that the last is 0; floor: which then becomes 2^-24."""
+    """Products of 1 - beta, T float32. zero_snr: rescaled so that the last one is 0; floor: 2^-24 replaces that 0."""
     if zero_snr:
         root = np.sqrt(_product(1 - betas))
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
@@ -64,81 +64,81 @@ def alphas_bar(betas: np.ndarray, zero_snr: bool = False, floor: bool = False) -
 
 
 def _product(alphas: np.ndarray) -> np.ndarray:
-    return np.cumprod(alphas.astype(np.float64)).astype(F32)  # summed wider than it is kept
+    return np.cumprod(alphas.astype(np.float64)).astype(F32)  # accumulated in float64, stored in float32
 
 
 def variance_preserving(timesteps: np.ndarray, bar: np.ndarray) -> Level:
-    """A level of each timestep and its alpha-bar, n each."""
+    """The levels of timesteps with their alpha-bars, n each."""
     bar = np.asarray(bar, np.float64)
     zero = np.zeros_like(bar)
     return Level(np.asarray(timesteps, np.float64), np.sqrt(bar), np.sqrt(1 - bar), zero, zero)
 
 
 def exploding(sigmas: np.ndarray) -> Level:
-    """Levels of pictures that noise is added to without shrinking them: alpha 1; t is sigma."""
+    """Variance-exploding levels: alpha is 1, t is sigma."""
     sigmas = np.asarray(sigmas, np.float64)
     return Level(sigmas, np.ones_like(sigmas), sigmas, np.zeros_like(sigmas), np.ones_like(sigmas))
 
 
 def from_ratio(timesteps: np.ndarray, ratio: np.ndarray) -> Level:
-    """Variance-preserving levels of sigma / alpha."""
+    """Variance-preserving levels from sigma / alpha, n."""
     ratio = np.asarray(ratio, np.float64)
     alpha = 1 / np.sqrt(ratio**2 + 1)
     return Level(np.asarray(timesteps, np.float64), alpha, ratio * alpha, np.zeros_like(ratio), np.zeros_like(ratio))
 
 
 def sigmas_of(bar: np.ndarray) -> np.ndarray:
-    """sigma / alpha of alpha-bars, float32."""
+    """sigma / alpha from alpha-bars, float32."""
     return np.sqrt((1 - bar) / bar)
 
 
 def spaced(spacing: str, n: int, steps: int, offset: int = 0) -> np.ndarray:
     """n of the timesteps 0 .. T-1, noisiest first: linspace (not rounded), leading (plus offset), trailing."""
     if not 1 <= n <= steps:
-        raise UserError(f"{n} steps of {steps} timesteps")
+        raise UserError(f"steps {n} is not within 1 and {steps} timesteps")
     if spacing == "linspace":
         return np.linspace(0, steps - 1, n)[::-1]
     if spacing == "leading":
         return (np.arange(n) * (steps // n))[::-1] + float(offset)
     if spacing == "trailing":
         return np.round(np.arange(steps, 0, -steps / n)) - 1
-    raise UserError(f"timestep spacing {spacing!r} is none of linspace, leading, trailing")
+    raise UserError(f"timestep spacing {spacing!r} is not one of linspace, leading, trailing")
 
 
 def spaced_by_solver(spacing: str, n: int, steps: int, last: int, offset: int = 0) -> np.ndarray:
-    """As `spaced`, where multistep solvers part from it: n of n+1 timesteps up to `last`, rounded."""
+    """Like `spaced`, as multistep solvers do it: n of n+1 timesteps up to `last`, rounded."""
     if spacing == "linspace":
         return np.linspace(0, last - 1, n + 1).round()[::-1][:-1]
     if spacing == "leading":
         return (np.arange(n + 1) * (last // (n + 1)))[::-1][:-1] + float(offset)
     if spacing == "trailing":
         return np.round(np.arange(last, 0, -steps / n)) - 1
-    raise UserError(f"timestep spacing {spacing!r} is none of linspace, leading, trailing")
+    raise UserError(f"timestep spacing {spacing!r} is not one of linspace, leading, trailing")
 
 
 def respaced(text: str, steps: int) -> np.ndarray:
-    """Timesteps that are kept of T, ascending, as DiT and iDDPM write it.
+    """The timesteps of T that are kept, ascending, in the notation of DiT and iDDPM.
 
-    "250": so many, evenly from the first to the last; "10,15": so many of each equal section; "ddim25": so many at a
-    whole stride from the first on. Raises UserError for what cannot be kept.
+    "250": this many, evenly from the first to the last; "10,15": these numbers in sections of equal size; "ddim25":
+    this many with an integer stride from the first one. Raises UserError if that is not possible.
     """
     read = re.fullmatch(r"ddim([0-9]{1,8})|[0-9]{1,8}(,[0-9]{1,8})*", text)
     if not read:
-        raise UserError(f"respacing {text!r} is not like '250', '10,10' or 'ddim25'")
+        raise UserError(f"respacing {text!r} is not of the form '250', '10,10' or 'ddim25'")
     if read[1]:
         for stride in range(1, steps):
             if len(range(0, steps, stride)) == int(read[1]):
                 return np.arange(0, steps, stride)
-        raise UserError(f"respacing {text!r}: no whole stride leaves {read[1]} of {steps} timesteps")
+        raise UserError(f"respacing {text!r}: no integer stride gives {read[1]} of {steps} timesteps")
     counts, kept, start = [int(part) for part in text.split(",")], [], 0
     for number, n in enumerate(counts):
         size = steps // len(counts) + (number < steps % len(counts))
         if n > size:
-            raise UserError(f"respacing {text!r}: {n} timesteps of a section of {size}")
+            raise UserError(f"respacing {text!r}: a section of {size} timesteps cannot give {n}")
         stride, place = (size - 1) / (n - 1) if n > 1 else 1, 0.0
         for _ in range(n):
             kept.append(start + round(place))
-            place += stride  # summed, as official code does: rounding may decide
+            place += stride  # accumulated as in official code, since rounding may decide
         start += size
     if not kept:
         raise UserError(f"respacing {text!r} keeps no timestep")
@@ -146,13 +146,13 @@ def respaced(text: str, steps: int) -> np.ndarray:
 
 
 def clipped(bar: np.ndarray, least: float) -> int:
-    """How many timesteps, from clean on, have at least `least` for half their log-SNR."""
+    """The number of timesteps, from the cleanest on, whose half log-SNR is at least `least`."""
     half = np.log(np.sqrt(bar)) - np.log(np.sqrt(1 - bar))
     return len(bar) - int(np.searchsorted(half[::-1], F32(least)))
 
 
 def timestep_of(sigma: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
-    """The fractional timestep of each sigma, n, between those of `log_sigmas`, T rising ones."""
+    """The fractional timestep of each sigma, n, interpolated in `log_sigmas`, T ascending."""
     log = np.log(np.maximum(sigma, 1e-10))
     low = np.clip(np.cumsum(log[None] >= log_sigmas[:, None], 0).argmax(0), None, len(log_sigmas) - 2)
     weight = np.clip((log_sigmas[low] - log) / (log_sigmas[low] - log_sigmas[low + 1]), 0, 1)
@@ -160,13 +160,13 @@ def timestep_of(sigma: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
 
 
 def karras(most: float, least: float, n: int) -> np.ndarray:
-    """n sigmas, largest first, even in their seventh root (Karras et al. 2022, eq. 5)."""
+    """n sigmas, largest first, evenly spaced in their seventh root (Karras et al. 2022, eq. 5)."""
     ends = most ** (1 / 7), least ** (1 / 7)
     return (ends[0] + np.linspace(0, 1, n) * (ends[1] - ends[0])) ** 7
 
 
 def exponential(most: float, least: float, n: int) -> np.ndarray:
-    """n sigmas, largest first, even in their logarithm."""
+    """n sigmas, largest first, evenly spaced in their logarithm."""
     return np.exp(np.linspace(np.log(most), np.log(least), n))
 
 
@@ -184,16 +184,16 @@ def flow_sigmas(steps: int, shift: float) -> np.ndarray:
 
 
 def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """As schedules.shifted, in the precision that is given."""
+    """Like schedules.shifted, in the precision of the arguments."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def shifted_by(sigmas: np.ndarray, mu: float, kind: str = "exponential") -> np.ndarray:
-    """Shifted by a number that depends on the resolution (Flux): exp(mu) is the shift, or mu itself if "linear"."""
-    shift = {"exponential": math.exp, "linear": float}[kind](mu)  # Python's: the precision stays that of the sigmas
+    """Sigmas shifted by a resolution-dependent number (Flux): exp(mu), or mu itself if kind is "linear"."""
+    shift = {"exponential": math.exp, "linear": float}[kind](mu)  # a Python float keeps the precision of the sigmas
     return shift / (shift + (1 / sigmas - 1))
 
 
 def stretched(sigmas: np.ndarray, last: float) -> np.ndarray:
-    """Stretched, 1 staying where it is, so that the last one is `last`."""
+    """Sigmas rescaled about 1 so that the last one is `last` (shift_terminal)."""
     return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - last))

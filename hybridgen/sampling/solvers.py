@@ -1,23 +1,23 @@
-"""Diffusion and flow solvers: from x at the first level to x at the last, each ONE `lax.scan` over the grid.
+"""Diffusion and flow solvers: from x at the first level to x at the last one, each as one `lax.scan` over the grid.
 
     levels = schedules.flow(schedules.times(steps, shift=3.0))              # or any Level of n+1, on the host
     predict = schedules.predictor(guidance.guided(network, scale), "velocity")
     x = SOLVERS["dpmpp_2m"](predict, noise, levels, keys)
 
 One signature: `solve(predict, x, levels, keys=None, *, previews=False, **options)`.
-- `predict(x_t B ..., level) -> (x, eps)`, both B ...: clean picture and noise at this level (a Level of scalars). Both,
-  and not one, because solvers use one or the other, and official samplers that clip x keep eps (or do not).
-- `levels`: schedules.Level of n+1 numpy values, noisiest first: grids are known when the program is traced. Euler and
-  Heun need t to be what dalpha and dsigma are derivatives in; the others only pass it on to `predict`.
-- `keys`: B typed keys, for the stochastic ones: step i draws picture b's noise from `fold_in(keys[b], i)`. Or a
+- `predict(x_t B ..., level) -> (x, eps)`, both B ...: clean picture and noise at this level (a Level of scalars). It
+  returns both because some solvers use x and others eps, and official samplers that clip x may keep eps unchanged.
+- `levels`: schedules.Level of n+1 numpy values, noisiest first; they are constants of the traced program. Euler and
+  Heun need dalpha and dsigma to be derivatives with respect to t; the others only pass t to `predict`.
+- `keys`: B typed keys, for stochastic solvers: step i draws picture b's noise from `fold_in(keys[b], i)`. Or a
   function (i, x) -> standard normal noise like x.
-- `ddpm` with a learned variance takes a third thing from `predict`: shares B ..., see there.
-- where sigma ends at 0, the result is the last prediction of x exactly.
+- `ddpm` with a learned variance needs a third result of `predict`: shares B ..., see there.
+- if sigma ends at 0, the result is exactly the last prediction of x.
 - `previews=True` also returns the n predictions of x: n B ...
 
-All but Heun are one linear step: `x' = a x_t + b x + c eps + d before + e noise`, before being the prediction of one
-step ago, and of two; so a solver is a table of n rows of
-coefficients, worked out in float64 on the host. Euler and Heun step in t; DDIM is Euler in sigma / alpha.
+All solvers but Heun take linear steps `x' = a x_t + b x + c eps + d before + e earlier + f noise`, where before and
+earlier are the predictions of one and two steps ago. Such a solver is a table of n rows of coefficients, computed in
+float64 on the host. Euler and Heun step in t; DDIM is Euler in sigma / alpha.
 
 Shape letters: B pictures, n steps (intervals).
 """
@@ -38,7 +38,7 @@ Solved = jax.Array | tuple[jax.Array, jax.Array]  # x B ..., with `previews` als
 
 
 class Rows(NamedTuple):
-    """Coefficients of a linear multistep solver, n each (a scalar stands for n equal ones)."""
+    """Coefficients of a linear multistep solver, n each (a scalar means n equal ones)."""
 
     x_t: Any = 0.0
     x: Any = 0.0  # predicted clean
@@ -46,11 +46,11 @@ class Rows(NamedTuple):
     before: Any = 0.0  # the previous step's x, or eps
     earlier: Any = 0.0  # the one before it
     noise: Any = 0.0
-    reach: Any = 0.0  # the noise is exp(reach * share) times that, share being the third thing that is predicted
+    reach: Any = 0.0  # the noise is multiplied by exp(reach * share), where share is the third result of `predict`
 
 
 def _ends(levels):
-    """Level n+1 -> (levels now, levels next) of n each, float64."""
+    """Level n+1 -> (levels before each step, levels after it), n each, float64."""
     levels = Level(*(np.asarray(a, np.float64) for a in levels))
     return Level(*(a[:-1] for a in levels)), Level(*(a[1:] for a in levels))
 
@@ -60,14 +60,14 @@ def _cast(rows, count, dtype):
 
 
 def _run(rows, predict, x, levels, keys, previews, keep_eps=False):
-    """The scan of every linear solver. rows: Rows; `keep_eps`: what came before is eps; the rest as in the head."""
+    """The scan of all linear solvers. rows: Rows; keep_eps: previous predictions are eps; the rest as in the head."""
     now, _ = _ends(levels)
     count = len(now.t)
-    # static: what is not used is not computed
+    # static: unused terms are not computed
     past, noisy = 2 if np.any(rows.earlier) else int(np.any(rows.before)), np.any(rows.noise)
     learned = np.any(rows.reach)
     if noisy and keys is None:
-        raise UserError("a stochastic solver needs keys, one a picture: got None")
+        raise UserError("keys is None: a stochastic solver needs one key per picture")
     draw = keys if callable(keys) else functools.partial(_noise, keys)
 
     def body(carry, inputs):
@@ -96,7 +96,7 @@ def _noise(keys, i, x):
 
 
 def _landing(rows, after):
-    """The rows, those that end at sigma 0 replaced by: x' = alpha * predicted x."""
+    """The rows, where those that end at sigma 0 are replaced by x' = alpha * predicted x."""
     lands = after.sigma == 0
     plain = Rows(x=after.alpha)
     return Rows(*(np.where(lands, to, a) for a, to in zip(rows, plain, strict=True)))
@@ -122,7 +122,7 @@ def ddim(
 ) -> Solved:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12, 16). eta 0: deterministic, first order; 1: as noisy as DDPM.
 
-    deviation: n, of the noise of each step, in place of what eta says.
+    deviation: n, standard deviations of each step's noise, in place of eta.
     """
     now, after = _ends(levels)
     noise = eta * np.sqrt(_posterior(now, after)[2]) if deviation is None else np.asarray(deviation)
@@ -140,16 +140,16 @@ def ddpm(
     variance: str = "small",
     previews: bool = False,
 ) -> Solved:
-    """Ancestral sampling from q(x_s | x_t, x) (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7), any schedule and grid.
+    """Ancestral sampling from q(x_s | x_t, x) (Ho et al. 2020, arXiv 2006.11239, eq. 6, 7), for any schedule and grid.
 
-    variance: of each step's noise: "small", that of q; "large", beta; "learned": between the two in their logarithms,
-    at the share of the way to "large" that `predict` says (arXiv 2102.09672, eq. 15). deviation: n, in place of it.
+    variance: of each step's noise: "small" (that of q), "large" (beta), or "learned": between both, interpolated in the
+    logarithm by the share that `predict` returns (1: "large"; arXiv 2102.09672, eq. 15). deviation: n, replaces it.
     """
     now, after = _ends(levels)
     of_x_t, of_x, small = _posterior(now, after)
-    large = np.where(after.sigma > 0, 1 - (now.alpha / after.alpha) ** 2, 0)  # beta; without noise where sigma ends
+    large = np.where(after.sigma > 0, 1 - (now.alpha / after.alpha) ** 2, 0)  # beta; no noise in a step to sigma 0
     if variance not in ("small", "large", "learned"):
-        raise UserError(f"variance {variance!r} is none of small, large, learned")
+        raise UserError(f"variance {variance!r} is not one of small, large, learned")
     noise = np.sqrt(large if variance == "large" else small) if deviation is None else np.asarray(deviation)
     reach = np.log(np.where(small > 0, large / np.where(small > 0, small, 1), 1)) / 2 if variance == "learned" else 0.0
     return _run(Rows(x_t=of_x_t, x=of_x, noise=noise, reach=reach), predict, x, levels, keys, previews)
@@ -168,7 +168,7 @@ def dpmpp_2m(
 ) -> Solved:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, one call a step, deterministic.
 
-    First order where there is no past, where the log-SNR is infinite (flow at t = 1), and on the last step to sigma 0.
+    First order in the first step, where the log-SNR is infinite (flow at t = 1), and in the last step to sigma 0.
     """
     now, after = _ends(levels)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -195,16 +195,16 @@ def dpm(
 ) -> Solved:
     """Multistep DPM-Solver of first to third order on x ("++", arXiv 2211.01095) or on eps (arXiv 2206.00927).
 
-    order: one, or n of them; lower where there is too little past, and 1 where sigma ends at 0. The published third one
-    is kept as it is, though it halves the second derivative and so gains no order. heun: the other of the papers' two
-    forms of second order. noisy: their SDE. official: its third order on x with the sign that diffusers gives to a
-    half, where the expansion has the other.
+    order: one, or one per step (n); it is lower in the first steps, and 1 in a step to sigma 0. Third order is as
+    published, although it halves the second derivative and so is not of higher order. of: the prediction that is
+    extrapolated. heun: the second of the papers' two forms of second order. noisy: their SDE. official: the SDE's third
+    order on x with diffusers' sign of 1/2, which is the opposite of the expansion's.
     """
     if of not in ("x", "eps"):
-        raise UserError(f"dpm of {of!r} is none of 'x', 'eps'")
+        raise UserError(f"dpm of {of!r} is not one of 'x', 'eps'")
     now, after = _ends(levels)
     if (of == "eps" and not after.sigma.all()) or (of == "eps" and noisy and np.max(order) > 2):
-        raise UserError("dpm of 'eps' cannot end at sigma 0, and with noise is of second order at most")
+        raise UserError("dpm of 'eps' cannot end at sigma 0, and with noise its order must be at most 2")
     count, data = len(now.t), of == "x"
     with np.errstate(all="ignore"):
         h = np.log(after.alpha / after.sigma) - np.log(now.alpha / now.sigma)  # n: steps in half the log-SNR
@@ -255,12 +255,12 @@ def heun(predict: Predict, x: jax.Array, levels: Level, keys: Keys | None = None
     now, after = _ends(levels)
     steps = len(now.t)
     calls = np.arange(2 * steps - 1)
-    step = calls // 2  # of this call; a corrector is called at the level that the step ends at
+    step = calls // 2  # index of the step of each call; a corrector is called at the step's end level
     stage = Stage((after.t - now.t)[step], calls % 2, (after.sigma == 0)[step] & (calls % 2 == 0), after.alpha[step])
     inputs = Level(*(np.where(calls % 2, b[step], a[step]) for a, b in zip(now, after, strict=True)))
 
     def body(carry, inputs):
-        x_t, base, slope = carry  # of a corrector: the predicted point, where the step began, the slope there
+        x_t, base, slope = carry  # for a corrector: the predicted point, the start of the step, the slope at the start
         level, at = inputs
         clean, eps = predict(x_t, level)
         here = level.dalpha * clean + level.dsigma * eps  # dx_t / dt

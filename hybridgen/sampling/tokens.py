@@ -1,11 +1,11 @@
-"""One token from logits: temperature, then top-k, then top-p (the order of Hugging Face's warpers), then a draw.
+"""Draws a token from logits: temperature, then top-k, then top-p (the order of Hugging Face's warpers), then a sample.
 
 Shape letters: B rows, v vocabulary.
 
-Filters keep by *value*: every logit at least as large as a threshold survives, so ties at the threshold are all kept
-and nothing depends on the order of the vocabulary. Thresholds are found without a sort, by bisection over the
-32 bits of a float: 32 passes over the logits, exact, and on a CPU an order faster than sorting. A filter that is
-statically off (top_k 0, top_p 1) costs nothing; options may also be traced.
+Filters keep tokens by *value*: every logit of at least a threshold is kept, including ties, so the result does not
+depend on the order of the vocabulary. Thresholds are found exactly and without a sort, by bisection over the 32 bits of
+a float: 32 passes over the logits, about ten times faster than sorting on a CPU. A filter that is off by a Python
+number (top_k 0, top_p 1) is not compiled; options may also be traced.
 """
 
 import jax
@@ -26,11 +26,11 @@ def filter_logits(
     top_k: int | jax.Array = 0,
     top_p: float | jax.Array = 1.0,
 ) -> jax.Array:
-    """logits: B v -> B v float32, divided by temperature, what is filtered out at -inf.
+    """logits: B v -> B v float32, divided by temperature, -inf for tokens that are filtered out.
 
-    temperature: 0 is greedy (0 at the first maximum, -inf elsewhere). top_k: keep the k largest; 0 is off. top_p: keep
-    the fewest most likely tokens whose mass, after temperature and top-k, reaches top_p; 1 is off; one always stays.
-    UserError where a static option is out of range.
+    temperature: 0 is greedy (0 at the first maximum, -inf elsewhere). top_k: keeps the k largest; 0 is off. top_p:
+    keeps the smallest set of most likely tokens whose mass, after temperature and top-k, reaches top_p; 1 is off; at
+    least one token is kept. Raises UserError if an option that is a Python number is out of range.
     """
     _check(temperature=(temperature, 0, np.inf), top_k=(top_k, 0, np.inf), top_p=(top_p, 0, 1))
     logits = logits.astype(jnp.float32)  # B v
@@ -44,7 +44,7 @@ def filter_logits(
 def _check(**options):
     for name, (value, low, high) in options.items():
         if _static(value) and not low <= value <= high:
-            raise UserError(f"{name} {value} is not within {low} to {high}")
+            raise UserError(f"{name} {value} is not within {low} and {high}")
 
 
 def _greedy(logits):
@@ -65,15 +65,15 @@ def _keep(logits, floor, on):
 
 
 def _kth_largest(logits, k):
-    """The k-th largest of each row, ties counted. logits: B v; k: int, may be traced -> B 1."""
+    """The k-th largest logit of each row, counting ties. logits: B v; k: int, may be traced -> B 1."""
     return _largest(logits, lambda above: jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32) >= k)
 
 
 def _nucleus_edge(logits, top_p):
     """The least likely logit that top_p keeps. logits: B v -> B 1.
 
-    A token stays if the strictly more likely ones weigh less than top_p, so the edge is the largest logit such that it
-    and those above weigh top_p or more.
+    A token is kept if the strictly more likely ones have a mass below top_p, so the edge is the largest logit such that
+    it and all larger ones have a mass of at least top_p.
     """
     mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))  # B v
     enough = top_p * jnp.sum(mass, axis=-1, keepdims=True)  # B 1
@@ -83,7 +83,7 @@ def _nucleus_edge(logits, top_p):
 def _largest(logits, holds):
     """The largest float such that `holds(logits >= it)`. logits: B v; holds: B v bool -> B 1 bool, monotone -> B 1.
 
-    The bits of a float, those of a negative one flipped, order as integers: the answer is built from its highest bit.
+    The bits of floats sort like integers if those of negative floats are flipped; the result is built bit by bit.
     """
     order = _flip(jax.lax.bitcast_convert_type(logits, jnp.int32))  # B v
 
@@ -93,7 +93,7 @@ def _largest(logits, holds):
 
     best = jnp.where(holds(order >= 0), jnp.int32(0), jnp.iinfo(jnp.int32).min)  # B 1, the sign
     best = jax.lax.fori_loop(0, 31, try_bit, best)
-    # where it holds for every bound or for none (top_p 0, or 1 short of rounding), the extreme logits, not a NaN
+    # if `holds` is true for every bound or for none (top_p 0, or a mass rounded below top_p): an extreme logit, not NaN
     best = jnp.clip(best, jnp.min(order, axis=-1, keepdims=True), jnp.max(order, axis=-1, keepdims=True))
     return jax.lax.bitcast_convert_type(_flip(best), jnp.float32)
 
@@ -103,7 +103,7 @@ def _flip(bits):
 
 
 def logprob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log p of tokens B under softmax(logits B v), no temperature, no filter -> B float32."""
+    """log p of tokens B under softmax(logits B v), without temperature and filters -> B float32."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]  # B
     return chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -117,10 +117,10 @@ def draw(
     top_k: int | jax.Array = 0,
     top_p: float | jax.Array = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row, each row from its own key. keys: B; logits: B v -> tokens B int32, logprobs B float32.
+    """One token per row, each row from its own key. keys: B; logits: B v -> tokens B int32, logprobs B float32.
 
-    Gumbel-max: a token changes only where its race is close, so logits that differ by rounding (another batch size, a
-    cache) give the same tokens. The log-probability is the model's own, before temperature and filters.
+    Gumbel-max: a token changes only if two scores are nearly equal, so logits that differ by rounding (another batch
+    size, a cache) almost always give the same tokens. The log-probability is that before temperature and filters.
     """
     score = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)  # B v
     if not (_static(temperature) and temperature == 0):

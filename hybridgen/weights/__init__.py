@@ -1,1 +1,1 @@
-"""Official weights in and out. The only package that opens pickles: what runs or samples reads safetensors or Orbax."""
+"""Import and export of official weights. Only this package opens pickles; all others read safetensors or Orbax."""

@@ -1,8 +1,8 @@
-"""What a pickle of weights may name, and what that becomes: records of ours, never an object of the module named.
+"""The names that a pickle of weights may use, and the record that replaces each: named modules are never imported.
 
-`CALLS` is everything that such a file can have called. A weights file of torch needs a few functions that rebuild
-tensors; the rest is there for what official checkpoints carry beside their weights: the arguments of a run
-(`argparse.Namespace`), numbers of numpy, keys of Lightning.
+`CALLS` lists all functions that such a file can call. A PyTorch weights file needs a few functions that rebuild
+tensors; the others are for what official checkpoints contain besides weights: the arguments of a run
+(`argparse.Namespace`), NumPy numbers, keys of Lightning.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ _DTYPES = (
     "float8_e8m0fnu",
 )
 DTYPES = {f"torch.{name}": np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name)) for name in _DTYPES}
-# classes that Lightning uses as keys, and enumerations that say nothing about weights: names only
+# classes that Lightning uses as dictionary keys: only their names are kept
 NAMES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -67,7 +67,7 @@ NAMES = (
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)
 class Mapping:
-    """A dictionary, or an object that is only its attributes (`attributes`), as pairs in order."""
+    """A dictionary, or with `attributes` an object's attributes, as (key, value) pairs in order."""
 
     pairs: list[tuple[Any, Any]]
     attributes: bool = False
@@ -75,7 +75,7 @@ class Mapping:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Storage:
-    """Memory that tensors share: its key in the file, `count` elements, beginning at element `offset` of that key."""
+    """Memory that tensors share: `count` elements from element `offset` of the storage `key` in the file."""
 
     key: str
     dtype: np.dtype
@@ -85,7 +85,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Tensor:
-    """A view into a storage; offset, shape and strides in elements of `dtype`, unchecked."""
+    """A view into a storage; offset and strides in elements of `dtype`. Offset, shape and strides are unchecked."""
 
     storage: Storage
     dtype: np.dtype
@@ -96,27 +96,27 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Name:
-    """A name of the table, as the file has it. Never looked up anywhere else."""
+    """An allowed name, as written in the file. It is never imported."""
 
     text: str
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
-        raise Malformed(f"a tensor of {shown(storage)}, not of a storage")
+        raise Malformed(f"a tensor is built from {shown(storage)} instead of a storage")
     return Tensor(storage, storage.dtype, offset, shape, strides)
 
 
 def _tensor_v3(*arguments: Any) -> Tensor:
     tensor, (_grad, _hooks, dtype, *_) = _tensor(*arguments), arguments[4:]
     if not isinstance(dtype, Name) or dtype.text not in DTYPES:
-        raise Malformed(f"a tensor of a dtype that is {shown(dtype)}")
+        raise Malformed(f"a tensor has the unknown dtype {shown(dtype)}")
     return dataclasses.replace(tensor, dtype=DTYPES[dtype.text])
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise Malformed("a parameter that is not a tensor")
+        raise Malformed("a parameter is not a tensor")
     return data
 
 
@@ -124,42 +124,42 @@ def _mapping(pairs: Any = ()) -> Mapping:
     if isinstance(pairs, Mapping):
         return Mapping(list(pairs.pairs))
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-        raise Malformed("a dictionary that is not made of pairs")
+        raise Malformed("a dictionary is not built from pairs")
     return Mapping([tuple(pair) for pair in pairs])
 
 
 def _sequence(items: Any = ()) -> list:
     if not isinstance(items, list | tuple):
-        raise Malformed("a sequence that is not made of a list")
+        raise Malformed("a sequence is not built from a list")
     return list(items)
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """How pickles of protocol 2 write bytes."""
+    """Bytes, as pickles of protocol 2 encode them."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise Malformed("bytes that are not written as latin1")
+        raise Malformed("bytes are not encoded as latin1")
     return text.encode("latin1")
 
 
 def _device(kind: Any, number: Any = 0) -> str:
     if not isinstance(kind, str) or not isinstance(number, int):
-        raise Malformed("a device that is not a name and a number")
+        raise Malformed("a device is not a name and a number")
     return kind
 
 
 def _numpy_dtype(code: Any, *_: Any) -> np.dtype:
     if code not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
-        raise Malformed(f"a number of the dtype {shown(code)}")
+        raise Malformed(f"a NumPy number has the unknown dtype {shown(code)}")
     return np.dtype(code)
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> Any:
     if not isinstance(dtype, np.dtype) or not isinstance(data, bytes) or len(data) != dtype.itemsize:
-        raise Malformed("a number that does not fit its dtype")
+        raise Malformed("a NumPy number does not match its dtype")
     return np.frombuffer(data, dtype)[0].item()
 
 
-# everything that a file may call, and what that does here
+# every function that a file may call, and the function that is called instead
 CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": lambda *_: Mapping([]),
@@ -186,8 +186,8 @@ KNOWN = {*CALLS, *STORAGES, *DTYPES, *NAMES}
 
 
 def name_of(module: Any, name: Any) -> Name:
-    """A name that a file gives. Raises Malformed, by that name, if it is not in the table."""
+    """The Name of a module's attribute. Raises Malformed, stating the name, if it is not in the table."""
     text = f"{module}.{name}".replace("__builtin__.", "builtins.")
     if text not in KNOWN:
-        raise Malformed(f"its pickle asks for {ascii(text[:120])}, which weights do not need; nothing of it was run")
+        raise Malformed(f"its pickle uses {ascii(text[:120])}, which weights do not need; none of its code was run")
     return Name(text)

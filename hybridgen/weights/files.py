@@ -1,13 +1,13 @@
-"""Weights of any format that checkpoints are published in, behind one front.
+"""One interface to weights in all formats that checkpoints are published in.
 
     weights = open_weights("folder or file")
-    for name, tensor in weights.items():      # nothing of the tensors has been read yet
-        array = tensor.read()                 # this one, as numpy (bfloat16 through ml_dtypes)
-    weights.other["epoch"]                    # what a torch file holds besides tensors
+    for name, tensor in weights.items():      # no tensor has been read yet
+        array = tensor.read()                 # reads this one, as numpy (bfloat16 through ml_dtypes)
+    weights.other["epoch"]                    # other values of a PyTorch file
 
-A file is `.safetensors` (safetensors.py) or one of torch's, `.pt .pth .bin .ckpt` (torchfiles.py); a folder holds one
-such file, or pieces and an `*.index.json` that says which tensor is in which, as Hugging Face writes them. A file with
-the name of a safetensors file is never taken for a pickle.
+A file is `.safetensors` (safetensors.py) or PyTorch's `.pt .pth .bin .ckpt` (torchfiles.py). A folder contains one such
+file, or shards and an `*.index.json` that maps tensors to shards, as Hugging Face writes them. A file named
+`.safetensors` is never read as a pickle.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ MAX_INDEX = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A mapping from name to LazyTensor; `other`: what is no tensor, by name; `metadata` of safetensors, texts."""
+    """A mapping from name to LazyTensor. other: values that are not tensors, by name. metadata: of safetensors."""
 
     path: Path
     tensors: dict[str, LazyTensor]
@@ -54,7 +54,7 @@ class Weights:
 
 
 def open_weights(path: str | Path) -> Weights:
-    """The weights in a file or folder; reads names, shapes, dtypes. Raises UserError naming the file and the fault."""
+    """The weights in a file or folder; reads names, shapes and dtypes only. Raises UserError for an invalid file."""
     path = Path(path)
     if path.is_dir():
         path = _main_file(path)
@@ -66,12 +66,12 @@ def open_weights(path: str | Path) -> Weights:
     if path.suffix in TORCH:
         tensors, other = torchfiles.read(path)
         return Weights(path, tensors, other, {})
-    regular(path)  # that there is no such file comes first
-    raise UserError(f"{path} is not a file of weights by its name: known are {', '.join((SAFE, *TORCH, INDEX))}")
+    regular(path)  # raises if there is no such file
+    raise UserError(f"{path} is not a weights file: its name must end in one of {', '.join((SAFE, *TORCH, INDEX))}")
 
 
 def _main_file(folder: Path) -> Path:
-    """The file of a folder to open: an index before single files, safetensors before torch."""
+    """The file of a folder to open: an index before single files, safetensors before PyTorch."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
@@ -79,15 +79,15 @@ def _main_file(folder: Path) -> Path:
     for suffixes in ((SAFE + INDEX,), (INDEX,), (SAFE,), TORCH):
         found = [name for name in names if name.endswith(suffixes)]
         if len(found) > 1:
-            raise UserError(f"{folder} holds {len(found)} weights, give one of them: {', '.join(found[:8])}")
+            raise UserError(f"{folder} contains {len(found)} weights files, give one of them: {', '.join(found[:8])}")
         if found:
             return folder / found[0]
-    raise UserError(f"{folder} holds no weights: no file named *{INDEX}, *{SAFE} or *{', *'.join(TORCH)}")
+    raise UserError(f"{folder} contains no weights: no file named *{INDEX}, *{SAFE} or *{', *'.join(TORCH)}")
 
 
 def _sharded(path: Path) -> Weights:
     if regular(path) > MAX_INDEX:
-        raise UserError(f"{path} has more than {MAX_INDEX} bytes")
+        raise UserError(f"{path} has more than {MAX_INDEX} bytes, the limit for an index")
     try:
         index = strict_json(path.read_bytes())
         where = index.get("weight_map") if isinstance(index, dict) else None
@@ -95,7 +95,7 @@ def _sharded(path: Path) -> Weights:
             raise Malformed("it has no 'weight_map'")
         pieces = {name: _piece(path.parent, name) for name in _file_names(where)}
     except Malformed as error:
-        raise UserError(f"{path} is not a good index of weights: {error}") from None
+        raise UserError(f"{path} is not a valid index of weights: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     tensors: dict[str, LazyTensor] = {}
@@ -108,7 +108,7 @@ def _sharded(path: Path) -> Weights:
         other |= piece.other
     for name, file in where.items():
         if name not in tensors or tensors[name].path != pieces[file]:
-            raise UserError(f"{path} says that the tensor {name!r} is in {file!r}, where it is not")
+            raise UserError(f"{path} lists the tensor {name!r} in {file!r}, which does not contain it")
     return Weights(path, tensors, other, {})
 
 
@@ -116,16 +116,16 @@ def _file_names(where: dict[str, Any]) -> list[str]:
     for name, file in where.items():
         checked_name(name)
         if not isinstance(file, str) or not file.isprintable() or Path(file).name != file or "\\" in file:
-            raise Malformed(f"the file of the tensor {name!r} is {shown(file)}, not the name of a file beside it")
+            raise Malformed(f"the file of the tensor {name!r} is {shown(file)}, not the name of a file in its folder")
         if Path(file).suffix not in (SAFE, *TORCH):
-            raise Malformed(f"the file of the tensor {name!r} is {shown(file)}, no file of weights by its name")
+            raise Malformed(f"the file of the tensor {name!r} is {shown(file)}, not a weights file by its name")
     return sorted(set(where.values()))
 
 
 def _piece(folder: Path, name: str) -> Path:
-    """A file of a folder, not of another one: no link leads out, but to the blobs of the hub's own cache."""
+    """A file inside a folder. Raises Malformed for a link out of it, except to the blobs of the Hugging Face cache."""
     target, home = (folder / name).resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"  # models--x/snapshots/<revision>/piece -> models--x/blobs/<digest>
     if target.is_relative_to(home) or (home.parent.name == "snapshots" and target.parent == blobs):
         return folder / name
-    raise Malformed(f"its file {shown(name)} is a link out of the folder")
+    raise Malformed(f"its file {shown(name)} is a link to a place outside the folder")

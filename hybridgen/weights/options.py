@@ -1,9 +1,9 @@
-"""An official config, read key by key: what is not understood is refused by name, and so is what is not built.
+"""Reads an official config key by key: unknown keys and unsupported values raise UserError with the key's name.
 
 with Options(config, "config.json") as options:
     width = options.count("n_embed")
     options.only("double_z", False)              # any other value: UserError
-    options.skip("dropout")                      # says nothing about inference
+    options.skip("dropout")                      # has no effect on inference
 """
 
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from typing import Any
 from hybridgen.core.errors import UserError
 from hybridgen.weights.tensors import shown
 
-MOST = 2**24  # of a count: no layer has more channels or codes
+MOST = 2**24  # the largest integer option: no layer has more channels or codes
 REQUIRED = object()
 
 
 class Options:
-    """The keys of a config; leaving the `with` block refuses those that nobody asked for."""
+    """The keys of a config; leaving the `with` block raises UserError for a key that was not read or skipped."""
 
     def __init__(self, config: Any, where: str = "config"):
         if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
-            raise UserError(f"{where} is not a mapping of options by name")
+            raise UserError(f"{where} is not a mapping from option names to values")
         self.config, self.where, self.taken = config, where, set()
 
     def __enter__(self) -> "Options":
@@ -31,31 +31,31 @@ class Options:
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
         unknown = sorted(set(self.config) - self.taken)
         if kind is None and unknown:
-            raise UserError(f"{self.where} has the key {shown(unknown[0])}, which is not understood")
+            raise UserError(f"{self.where} has the key {shown(unknown[0])}, which is not supported")
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """The value as it is."""
+        """The value of a key, unchecked; `default` if it is missing, or UserError without one."""
         self.taken.add(name)
         if name in self.config:
             return self.config[name]
         if default is REQUIRED:
-            raise UserError(f"{self.where} has no {name!r}")
+            raise UserError(f"{self.where} lacks the key {name!r}")
         return default
 
     def count(self, name: str, default: Any = REQUIRED, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+        """An integer of at least `least`."""
         return self._count(name, self.take(name, default), least)
 
     def counts(self, name: str, default: Any = REQUIRED, least: int = 1, some: bool = True) -> tuple[int, ...]:
-        """A list of whole numbers; `some`: not an empty one."""
+        """A list of integers of at least `least`; with `some` it must not be empty."""
         values = self.take(name, default)
         if not isinstance(values, list | tuple) or len(values) > 64 or (some and not values):
-            raise UserError(f"{self.where}: {name} {shown(values)} is not a list of whole numbers")
+            raise UserError(f"{self.where}: {name} {shown(values)} is not a list of integers")
         return tuple(self._count(name, value, least) for value in values)
 
     def _count(self, name: str, value: Any, least: int) -> int:
         if type(value) is not int or not least <= value <= MOST:
-            raise UserError(f"{self.where}: {name} {shown(value)} is not a whole number of {least} to {MOST}")
+            raise UserError(f"{self.where}: {name} {shown(value)} is not an integer within {least} and {MOST}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
@@ -73,13 +73,13 @@ class Options:
         return value
 
     def only(self, name: str, *allowed: Any) -> Any:
-        """A value of those that are built; the first one stands where the key is missing."""
+        """One of the supported values `allowed`; the first one is the default."""
         value = self.take(name, allowed[0])
         if not any(type(value) is type(one) and value == one for one in allowed):
             known = ", ".join(map(repr, allowed))
-            raise UserError(f"{self.where}: {name} {shown(value)} is not built, only {known}")
+            raise UserError(f"{self.where}: {name} {shown(value)} is not supported, only {known}")
         return value
 
     def skip(self, *names: str) -> None:
-        """Keys that say nothing about what the model computes."""
+        """Ignores keys that do not change what the model computes."""
         self.taken.update(names)

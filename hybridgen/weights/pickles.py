@@ -1,14 +1,14 @@
-"""The pickles of torch's weights files, read by a machine of our own that can build nothing but data.
+"""Reads the pickles of PyTorch weights files with an interpreter of its own that can only build data.
 
     value = read(stream, persistent)      # allowed.Mapping, list, tuple, Tensor, numbers, text, None
 
-Python's unpickler calls what a file names; this one runs the same opcodes over its own records and has a table of the
-few names that weights files need (allowed.py). Nothing is imported or called by name: a name that is not in the table
-(`os.system`, a module of somebody's) ends the reading, by that name. torch is not needed.
+Python's unpickler calls the functions that a file names. This one runs the same opcodes on its own records and has a
+table of the few names that weights files need (allowed.py). It imports nothing and calls nothing by name: a name that
+is not in the table (`os.system`, any other module) raises Malformed with that name. PyTorch is not needed.
 
-`pickletools` only splits the bytes into opcodes. Dictionaries are kept as pairs, so that no key is ever hashed: a
-hostile file has keys that all hash alike, or tuples nested deeper than the C stack. What a file can make this do is
-counted, and is at most in proportion to `MAX_STEPS`.
+`pickletools` only splits the bytes into opcodes. Dictionaries are kept as pairs, so that no key is hashed: a hostile
+file may have keys with colliding hashes, or tuples nested deeper than the C stack. The work that a file can cause is
+counted and bounded by `MAX_STEPS`.
 """
 
 import pickletools
@@ -20,7 +20,7 @@ import numpy as np
 from hybridgen.weights.allowed import CALLS, Mapping, Name, Storage, Tensor, name_of
 from hybridgen.weights.tensors import Malformed
 
-MAX_STEPS = 1_000_000  # opcodes, and elements handed to calls: that of some 20,000 tensors
+MAX_STEPS = 1_000_000  # opcodes plus elements passed to calls; enough for some 20,000 tensors
 
 LITERALS = {
     "INT",
@@ -50,9 +50,9 @@ NOTHING = {"PROTO", "FRAME"}
 
 
 def read(stream: BinaryIO, persistent: Callable[[Any], Storage]) -> Any:
-    """The value of the pickle at the stream's position, which is left behind it.
+    """The value of the pickle at the stream's position; the stream is left at the pickle's end.
 
-    `persistent` makes a Storage of what stands for one. Raises Malformed for what is no pickle or no pickle of weights.
+    persistent: makes a Storage of a persistent id. Raises Malformed for anything but a pickle of weights.
     """
     machine = _Machine(persistent)
     try:
@@ -64,7 +64,7 @@ def read(stream: BinaryIO, persistent: Callable[[Any], Storage]) -> Any:
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         text = " ".join(str(error)[:80].split())
         raise Malformed(f"its pickle is damaged: {text if text.isprintable() else type(error).__name__}") from None
-    raise Malformed("its pickle does not end")
+    raise Malformed("its pickle has no end (STOP)")
 
 
 class _Machine:
@@ -73,7 +73,7 @@ class _Machine:
     def __init__(self, persistent: Callable[[Any], Storage]):
         self.persistent = persistent
         self.stack: list[Any] = []
-        self.below: list[list[Any]] = []  # what lies under each mark
+        self.below: list[list[Any]] = []  # the stack below each mark
         self.memo: dict[int, Any] = {}
         self.done = 0
 
@@ -83,7 +83,7 @@ class _Machine:
             raise Malformed(f"its pickle takes more than {MAX_STEPS} steps")
 
     def step(self, opcode: str, argument: Any) -> None:
-        """One opcode. Raises Malformed, or what Python raises for a stack that does not fit it."""
+        """Runs one opcode. Raises Malformed, or Python's errors if the stack does not fit the opcode."""
         if opcode in LITERALS:
             self.stack.append(argument)
         elif opcode in CONSTANTS:
@@ -96,19 +96,19 @@ class _Machine:
             self._build(opcode, argument)
 
     def _top(self, count: int) -> list[Any]:
-        """Takes the topmost `count` values off the stack."""
+        """Pops the topmost `count` values from the stack."""
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def _marked(self) -> list[Any]:
-        """Takes everything above the last mark, and the mark."""
+        """Pops everything above the last mark, and the mark."""
         items, self.stack = self.stack, self.below.pop()
         return items
 
     def _remember(self, opcode: str, argument: Any) -> bool:
         match opcode:
             case "PUT" | "BINPUT" | "LONG_BINPUT":
-                if argument >= 2**32:  # written as text it may be any number
-                    raise ValueError("a memo of that number")
+                if argument >= 2**32:  # PUT has its number as text, of any length
+                    raise ValueError("a memo index is 2^32 or more")
                 self.memo[argument] = self.stack[-1]
             case "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
@@ -147,16 +147,16 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise TypeError("items for what is no list")
+            raise TypeError("items are added to something other than a list")
         self.stack[-1].extend(items)
 
     def _set(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], Mapping):
-            raise TypeError("items for what is no dictionary")
+            raise TypeError("items are set in something other than a dictionary")
         self.stack[-1].pairs.extend(_pairs(items))
 
     def _build(self, opcode: str, argument: Any) -> None:
-        """Opcodes by which Python's unpickler would run code."""
+        """The opcodes with which Python's unpickler would run code."""
         match opcode:
             case "GLOBAL":
                 self.stack.append(name_of(*argument.split(" ", 1)))
@@ -170,14 +170,14 @@ class _Machine:
                 self.stack.append(self.persistent(self.stack.pop()))
             case "INST":
                 name_of(*argument.split(" ", 1))
-                raise Malformed("its pickle uses INST, which torch does not")
+                raise Malformed("its pickle uses INST, which PyTorch never writes")
             case _:
-                raise Malformed(f"its pickle uses {opcode}, which torch does not")
+                raise Malformed(f"its pickle uses {opcode}, which PyTorch never writes")
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, Name) or function.text not in CALLS or not isinstance(arguments, tuple):
-            raise Malformed("its pickle calls what is no function of weights")
-        # a list can be handed over again and again, each time for one opcode
+            raise Malformed("its pickle calls something that is not an allowed function")
+        # one list can be passed to many calls, each for a single opcode
         sizes = [
             len(item.pairs if isinstance(item, Mapping) else item)
             for item in arguments
@@ -187,7 +187,7 @@ class _Machine:
         return CALLS[function.text](*arguments)
 
     def _state(self, state: Any) -> None:
-        """Attributes: kept of an object that is nothing else, of others (`_metadata` of a state_dict) left out."""
+        """Sets attributes: kept for objects with attributes only, ignored for others (a state_dict's `_metadata`)."""
         target = self.stack[-1]
         if isinstance(target, Mapping) and isinstance(state, Mapping):
             if target.attributes:
@@ -197,10 +197,10 @@ class _Machine:
             if state[1] not in ("<", "|", "="):
                 raise Malformed("its pickle has big-endian numbers")
         elif not isinstance(target, Tensor):
-            raise Malformed("its pickle sets the state of what has none")
+            raise Malformed("its pickle sets the state of an object that has none")
 
 
 def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     if len(items) % 2:
-        raise ValueError("a dictionary of an odd number of items")
+        raise ValueError("a dictionary has an odd number of items")
     return list(zip(items[::2], items[1::2], strict=True))

@@ -1,16 +1,16 @@
-"""The rule engine: official tensors to our arrays and back, by an ordered table.
+"""The rule engine: converts official tensors to our arrays and back, by an ordered table of rules.
 
     rules = (Rule("down.{l}.block.{i}.conv{n}.weight", "params/encoder/block_{l}_{i}/conv_{n}/kernel", conv),
              Rule("layers.{i}.attn.wo.weight", "params/blocks/attention/out/kernel", heads, stack="i"))
     arrays = load(weights, rules, shapes)     # {path: array}
     tensors = export(arrays, rules)           # {official name: Lazy}, for safetensors.write
 
-A field such as `{l}` is a number, `{n:1|2}` what a regular expression takes; the same field has the same value on both
-sides, counted from the other end if `flip` gives its count. With `stack`, our array has an axis in front over that
-field. Several official names are the parts of one array of ours.
+A field such as `{l}` matches a number, `{n:1|2}` a regular expression. A field has the same value on both sides, or is
+counted from the other end if `flip` gives its count. With `stack`, our array has a leading axis over that field.
+Several official names are the parts of one of our arrays.
 
-`views(array)` gives, of an array of ours, one view a part, in the official order. Importing assigns to these views and
-exporting reads them: one definition serves both ways, nothing is held twice, and the round trip is bit-equal.
+`views(array)` returns for one of our arrays one view per part, in the official order. Import assigns to these views and
+export reads them, so that one definition serves both directions, no array is copied, and the round trip is bit-equal.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ FIELD = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
 
 
 def same(x: np.ndarray) -> tuple[np.ndarray]:
-    """As it is: biases, scales, tables."""
+    """The same layout: biases, scales, tables."""
     return (x,)
 
 
@@ -78,9 +78,9 @@ def as_convs(views: "Views") -> "Views":
 
 
 class Part(NamedTuple):
-    """A view of an array of ours, and the shape of the official tensor that has its numbers in that order.
+    """A view of one of our arrays, and the shape of the official tensor that has the same numbers in the same order.
 
-    A tensor that no one view is made of has several, one after the other.
+    A tensor that needs several views has them one after the other.
     """
 
     view: np.ndarray | tuple[np.ndarray, ...]
@@ -102,7 +102,7 @@ Views = Callable[[np.ndarray], Iterable[np.ndarray | Part]]
 
 
 def parts_of(views: Views, x: np.ndarray) -> list[Part]:
-    """The official tensors that an array is made of."""
+    """The official tensors that make up an array."""
     return [view if isinstance(view, Part) else Part(view, view.shape) for view in views(x)]
 
 
@@ -111,9 +111,9 @@ def parts_of(views: Views, x: np.ndarray) -> list[Part]:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a table; see the file's head. `dtype`: official, where it is not ours.
+    """One line of a table; see the file's head. dtype: the official one, if it differs from ours.
 
-    `copies`: names under which a file has the same tensor again (tied embeddings), of a rule without fields.
+    copies: further names of the same tensor in a file (tied embeddings), for a rule without fields.
     """
 
     official: str | tuple[str, ...]
@@ -129,7 +129,7 @@ class Rule:
         return (self.official,) if isinstance(self.official, str) else self.official
 
     def read(self, name: str) -> tuple[int, dict[str, str]] | None:
-        """(part, fields as we count them) of an official name, or None."""
+        """(part, fields in our counting) of an official name, or None."""
         for part, pattern in enumerate(self.parts):
             if match := _pattern(pattern).fullmatch(name):
                 return part, self._flipped(match.groupdict())
@@ -139,7 +139,7 @@ class Rule:
         return _filled(self.ours, fields)
 
     def fields(self, path: str) -> dict[str, str] | None:
-        """The fields of a path of ours (without the stacked one), or None."""
+        """The fields of one of our paths (without the stacked one), or None."""
         match = _pattern(self.ours).fullmatch(path)
         return match.groupdict() if match else None
 
@@ -178,11 +178,11 @@ def _shown(shape: Iterable[int]) -> str:
 def load(
     tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str, Any], dropped: Iterable[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Official tensors (lazy ones: shape, dtype, read on np.asarray) -> {path: array} as `shapes` says.
+    """Official tensors (lazy ones: shape, dtype, read on np.asarray) -> {path: array} as `shapes` specifies.
 
-    shapes: {path: what has a shape and a dtype}, every array of the model. dropped: patterns of names that the model
-    has no use for. One tensor is in memory beside the arrays. Raises UserError naming the tensor that no rule or two
-    rules match, or that is missing, of another shape or of another kind of number, before any tensor is read.
+    shapes: {path: object with shape and dtype}, every array of the model. dropped: patterns of names that the model
+    does not use. Besides the arrays, one tensor is in memory at a time. Raises UserError before any tensor is read,
+    naming a tensor that no rule or two rules match, or that is missing or has another shape or kind of number.
     """
     places = _places(tensors, tuple(rules), tuple(dropped), shapes)
     for path, spec in shapes.items():
@@ -195,16 +195,16 @@ def load(
             _part(rule, arrays[path], index).fill(np.asarray(tensors[name]))
         for copy in filter(tensors.__contains__, rule.copies):
             if not np.array_equal(np.asarray(tensors[name]), np.asarray(tensors[copy])):
-                raise UserError(f"the tensors {name!r} and {copy!r} are one in this model, and differ")
+                raise UserError(f"the tensors {name!r} and {copy!r} are tied in this model, but have different values")
     return arrays
 
 
-Index = tuple[int, int]  # (place on the stacked axis, part)
+Index = tuple[int, int]  # (index on the stacked axis, part)
 Places = dict[str, tuple[Rule, dict[Index, str]]]
 
 
 def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[str, ...], shapes: Mapping) -> Places:
-    """Which tensors make which of our arrays: all of those in `shapes`."""
+    """For each of our arrays in `shapes`, its rule and the names of the tensors that make it up."""
     places: Places = {}
     copies = {copy for rule in rules for copy in rule.copies}
     for name in tensors:
@@ -218,11 +218,11 @@ def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[
         rule, (part, fields) = found[0]
         path = rule.path(fields)
         if path not in shapes:
-            raise UserError(f"the tensor {name!r} would be {path!r}, which a model of this config does not have")
+            raise UserError(f"the tensor {name!r} maps to {path!r}, which a model of this config does not have")
         index = (int(fields[rule.stack]) if rule.stack else 0, part)
         known, names = places.setdefault(path, (rule, {}))
         if known is not rule or index in names:
-            raise UserError(f"the tensors {name!r} and {next(iter(names.values()))!r} would both be {path!r}")
+            raise UserError(f"the tensors {name!r} and {next(iter(names.values()))!r} both map to {path!r}")
         names[index] = name
     for path in shapes:
         if path not in places:
@@ -232,7 +232,7 @@ def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[
 
 
 def _rule_of(path: str, rules: Iterable[Rule]) -> tuple[Rule, dict[str, str]]:
-    """The one rule that makes an array of ours. ValueError if the table is at fault."""
+    """The one rule for an array of ours. Raises ValueError if the table has none or several."""
     found = [(rule, fields) for rule in rules if (fields := rule.fields(path)) is not None]
     if len(found) != 1:
         raise ValueError(f"the table has {len(found)} rules for {path!r}, not one")
@@ -241,7 +241,7 @@ def _rule_of(path: str, rules: Iterable[Rule]) -> tuple[Rule, dict[str, str]]:
 
 def _check(path: str, spec: Any, place: tuple[Rule, dict[Index, str]], tensors: Mapping[str, Any]) -> None:
     rule, names = place
-    outline = np.broadcast_to(np.empty((), spec.dtype), spec.shape)  # the shape without its memory
+    outline = np.broadcast_to(np.empty((), spec.dtype), spec.shape)  # an array of that shape without memory
     layers = spec.shape[0] if rule.stack else 1
     wanted = {(layer, part) for layer in range(layers) for part in range(len(rule.parts))}
     fields = rule.fields(path)
@@ -258,7 +258,7 @@ def _check(path: str, spec: Any, place: tuple[Rule, dict[Index, str]], tensors: 
 
 
 def _kind(dtype: Any) -> str:
-    """A number's kind: b, i or f; the small floats of ml_dtypes are of numpy's kind V."""
+    """A dtype's kind: b, i or f. NumPy gives the small floats of ml_dtypes the kind V."""
     kind = np.dtype(dtype).kind
     return {"V": "f", "u": "i"}.get(kind, kind)
 
@@ -290,7 +290,7 @@ class Lazy:
 
 
 def export(arrays: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[str, Lazy]:
-    """Our arrays {path: array} -> {official name: Lazy}. Raises UserError for an array that no rule makes."""
+    """Our arrays {path: array} -> {official name: Lazy}. Raises UserError for an array without a rule."""
     rules, out = tuple(rules), {}
     for path, array in arrays.items():
         try:
@@ -300,7 +300,7 @@ def export(arrays: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[str,
         for layer, slab in enumerate(np.asarray(array) if rule.stack else [np.asarray(array)]):
             parts = parts_of(rule.views, slab)
             if sum(math.prod(part.shape) for part in parts) != slab.size or len(parts) != len(rule.parts):
-                raise ValueError(f"the parts of {path!r} are not all of it")
+                raise ValueError(f"the parts of {path!r} do not cover the array")
             for number, part in enumerate(parts):
                 name = rule.name(number, {**fields, rule.stack: str(layer)})
                 if name in out:

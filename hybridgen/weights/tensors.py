@@ -1,10 +1,10 @@
-"""A tensor in a file: name, shape and dtype known, the values read on demand; and what every reader checks.
+"""Lazy tensors (name, shape and dtype known, values read on demand), and the checks that all readers share.
 
-    tensor.shape, tensor.dtype          # nothing is read
-    np.asarray(tensor)                  # now: this tensor's bytes and no others
+    tensor.shape, tensor.dtype          # reads nothing
+    np.asarray(tensor)                  # reads the bytes of this tensor only
 
-Files are read as if somebody hostile had written them: numbers are Python's, so no product overflows; sizes are held
-against the file before anything is allocated; JSON is refused where parsers differ (a key twice, NaN, deep nesting).
+Files are not trusted: sizes are Python integers, so no product overflows; they are compared with the file's size before
+memory is allocated; JSON is rejected where parsers differ (a duplicate key, NaN, deep nesting).
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from hybridgen.core.errors import UserError
 
 MAX_DIMS = 32
 MAX_NAME = 1024
-EXPANDED = 2**24  # bytes that a tensor may have beyond its storage: buffers saved with a stride of 0
+EXPANDED = 2**24  # bytes by which a tensor may exceed its storage: buffers saved with a stride of 0
 
-# name in safetensors -> dtype, in the order of the official enumeration, which is that of its files (backwards)
+# name in safetensors -> dtype, in the order of the official enumeration; its files have the reverse order
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -50,12 +50,12 @@ DTYPES = {
 
 
 class Malformed(Exception):
-    """A file is not what its format says; the reader that knows the file's name makes a UserError of it."""
+    """A file violates its format; the reader that knows the file's name turns this into a UserError."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that lies in `path` from byte `start` on, little-endian; `strides` in elements, None for C order."""
+    """A little-endian tensor in the file `path` from byte `start` on; `strides` in elements, None for C order."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,12 +75,12 @@ class LazyTensor:
         return self.size * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The values, in a C-contiguous array of its own. Raises UserError if the file ends before they do."""
+        """The values, in a new C-contiguous array. Raises UserError if the file ends before the tensor does."""
         try:
             raw = self._contiguous() if self.strides is None else self._strided()
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: cannot read the tensor {self.name!r}: {error}") from None
-        # of a bool only 0 and 1 mean something; a file may hold others
+        # a bool must be 0 or 1, but a file may contain other bytes
         values = raw.astype(np.bool_) if self.dtype == np.bool_ else raw.view(self.dtype)
         return values.reshape(self.shape)
 
@@ -93,7 +93,7 @@ class LazyTensor:
         return raw
 
     def _strided(self) -> np.ndarray:
-        """Through a map: of a thin slice of a large storage only the pages that it touches are read."""
+        """Reads through a memory map: for a thin slice of a large storage, only the pages that it touches."""
         item = self.dtype.itemsize
         units = np.dtype({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}[item])
         mapped = np.memmap(self.path, units, "r", self.start, (extent(self.shape, self.strides),))
@@ -105,53 +105,53 @@ class LazyTensor:
 
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements of storage from the first to behind the last one of a strided tensor."""
+    """Number of storage elements that a strided tensor spans, from its first to its last element."""
     return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if math.prod(shape) else 0
 
 
 def shown(value: Any) -> str:
-    """A value in few words, however large or deeply nested it is."""
+    """A short text for a value, also for a large or deeply nested one."""
     try:
         text = reprlib.repr(value)
-    except ValueError:  # a number of thousands of digits
+    except ValueError:  # an integer of thousands of digits
         text = type(value).__name__
     return text if text.isprintable() else ascii(text)
 
 
 def is_count(value: Any) -> bool:
-    """Whether `value` is a whole number, not negative, that fits an offset (and not a bool)."""
+    """Whether `value` is an integer (not a bool) from 0 to 2^63 - 1."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def checked_name(name: Any) -> str:
-    """`name` if a tensor may be called so. Raises Malformed."""
+    """`name`, if it is valid for a tensor. Raises Malformed otherwise."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
-        raise Malformed(f"{shown(name)} is not the name of a tensor")
+        raise Malformed(f"{shown(name)} is not a valid name of a tensor")
     return name
 
 
 def checked_shape(name: str, shape: Any, dtype: np.dtype) -> tuple[int, ...]:
-    """`shape` as a tuple that numpy can hold. Raises Malformed."""
+    """`shape` as a tuple that NumPy supports. Raises Malformed otherwise."""
     if not isinstance(shape, list | tuple) or len(shape) > MAX_DIMS or not all(map(is_count, shape)):
-        raise Malformed(f"the tensor {name!r} has the shape {shown(shape)}")
-    # a dimension of 0 hides the others from the product, not from numpy
+        raise Malformed(f"the tensor {name!r} has the invalid shape {shown(shape)}")
+    # NumPy limits the other dimensions even if one is 0
     if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**62:
-        raise Malformed(f"the tensor {name!r} has the shape {shown(shape)}, more than any file holds")
+        raise Malformed(f"the tensor {name!r} has the shape {shown(shape)}, too large for any file")
     return tuple(shape)
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict of pairs. Raises Malformed for a key that is there twice: parsers differ in which one they take."""
+    """A dict of pairs. Raises Malformed for a duplicate key: parsers differ in which one they keep."""
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise Malformed(f"the key {twice[:80]!a} is there twice")
+        raise Malformed(f"the key {twice[:80]!a} occurs twice")
     return out
 
 
 def strict_json(raw: bytes) -> Any:
-    """What JSON text holds. Raises Malformed for what is not JSON, a key twice, NaN and nesting beyond the parser."""
+    """The value of a JSON text. Raises Malformed for invalid JSON, duplicate keys, NaN and too deep nesting."""
 
     def refuse(word: str) -> Any:
         raise Malformed(f"{word} is not JSON")
@@ -161,17 +161,17 @@ def strict_json(raw: bytes) -> Any:
     except RecursionError:
         raise Malformed("its JSON is nested too deeply") from None
     except ValueError as error:
-        raise Malformed(f"not JSON: {str(error)[:80]}") from None
+        raise Malformed(f"it is not valid JSON: {str(error)[:80]}") from None
 
 
 def regular(path: Path) -> int:
-    """The size of a regular file. Raises UserError for anything else: a pipe would block, a device never end."""
+    """The size of a regular file in bytes. Raises UserError for anything else, such as a pipe, which would block."""
     try:
         info = os.stat(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{str(path)!r} is not the name of a file: {error}") from None
+        raise UserError(f"{str(path)!r} is not a valid file name: {error}") from None
     if not stat.S_ISREG(info.st_mode):
         raise UserError(f"{path} is not a regular file")
     return info.st_size

@@ -1,11 +1,11 @@
-"""Weights files of torch (.pt, .pth, .bin, .ckpt), read lazily, without torch and without running anything of them.
+"""Reads PyTorch weights files (.pt, .pth, .bin, .ckpt) lazily, without PyTorch and without running their code.
 
     tensors, other = read(path)     # {"state_dict.conv.weight": LazyTensor}, {"epoch": 3, "args.lr": 1e-4}
 
-Nested containers give dotted names. Two formats: a zip of `data.pkl` and a file a storage (torch 1.6 and later), and
-before that pickles and storages one behind the other. In both the pickle only says where the bytes lie (pickles.py);
-torch writes them uncompressed, so tensors are read in place, and a compressed file, which torch does not make, is
-refused: there is nothing that could swell.
+Nested containers give dotted names. There are two formats: a zip archive of `data.pkl` and one file for each storage
+(PyTorch 1.6 and later), and before that a sequence of pickles followed by the storages. In both, the pickle only
+describes where the bytes are (pickles.py). PyTorch writes them uncompressed, so tensors are read in place; a compressed
+file is rejected, so a small file cannot expand into a large one.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from hybridgen.weights.tensors import (
     shown,
 )
 
-MAX_READ = 2**23  # bytes that a parser may take at once: the list of a zip's files, a text in a pickle
+MAX_READ = 2**23  # bytes that a parser may read at once: the list of a zip's files, a text in a pickle
 MAX_LINE = 2**16
 MAX_FILES = 60_000
 MAX_LEAVES = 300_000
@@ -40,12 +40,12 @@ MAX_DEPTH = 32
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before 1.6
 ZIP = b"PK\x03\x04"
 
-Places = dict[str, tuple[int, int]]  # storage -> first byte in the file, and the one behind its last
+Places = dict[str, tuple[int, int]]  # storage -> [first byte, end) in the file
 
 
 @dataclasses.dataclass
 class Window:
-    """Bytes `start` to `end` of a file as a file of its own, of which nobody takes more than `MAX_READ` at once."""
+    """Bytes `start` to `end` of a file as a file object; a read of more than `MAX_READ` bytes raises Malformed."""
 
     file: BinaryIO
     start: int
@@ -68,7 +68,7 @@ class Window:
         left = self.end - self.file.tell()
         count = left if count < 0 else min(count, left)
         if count > MAX_READ:
-            raise Malformed(f"it wants {count} bytes read at once, at most {MAX_READ} are")
+            raise Malformed(f"it needs to read {count} bytes at once, at most {MAX_READ} are allowed")
         return self.file.read(count)
 
     def readline(self) -> bytes:
@@ -76,7 +76,7 @@ class Window:
 
 
 def read(path: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """(tensors, everything else) of a file, by dotted name. Raises UserError naming the file and the fault."""
+    """(tensors, all other values) of a file, by dotted name. Raises UserError for an invalid file."""
     size = regular(path)
     try:
         with path.open("rb") as file:
@@ -86,30 +86,30 @@ def read(path: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
             elif first[:1] == b"\x80":
                 value, places = _legacy(Window(file, 0, size))
             else:
-                raise Malformed(f"it begins with {first!r}, neither a zip nor a pickle (or it is older than torch 0.1)")
+                raise Malformed(f"it begins with {first!r}: not a zip archive or pickle (or older than PyTorch 0.1)")
         return _flatten(path, value, places)
     except Malformed as error:
-        raise UserError(f"{path} is not a good weights file of torch: {error}") from None
+        raise UserError(f"{path} is not a valid PyTorch weights file: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def _zip(file: BinaryIO, size: int) -> tuple[Any, Places]:
-    """(the value of data.pkl, where its storages lie)."""
+    """(the value of data.pkl, the positions of its storages)."""
     try:
         entries = zipfile.ZipFile(Window(file, 0, size)).infolist()  # the list only; files are read in place
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, struct.error, OSError) as error:
         raise Malformed(f"its list of files is damaged: {shown(str(error))}") from None
     if len(entries) > MAX_FILES:
-        raise Malformed(f"it has {len(entries)} files, at most {MAX_FILES} are read")
+        raise Malformed(f"it has {len(entries)} files, at most {MAX_FILES} are allowed")
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise Malformed("it is a program (TorchScript), not weights; save its state_dict() with torch")
     pickle = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(pickle) != 1:
-        raise Malformed(f"it has {len(pickle)} files data.pkl instead of one")
+        raise Malformed(f"it has {len(pickle)} files named data.pkl instead of one")
     places = {entry.filename: _place(file, entry, size) for entry in entries}
     if len(places) != len(entries):
-        raise Malformed("a file of it is there twice")
+        raise Malformed("it contains two files of the same name")
     at = 0
     for (start, end), name in sorted((place, name) for name, place in places.items()):
         if start < at:
@@ -124,20 +124,20 @@ def _zip(file: BinaryIO, size: int) -> tuple[Any, Places]:
 
 
 def _place(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> tuple[int, int]:
-    """Where the bytes of a file of the zip lie. Raises Malformed unless it is as torch writes it."""
+    """[first byte, end) of a file in the zip. Raises Malformed unless the entry is as PyTorch writes it."""
     name = entry.filename
     parts = name.split("/")
     if name != entry.orig_filename or not name.isprintable() or "\\" in name or {"..", "."} & {*parts} or not parts[0]:
-        raise Malformed(f"its file {shown(entry.orig_filename)} has a name that leads elsewhere")
+        raise Malformed(f"its file {shown(entry.orig_filename)} has an unsafe path")
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-        raise Malformed(f"its file {shown(name)} is compressed or encrypted, torch writes neither")
+        raise Malformed(f"its file {shown(name)} is compressed or encrypted, which PyTorch never does")
     if not 0 <= entry.header_offset <= size - 30:
         raise Malformed(f"its file {shown(name)} is not within the file")
     file.seek(entry.header_offset)
     head = file.read(30)
     begin = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
     if head[:4] != ZIP or begin + entry.file_size > size:
-        raise Malformed(f"its file {shown(name)} is cut off or not where the list says")
+        raise Malformed(f"its file {shown(name)} is truncated or not at its listed position")
     return begin, begin + entry.file_size
 
 
@@ -146,9 +146,9 @@ def _bytes(file: BinaryIO, place: tuple[int, int]) -> bytes:
 
 
 def _storage(key: Any, fields: int) -> Storage:
-    """What stands for a storage in a pickle -> the storage."""
+    """The storage of a persistent id in a pickle."""
     if not isinstance(key, tuple) or len(key) != fields or key[0] != "storage" or not isinstance(key[1], Name):
-        raise Malformed("its pickle refers to what is no storage")
+        raise Malformed("its pickle refers to something other than a storage")
     _, kind, name, _, count, *view = key
     if kind.text not in STORAGES or not isinstance(name, str) or not is_count(count):
         raise Malformed(f"its pickle has a storage {shown(name)} of {shown(kind.text)} with {shown(count)} elements")
@@ -161,7 +161,7 @@ def _storage(key: Any, fields: int) -> Storage:
 
 
 def _legacy(stream: Window) -> tuple[Any, Places]:
-    """As `_zip`, of the format before 1.6: magic, protocol, machine, value, storage keys; then the storages."""
+    """Like `_zip`, for the format before 1.6: magic, protocol, machine, value, storage keys, then the storages."""
     found: dict[str, Storage] = {}
 
     def persistent(key: Any) -> Storage:
@@ -172,7 +172,7 @@ def _legacy(stream: Window) -> tuple[Any, Places]:
 
     for wanted in (MAGIC, PROTOCOL):
         if pickles.read(stream, persistent) != wanted:
-            raise Malformed("it is a pickle, not one of torch's")
+            raise Malformed("it is a pickle, but not one of PyTorch")
     machine = pickles.read(stream, persistent)
     pairs = machine.pairs if isinstance(machine, Mapping) else []
     if not any(key == "little_endian" and value is True for key, value in pairs):
@@ -180,7 +180,7 @@ def _legacy(stream: Window) -> tuple[Any, Places]:
     value = pickles.read(stream, persistent)
     keys = pickles.read(stream, persistent)
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in found for key in keys):
-        raise Malformed("its list of storages is not that of its tensors")
+        raise Malformed("its list of storages does not match its tensors")
     places, at = {}, stream.tell()
     for key in keys:
         stream.seek(at)
@@ -189,14 +189,14 @@ def _legacy(stream: Window) -> tuple[Any, Places]:
             raise Malformed(f"its storage {shown(key)} does not begin with its {count} elements")
         end = at + 8 + count * found[key].dtype.itemsize
         if end > stream.end or key in places:
-            raise Malformed(f"its storage {shown(key)} of {count} elements is cut off or there twice")
+            raise Malformed(f"its storage {shown(key)} of {count} elements is truncated or listed twice")
         places[key] = (at + 8, end)
         at = end
     return value, places
 
 
 def _flatten(path: Path, value: Any, places: Places) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
-    """Dotted names of all that is in nested containers. Containers may share their content, but not hold themselves."""
+    """Dotted names of all values in nested containers, which may share content, but must not contain themselves."""
     tensors: dict[str, LazyTensor] = {}
     other: dict[str, Any] = {}
     visits = 0
@@ -205,7 +205,7 @@ def _flatten(path: Path, value: Any, places: Places) -> tuple[dict[str, LazyTens
         nonlocal visits
         visits += 1
         name = checked_name(".".join(names) or "value")
-        if len(names) > MAX_DEPTH or visits > MAX_LEAVES:  # also of a list that holds itself
+        if len(names) > MAX_DEPTH or visits > MAX_LEAVES:  # also for a list that contains itself
             raise Malformed(f"it is nested beyond {MAX_DEPTH} levels or {MAX_LEAVES} values, at {shown(name)}")
         if isinstance(value, Mapping):
             for key, item in value.pairs:
@@ -227,7 +227,7 @@ def _flatten(path: Path, value: Any, places: Places) -> tuple[dict[str, LazyTens
 
 
 def _is_plain(items: list | tuple) -> bool:
-    """Whether a sequence is a value itself (a shape, a pair of betas) and no container."""
+    """Whether a sequence is a value (a shape, a pair of betas) rather than a container."""
     return len(items) <= 16 and not any(isinstance(item, Mapping | list | tuple | Tensor | Storage) for item in items)
 
 
@@ -238,26 +238,26 @@ def _leaf(value: Any) -> Any:
 
 
 def _key(key: Any) -> str:
-    """A key of a dictionary as part of a name."""
+    """A dictionary's key as part of a dotted name."""
     if isinstance(key, Name):
         return key.text
     if isinstance(key, str) or is_count(key):
         return str(key)
-    raise Malformed(f"a key of it is {shown(key)}, neither text nor a number")
+    raise Malformed(f"it has the key {shown(key)}, neither a string nor an integer")
 
 
 def _lazy(path: Path, name: str, tensor: Tensor, places: Places) -> LazyTensor:
-    """A tensor in its place. Raises Malformed unless all of it lies in its storage."""
+    """The LazyTensor of a Tensor. Raises Malformed unless all of it is inside its storage."""
     storage, item = tensor.storage, tensor.dtype.itemsize
     if storage.key not in places:
-        raise Malformed(f"the tensor {name!r} is in the storage {shown(storage.key)}, which is not there")
+        raise Malformed(f"the tensor {name!r} is in the storage {shown(storage.key)}, which is missing")
     start, end = places[storage.key]
     if end - start != storage.count * storage.dtype.itemsize:
         raise Malformed(f"the storage {shown(storage.key)} has {end - start} bytes, not {storage.count} elements")
     shape = checked_shape(name, tensor.shape, tensor.dtype)
     strides = tensor.strides
     if len(strides) != len(shape) or not all(map(is_count, strides)) or not is_count(tensor.offset):
-        raise Malformed(f"the tensor {name!r} has strides {shown(strides)} and offset {shown(tensor.offset)}")
+        raise Malformed(f"the tensor {name!r} has invalid strides {shown(strides)} or offset {shown(tensor.offset)}")
     first = (storage.offset * storage.dtype.itemsize) + tensor.offset * item
     if first + extent(shape, strides) * item > end - start:
         raise Malformed(f"the tensor {name!r} of shape {shown(list(shape))} reaches beyond its storage")
@@ -268,7 +268,7 @@ def _lazy(path: Path, name: str, tensor: Tensor, places: Places) -> LazyTensor:
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether strides are those of C order; of a dimension of 1 they say nothing."""
+    """Whether strides are those of C order; the stride of a dimension of size 1 is ignored."""
     expected = 1
     for count, step in zip(reversed(shape), reversed(strides), strict=True):
         if count > 1 and step != expected:

@@ -60,12 +60,21 @@ def test_without_options_there_is_one_process():
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (["--coordinator", "h:1"], "go together"),
-        (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"], "process-id 2 is not one of 2"),
-        (["--coordinator", "h:1", "--num-processes", "0", "--process-id", "0"], "not one of 0"),
+        (["--coordinator", "h:1"], "must be given together"),
+        (
+            ["--coordinator", "h:1", "--num-processes", "2", "--process-id", "2"],
+            "process-id 2 is not within 0 and --num-processes 2 - 1",
+        ),
+        (
+            ["--coordinator", "h:1", "--num-processes", "0", "--process-id", "0"],
+            "not within 0 and --num-processes 0 - 1",
+        ),
         (["--coordinator", "h", "--num-processes", "2", "--process-id", "0"], "'h' is not HOST:PORT"),
         (["--coordinator", "h:99999", "--num-processes", "2", "--process-id", "1"], "is not HOST:PORT"),
-        (["--coordinator", "203.0.113.1:80", "--num-processes", "2", "--process-id", "0"], "cannot listen there"),
+        (
+            ["--coordinator", "203.0.113.1:80", "--num-processes", "2", "--process-id", "0"],
+            "cannot listen at this address",
+        ),
         (["--coordinator", "h:1", "--num-processes", "2", "--process-id", "1", "--init-timeout", "0"], "init-timeout"),
     ],
 )
@@ -91,7 +100,7 @@ def test_the_others_may_come_first():
 def test_a_process_that_does_not_fit_is_told():
     out = meet_all(free(), [(0, 2), (1, 3)], timeout=2)
     assert isinstance(out[1], UserError) and "process 1 of 3 does not fit" in str(out[1])
-    assert isinstance(out[0], PeerError) and "1 of 2 processes (process 1) did not come" in str(out[0])
+    assert isinstance(out[0], PeerError) and "1 of 2 processes (process 1) did not connect in time" in str(out[0])
 
 
 def test_a_stranger_at_the_port_harms_nobody():
@@ -119,7 +128,7 @@ def test_who_is_missing_is_named_with_its_command(capfd, monkeypatch):
     words = ["hybridgen", "train", "--config", "a b.py", "--process-id", "0", "--num-processes=3"]
     monkeypatch.setattr(sys, "argv", words)
     out = meet_all(free(), [(0, 3), (2, 3)], timeout=1.5)
-    assert "1 of 3 processes (process 1) did not come" in str(out[0])
+    assert "1 of 3 processes (process 1) did not connect in time" in str(out[0])
     err = capfd.readouterr().err
     assert "waiting for 1 of 3 processes (process 1)" in err
     assert "hybridgen train --config 'a b.py' --num-processes=3 --process-id 1" in err
@@ -170,14 +179,14 @@ def test_under_slurm_the_missing_are_named_too(monkeypatch, capfd):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "PATIENCE", 0.3)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a"])
-    with pytest.raises(PeerError, match=r"2 of 3 processes \(processes 1, 2\) did not come"):
+    with pytest.raises(PeerError, match=r"2 of 3 processes \(processes 1, 2\) did not connect in time"):
         distributed.start(options("--init-timeout", "1"))
     reported = "waiting for 2 of 3 processes (processes 1, 2); start it with\n  hybridgen train --config a\n"
     assert reported in capfd.readouterr().err
 
 
 def test_where_nothing_says_who_the_others_are():
-    with pytest.raises(UserError, match="nothing here says who the other processes are; give --coordinator"):
+    with pytest.raises(UserError, match="the environment does not describe the other processes; give --coordinator"):
         distributed.start(options("--distributed"))
 
 

@@ -124,7 +124,8 @@ def test_a_broken_family_is_found():
     assert "it has no function sample(model, params, cond, keys" in contract.faults(broken)[0]
     vars(broken).update({**vars(module), "score": lambda model, tokens: 0})
     assert (
-        "score takes (model, tokens), and is to take (model, params, extra, tokens, cond)" in contract.faults(broken)[0]
+        "score has the parameters (model, tokens), but needs (model, params, extra, tokens, cond)"
+        in contract.faults(broken)[0]
     )
     vars(broken).update({**vars(module), "build": lambda config, size: 0})
     assert "of which 'size' needs a default" in contract.faults(broken)[0]

@@ -202,16 +202,16 @@ def abstract(**sizes) -> AbstractMesh:
 
 def test_a_mesh_that_does_not_fit_is_refused():
     six = list(range(6))  # whatever they are: nothing is placed on them
-    with pytest.raises(UserError, match=r"mesh \{'data': 4\} takes 4 devices and there are 6"):
+    with pytest.raises(UserError, match=r"mesh \{'data': 4\} needs 4 devices, but there are 6"):
         meshes.make_mesh({"data": 4}, six)
-    with pytest.raises(UserError, match="takes 3 devices and there are 6"):
+    with pytest.raises(UserError, match="needs 3 devices, but there are 6"):
         meshes.make_mesh({"data": 3}, six)  # it divides, and would leave three idle
-    with pytest.raises(UserError, match="takes 4 devices and there are 6"):
+    with pytest.raises(UserError, match="needs 4 devices, but there are 6"):
         meshes.make_mesh({"data": -1, "tensor": 4}, six)
-    with pytest.raises(UserError, match="at most one is -1"):
+    with pytest.raises(UserError, match="at most one may be -1"):
         meshes.make_mesh({"data": -1, "fsdp": -1}, six)
     for size in (0, -2):
-        with pytest.raises(UserError, match="sizes are positive"):
+        with pytest.raises(UserError, match="sizes must be positive"):
             meshes.make_mesh({"data": size}, six)
     with pytest.raises(UserError, match="mesh axis 'model' is not one of dcn, data, fsdp, tensor"):
         meshes.make_mesh({"model": 6}, six)
@@ -273,7 +273,7 @@ def misplaced(params: dict) -> list[str]:
                 continue
             where = f"{path} {leaf.shape} on {dict(mesh.shape)}"
             if NamedSharding(mesh, spec).shard_shape(leaf.shape) == leaf.shape:
-                found.append(f"{where}: whole on every device")
+                found.append(f"{where}: replicated on every device")
             block = "blocks/" in path or "layers" in path
             if mesh.shape["tensor"] > 1 and block and leaf.ndim > 2 and "tensor" not in spec:
                 found.append(f"{where}: not divided over tensor")
@@ -323,18 +323,16 @@ def test_what_does_not_divide_goes_to_the_next_axis_of_its_rule():
 def test_a_large_parameter_that_would_lie_whole_everywhere_is_refused():
     one, both = PODS
     odd = {"blocks": {"layers": {"text_qkv": {"kernel": jax.ShapeDtypeStruct((24, 1533, 6, 3, 63), "float32")}}}}
-    start = (
-        r"parameter 'blocks/layers/text_qkv/kernel' of shape \(24, 1533, 6, 3, 63\), 41,722,128 elements, would lie "
-    )
+    start = r"parameter 'blocks/layers/text_qkv/kernel' of shape \(24, 1533, 6, 3, 63\), 41,722,128 elements, would be "
     with pytest.raises(
-        UserError, match=start + r"whole on every device: mesh axis fsdp 16 divides none of d 1533, k 63"
+        UserError, match=start + r"replicated on every device: mesh axis fsdp 16 divides none of d 1533, k 63"
     ):
         sharding.param_shardings(odd, one)
     with pytest.raises(UserError, match="tensor 4 divides none of h 6, k 63; mesh axis fsdp 4 divides none of d 1533"):
         sharding.param_shardings(odd, both)
     assert [text.rpartition(": ")[2] for text in misplaced(odd)] == [
-        "whole on every device",
-        "whole on every device",
+        "replicated on every device",
+        "replicated on every device",
         "not divided over tensor",
     ]
     sharding.param_shardings(odd, abstract(data=16))  # data parallel: all of them are whole
@@ -343,7 +341,7 @@ def test_a_large_parameter_that_would_lie_whole_everywhere_is_refused():
     conv = {"conv_1": {"kernel": jax.ShapeDtypeStruct((3, 3, 512, 512), "float32")}}
     sharding.param_shardings(conv, abstract(tensor=4))  # its rule has no axis for `tensor`
     norm = {"norm": {"scale": jax.ShapeDtypeStruct((2_000_000,), "float32")}}
-    with pytest.raises(UserError, match="its rule names no axis to divide"):
+    with pytest.raises(UserError, match="its rule lists no axis to shard"):
         sharding.param_shardings(norm, both)
 
 

@@ -244,7 +244,7 @@ def test_bad_pictures_are_named():
     image, scene = (v[0] for v in draw(1))
     with pytest.raises(UserError, match=r"\(32, 32\)"):
         judge(image[:, :, 0], scene)
-    with pytest.raises(UserError, match="1 pictures but 2"):
+    with pytest.raises(UserError, match="there are 1 pictures, but 2 scenes"):
         judge_batch(image[None], [scene, scene])
 
 

@@ -203,18 +203,18 @@ def test_entropies_keep_the_codes_in_use(name):
 REFUSED = {
     "kind": ({"kind": "pq"}, "quantizer.kind 'pq' is not one of fsq, gumbel, lfq, none, vq_ema, vq_gradient"),
     "no kind": ({"levels": (4, 4)}, "quantizer.kind None is not one of"),
-    "no group": ("fsq", "quantizer 'fsq' is no group of options"),
+    "no group": ("fsq", "quantizer 'fsq' is not a group of options"),
     "option": ({"kind": "lfq", "levels": (4, 4)}, "quantizer 'lfq' has no option 'levels', only bits, commitment"),
     "bits": ({"kind": "lfq", "bits": 25}, "quantizer.bits 25 is not within 1 and 24"),
     "levels": ({"kind": "fsq", "levels": (4, 1)}, r"quantizer.levels \(4, 1\) is not within 2 and"),
     "no levels": ({"kind": "fsq", "levels": ()}, r"quantizer.levels \(\) is not within 2"),
-    "too many": ({"kind": "fsq", "levels": (4096,) * 3}, "make more than 16777216 codes"),
-    "far too many": ({"kind": "fsq", "levels": (4096,) * 9999}, r"4096, \S+ make more than 16777216 codes"),
+    "too many": ({"kind": "fsq", "levels": (4096,) * 3}, "give more than 16777216 codes"),
+    "far too many": ({"kind": "fsq", "levels": (4096,) * 9999}, r"4096, \S+ give more than 16777216 codes"),
     "whole": ({"kind": "vq_ema", "codebook_size": 16.0}, "quantizer.codebook_size 16.0 is not within"),
     "flag": ({"kind": "vq_ema", "l2": 1}, "quantizer.l2 1 is not true or false"),
     "number": ({"kind": "vq_gradient", "commitment": True}, "quantizer.commitment True is not a number"),
     "nan": ({"kind": "none", "decay": float("nan")}, "quantizer.decay nan is not within 0.0 and 1.0"),
-    "pair": ({"kind": "gumbel", "temperature": (1.0,)}, r"quantizer.temperature \(1.0,\) is no pair"),
+    "pair": ({"kind": "gumbel", "temperature": (1.0,)}, r"quantizer.temperature \(1.0,\) is not a pair"),
 }
 
 

@@ -221,7 +221,7 @@ def sealed(folder: Path) -> None:
         ("config.json", {"parts": {"tokenizer": "parts/../../secret"}}, "which is not in it"),
         ("config.json", {"parts": {"tokenizer": "../.."}}, "which is not in it"),
         ("config.json", {"parts": {"tokenizer": ["x"]}}, "which is not in it"),
-        ("config.json", {"family": "os.path"}, "'os.path' is no family"),
+        ("config.json", {"family": "os.path"}, "'os.path' is not a family"),
         ("config.json", {"model": {"mode": "soft", "prior": "{"}}, "does not describe a model"),
         ("bundle.json", {"format": 2}, "is of the format '2', 1 is read here"),
         ("bundle.json", {"format": "x" * 10_000}, "is of the format"),

@@ -21,9 +21,9 @@ def test_timesteps_of_ten_steps():
     for spacing in ends:
         assert (np.diff(official.spaced(spacing, 7, 1000)) < 0).all()
         assert len(official.spaced_by_solver(spacing, 7, 1000, 1000)) == 7
-    with pytest.raises(UserError, match="'even' is none of linspace"):
+    with pytest.raises(UserError, match="'even' is not one of linspace"):
         official.spaced("even", 3, 1000)
-    with pytest.raises(UserError, match="1001 steps of 1000 timesteps"):
+    with pytest.raises(UserError, match="steps 1001 is not within 1 and 1000 timesteps"):
         official.spaced("linspace", 1001, 1000)
 
 
@@ -133,7 +133,7 @@ def test_schedulers_refuse_what_is_not_built():
     system = "sched_ddpm"
     config = json.loads((GOLDEN / system / "config.json").read_text())
     config["runs"]["default"]["scheduler"]["variance_type"] = "learned"
-    with pytest.raises(UserError, match="variance_type 'learned' is not built, only 'fixed_small'"):
+    with pytest.raises(UserError, match="variance_type 'learned' is not supported, only 'fixed_small'"):
         arrays = dict(np.load(GOLDEN / system / "io.npz"))
         find(system)[1](Case(system, GOLDEN / system, config, arrays, lambda line: None))
     assert set(VARIANTS) == {name for name in names() if name.startswith("sched_")}

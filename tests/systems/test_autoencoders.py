@@ -237,7 +237,7 @@ def test_the_posterior_is_drawn_from_and_pulled():
     [
         ({"activation": "tanh"}, "activation 'tanh' is not one of silu"),
         ({"groups": 3}, r"channels \(8, 8\) and 8 do not divide into 3 groups"),
-        ({"attend": (2,)}, r"attention at the levels \(2,\), of which there are 2"),
+        ({"attend": (2,)}, r"attention levels \(2,\) are not within 0 and 1"),
     ],
 )
 def test_options_that_make_no_autoencoder(options, message):

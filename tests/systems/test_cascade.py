@@ -334,7 +334,7 @@ def test_what_is_missing_or_unknown_is_named():
         cascade.build({"mode": "hints"})
     part = joint()
     both = given_parts(part, *MEMBERS)
-    with pytest.raises(UserError, match="nothing trains in this cascade"):
+    with pytest.raises(UserError, match="this cascade has nothing to train"):
         loss_of(Part({}, {}, "hybrid.cascade", cascade.build({})), both)({}, batch_of(), jax.random.key(0), 0)
     for name in (*MEMBERS, "tokenizer"):
         short = {other: value for other, value in both.items() if other != name}

@@ -109,13 +109,13 @@ def test_tensors_that_do_not_fit(tmp_path, capsys, state):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tiles": 3}, "config has the key 'tiles', which is not understood"),
-        ({"act_fn": "tanh"}, "act_fn 'tanh' is not built, only 'silu'"),
-        ({"latents_mean": [0.0]}, "latents_mean [0.0] is not built"),
-        ({"_class_name": "AsymmetricAutoencoderKL"}, "is not built, only 'AutoencoderKL'"),
-        ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types ['DownEncoderBlock2D'] is not built"),
+        ({"tiles": 3}, "config has the key 'tiles', which is not supported"),
+        ({"act_fn": "tanh"}, "act_fn 'tanh' is not supported, only 'silu'"),
+        ({"latents_mean": [0.0]}, "latents_mean [0.0] is not supported"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "is not supported, only 'AutoencoderKL'"),
+        ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types ['DownEncoderBlock2D'] is not supported"),
         ({"norm_num_groups": 7}, "do not divide into 7 groups"),
-        ({"block_out_channels": [16, -8]}, "block_out_channels -8 is not a whole number"),
+        ({"block_out_channels": [16, -8]}, "block_out_channels -8 is not an integer"),
         ({"layers_per_block": 2}, "the tensor 'encoder.down_blocks.0.resnets.1.norm1.weight' is missing"),
         ({"scaling_factor": "one"}, "scaling_factor 'one' is not a number"),
     ],
@@ -131,9 +131,9 @@ def test_files_that_cannot_be_read(tmp_path, capsys, state):
     folder = folder_of(tmp_path, state)
     whole = (folder / "w.safetensors").read_bytes()
     (folder / "w.safetensors").write_bytes(whole[:-4])
-    refused(capsys, tmp_path, "is not a good safetensors file", "sd_kl_vae", folder, tmp_path / "run")
+    refused(capsys, tmp_path, "is not a valid safetensors file", "sd_kl_vae", folder, tmp_path / "run")
     (folder / "w.safetensors").write_bytes(whole)
-    refused(capsys, tmp_path, "unknown source 'dall_e'; known are", "dall_e", folder, tmp_path / "run")
+    refused(capsys, tmp_path, "unknown source 'dall_e'; it must be one of", "dall_e", folder, tmp_path / "run")
     refused(capsys, tmp_path, "three things are asked for", "sd_kl_vae", folder)
     refused(capsys, tmp_path, "no config 'sd9'", "sd_kl_vae", folder, tmp_path / "run", "--config", "sd9")
     refused(capsys, tmp_path, "is there already", "sd_kl_vae", folder, folder)

@@ -315,7 +315,7 @@ def test_what_is_missing_is_named():
         decoder(draft=False, process={"relative": True})
     alone = decoder(draft=False)
     cond = dit.conditioning(alone.model, batch_of(), parts_of())
-    with pytest.raises(UserError, match="guidance against 'text': the decoder is conditioned on plan"):
+    with pytest.raises(UserError, match="guidance for 'text': the decoder is conditioned on plan"):
         jax.eval_shape(lambda: drawer(alone)(cond, keys_of(), guidance={"text": 2.0}))
     model = dit.build(tiny.decoder_options(tokenizer()))
     with pytest.raises(UserError, match="a decoder with a plan needs the part 'tokenizer'; this config has none"):
@@ -331,5 +331,5 @@ def test_a_decoder_of_discrete_timesteps():
     cond = dit.conditioning(part.model, batch_of(), parts_of())
     image = jax.jit(lambda cond, keys: drawer(part)(cond, keys, solver="ddpm"))(cond, keys_of())
     assert np.isfinite(loss) and image.shape == (B, 16, 16, 3) and np.isfinite(image).all()
-    with pytest.raises(UserError, match="process.learned_variance: this network predicts no variance"):
+    with pytest.raises(UserError, match="process.learned_variance is not supported by this network"):
         decoder(process=way | {"learned_variance": True})

@@ -139,14 +139,18 @@ def test_every_option_of_the_library(changes, tmp_path):
 @pytest.mark.parametrize(
     ("source", "config", "message"),
     [
-        ("dit_official", SMALL | {"qk_norm": True}, "config has the key 'qk_norm', which is not understood"),
-        ("dit_official", SMALL | {"num_heads": 3}, "3 heads of 16, or patches of 2 in 4, do not divide"),
-        ("dit_official", SMALL | {"diffusion": {"use_kl": True}}, "diffusion: use_kl True is not built"),
-        ("dit_official", SMALL | {"diffusion": {"learn_sigma": False}}, "learn_sigma is not that of the model, True"),
-        ("dit_official", SMALL | {"diffusion": {"noise_schedule": "sqrt"}}, "noise_schedule 'sqrt' is not built"),
-        ("dit", LIBRARY | {"norm_type": "layer_norm"}, "norm_type 'layer_norm' is not built"),
-        ("dit", LIBRARY | {"activation_fn": "tanh"}, "activation_fn 'tanh' is not built"),
-        ("dit", LIBRARY | {"sample_size": 5}, "patches of 2 in 5, do not divide"),
+        ("dit_official", SMALL | {"qk_norm": True}, "config has the key 'qk_norm', which is not supported"),
+        (
+            "dit_official",
+            SMALL | {"num_heads": 3},
+            "hidden_size 16 must divide by 4 and num_heads 3, input_size 4 by 2",
+        ),
+        ("dit_official", SMALL | {"diffusion": {"use_kl": True}}, "diffusion: use_kl True is not supported"),
+        ("dit_official", SMALL | {"diffusion": {"learn_sigma": False}}, "learn_sigma must be that of the model, True"),
+        ("dit_official", SMALL | {"diffusion": {"noise_schedule": "sqrt"}}, "noise_schedule 'sqrt' is not supported"),
+        ("dit", LIBRARY | {"norm_type": "layer_norm"}, "norm_type 'layer_norm' is not supported"),
+        ("dit", LIBRARY | {"activation_fn": "tanh"}, "activation_fn 'tanh' is not supported"),
+        ("dit", LIBRARY | {"sample_size": 5}, "sample_size 5 by patch_size 2"),
     ],
 )
 def test_configs_that_are_not_built_are_named(source, config, message):
@@ -210,11 +214,16 @@ def test_respacing():
     ]  # fmt: skip
     assert official.respaced("ddim25", 1000).tolist() == list(range(0, 1000, 40))
     assert official.respaced("1", 7).tolist() == [0] and official.respaced("2,1", 5).tolist() == [0, 2, 3]
-    wrong = {"ddim3,3": "not like", "x": "not like", "0": "keeps no", "9": "9 timesteps of a section of 7"}
+    wrong = {
+        "ddim3,3": "not of the form",
+        "x": "not of the form",
+        "0": "keeps no",
+        "9": "a section of 7 timesteps cannot give 9",
+    }
     for text, message in wrong.items():
         with pytest.raises(UserError, match=message):
             official.respaced(text, 7)
-    with pytest.raises(UserError, match="no whole stride leaves 6 of 7"):
+    with pytest.raises(UserError, match="no integer stride gives 6 of 7"):
         official.respaced("ddim6", 7)
 
 
@@ -300,22 +309,22 @@ def test_renders_keep_timesteps_and_leave_the_variance_alone():
     for options, kept in (({"respacing": "2,2"}, [0, 9, 10, 19]), ({"steps": 3}, [0, 10, 19]), ({}, None)):
         seen.clear()
         if kept is None:
-            with pytest.raises(UserError, match="250 timesteps of a section of 20"):
+            with pytest.raises(UserError, match="a section of 20 timesteps cannot give 250"):
                 denoiser.integrate(process, network, given, keys, (4, 4, 3), options)
             continue
         out = denoiser.integrate(process, network, given, keys, (4, 4, 3), options | {"guidance": 2.0})
         jax.effects_barrier()
         assert [row[0] for row in seen] == kept[::-1] and np.abs(out).max() < 50
-    with pytest.raises(UserError, match="neither shift nor spacing"):
+    with pytest.raises(UserError, match="shift and spacing need continuous times"):
         denoiser.integrate(process, network, given, keys, (4, 4, 3), {"shift": 3.0, "steps": 2})
 
 
 def test_networks_that_are_not_built_are_named():
-    classes = {dit_official: "DiT as published takes a label", dit_diffusers: "this network takes a label"}
+    classes = {dit_official: "the published DiT needs labels", dit_diffusers: "this network needs labels"}
     for family, message in classes.items():
-        with pytest.raises(UserError, match="process.timesteps is 0: .* takes discrete timesteps"):
+        with pytest.raises(UserError, match="process.timesteps is 0, but .* needs discrete timesteps"):
             family.build({"process": {"timesteps": 0, "learned_variance": False}})
-        with pytest.raises(UserError, match=f"model.classes is 0: {message}"):
+        with pytest.raises(UserError, match=f"model.classes is 0, but {message}"):
             family.build({"classes": 0})
 
 
@@ -325,7 +334,7 @@ def test_outputs_are_the_channels_or_twice_as_many():
     params = jax.eval_shape(lambda key: dit_diffusers.init(model, key, {}, {}), jax.random.key(0))["params"]
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(1))
     with pytest.raises(
-        UserError, match="the network has 4 outputs; 3 channels and process.learned_variance True make 6"
+        UserError, match="the network has 4 outputs, but 3 channels with process.learned_variance True need 6"
     ):
         jax.eval_shape(
             lambda p: dit_diffusers.render(model, p, {}, {"label": jnp.zeros(1, jnp.int32)}, keys, {}, {}), params
@@ -337,7 +346,7 @@ def test_labels_that_are_never_dropped_have_no_null():
     params = jax.eval_shape(lambda key: dit_official.init(model, key, {}, {}), jax.random.key(0))["params"]
     assert params["labels"]["table"].shape == (5, 16) and small().cond_drop_prob > 0
     cond = {"label": jnp.zeros(1, jnp.int32), "drop_label": jnp.ones(1, bool)}
-    with pytest.raises(UserError, match="labels are never dropped"):
+    with pytest.raises(UserError, match="guidance for 'label' needs a null class"):
         jax.eval_shape(lambda p: dit_official.predict(model, p, {}, jnp.zeros((1, 4, 4, 3)), jnp.ones(1), cond), params)
 
 

@@ -196,13 +196,17 @@ def test_how_pictures_are_enlarged():
 @pytest.mark.parametrize(
     ("source", "config", "says"),
     [
-        ("inception_v3", {"output_blocks": [2, 3]}, "output_blocks [2, 3] is not built"),
-        ("inception_v3", {"output_blocks": [4]}, "output_blocks [4] is not built"),
-        ("inception_v3", {"preprocessing": "clean"}, "preprocessing 'clean' is not built, only 'pytorch_fid', 'adm'"),
-        ("inception_v3", {"use_fid_inception": False}, "use_fid_inception False is not built"),
-        ("efficientnet_lite0", {"relu_fn": "swish"}, "relu_fn 'swish' is not built"),
+        ("inception_v3", {"output_blocks": [2, 3]}, "output_blocks [2, 3] is not supported"),
+        ("inception_v3", {"output_blocks": [4]}, "output_blocks [4] is not supported"),
+        (
+            "inception_v3",
+            {"preprocessing": "clean"},
+            "preprocessing 'clean' is not supported, only 'pytorch_fid', 'adm'",
+        ),
+        ("inception_v3", {"use_fid_inception": False}, "use_fid_inception False is not supported"),
+        ("efficientnet_lite0", {"relu_fn": "swish"}, "relu_fn 'swish' is not supported"),
         ("efficientnet_lite0", {"width_coefficient": 0}, "width_coefficient 0.0 is not within 0 and 16"),
-        ("efficientnet_lite0", {"width": 1}, "has the key 'width', which is not understood"),
+        ("efficientnet_lite0", {"width": 1}, "has the key 'width', which is not supported"),
     ],
 )
 def test_options_that_are_not_built(source, config, says):
@@ -307,7 +311,7 @@ def _bytes(images):
         (["--features", "LITE", "--reference", "EMPTY"], "has no picture"),
         (["--features", "LITE", "--reference", "NARROW"], "has statistics of 2 features, the network has 1280"),
         (["--features", "LITE", "--reference", "FEW"], "has 4 pictures to compare with, distances need 12"),
-        (["--features", "LITE", "--reference", __file__], "test_features.py is not a good reference file"),
+        (["--features", "LITE", "--reference", __file__], "test_features.py is not a valid reference file"),
     ],
 )
 def test_distances_that_cannot_be_taken(words, says, tiny_run, lite, tmp_path):

@@ -125,14 +125,14 @@ def test_wrapped_files():
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("llamagen_gpt", {"block_size": 12}, "block_size 12 is not the number of tokens of a square"),
-        ("llamagen_gpt", {"rope_scale": 2}, "has the key 'rope_scale', which is not understood"),
-        ("llamagen_gpt", {"model_type": "i2i"}, "model_type 'i2i' is not built, only 'c2i', 't2i'"),
-        ("llamagen_gpt", {"n_head": 5}, "dim 64 does not make 5 heads"),
-        ("llamagen_gpt", {"n_kv_head": 3}, "4 query heads do not divide over 3 key heads"),
-        ("llamagen_gpt", {"cls_token_num": 2}, "cls_token_num 2 is not built, only 1"),
-        ("taming_gpt", {"n_head": 5}, "n_embd 48 does not divide over 5 heads"),
-        ("taming_gpt", {"n_past": 5}, "has the key 'n_past', which is not understood"),
+        ("llamagen_gpt", {"block_size": 12}, "block_size 12 is not a square number of tokens"),
+        ("llamagen_gpt", {"rope_scale": 2}, "has the key 'rope_scale', which is not supported"),
+        ("llamagen_gpt", {"model_type": "i2i"}, "model_type 'i2i' is not supported, only 'c2i', 't2i'"),
+        ("llamagen_gpt", {"n_head": 5}, "dim 64 does not divide into n_head 5 heads"),
+        ("llamagen_gpt", {"n_kv_head": 3}, "heads 4 (queries) do not divide by kv_heads 3"),
+        ("llamagen_gpt", {"cls_token_num": 2}, "cls_token_num 2 is not supported, only 1"),
+        ("taming_gpt", {"n_head": 5}, "n_embd 48 does not divide by n_head 5"),
+        ("taming_gpt", {"n_past": 5}, "has the key 'n_past', which is not supported"),
     ],
 )
 def test_configs_that_are_refused(source, changes, message):
@@ -154,10 +154,13 @@ def test_what_the_published_yaml_says_of_the_condition():
     assert model(32, cond_stage_config={"target": "taming.models.vqgan.VQModel", "params": {}}) == (0, 16, (4, 4))
     assert model(16, cond_stage_config={"target": "taming.modules.util.SOSProvider"}) == (0, 1, (4, 4))
     for net, message in [
-        ({"permuter_config": {"target": "taming.modules.transformer.permuter.ZCurve"}}, "permuter_config is not built"),
-        ({"sos_token": 3}, "sos_token 3 is not built, only 0"),
-        ({"downsample": 3}, "has the key 'downsample', which is not understood"),
-        ({"cond_stage_config": classes | {"params": {"n_classes": 31}}}, "31 classes are no tokens of a vocabulary"),
+        (
+            {"permuter_config": {"target": "taming.modules.transformer.permuter.ZCurve"}},
+            "permuter_config is not supported",
+        ),
+        ({"sos_token": 3}, "sos_token 3 is not supported, only 0"),
+        ({"downsample": 3}, "has the key 'downsample', which is not supported"),
+        ({"cond_stage_config": classes | {"params": {"n_classes": 31}}}, "n_classes 31 must not exceed vocab_size"),
     ]:
         with pytest.raises(UserError, match=message):
             model(16, **{"cond_stage_config": classes} | net)
@@ -303,7 +306,7 @@ def test_captions_are_padded_on_the_left():
     hidden = jnp.where(cond["text_features_mask"][..., None], cond["text_features"], 7.0)
     tokens = batch()["tokens"]
     assert tiny.same(run(tokens, cond), run(tokens, cond | {"text_features": hidden}))  # padding says nothing
-    with pytest.raises(UserError, match="text features are 4x8, positions by width, and this prior takes 5x8"):
+    with pytest.raises(UserError, match="text features are 4x8 .positions x width., but this prior needs 5x8"):
         llamagen.conditioning(part.model, {"text_features": features[:, :4], "text_features_mask": right[:, :4]}, {})
 
 
@@ -324,7 +327,7 @@ def test_cached_is_the_full_forward_for_any_chunks(kind):
 
 def test_guidance_needs_a_dropped_condition():
     keys = rng.sample_keys(jax.random.key(0), jnp.arange(B))
-    with pytest.raises(UserError, match="knows no dropped condition"):
+    with pytest.raises(UserError, match="has no unconditional mode"):
         part = prior("codes")
         part.call("generate", taming.conditioning(part.model, batch(), {}), keys, {"guidance": 2.0})
     assert guidance.until(3.0, -1, 16) == guidance.until(3.0, 14, 16) == 3.0
@@ -377,9 +380,11 @@ def test_a_dropped_caption_is_never_trained():
 
 def test_options_that_make_no_model_are_refused():
     for changes in ({}, {"classes": 3, "text_width": 8}):
-        with pytest.raises(UserError, match="draws from a class or from a text, one of the two is 0"):
+        with pytest.raises(
+            UserError, match="LlamaGen takes either a class or a text, so exactly one of them must be 0"
+        ):
             llamagen.build(SMALL | changes)
-    with pytest.raises(UserError, match="18 positions do not fit a table of 17"):
+    with pytest.raises(UserError, match="block_size 17 is below the 18 positions"):
         taming.build(SMALL | {"cond_length": 3, "block_size": 17})
-    with pytest.raises(UserError, match="conditioned on 3 codes: the batch needs 'cond_tokens'"):
+    with pytest.raises(UserError, match="'cond_tokens' is missing in the batch: this prior needs 3 condition codes"):
         taming.conditioning(taming.build(SMALL | {"cond_length": 3}), batch(), {})

@@ -52,7 +52,7 @@ def test_what_is_no_family_or_source_is_refused(tmp_path, monkeypatch):
     (tmp_path / "half_a_family.py").write_text("ROLE = 'prior'\ndef build(config): return 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(
-        UserError, match=r"'half_a_family' is no family: it has no function init\(model, key, specs, parts\)"
+        UserError, match=r"'half_a_family' is not a family: it has no function init\(model, key, specs, parts\)"
     ):
         contract.find("half_a_family")
     with pytest.raises(UserError, match="Python finds no module 'nowhere.at_all'"):

@@ -78,7 +78,10 @@ def test_every_spelling_of_the_names_is_the_same_network(recorded, root):
 def test_what_is_another_network_is_refused(recorded):
     _, state = recorded
     known = tables.find("lpips_vgg")
-    for config, message in (({"version": "0.0"}, "'0.0' is not built"), ({"net": "alex"}, "'alex' is not built")):
+    for config, message in (
+        ({"version": "0.0"}, "'0.0' is not supported"),
+        ({"net": "alex"}, "'alex' is not supported"),
+    ):
         with pytest.raises(UserError, match=message):
             known.plan(config, {})
     with pytest.raises(UserError, match=r"net\.slice1\.0\.bias' has the shape 2, 64 is expected"):

@@ -87,7 +87,7 @@ def test_the_published_recipe_draws():
     assert dit_official.get_config("xl").model.posterior == dit_official.get_config("tiny").model.posterior == "sample"
     part = tiny.part("diffusion.dit", DIT | {"posterior": "sample"})
     plain = tiny.part("tokenizers.vq", tiny.quantised(tiny.CONTINUOUS | {"patch": 2}, width=2))
-    with pytest.raises(UserError, match="model.posterior is 'sample', and a tokenizers.vq predicts no Gaussian"):
+    with pytest.raises(UserError, match="model.posterior is 'sample', but tokenizers.vq predicts no Gaussian"):
         denoiser.clean(
             part.model, tiny.batch(B), {"autoencoder": plain}, rng.sample_keys(jax.random.key(0), np.arange(B))
         )

@@ -89,8 +89,11 @@ def test_times_and_noise_belong_to_the_sample():
     [
         ({"prediction_type": "score"}, "process.prediction_type 'score' is not one of x, eps, v, velocity"),
         ({"loss_type": "huber"}, "process.loss_type 'huber' is not one of x, eps, v, velocity"),
-        ({"learned_variance": True}, "process.learned_variance needs discrete timesteps: process.timesteps is 0"),
-        ({"timesteps": 9}, "loss_type is 'velocity' and process.prediction_type 'x': along discrete timesteps"),
+        ({"learned_variance": True}, "process.learned_variance needs discrete timesteps, but process.timesteps is 0"),
+        (
+            {"timesteps": 9},
+            "loss_type is 'velocity' and process.prediction_type 'x': with discrete timesteps they must be equal",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

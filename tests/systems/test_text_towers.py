@@ -145,7 +145,7 @@ def test_copies_of_one_table():
         np.testing.assert_array_equal(part.params["words"]["table"], state[shared])
         assert set(back) == set(given) - set(rest)
         assert all(np.asarray(back[name]).tobytes() == given[name].tobytes() for name in back)
-    with pytest.raises(UserError, match=f"'{shared}' and '{copy}' are one in this model, and differ"):
+    with pytest.raises(UserError, match=f"'{shared}' and '{copy}' are tied in this model, but have different values"):
         returned("t5_encoder", T5, both | {copy: state[shared] + 1})
 
     config = LLAMA | {"tie_word_embeddings": True}
@@ -154,7 +154,7 @@ def test_copies_of_one_table():
     assert set(both) > set(state)
     _, back = returned("llama_lm", config, both)
     assert {name: np.asarray(back[name]).tobytes() for name in back} == {k: v.tobytes() for k, v in both.items()}
-    with pytest.raises(UserError, match="are one in this model, and differ"):
+    with pytest.raises(UserError, match="are tied in this model, but have different values"):
         returned("llama_lm", config, both | {"lm_head.weight": np.ones((2, 2))})
 
 
@@ -164,28 +164,36 @@ def test_copies_of_one_table():
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("clip_text", CLIP | {"odd": 1}, "config has the key 'odd', which is not understood"),
-        ("clip_text", CLIP | {"hidden_act": "relu6"}, "hidden_act 'relu6' is not built"),
+        ("clip_text", CLIP | {"odd": 1}, "config has the key 'odd', which is not supported"),
+        ("clip_text", CLIP | {"hidden_act": "relu6"}, "hidden_act 'relu6' is not supported"),
         ("clip_text", CLIP | {"num_attention_heads": 3}, "hidden_size 8 does not divide over 3 num_attention_heads"),
-        ("clip_text", CLIP | {"eos_token_id": [1, 2]}, "eos_token_id .* is not a whole number"),
-        ("clip_text", CLIP | {"quantization_config": {"bits": 4}}, "quantization_config .* is not built"),
+        ("clip_text", CLIP | {"eos_token_id": [1, 2]}, "eos_token_id .* is not an integer"),
+        ("clip_text", CLIP | {"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
         ("clip_text", {"text_config": CLIP | {"odd": 1}}, "text_config has the key 'odd'"),
         ("clip_text", {"text_config": CLIP, "odd": 1}, "config has the key 'odd'"),
         ("clip_text", {"text_config": 3}, "text_config is not a mapping"),
-        ("t5_encoder", T5 | {"feed_forward_proj": "gated-relu6"}, "feed_forward_proj 'gated-relu6' is not built"),
-        ("t5_encoder", T5 | {"feed_forward_proj": "relu", "dense_act_fn": "gelu"}, "dense_act_fn 'gelu' is not built"),
-        ("t5_encoder", T5 | {"relative_attention_num_buckets": 3}, "num_buckets 3 is not a whole number of 4"),
-        ("t5_encoder", T5 | {"relative_attention_max_distance": 8}, "max_distance 8 is not above a quarter of 32"),
-        ("t5_encoder", T5 | {"is_decoder": True}, "is_decoder True is not built"),
-        ("t5_encoder", T5 | {"model_type": "umt5"}, "model_type 'umt5' is not built, only 't5'"),
-        ("llama_lm", LLAMA | {"hidden_act": "laplace"}, "hidden_act 'laplace' is not built"),
+        ("t5_encoder", T5 | {"feed_forward_proj": "gated-relu6"}, "feed_forward_proj 'gated-relu6' is not supported"),
+        (
+            "t5_encoder",
+            T5 | {"feed_forward_proj": "relu", "dense_act_fn": "gelu"},
+            "dense_act_fn 'gelu' is not supported",
+        ),
+        ("t5_encoder", T5 | {"relative_attention_num_buckets": 3}, "num_buckets 3 is not an integer within 4 and"),
+        (
+            "t5_encoder",
+            T5 | {"relative_attention_max_distance": 8},
+            "max_distance 8 must be above a quarter of relative_attention_num_buckets 32",
+        ),
+        ("t5_encoder", T5 | {"is_decoder": True}, "is_decoder True is not supported"),
+        ("t5_encoder", T5 | {"model_type": "umt5"}, "model_type 'umt5' is not supported, only 't5'"),
+        ("llama_lm", LLAMA | {"hidden_act": "laplace"}, "hidden_act 'laplace' is not supported"),
         ("llama_lm", LLAMA | {"sliding_window": 5}, "config has the key 'sliding_window'"),
-        ("llama_lm", LLAMA | {"rope_scaling": {"type": "ntk"}}, "rope_scaling: type 'ntk' is not built"),
+        ("llama_lm", LLAMA | {"rope_scaling": {"type": "ntk"}}, "rope_scaling: type 'ntk' is not supported"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "axial"}}, "rope_parameters: rope_type 'axial'"),
-        ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters has no 'factor'"),
+        ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters lacks the key 'factor'"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor 0.0 is not positive"),
         ("llama_lm", LLAMA | {"rope_parameters": {"rope_theta": 1e4, "beta": 1}}, "rope_parameters has the key 'beta'"),
-        ("llama_lm", LLAMA | {"num_key_value_heads": 3}, "2 query heads do not divide over 3"),
+        ("llama_lm", LLAMA | {"num_key_value_heads": 3}, "heads 2 .queries. do not divide by kv_heads 3"),
         ("llama_lm", LLAMA | {"head_dim": 3}, "head width 3 does not divide by 2"),
     ],
 )
@@ -197,9 +205,9 @@ def test_configs_that_are_not_built(source, changes, message):
 
 def test_a_text_that_is_too_long_and_a_skip_of_too_many():
     model = clip.CLIPText(vocab=9, length=4, width=8, depth=1, heads=2, hidden=8)
-    with pytest.raises(UserError, match="text of 5 positions for a tower of 4"):
+    with pytest.raises(UserError, match="the text has 5 positions, but this text tower takes at most 4"):
         jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32)))
-    with pytest.raises(UserError, match="skip 2 is not within 0 and the 1 layers"):
+    with pytest.raises(UserError, match="skip 2 is not within 0 and depth 1"):
         jax.eval_shape(lambda: clip.init(model.clone(skip=2), jax.random.key(0), {}, {}))
 
 
@@ -255,7 +263,9 @@ def test_buckets_are_exact_near_and_geometric_far():
     assert near.tolist() == [*range(7, -1, -1), *range(17, 24)]
     far = relative_buckets(np.array([8, 11, 12, 15, 16, 22, 23, 127, 128, 10_000]), 32, 128) - 16
     assert far.tolist() == [8, 8, 9, 9, 10, 10, 11, 15, 15, 15]
-    with pytest.raises(UserError, match="32 buckets do not reach to a distance of 8"):
+    with pytest.raises(
+        UserError, match="32 buckets, farthest 8: need at least 4 buckets, and farthest above buckets / 4"
+    ):
         relative_buckets(np.arange(3), 32, 8)
 
 

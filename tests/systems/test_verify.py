@@ -174,7 +174,7 @@ def test_densities_are_those_of_the_config(tmp_path):
         folder = copied(
             tmp_path / str(row), "sched_flowmatch", config=lambda official, row=row: official.update(density=[row])
         )
-        with pytest.raises(UserError, match="is not built, only logit_normal, mode, uniform"):
+        with pytest.raises(UserError, match="is not supported, only logit_normal, mode, uniform"):
             verify.verify("sched_flowmatch", folder, lambda line: None)
 
 
@@ -198,14 +198,14 @@ def refused(message, capsys, *args):
 
 
 def test_bad_folders(tmp_path, capsys):
-    refused("unknown source 'dall_e'; known are clip_text, dit,", capsys, "dall_e", GOLDEN / "sd_kl_vae")
+    refused("unknown source 'dall_e'; it must be one of clip_text, dit,", capsys, "dall_e", GOLDEN / "sd_kl_vae")
     refused("cannot read", capsys, "sched_ddpm", tmp_path)
 
     def scheduler(official):
         official["runs"]["clip"]["scheduler"]["churn"] = 1
 
     folder = copied(tmp_path, "sched_ddim", config=scheduler)
-    refused("clip.scheduler has the key 'churn', which is not understood", capsys, "sched_ddim", folder)
+    refused("clip.scheduler has the key 'churn', which is not supported", capsys, "sched_ddim", folder)
     (folder / "config.json").write_text("[]")
     refused("holds no mapping", capsys, "sched_ddim", folder)
     shutil.copy(GOLDEN / "sched_ddim" / "config.json", folder)
@@ -219,13 +219,13 @@ def test_no_array_is_left_out(tmp_path, capsys):
     def unknown(io):
         io["out_more"] = np.ones(3, np.float32)
 
-    with pytest.raises(UserError, match="'out_more', which no replay of sched_euler knows"):
+    with pytest.raises(UserError, match="'out_more', which the replay of sched_euler does not use"):
         verify.verify("sched_euler", copied(tmp_path, "sched_euler", unknown), lambda line: None)
 
     def without(io):
         del io["in_x_T"]
 
-    with pytest.raises(UserError, match="no 'in_x_T', from which outputs are computed"):
+    with pytest.raises(UserError, match="lacks the input 'in_x_T'"):
         verify.verify("sched_ddpm", copied(tmp_path, "sched_ddpm", without), lambda line: None)
 
     def inputs_only(io):
@@ -237,7 +237,7 @@ def test_no_array_is_left_out(tmp_path, capsys):
     def unused(io):
         io["in_sd_noise"] = np.ones(3, np.float32)
 
-    with pytest.raises(UserError, match="'in_sd_noise', which no replay"):
+    with pytest.raises(UserError, match="'in_sd_noise', which the replay"):
         verify.verify("sched_euler", copied(tmp_path / "other", "sched_euler", unused), lambda line: None)
 
 

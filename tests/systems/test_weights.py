@@ -244,7 +244,7 @@ def test_sharded_folder(tmp_path, suffix):
     index = json.loads((tmp_path / f"model{suffix}.index.json").read_text())
     index["weight_map"]["layer.0"] = index["weight_map"]["layer.1"]
     (tmp_path / f"model{suffix}.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="'layer.0' is in 'model-1.*where it is not"):
+    with pytest.raises(UserError, match="the tensor 'layer.0' in 'model-1.*which does not contain it"):
         open_weights(tmp_path)
 
 
@@ -262,19 +262,19 @@ def test_the_cache_of_the_hub_is_a_folder_like_any(tmp_path):
     (tmp_path / "models--x" / "blobs").rename(tmp_path / "elsewhere")
     (home / "model-0.safetensors").unlink()
     (home / "model-0.safetensors").symlink_to(tmp_path / "elsewhere" / "0")
-    with pytest.raises(UserError, match="'model-0.safetensors' is a link out of the folder"):
+    with pytest.raises(UserError, match="'model-0.safetensors' is a link to a place outside the folder"):
         open_weights(home)
 
 
 def test_a_folder_of_one_file(tmp_path):
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="contains no weights"):
         open_weights(tmp_path)
     torchfile.save(tmp_path / "pytorch_model.bin", {"a": some()})
     same(open_weights(tmp_path)["a"], some())
     safetensors.write(tmp_path / "model.safetensors", {"b": some()})
     assert list(open_weights(tmp_path)) == ["b"]
     safetensors.write(tmp_path / "model.fp16.safetensors", {"b": some()})
-    with pytest.raises(UserError, match="2 weights, give one of them: model.fp16.safetensors, model.safetensors"):
+    with pytest.raises(UserError, match="2 weights files, give one of them: model.fp16.safetensors, model.safetensors"):
         open_weights(tmp_path)
 
 

@@ -87,14 +87,14 @@ def test_the_memory_is_that_of_the_covariance():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: fid.Moments(3).add(np.ones((2, 4))), "features must be n 3, not (2, 4)"),
-        (lambda: fid.Moments(2).add([[0, np.nan], [1, 1]]), "of 2 pictures 1 have features that are NaN"),
+        (lambda: fid.Moments(3).add(np.ones((2, 4))), "features must have the shape n 3, not (2, 4)"),
+        (lambda: fid.Moments(2).add([[0, np.nan], [1, 1]]), "1 of 2 pictures have non-finite features"),
         (lambda: fid.Moments(2).statistics(), "at least 2 pictures, not 0"),
-        (lambda: fid.frechet(*gaussian(0, 3), *gaussian(0, 4)), "different width"),
-        (lambda: fid.kernel(np.ones((3, 2)), np.ones((9, 2))), "at least 4 pictures of each set, not 3 and 9"),
-        (lambda: fid.kernel(np.ones((9, 3)), np.ones((9, 2))), "different width: 3 and 2"),
-        (lambda: prdc.prdc(np.ones((5, 2)), np.ones((9, 2))), "more than 5 pictures of each set, not 5"),
-        (lambda: prdc.prdc(np.ones((9, 3)), np.ones((9, 2))), "must be n d and m d"),
+        (lambda: fid.frechet(*gaussian(0, 3), *gaussian(0, 4)), "different widths"),
+        (lambda: fid.kernel(np.ones((3, 2)), np.ones((9, 2))), "at least 4 pictures in each set, not 3 and 9"),
+        (lambda: fid.kernel(np.ones((9, 3)), np.ones((9, 2))), "different widths: 3 and 2"),
+        (lambda: prdc.prdc(np.ones((5, 2)), np.ones((9, 2))), "more than 5 pictures in each set, not 5"),
+        (lambda: prdc.prdc(np.ones((9, 3)), np.ones((9, 2))), "must have the shapes n d and m d"),
     ],
 )
 def test_features_that_cannot_be_compared(call, says):
@@ -235,20 +235,20 @@ EYE = np.eye(3)
     ("make", "says"),
     [
         (lambda path: None, "cannot read"),
-        (lambda path: path.write_text("mine"), "is not a good reference file: File is not a zip file"),
+        (lambda path: path.write_text("mine"), "is not a valid reference file: File is not a zip file"),
         (lambda path: written(path, x=EYE), "has neither mu and sigma nor pictures as arr_0"),
         (lambda path: written(path, mu=EYE[0]), "has neither mu and sigma nor pictures as arr_0"),
-        (lambda path: written(path, mu=EYE[0], sigma=np.eye(4)), "mu is of 3 features and sigma of 4"),
-        (lambda path: written(path, mu=EYE[0], sigma=EYE * np.nan), "sigma has numbers that are not finite"),
-        (lambda path: written(path, mu=EYE[0], sigma=np.tri(3)), "sigma is no covariance"),
-        (lambda path: written(path, mu=EYE[0], sigma=-EYE), "sigma is no covariance"),
+        (lambda path: written(path, mu=EYE[0], sigma=np.eye(4)), "mu has 3 features, but sigma 4"),
+        (lambda path: written(path, mu=EYE[0], sigma=EYE * np.nan), "sigma contains numbers that are not finite"),
+        (lambda path: written(path, mu=EYE[0], sigma=np.tri(3)), "sigma is not a covariance"),
+        (lambda path: written(path, mu=EYE[0], sigma=-EYE), "sigma is not a covariance"),
         (lambda path: written(path, mu=np.array([0]), sigma=EYE), "mu is int64 of shape (1,)"),
         (lambda path: written(path, mu=np.array([None]), sigma=EYE), "mu is object of shape (1,)"),
         (lambda path: written(path, arr_0=np.zeros((2, 8, 8, 3))), "arr_0 is float64 of shape (2, 8, 8, 3)"),
         (lambda path: written(path, arr_0=np.zeros((0, 8, 8, 3), np.uint8)), "arr_0 is uint8 of shape (0, 8, 8, 3)"),
         (lambda path: written(path, arr_0=np.zeros((2, 8, 8), np.uint8)), "arr_0 is uint8 of shape (2, 8, 8)"),
         (damaged, "Bad CRC-32"),
-        (claims, "it is cut off"),
+        (claims, "it is truncated"),
     ],
 )
 def test_reference_files_that_cannot_be_used(make, says, tmp_path):

@@ -102,7 +102,7 @@ def test_wrapped_lines_fit_and_lose_nothing():
 
 
 def test_a_sheet_refuses_unequal_numbers():
-    with pytest.raises(UserError, match="2 pictures but 1 captions"):
+    with pytest.raises(UserError, match="there are 2 pictures, but 1 captions"):
         sheet(pictures(2), ["one"])
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="the shape B H W 3 with B > 0"):
         sheet(pictures(2)[:0])

@@ -216,7 +216,7 @@ def test_the_discriminator_is_the_published_one_but_for_its_norm():
     together, params = jax.jit(PatchGAN(4, 2, 2).init_with_output)(KEY, image)
     alone = jax.jit(PatchGAN(4, 2, 2).apply)(params, image[:1])
     np.testing.assert_allclose(together[:1], alone, atol=1e-6)  # its logits do not depend on the others
-    with pytest.raises(UserError, match="a picture of 16 x 16 for a discriminator that needs 24"):
+    with pytest.raises(UserError, match="pictures of 16 x 16: the discriminator needs 24 x 24"):
         PatchGAN().init(KEY, image)
 
 
@@ -238,7 +238,7 @@ def test_a_perceptual_distance_comes_as_a_part():
 
 def test_options_are_known_ones():
     assert gan_loss.adversarial({}) is None
-    with pytest.raises(UserError, match="adversarial has no option 'begin', only weight, start, adaptive"):
+    with pytest.raises(UserError, match="model.adversarial has no option 'begin', only weight, start, adaptive"):
         gan_loss.adversarial({"begin": 3})
 
 

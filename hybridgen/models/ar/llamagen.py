@@ -1,8 +1,8 @@
-"""LlamaGen (Sun et al. 2024, arXiv 2406.06525): Llama over the tokens of a picture, from a class or from a text.
+"""LlamaGen (Sun et al. 2024, arXiv 2406.06525): Llama over image tokens, conditioned on a class or a caption.
 
-The sequence is `[class][tokens]`, or `[caption][tokens]` with the features of a text tower through a small network,
-padded on the left. Rotary positions are those of the grid; the prefix has none: its rows of the table are zeros, so
-that its queries and keys vanish. A dropped class is the row behind the classes, a dropped caption fixed random
+The sequence is `[class][tokens]`, or `[caption][tokens]`, where the caption is the features of a text tower, projected
+by an MLP and padded on the left. Rotary positions are those of the grid; the prefix has none: its rows of the table are
+zeros, so its queries and keys become zero. A dropped class is the table's last row, a dropped caption is fixed random
 features.
 
 cond: {"label" b int} or {"text_features" b l c, "text_features_mask" b l bool}, and optionally "drop" b bool.
@@ -32,11 +32,11 @@ ROLE = "prior"
 OPTIONS = {"prior": next_token.OPTIONS}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate, for_shape = next_token.generate, next_token.for_shape
-INIT_STD = 0.02  # of kernels and tables at the start; the head starts at zero
+INIT_STD = 0.02  # standard deviation of initial kernels and tables; the head starts at zero
 
 
 class Captions(nn.Module):
-    """`features [b, l, c]` -> `[b, l, d]`; where `drop [b]`, of fixed random features in their place."""
+    """`features [b, l, c]` -> `[b, l, d]`; rows with `drop [b]` use fixed random features instead."""
 
     length: int
     width: int
@@ -45,7 +45,7 @@ class Captions(nn.Module):
     @nn.compact
     def __call__(self, features: jax.Array, drop: jax.Array) -> jax.Array:
         c = features.shape[-1]
-        # a buffer in official code, so it is never trained; decay is by path and does not name it
+        # a buffer in official code, so it is never trained; weight decay is selected by path and excludes it
         null = jax.lax.stop_gradient(self.param("null", normal(c**-0.5), (self.length, c)))
         null = null[: features.shape[1]].astype(features.dtype)
         x = cast(jnp.where(drop[:, None, None], null, features), self.dtype)
@@ -54,7 +54,7 @@ class Captions(nn.Module):
 
 
 class LlamaGen(nn.Module):
-    """`features` is the uncached forward; `prefill` and `step` run over a cache."""
+    """`features` is the forward pass without a cache; `prefill` and `step` use a cache."""
 
     vocab: int
     grid: tuple[int, int]
@@ -65,14 +65,14 @@ class LlamaGen(nn.Module):
     hidden: int = 0  # 0: 8/3 of the width
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
-    classes: int = 0  # of a class prefix
-    text_length: int = 0  # of a caption
-    text_width: int = 0  # of its features; 0: a class prefix
-    null_length: int = 0  # rows of a dropped caption, of which text_length are read; 0: those
-    padding_sees_itself: bool = False  # as in official code; what padding computes nobody reads
+    classes: int = 0  # number of classes of a class prefix
+    text_length: int = 0  # positions of a caption
+    text_width: int = 0  # width of its features; 0: a class prefix
+    null_length: int = 0  # rows of a dropped caption, of which text_length are read; 0: text_length
+    padding_sees_itself: bool = False  # as in official code; the outputs at padding are not used
     cond_drop_prob: float = 0.1
-    dropout: float = 0.0  # of both branches of a block, in training
-    token_dropout: float = 0.0  # of what enters the first block
+    dropout: float = 0.0  # rate in both branches of a block, in training
+    token_dropout: float = 0.0  # rate at the input of the first block
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -82,7 +82,7 @@ class LlamaGen(nn.Module):
         if self.text_width:
             self.caption = Captions(self.null_length or self.text_length, self.width, self.dtype)
         else:
-            self.start = Embed(self.classes + (self.cond_drop_prob > 0), self.width, self.dtype)  # classes, dropped
+            self.start = Embed(self.classes + (self.cond_drop_prob > 0), self.width, self.dtype)  # classes, null class
         block = {
             "heads": self.heads,
             "head_width": self.width // self.heads,
@@ -119,7 +119,7 @@ class LlamaGen(nn.Module):
         given = cond["text_features" if self.text_width else "label"]
         drop = cond.get("drop", jnp.zeros(given.shape[:1], bool))  # b
         if self.text_width:
-            # where dropped the prompt's own padding stays hidden, as in official code
+            # a dropped caption keeps the prompt's padding mask, as in official code
             return self.caption(given, drop), cond["text_features_mask"]
         return self.start(jnp.where(drop, self.classes, given))[:, None], None
 
@@ -145,7 +145,7 @@ def build(config: Any) -> LlamaGen:
     model = LlamaGen(**config)
     if (model.classes > 0) == (model.text_width > 0):
         given = f"classes {model.classes} and text_width {model.text_width}"
-        raise UserError(f"LlamaGen draws from a class or from a text, one of the two is 0: not {given}")
+        raise UserError(f"{given}: LlamaGen takes either a class or a text, so exactly one of them must be 0")
     return model
 
 
@@ -162,12 +162,12 @@ def init(model: LlamaGen, key: jax.Array, specs: dict, parts: Parts) -> dict[str
 
 
 def inputs(model: LlamaGen) -> Inputs:
-    """Labels; of captions it takes the features that the part "text" makes of them."""
+    """Labels only; captions are read as features from the part "text"."""
     return Inputs(classes=model.classes)
 
 
 def conditioning(model: LlamaGen, batch: dict, parts: Parts) -> dict:
-    """The class; or features of a text, cached in the batch or of the part "text", and their mask, padded on the left.
+    """The class; or text features, cached in the batch or from the part "text", and their mask, padded on the left.
 
     Raises UserError for features of another size.
     """
@@ -181,8 +181,8 @@ def conditioning(model: LlamaGen, batch: dict, parts: Parts) -> dict:
     features = jax.lax.stop_gradient(features)
     if features.shape[1:] != (model.text_length, model.text_width):
         given, wanted = "x".join(map(str, features.shape[1:])), f"{model.text_length}x{model.text_width}"
-        hint = "" if features.shape[1] == model.text_length else " (positions: data.text.length)"
-        raise UserError(f"text features are {given}, positions by width, and this prior takes {wanted}{hint}")
+        hint = "" if features.shape[1] == model.text_length else " (data.text.length sets the positions)"
+        raise UserError(f"text features are {given} (positions x width), but this prior needs {wanted}{hint}")
     order = jnp.argsort(mask, axis=1, stable=True)  # b l: padding first, both in their order
     moved = jnp.take_along_axis(features, order[..., None], 1)
     return {"text_features": moved, "text_features_mask": jnp.take_along_axis(mask, order, 1)}
@@ -191,7 +191,7 @@ def conditioning(model: LlamaGen, batch: dict, parts: Parts) -> dict:
 def loss(
     model: LlamaGen, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Next-token cross-entropy in nats a token."""
+    """Next-token cross-entropy in nats per token."""
     del extra, step
     tokens = next_token.tokens_of(batch, parts)  # b n
     cond = conditioning(model, batch, parts)
@@ -204,6 +204,6 @@ def loss(
 def sample(
     model: LlamaGen, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """Tokens (or those of `cond["tokens"]`), and the tokenizer's picture of them where there is a tokenizer."""
+    """Tokens (drawn, or `cond["tokens"]`), and their picture if there is a tokenizer."""
     cond = cond if "tokens" in cond else conditioning(model, cond, parts)
     return next_token.sample_image(model, params, extra, cond, keys, parts, options)

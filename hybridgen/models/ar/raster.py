@@ -1,8 +1,8 @@
-"""Raster prior: our own transformer that writes an image as tokens, row by row, after a text prefix or a class.
+"""Raster prior: our own transformer that generates image tokens in raster order, after a text prefix or a class.
 
-Llama-style blocks (RMSNorm, SwiGLU, rotary positions in the plane, optional qk-norm and grouped queries), as LlamaGen
-(Sun et al. 2024). The sequence is `[text][start][tokens]`: `start` has the class and says whether the condition was
-dropped (then the text is masked out), so that the unconditional model is the same program.
+Llama-style blocks (RMSNorm, SwiGLU, 2D rotary positions, optional qk-norm and grouped queries), as in LlamaGen (Sun et
+al. 2024). The sequence is `[text][start][tokens]`: `start` encodes the class, or a dropped condition (then the text is
+masked out), so that the unconditional model is the same program.
 
 cond: {"text" b l int, "text_mask" b l bool} and/or {"label" b int}, and optionally "drop" b bool.
 
@@ -33,7 +33,7 @@ generate, for_shape = next_token.generate, next_token.for_shape
 
 
 class Raster(nn.Module):
-    """`features` is the uncached forward; `prefill` and `step` run over a cache."""
+    """`features` is the forward pass without a cache; `prefill` and `step` use a cache."""
 
     vocab: int
     grid: tuple[int, int]
@@ -46,9 +46,9 @@ class Raster(nn.Module):
     text_vocab: int = 0  # 0: no text
     text_length: int = 0
     text_depth: int = 1
-    text_width: int = 0  # 0: the prior's
+    text_width: int = 0  # 0: the width of the prior
     classes: int = 0
-    prefix_mask: bool = True  # text positions see each other in both directions
+    prefix_mask: bool = True  # text positions attend to each other in both directions
     cond_drop_prob: float = 0.1
     remat: str = "none"
     unroll: int = 1
@@ -58,7 +58,7 @@ class Raster(nn.Module):
 
     def setup(self) -> None:
         self.tokens = Embed(self.vocab, self.width, self.dtype)
-        self.start = Embed(self.classes + 2, self.width, self.dtype)  # classes, text, dropped
+        self.start = Embed(self.classes + 2, self.width, self.dtype)  # classes, no class, dropped condition
         if self.text_vocab:
             width = self.text_width or self.width
             tower = {"heads": max(width // 64, 1), "unroll": self.unroll, "dtype": self.dtype}
@@ -103,8 +103,8 @@ class Raster(nn.Module):
         return jnp.concatenate([text, start], 1), jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
 
     def rotary(self) -> Rotary:
-        """Cosine and sine of the prefix, on the diagonal of the plane, and of the grid behind it."""
-        positions = grid_positions(*self.grid, prefix=self.prefix + 1)  # start takes the last place on the diagonal
+        """Cosine and sine of the prefix, on the diagonal of the plane, and of the grid after it."""
+        positions = grid_positions(*self.grid, prefix=self.prefix + 1)  # `start` has the last diagonal position
         return rotary(positions, self.width // self.heads)
 
     def embed_positions(
@@ -136,7 +136,7 @@ def init(model: Raster, key: jax.Array, specs: dict, parts: Parts) -> dict[str, 
 
 
 def inputs(model: Raster) -> Inputs:
-    """What of a batch it is conditioned on."""
+    """The entries of a batch that it is conditioned on."""
     return Inputs(bool(model.text_vocab), model.classes)
 
 
@@ -150,7 +150,7 @@ def conditioning(model: Raster, batch: dict, parts: Parts) -> dict:
 def loss(
     model: Raster, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Next-token cross-entropy in nats a token."""
+    """Next-token cross-entropy in nats per token."""
     del extra, step
     tokens = next_token.tokens_of(batch, parts)  # b n
     cond = conditioning(model, batch, parts)
@@ -162,6 +162,6 @@ def loss(
 def sample(
     model: Raster, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """Tokens (or those of `cond["tokens"]`), and the tokenizer's picture of them where there is a tokenizer."""
+    """Tokens (drawn, or `cond["tokens"]`), and their picture if there is a tokenizer."""
     cond = cond if "tokens" in cond else conditioning(model, cond, parts)
     return next_token.sample_image(model, params, extra, cond, keys, parts, options)

@@ -1,8 +1,8 @@
 """The transformer of VQGAN (Esser et al. 2021, arXiv 2012.09841): a GPT over the tokens of a picture.
 
-Layer norm, exact GELU, biases and learned positions. The sequence is `[codes][tokens]`: the condition is tokens of
-the prior's own vocabulary, a class as its number, codes of another picture, or token 0 alone where there is none.
-Nothing of it can be dropped, so there is no guidance. With `pkeep` below 1, other input tokens are random ones.
+Layer norm, exact GELU, biases and learned positions. The sequence is `[codes][tokens]`: the condition is tokens of the
+prior's own vocabulary: a class index, the codes of another picture, or only token 0 for the unconditional model. The
+condition is never dropped, so there is no guidance. With `pkeep` below 1, some input tokens are replaced at random.
 
 cond: {"label" b int} or {"cond_tokens" b p int}.
 
@@ -32,7 +32,7 @@ OPTIONS = {"prior": next_token.OPTIONS}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate = next_token.generate
 NORM_EPS = 1e-5
-INIT_STD = 0.02  # of kernels and tables at the start; positions start at zero
+INIT_STD = 0.02  # standard deviation of initial kernels and tables; positions start at zero
 
 
 class GPTBlock(nn.Module):
@@ -65,7 +65,7 @@ class GPTBlock(nn.Module):
 
 
 class Taming(nn.Module):
-    """`features` is the uncached forward; `prefill` and `step` run over a cache."""
+    """`features` is the forward pass without a cache; `prefill` and `step` use a cache."""
 
     vocab: int
     grid: tuple[int, int]
@@ -74,9 +74,9 @@ class Taming(nn.Module):
     heads: int = 16
     classes: int = 0
     cond_length: int = 1  # condition tokens p
-    block_size: int = 0  # rows of the table of positions; 0: as many as there are positions
-    unmasked: int = 0  # first positions that see each other in both directions, also those of tokens
-    pkeep: float = 1.0  # share of input tokens kept in training; others are random ones
+    block_size: int = 0  # rows of the position table; 0: the number of positions
+    unmasked: int = 0  # number of first positions that attend to each other in both directions, also image tokens
+    pkeep: float = 1.0  # share of input tokens kept in training; the others are random
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -107,7 +107,7 @@ class Taming(nn.Module):
         return self.heads, self.width // self.heads
 
     def embed_condition(self, cond: dict) -> tuple[jax.Array, None]:
-        """The prefix `[b, p, d]`, all of it visible."""
+        """The prefix `[b, p, d]`, and None: all of it is visible."""
         return self.tokens(cond["label"][:, None] if self.classes else cond["cond_tokens"]), None
 
     def embed_positions(
@@ -126,7 +126,7 @@ class Taming(nn.Module):
 def build(config: Any) -> Taming:
     model = Taming(**config)
     if model.block_size and model.block_size < model.prefix + model.length:
-        raise UserError(f"{model.prefix + model.length} positions do not fit a table of {model.block_size}")
+        raise UserError(f"block_size {model.block_size} is below the {model.prefix + model.length} positions")
     return model
 
 
@@ -139,19 +139,19 @@ def init(model: Taming, key: jax.Array, specs: dict, parts: Parts) -> dict[str, 
 
 
 def inputs(model: Taming) -> Inputs:
-    """What of a batch it is conditioned on."""
+    """The entries of a batch that it is conditioned on."""
     return Inputs(classes=model.classes)
 
 
 def conditioning(model: Taming, batch: dict, parts: Parts) -> dict:
-    """The class; or the batch's condition tokens, token 0 alone where it has none and one is enough."""
+    """The class; or the batch's condition tokens; or only token 0 if the batch has none and `cond_length` is 1."""
     del parts
     if model.classes:
         return {"label": batch["label"]}
     if "cond_tokens" in batch:
         return {"cond_tokens": batch["cond_tokens"]}
     if model.cond_length > 1:
-        raise UserError(f"this prior is conditioned on {model.cond_length} codes: the batch needs 'cond_tokens'")
+        raise UserError(f"'cond_tokens' is missing in the batch: this prior needs {model.cond_length} condition codes")
     b = next(iter(batch.values())).shape[0]
     return {"cond_tokens": jnp.zeros((b, 1), jnp.int32)}
 
@@ -159,7 +159,7 @@ def conditioning(model: Taming, batch: dict, parts: Parts) -> dict:
 def loss(
     model: Taming, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Next-token cross-entropy in nats a token."""
+    """Next-token cross-entropy in nats per token."""
     del extra, step
     tokens = inputs = next_token.tokens_of(batch, parts)  # b n
     cond = conditioning(model, batch, parts)
@@ -173,6 +173,6 @@ def loss(
 def sample(
     model: Taming, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """Tokens (or those of `cond["tokens"]`), and the tokenizer's picture of them where there is a tokenizer."""
+    """Tokens (drawn, or `cond["tokens"]`), and their picture if there is a tokenizer."""
     cond = cond if "tokens" in cond else conditioning(model, cond, parts)
     return next_token.sample_image(model, params, extra, cond, keys, parts, options)

@@ -1,10 +1,10 @@
 """Our DiT decoder: a diffusion transformer that renders pixels (or latents) from a plan of image tokens.
 
-DiT (Peebles & Xie 2022) with Llama's pieces: RMSNorm, rotary positions, SwiGLU. The plan reaches it three ways: its
-codes are added on the patch grid, at whatever ratio the two grids have; their mean goes through adaLN; and with `cross`
-the blocks attend to them. With `draft` it also sees the tokenizer's own reconstruction of the plan, and an "x"
-prediction is a correction of it: at initialisation the decoder is the tokenizer's, and training only has to improve it.
-It may read text, which the blocks attend to, and a label.
+DiT (Peebles & Xie 2022) with Llama's components: RMSNorm, rotary positions, SwiGLU. The plan enters in three ways: its
+codes are added to the patches, resized to the patch grid; their mean is a condition of adaLN; and with `cross` the
+blocks attend to them. With `draft` the tokenizer's reconstruction of the plan is an input too, and an "x" prediction is
+added to it: at initialisation the output equals the draft, and training only has to improve it. The blocks may also
+attend to text, and a label may be a condition of adaLN.
 
 cond: see roles/denoiser.py. Letters: b batch, H W picture or latent, c channels, h w plan grid, n patches, l text
 positions, d width.
@@ -43,14 +43,14 @@ predict, render, for_shape = denoiser.predict, denoiser.render, denoiser.for_sha
 class DiT(nn.Module):
     """`network(x [b, H, W, c], t [b], cond) -> prediction [b, H, W, c]`."""
 
-    resolution: int | Shape = 32  # of the picture, or of the latent: of a square, or height and width
+    resolution: int | Shape = 32  # of the picture or latent: side of a square, or height and width
     channels: int = 3
     patch: int = 4
     width: int = 192
     depth: int = 4
     heads: int = 3
     hidden: int = 0  # 0: 8/3 of the width
-    plan_width: int = 0  # of the plan's codes; 0: no plan
+    plan_width: int = 0  # width of the plan's codes; 0: no plan
     draft: bool = False
     draft_residual: bool = False  # the draft is added to the output
     cross: bool = False
@@ -58,8 +58,8 @@ class DiT(nn.Module):
     text_length: int = 0
     text_depth: int = 1
     classes: int = 0  # 0: no label
-    null_class: bool = True  # one more label stands for none
-    time_scale: float = 1000.0  # what t is multiplied by: 1 for timesteps
+    null_class: bool = True  # adds a label for the dropped class
+    time_scale: float = 1000.0  # factor of t; 1 for timesteps
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -111,7 +111,7 @@ class DiT(nn.Module):
         return y + draft if self.draft_residual else y
 
     def _time_and_label(self, t: jax.Array, cond: dict) -> jax.Array:
-        """Time and label, `[b, d]`."""
+        """Embedding of time and label, `[b, d]`."""
         vector = TimestepEmbed(self.width, scale=self.time_scale, dtype=self.dtype, name="time")(t)
         if not self.classes:
             return vector
@@ -140,7 +140,7 @@ class DiT(nn.Module):
 
 
 def _joined(plan: tuple[jax.Array, None] | None, features: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The context of the blocks, and which of it is valid: the plan, if they attend to it, and the text behind."""
+    """The context of the blocks and its valid positions: the plan, if they attend to it, then the text."""
     if plan is None:
         return features, valid
     codes, _ = plan
@@ -156,7 +156,7 @@ def for_plan(model: Denoiser, width: int) -> Denoiser:
 def build(config: Any) -> Denoiser:
     options, process, training = denoiser.split_options(config, Process())
     if process.learned_variance:
-        raise UserError("process.learned_variance: this network predicts no variance, diffusion.dit_official does")
+        raise UserError("process.learned_variance is not supported by this network; use diffusion.dit_official")
     options["draft_residual"] = options.get("draft", False) and process.prediction_type == "x"
     options["null_class"] = training["cond_drop_prob"] > 0
     options["time_scale"] = 1.0 if process.timesteps else 1000.0

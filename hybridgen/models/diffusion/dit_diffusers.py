@@ -1,9 +1,9 @@
 """DiT of diffusers: class `DiTTransformer2DModel`.
 
-It is not the published network with other names. Every block has embedders of time and label of its own, and the last
-layer takes the first block's; the frequencies of time fall over 127 in place of 128; the second norm of a block has an
-epsilon of its own, and may have scale and bias; activation and biases of attention are options. The class has no
-process: it is trained and sampled as the published network is.
+It differs from the published network (dit_official.py). Every block has its own embedders of time and label, and the
+last layer uses those of the first block; time frequencies are spaced by 1/127 instead of 1/128; the second norm of a
+block has its own epsilon and optionally scale and bias; activation and attention biases are options. The class does not
+define a process: it is trained and sampled like the published network.
 
 Letters: b batch, H W latent, c channels, n patches, l layers, d width.
 """
@@ -51,7 +51,7 @@ predict, render, for_shape = denoiser.predict, denoiser.render, denoiser.for_sha
 
 
 class DiTBlock(nn.Module):
-    """`BasicTransformerBlock` with ada_norm_zero: `x [b, n, d] -> [b, n, d]`, by a condition `[b, d]`."""
+    """`BasicTransformerBlock` with ada_norm_zero: `x [b, n, d] -> [b, n, d]`, modulated by a condition `[b, d]`."""
 
     heads: int
     head_width: int
@@ -67,7 +67,7 @@ class DiTBlock(nn.Module):
     def __call__(
         self, x: jax.Array, mask: Mask, *, condition: jax.Array, cache: Any = None, layer: Any = 0, keys: Any = None
     ) -> tuple[jax.Array, Any]:
-        del layer, keys  # the stack's
+        del layer, keys  # passed by the stack, not used
         options: dict[str, Any] = {"bias": True, "dtype": self.dtype, "out_scale": self.out_scale}
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = adaln(condition, x.shape[-1], self.dtype)
         y = modulate(Norm("layer", affine=False, name="attention_norm")(x), shift_a, scale_a)
@@ -82,9 +82,9 @@ class DiTBlock(nn.Module):
 class DiTTransformer2DModel(nn.Module):
     """`network(x [b, H, W, c], t [b] timesteps, cond) -> prediction [b, H, W, outputs]`."""
 
-    resolution: int | Shape = 32  # of the latent: of a square, or height and width
+    resolution: int | Shape = 32  # of the latent: side of a square, or height and width
     channels: int = 4
-    outputs: int = 8  # twice the channels: variances behind the prediction
+    outputs: int = 8  # twice the channels: the prediction, then variances
     patch: int = 2
     width: int = 1152
     depth: int = 28
@@ -94,7 +94,7 @@ class DiTTransformer2DModel(nn.Module):
     qkv_bias: bool = True
     mlp_norm_eps: float = 1e-5
     mlp_norm_affine: bool = False
-    classes: int = 1000  # one more label stands for none
+    classes: int = 1000  # one more label is the dropped class
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -137,10 +137,10 @@ class DiTTransformer2DModel(nn.Module):
 def build(config: Any) -> Denoiser:
     options, process, training = denoiser.split_options(config, PROCESS)
     if not process.timesteps:
-        raise UserError("process.timesteps is 0: this network takes discrete timesteps")
+        raise UserError("process.timesteps is 0, but this network needs discrete timesteps: set it above 0")
     channels = options.get("channels", DiTTransformer2DModel.channels)
     options.setdefault("outputs", channels * (1 + process.learned_variance))
     network = DiTTransformer2DModel(**options)
     if network.classes < 1:
-        raise UserError(f"model.classes is {network.classes}: this network takes a label")
+        raise UserError(f"model.classes is {network.classes}, but this network needs labels: set it to at least 1")
     return Denoiser(network, process, **training)

@@ -1,7 +1,7 @@
 """DiT as published (Peebles & Xie 2022, arXiv 2212.09748): class `DiT` of facebookresearch/DiT.
 
 A plain transformer over patches of a latent, class-conditional by adaLN-zero, with LayerNorm, GELU and biases. It takes
-whole timesteps and predicts noise and the variance of a step (variance.py); the last of its labels stands for none.
+integer timesteps and predicts noise and the variance of a step (variance.py); its last label is the dropped class.
 
 Letters: b batch, H W latent, c channels, n patches, d width.
 """
@@ -50,14 +50,14 @@ class DiT(nn.Module):
 
     resolution: int = 32  # side of the latent
     channels: int = 4
-    outputs: int = 8  # twice the channels: variances behind the prediction
+    outputs: int = 8  # twice the channels: the prediction, then variances
     patch: int = 2
     width: int = 1152
     depth: int = 28
     heads: int = 16
     hidden: int = 4608
     classes: int = 1000
-    null_class: bool = True  # one more label stands for none
+    null_class: bool = True  # adds a label for the dropped class
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -94,7 +94,7 @@ class DiT(nn.Module):
         return unpatchify(y.reshape(b, *self.grid, -1), self.patch).astype(wide)
 
     def _positions(self) -> jax.Array:
-        """Sines and cosines `[n, d]`, columns before rows: an array of the checkpoint that does not train."""
+        """Sines and cosines `[n, d]`, columns before rows: an array of the checkpoint that is not trained."""
         table = np.roll(sincos_2d(*self.grid, self.width), self.width // 2, -1)
         return jax.lax.stop_gradient(self.param("position", lambda key, shape: jnp.asarray(table), table.shape))
 
@@ -102,15 +102,15 @@ class DiT(nn.Module):
 def build(config: Any) -> Denoiser:
     options, process, training = denoiser.split_options(config, PROCESS)
     if not process.timesteps:
-        raise UserError("process.timesteps is 0: DiT as published takes discrete timesteps")
+        raise UserError("process.timesteps is 0, but the published DiT needs discrete timesteps: set it above 0")
     options["outputs"] = options.get("channels", DiT.channels) * (1 + process.learned_variance)
     options["null_class"] = training["cond_drop_prob"] > 0
     network = DiT(**options)
     if network.classes < 1:
-        raise UserError(f"model.classes is {network.classes}: DiT as published takes a label")
+        raise UserError(f"model.classes is {network.classes}, but the published DiT needs labels: set it to at least 1")
     return Denoiser(network, process, **training)
 
 
 def for_shape(model: Denoiser, shape: Shape, parts: Parts) -> Denoiser:
-    """Raises UserError: the network takes latents of one shape."""
-    raise UserError("its positions are an array of one grid")
+    """Raises UserError: the network supports latents of one shape only."""
+    raise UserError("its position table is for one grid only")

@@ -1,9 +1,9 @@
-"""The process of a denoiser, whatever its network: what it is trained on and how it is integrated.
+"""The diffusion process of a denoiser, independent of its network: its training loss and its integration.
 
-A `Process` is of continuous times, as in this file (flow matching and its relatives), or of discrete timesteps (DDPM,
-variance.py). Both files offer `errors` and `render` over a network with its conditions. What the network predicts and
-what its error is measured in may differ: "x" predicted and "velocity" measured is JiT (Li & He 2025). Training times
-are logit-normal (SD3, Esser et al. 2024).
+A `Process` has continuous times, as in this file (flow matching and related processes), or discrete timesteps (DDPM,
+variance.py). Both files define `errors` and `render` for a network with its conditions. The predicted quantity and the
+one whose error is the loss may differ: JiT (Li & He 2025) predicts "x" and measures "velocity". Training times are
+logit-normal (SD3, Esser et al. 2024).
 
 Letters: b batch, H W picture or latent, c channels.
 """
@@ -26,18 +26,18 @@ Network = Callable[[jax.Array, jax.Array, dict], jax.Array]  # (x_t b H W c, t b
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """Schedule, prediction and loss, training times, and the solver where drawing names none."""
+    """Schedule, prediction and loss, training times, and the default solver."""
 
     schedule: str = "flow"  # a name of sampling.schedules
     prediction_type: str = "x"  # "x", "eps", "v" or "velocity"
-    loss_type: str = "velocity"  # what the squared error is of, of the same four
-    relative: bool = False  # errors count in units of the draft's, so that wrong drafts do not drown the fine work
-    time_mean: float = 0.0  # mean and deviation of a training time's logit
+    loss_type: str = "velocity"  # the quantity of the squared error, one of the same four
+    relative: bool = False  # divides each error by the draft's, so that bad drafts do not dominate the loss
+    time_mean: float = 0.0  # mean and standard deviation of a training time's logit
     time_std: float = 1.0
-    time_min: float = 0.05  # times below count as this
+    time_min: float = 0.05  # smaller training times are set to this
     timesteps: int = 0  # T of a discrete process; 0: times are continuous
-    learned_variance: bool = False  # the network has twice the outputs: variances behind the prediction
-    variance: str = "large"  # of ancestral steps, where it is not learned: "large" (beta) or "small" (the posterior's)
+    learned_variance: bool = False  # the network has twice the outputs: the prediction, then variances
+    variance: str = "large"  # of ancestral steps, if not learned: "large" (beta) or "small" (the posterior's)
     solver: str = "euler"
     steps: int = 8
 
@@ -46,10 +46,10 @@ class Process:
             if (value := getattr(self, name)) not in schedules.KINDS:
                 raise UserError(f"process.{name} {value!r} is not one of {', '.join(schedules.KINDS)}")
         if self.learned_variance and not self.timesteps:
-            raise UserError("process.learned_variance needs discrete timesteps: process.timesteps is 0")
+            raise UserError("process.learned_variance needs discrete timesteps, but process.timesteps is 0")
         if self.timesteps and self.loss_type != self.prediction_type:
             types = f"process.loss_type is {self.loss_type!r} and process.prediction_type {self.prediction_type!r}"
-            raise UserError(f"{types}: along discrete timesteps they are the same")
+            raise UserError(f"{types}: with discrete timesteps they must be equal")
 
 
 def errors(process: Process, network: Network, x: jax.Array, keys: jax.Array, cond: dict) -> tuple[jax.Array, dict]:
@@ -71,7 +71,7 @@ def errors(process: Process, network: Network, x: jax.Array, keys: jax.Array, co
 def render(
     process: Process, call: Callable, noise: jax.Array, keys: jax.Array, options: Mapping[str, Any]
 ) -> jax.Array:
-    """Draws from `noise [b, H, W, c]`; `call(x, t)` is the network with its conditions.
+    """A sample `[b, H, W, c]` from `noise [b, H, W, c]`; `call(x, t)` is the network with its conditions.
 
     options: "solver", "steps", "shift" and "spacing" (see schedules.times).
     """

@@ -1,9 +1,9 @@
-"""The discrete process of DDPM and DiT: T timesteps, variances that the network predicts, respaced ancestral sampling.
+"""The discrete process of DDPM and DiT: T timesteps, learned variances, respaced ancestral sampling.
 
-A step k -> k - 1 of the process has a variance between that of q(x_{k-1} | x_k, x) and beta (Ho et al. 2020). A network
-with twice the channels also predicts where between them, as a share of their logarithms, and learns it from the
-variational bound alone: the bound's gradient stops at the mean (iDDPM, Nichol & Dhariwal 2021, section 3.1, arXiv
-2102.09672). Both terms are a mean over values, the bound in bits and, as DiT has it, not scaled by T.
+A step k -> k - 1 has a variance between that of q(x_{k-1} | x_k, x) and beta (Ho et al. 2020). A network with twice the
+channels also predicts it, as an interpolation weight between the logarithms of both, which only the variational bound
+trains: the bound's gradient stops at the mean (iDDPM, Nichol & Dhariwal 2021, section 3.1, arXiv 2102.09672). The error
+and the bound are means over values; the bound is in bits and, as in DiT, not scaled by T.
 
 The process is a `Process` with `timesteps` T. Outside this file times are in [0, 1], timestep k at t = (k + 1) / T.
 
@@ -25,12 +25,12 @@ from hybridgen.sampling import official, schedules, solvers
 
 
 def timestep(process: Process, t: jax.Array) -> jax.Array:
-    """Time in [0, 1] -> the whole timestep that the network takes, as a float."""
+    """Time in [0, 1] -> the integer timestep that the network takes, as a float."""
     return jnp.round(schedules.to_timestep(t, process.timesteps))
 
 
 def betas_of(process: Process) -> np.ndarray:
-    """T betas, float64; those of "linear" are the larger, the fewer timesteps there are."""
+    """T betas, float64; those of "linear" are scaled by 1000 / T."""
     more = 1000 / process.timesteps
     ends = {"start": more * 1e-4, "end": more * 0.02} if process.schedule == "linear" else {}
     return schedules.betas(process.schedule, process.timesteps, **ends)
@@ -44,7 +44,7 @@ def split_output(process: Process, out: jax.Array, c: int) -> tuple[jax.Array, j
     expected = c * (1 + process.learned_variance)
     if out.shape[-1] != expected:
         learned = f"process.learned_variance {process.learned_variance}"
-        raise UserError(f"the network has {out.shape[-1]} outputs; {c} channels and {learned} make {expected}")
+        raise UserError(f"the network has {out.shape[-1]} outputs, but {c} channels with {learned} need {expected}")
     if not process.learned_variance:
         return out, None
     prediction, share = jnp.split(out, 2, -1)
@@ -55,7 +55,7 @@ def split_output(process: Process, out: jax.Array, c: int) -> tuple[jax.Array, j
 
 
 class Steps(NamedTuple):
-    """x_k = alpha x + sigma eps, q(x_{k-1} | x_k, x) = N(of_x x + of_x_t x_k, exp(low)), log beta is `high`: T each."""
+    """x_k = alpha x + sigma eps; q(x_{k-1} | x_k, x) = N(of_x x + of_x_t x_k, exp(low)); high = log beta; T each."""
 
     alpha: Any
     sigma: Any
@@ -66,7 +66,7 @@ class Steps(NamedTuple):
 
 
 def steps_of(betas: np.ndarray) -> Steps:
-    """The steps of a process, float64. The first one has no variance; it counts as the second one's."""
+    """The steps of a process, float64. The first step has no variance; that of the second one is used."""
     bar = np.cumprod(1 - betas)
     before = np.append(1.0, bar[:-1])
     of_x, of_x_t = betas * np.sqrt(before) / (1 - bar), (1 - before) * np.sqrt(1 - betas) / (1 - bar)
@@ -76,7 +76,7 @@ def steps_of(betas: np.ndarray) -> Steps:
 
 
 def at(process: Process, k: jax.Array, dtype: Any) -> Steps:
-    """The steps `k [b]`, to be multiplied with pictures: b 1 1 1."""
+    """The steps `k [b]`, shaped to multiply pictures: b 1 1 1."""
     return Steps(*(jnp.asarray(table, dtype)[k].reshape(-1, 1, 1, 1) for table in steps_of(betas_of(process))))
 
 
@@ -85,7 +85,7 @@ def terms(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """(squared error, bits of the bound or None, error of x), `[b]` each, of clean `x [b, H, W, c]` at `k [b] int`."""
     t = schedules.from_timestep(k.astype(x.dtype), process.timesteps)
-    here = at(process, k, x.dtype)  # exactly: the schedule would interpolate at a rounded t
+    here = at(process, k, x.dtype)  # exact values: the schedule would interpolate at a rounded t
     level = schedules.discrete(betas_of(process))(t)._replace(
         alpha=here.alpha[:, 0, 0, 0], sigma=here.sigma[:, 0, 0, 0]
     )
@@ -100,22 +100,22 @@ def terms(
 def bound(
     process: Process, x: jax.Array, x_t: jax.Array, k: jax.Array, clean: jax.Array, share: jax.Array
 ) -> jax.Array:
-    """The variational bound's term of timesteps `k [b]`, in bits a value: `[b]`. `clean`: the predicted x."""
+    """The variational bound's term of timesteps `k [b]`, in bits per value: `[b]`. clean: the predicted x."""
     _, _, of_x, of_x_t, low, high = at(process, k, x.dtype)
     true, mean = of_x * x + of_x_t * x_t, of_x * clean + of_x_t * x_t
     log_var = share * high + (1 - share) * low
     nats = 0.5 * (log_var - low - 1 + jnp.exp(low - log_var) + jnp.square(true - mean) * jnp.exp(-log_var))
-    first = -log_likelihood(x, mean, log_var / 2)  # the last step of sampling ends in a picture of 256 levels
+    first = -log_likelihood(x, mean, log_var / 2)  # the last sampling step predicts a picture with 256 levels
     return per_sample(jnp.where((k == 0).reshape(-1, 1, 1, 1), first, nats)) / np.log(2.0)
 
 
 def log_likelihood(x: jax.Array, mean: jax.Array, log_deviation: jax.Array) -> jax.Array:
-    """log of a Gaussian's mass within half a level of 256 around x in [-1, 1], beyond the ends all of it; nats."""
+    """log of a Gaussian's mass within half a level (of 256) around x in [-1, 1], in nats; the end levels are open."""
 
-    def below(z: jax.Array) -> jax.Array:  # the tanh form of the normal distribution, which official code takes
+    def below(z: jax.Array) -> jax.Array:  # the tanh approximation of the normal CDF, as in official code
         u = np.sqrt(2 / np.pi).astype(np.float32) * (z + 0.044715 * z**3)
-        # tanh by what is missing to 1: XLA's is off by units of the last place there, which the logarithm shows
-        size = jnp.minimum(jnp.where(u < 0, -u, u), 20.0)  # bounded for the sake of gradients
+        # 1 - tanh directly: XLA's tanh has errors in the last digits near 1, which the logarithm amplifies
+        size = jnp.minimum(jnp.where(u < 0, -u, u), 20.0)  # bounded, so that gradients are finite
         missing = 2 / (jnp.exp(2 * size) + 1)
         return 0.5 * (1 + jnp.where(u < 0, missing - 1, 1 - missing))
 
@@ -141,7 +141,7 @@ def errors(process: Process, network: Callable, x: jax.Array, keys: jax.Array, c
 
 
 def levels_of(process: Process, kept: np.ndarray) -> schedules.Level:
-    """The grid of `kept` timesteps (n, ascending), noisiest first, and clean at its end: n+1."""
+    """The grid of `kept` timesteps (n, ascending), noisiest first, with clean data at the end: n+1."""
     times = schedules.from_timestep(np.append(kept[::-1], -1).astype(np.float64), process.timesteps)
     return schedules.discrete(betas_of(process))(times)
 
@@ -149,7 +149,7 @@ def levels_of(process: Process, kept: np.ndarray) -> schedules.Level:
 def solve(
     process: Process, call: Callable, noise: jax.Array, levels: schedules.Level, keys: Any, solver: str = "ddpm"
 ) -> jax.Array:
-    """From noise to a sample `[b, H, W, c]` along `levels`; `call(x, t)` is the network with its conditions."""
+    """A sample `[b, H, W, c]` from noise along `levels`; `call(x, t)` is the network with its conditions."""
     ancestral = solver == "ddpm"
 
     def predict(x_t: jax.Array, level: schedules.Level) -> tuple[jax.Array, ...]:
@@ -165,11 +165,11 @@ def solve(
 def render(
     process: Process, call: Callable, noise: jax.Array, keys: jax.Array, options: Mapping[str, Any]
 ) -> jax.Array:
-    """Draws from `noise [b, H, W, c]`; `call(x, t)` is the network with its conditions.
+    """A sample `[b, H, W, c]` from `noise [b, H, W, c]`; `call(x, t)` is the network with its conditions.
 
-    options: "solver", "steps" or "respacing" (see official.respaced).
+    options: "solver", "steps" or "respacing" (see official.respaced). Raises UserError for "shift" and "spacing".
     """
     if options.get("shift", 1.0) != 1 or options.get("spacing", "uniform") != "uniform":
-        raise UserError("a model of discrete timesteps takes steps or respacing, and neither shift nor spacing")
+        raise UserError("shift and spacing need continuous times; with discrete timesteps use steps or respacing")
     kept = official.respaced(options.get("respacing") or str(options.get("steps", process.steps)), process.timesteps)
     return solve(process, call, noise, levels_of(process, kept), keys, options.get("solver", process.solver))

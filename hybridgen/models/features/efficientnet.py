@@ -1,8 +1,8 @@
 """EfficientNet-Lite: an image classifier without squeeze-and-excitation, its swish replaced by ReLU6 (Tan & Le 2019).
 
-`encode` gives the pooled features before the classifier. Pictures of any size are resized to `resolution` bilinearly
-(with smoothing where they shrink) and scaled as the network was trained, (pixel - 127) / 128 of pixels in 0 to 255.
-Padding is TensorFlow's. The official torch code fixes the padding for one size of picture: there both are the same.
+`encode` returns the pooled features before the classifier. Pictures of any size are resized to `resolution` bilinearly
+(with antialiasing when they shrink) and scaled as in training: (pixel - 127) / 128 for pixels in 0 to 255. Padding is
+TensorFlow's; the official PyTorch code fixes the padding for one picture size, for which both are equal.
 
 Letters: b batch, H W picture, h w grid, c channels, v classes.
 """
@@ -22,11 +22,11 @@ ROLE = "features"
 # (blocks, kernel, stride, expansion, channels) of each stage of the smallest network
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
 STAGES += ((1, 3, 1, 6, 320),)
-STEM, TOP = 32, 1280  # channels at both ends, the same in every size
+STEM, TOP = 32, 1280  # channels of the first and last convolution, the same in all network sizes
 
 
 class Block(nn.Module):
-    """Inverted bottleneck: widen, filter each channel, narrow; with a skip where the shape stays."""
+    """Inverted bottleneck: expansion, depthwise convolution, projection; with a skip if the shape does not change."""
 
     features: int
     kernel: int
@@ -48,7 +48,7 @@ class Block(nn.Module):
 class EfficientNet(nn.Module):
     """`image [b, H, W, 3]` in [-1, 1] -> features `[b, 1280]`, logits `[b, v]`.
 
-    `width_factor` and `depth_factor` multiply channels and blocks of the stages, as larger networks of the kind do.
+    `width_factor` and `depth_factor` multiply the channels and blocks of the stages, as in larger EfficientNets.
     """
 
     width_factor: float = 1.0
@@ -70,7 +70,7 @@ class EfficientNet(nn.Module):
         x = nn.relu6(ConvNorm(STEM, (3, 3), 2, eps=self.eps, name="stem")(x))
         number = 0
         for place, (blocks, kernel, stride, expansion, features) in enumerate(STAGES):
-            ends = place in (0, len(STAGES) - 1)  # as long in every size
+            ends = place in (0, len(STAGES) - 1)  # the same number of blocks in all network sizes
             for i in range(blocks if ends else math.ceil(self.depth_factor * blocks)):
                 options = (kernel, 1 if i else stride, expansion, self.eps)
                 x = Block(rounded(self.width_factor * features), *options, name=f"block_{number}")(x)
@@ -80,7 +80,7 @@ class EfficientNet(nn.Module):
 
 
 def rounded(channels: float) -> int:
-    """To a multiple of 8, at least 8, never down by more than a tenth."""
+    """`channels` rounded to a multiple of 8, at least 8, and to at least 90 % of `channels`."""
     out = max(8, int(channels + 4) // 8 * 8)
     return out + 8 if out < 0.9 * channels else out
 
@@ -96,7 +96,7 @@ def init(model: nn.Module, key: jax.Array, specs: dict, parts: Any) -> dict[str,
 
 
 def _applied(model: nn.Module, params: Any, extra: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    with jax.default_matmul_precision("highest"):  # numbers are compared between machines
+    with jax.default_matmul_precision("highest"):  # metrics must be comparable between machines
         return model.apply({"params": joined(params, extra)}, image)
 
 
@@ -106,5 +106,5 @@ def encode(model: nn.Module, params: Any, extra: Any, image: jax.Array) -> jax.A
 
 
 def logits(model: nn.Module, params: Any, extra: Any, image: jax.Array) -> jax.Array:
-    """Of the classes the network was trained on, `[b, v]`."""
+    """`image [b, H, W, 3]` in [-1, 1] -> logits `[b, v]` of the classes that the network was trained on."""
     return _applied(model, params, extra, image)[1]

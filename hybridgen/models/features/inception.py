@@ -1,14 +1,14 @@
-"""InceptionV3 as FID has it (Heusel et al. 2017): TensorFlow's network of 2015 with 1008 classes (Szegedy et al. 2016).
+"""InceptionV3 for FID (Heusel et al. 2017): TensorFlow's network of 2015 with 1008 classes (Szegedy et al. 2016).
 
-It differs from the usual one in its pools: averages do not count the padding, and the last block takes a maximum. Two
-ways to give it a picture are in use and give different numbers, so that each belongs to its own reference files:
+It differs from the usual one in its pools: average pools exclude the padding, and the last block has a max pool. Two
+preprocessings are in use; they give different numbers, so each needs its own reference files:
 
-    pytorch_fid   bilinear at pixel centres, pixels as 2 u - 1 of u in 0 to 1
-    adm           bilinear as TensorFlow 1 samples (from pixel corners), pixels as (p - 128) / 128 of p in 0 to 255;
-                  ADM's evaluator, and the original code of FID
+    pytorch_fid   bilinear at pixel centres, pixels scaled to 2 u - 1, u in 0 to 1
+    adm           bilinear from pixel corners as in TensorFlow 1, pixels scaled to (p - 128) / 128, p in 0 to 255;
+                  used by ADM's evaluator and the original FID code
 
-Neither smooths where a picture shrinks. `block` picks the features: 0 to 2 are after the first pool (64), the second
-(192) and before the auxiliary classifier (768), as means over the grid; 3 is the last pool (2048), that of FID.
+Neither uses antialiasing. `block` selects the features: 0 is after the first pool (64), 1 after the second (192), 2
+before the auxiliary classifier (768), all as means over the grid; 3 is the last pool (2048), which FID uses.
 
 Letters: b batch, H W picture, h w grid, c channels, d features, v classes.
 """
@@ -44,16 +44,16 @@ class Layer(NamedTuple):
         return ConvNorm(self.features, self.size, self.stride, padding, name=self.name)
 
 
-Chain = tuple[Layer | tuple[Layer, ...], ...]  # one after the other; those in a tuple read the same and are joined
-Options = tuple[tuple[Chain, ...], str, int]  # of a Mixed
+Chain = tuple[Layer | tuple[Layer, ...], ...]  # layers in sequence; those in a tuple share their input
+Options = tuple[tuple[Chain, ...], str, int]  # the fields of a Mixed
 
 
 class Mixed(nn.Module):
-    """Branches side by side, joined along channels, and one that pools first: `average`, `max` or, by two, `halve`."""
+    """Parallel branches, concatenated along channels, and one with a pool: `average`, `max` or `halve` (stride 2)."""
 
     branches: tuple[Chain, ...]
     pool: str
-    pooled: int  # channels of the map behind the pool, of the first two
+    pooled: int  # channels of the convolution after the pool, unless it is `halve`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ class InceptionV3(nn.Module):
 
     block: int = 3
     preprocessing: str = "pytorch_fid"
-    resize: bool = True  # to 299 x 299; without, pictures are taken as they are, of at least 75 pixels a side
+    resize: bool = True  # to 299 x 299; otherwise pictures are not resized and need sides of at least 75 pixels
     classes: int = 1008
 
     @property
@@ -149,13 +149,13 @@ class InceptionV3(nn.Module):
 
 
 def resized(image: jax.Array, side: int, centres: bool) -> jax.Array:
-    """`[b, H, W, c] -> [b, side, side, c]`, bilinear, unsmoothed. centres: pixel i lies at i + 1/2, otherwise at i."""
+    """`[b, H, W, c] -> [b, side, side, c]`, bilinear, no antialiasing. centres: pixel i is at i + 1/2, else at i."""
     rows, columns = (jnp.asarray(_weights(size, side, centres), image.dtype) for size in image.shape[1:3])
     return jnp.einsum("bHWc,hH,wW->bhwc", image, rows, columns)
 
 
 def _weights(size: int, side: int, centres: bool) -> np.ndarray:
-    """`[side, size]`: how much of each pixel of a line is in each pixel of the new one."""
+    """Interpolation weights `[side, size]` of a line's pixels for each pixel of the resized line."""
     shift = 0.5 if centres else 0.0
     at = np.clip((np.arange(side) + shift) * (size / side) - shift, 0, size - 1)  # side
     low = np.minimum(at.astype(int), max(size - 2, 0))

@@ -1,10 +1,10 @@
-"""LPIPS: a perceptual distance of pictures, read from the features of a classifier (Zhang et al. 2018, version 0.1).
+"""LPIPS: a perceptual distance of pictures from the features of a classifier (Zhang et al. 2018, version 0.1).
 
-VGG16's convolutions (Simonyan & Zisserman 2014) up to the last of each of its five sizes; there both pictures' features
-are set to length one at every place, and what their squared differences weigh was fitted to what people see. The
-weights are imported (`hybridgen convert lpips_vgg`); a tokenizer's loss takes them as its part `perceptual`:
+The features are those of VGG16 (Simonyan & Zisserman 2014) after the last convolution of each of its five stages,
+normalised to length one at every position. The weights of their squared differences were fitted to human judgements.
+They are imported (`hybridgen convert lpips_vgg`); a tokenizer's loss takes them as its part `perceptual`:
 
-    distance(image, other) -> how far apart, one number a picture; 0 for the same
+    distance(image, other) -> one number per picture; 0 for equal pictures
 
 Letters: b batch, H W picture, h w grid, c channels.
 """
@@ -20,12 +20,12 @@ from hybridgen.nn.linear import Linear, at_least_float32
 
 ROLE = "features"
 
-MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of its pictures in [-1, 1]
-STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # of each size: channels in units of `width`, convolutions
+MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # per channel, for pictures in [-1, 1]
+STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # of each stage: channels in units of `width`, convolutions
 
 
 class Perceptual(nn.Module):
-    """`features`: image -> what is seen of it at five sizes; `distance`: of two pictures, `[b]`."""
+    """`features`: image -> normalised features of five stages; `distance`: of two pictures, `[b]`."""
 
     width: int = 64
     dtype: str = "float32"
@@ -39,7 +39,7 @@ class Perceptual(nn.Module):
         self.heads = [Linear(1, wide=True, name=f"lin_{stage}") for stage in range(len(STAGES))]
 
     def features(self, image: jax.Array) -> list[jax.Array]:
-        """`image [b, H, W, 3]` in [-1, 1] -> five grids `[b, h, w, c]`, each place of length one."""
+        """`image [b, H, W, 3]` in [-1, 1] -> five grids `[b, h, w, c]` of vectors with length one."""
         x, seen = (image - jnp.asarray(MEAN, image.dtype)) / jnp.asarray(STD, image.dtype), []
         for stage, (_, count) in enumerate(STAGES):
             if stage:
@@ -48,7 +48,7 @@ class Perceptual(nn.Module):
                 x = nn.relu(self.convs[f"{stage}_{i}"](x))
             wide = at_least_float32(x)
             square = jnp.square(wide).sum(-1, keepdims=True)
-            # the inner floor: where nothing is active no gradient is NaN
+            # the inner floor: without it the gradient of zero features is NaN
             seen.append(wide / (jnp.sqrt(jnp.maximum(square, 1e-30)) + 1e-10))
         return seen
 
@@ -71,6 +71,6 @@ def init(model: Perceptual, key: jax.Array, specs: dict, parts: Any) -> dict[str
 
 
 def distance(model: Perceptual, params: Any, extra: Any, image: jax.Array, other: jax.Array) -> jax.Array:
-    """How far two pictures `[b, H, W, 3]` in [-1, 1] are apart: `[b]`."""
+    """LPIPS distance of two batches of pictures `[b, H, W, 3]` in [-1, 1]: `[b]`."""
     del extra
     return model.apply({"params": params}, image, other, method="distance")

@@ -1,16 +1,16 @@
-"""The cascade: an AR prior plans an image as tokens, a diffusion decoder renders pixels from the plan.
+"""The cascade: an AR prior generates an image as tokens (the plan), a diffusion decoder renders pixels from the plan.
 
-It uses roles only, so that any prior fits any decoder. Each of the two is either a part (trained before, frozen) or,
-where `prior` or `decoder` names a family and its options, a member: trained here, both in one step. What flows from the
-prior to the decoder is the coupling, `mode`: "tokens" (no gradient to the prior), "soft" (expected codes under the
-prior's distribution) or "features" (the prior's hidden states). What a prior or decoder needs itself, such as a text
-tower, is a part of the cascade by the same name.
+It uses roles only, so any prior works with any decoder. Each of the two is a part (trained before, frozen) or, if the
+option `prior` or `decoder` gives a family and its options, a member, which is trained here (two members in one step).
+The option `mode` is the coupling, which is what the decoder reads from the prior: "tokens" (no gradient to the prior),
+"soft" (expected codes under the prior's distribution) or "features" (the prior's hidden states). A part that a prior or
+decoder needs, such as a text tower, must be a part of the cascade by the same name.
 
-`own` is the share of pictures whose plan is the prior's own in training, drawn in parallel from its teacher-forced
-logits, or, every `rollout_every` steps, by a true rollout: so the decoder learns to forgive. In mode "soft" these give
-the codes of the drawn tokens, the others expected codes.
+`own` is the share of training pictures whose plan is sampled from the prior: in parallel from its teacher-forced
+logits, or every `rollout_every` steps by autoregressive generation. The decoder thereby learns to correct the prior's
+mistakes. In mode "soft" it reads the codes of the sampled tokens for these pictures, and expected codes for the others.
 
-Sampling is one program: prefill, a scan over the cache, draft, a scan over diffusion steps.
+Sampling is one program: prefill, a scan over tokens, draft, a scan over diffusion steps.
 
 Letters: b batch, n tokens, v codes, h w plan grid, d code or hidden width, H W picture.
 """
@@ -29,7 +29,7 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.nn.linear import at_least_float32
 
 ROLE = "generator"
-OTHERS = ("text", "text_mask", "label")  # entries of a batch that a decoder may be conditioned on beside the plan
+OTHERS = ("text", "text_mask", "label")  # entries of a batch that a decoder may read besides the plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def members(model: Cascade) -> dict[str, Member]:
 
 
 def for_shape(model: Cascade, shape: Shape, parts: Parts) -> Cascade:
-    """The cascade for pictures of `shape`, on the same arrays."""
+    """The cascade for pictures of `shape`, with the same arrays."""
     fitted = {
         name: member._replace(model=fit(find(member.family), member.model, parts, shape))
         for name, member in members(model).items()
@@ -71,19 +71,19 @@ def for_shape(model: Cascade, shape: Shape, parts: Parts) -> Cascade:
 
 
 def coupled(model: Cascade, parts: Parts) -> dict[str, Member]:
-    """The members; a decoder that is to read hidden states is for plans as wide as the prior."""
+    """The members; in mode "features" the decoder is built for plans of the prior's width."""
     found = members(model)
     if model.mode == "features" and model.decoder:
         prior = model.prior.model if model.prior else need(parts, "prior", "a cascade").model
         function = optional(find(model.decoder.family), "for_plan")
         if function is None:
-            raise UserError(f"{model.decoder.family} takes no plan of another width: cascade mode 'features'")
+            raise UserError(f"cascade mode 'features': {model.decoder.family} does not support plans of another width")
         found["decoder"] = model.decoder._replace(model=function(model.decoder.model, prior.width))
     return found
 
 
 def part(model: Cascade, name: str, params: Any, parts: Parts) -> Part:
-    """The prior or the decoder: trained here, or a part."""
+    """The prior or the decoder as a Part: a member with its subtree of `params`, or the part of that name."""
     member = coupled(model, parts).get(name)
     return Part(params[name], {}, *member) if member else need(parts, name, "a cascade")
 
@@ -100,19 +100,19 @@ def init(model: Cascade, key: jax.Array, specs: dict, parts: Parts) -> dict[str,
 
 
 class Flow(NamedTuple):
-    """What a coupling has: the three components, and what the prior made of a batch."""
+    """The inputs of a coupling: the three components, and the prior's outputs for a batch."""
 
     prior: Part
     decoder: Part
     tokenizer: Part
     parts: Parts
-    cond: dict  # of the prior
+    cond: dict  # conditions of the prior
     plan: jax.Array  # b n, tokens
-    own: jax.Array  # b bool: the plan is the prior's own
-    logits: jax.Array | None  # b n v: the prior's for the true tokens
+    own: jax.Array  # b bool: the plan is sampled from the prior
+    logits: jax.Array | None  # b n v: teacher-forced logits of the prior
 
     def conditioning(self, codes: jax.Array) -> dict:
-        """The decoder's conditioning on codes `[b, h, w, d]`."""
+        """The decoder's conditions from codes `[b, h, w, d]`."""
         return find(self.decoder.family).plan_conditioning(self.decoder.model, codes, self.parts)
 
     def codes(self) -> jax.Array:
@@ -126,11 +126,11 @@ def by_tokens(flow: Flow) -> dict:
 
 
 def by_soft_codes(flow: Flow) -> dict:
-    """The decoder reads expected codes, or, where the plan is the prior's own, its codes."""
+    """The decoder reads expected codes, or the plan's codes if it is sampled from the prior."""
     hard = flow.codes()  # b h w d
     h, w = flow.tokenizer.model.grid
     vocab = flow.tokenizer.model.vocab
-    ids = jnp.arange(-(-vocab // (h * w)) * h * w) % vocab  # every code, filled up to whole grids
+    ids = jnp.arange(-(-vocab // (h * w)) * h * w) % vocab  # all codes, padded to full grids
     table = flow.tokenizer.call("embed", ids.reshape(-1, h * w)).reshape(ids.size, -1)[:vocab]  # v d
     codes = jnp.einsum("bnv,vd->bnd", jax.nn.softmax(flow.logits.astype(table.dtype), -1), table)
     own = flow.own[:, None, None, None]
@@ -138,7 +138,7 @@ def by_soft_codes(flow: Flow) -> dict:
 
 
 def by_features(flow: Flow) -> dict:
-    """The decoder reads the prior's hidden states on the grid; its draft is of the plan's codes."""
+    """The decoder reads the prior's hidden states on the grid; its draft is decoded from the plan's codes."""
     hard = flow.codes()
     hidden = flow.prior.call("features", flow.plan, flow.cond)  # b n d
     hidden = hidden.reshape(hidden.shape[0], *flow.tokenizer.model.grid, -1)
@@ -154,10 +154,10 @@ COUPLINGS: dict[str, Callable[[Flow], dict]] = {"tokens": by_tokens, "soft": by_
 def loss(
     model: Cascade, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Weighted sum of the prior's cross-entropy and the decoder's error on the plan, in the coupling of `mode`."""
+    """Weighted sum of the prior's cross-entropy and the decoder's loss on the plan, with the coupling of `mode`."""
     del extra
     if not members(model):
-        raise UserError("nothing trains in this cascade: both members are parts; give model.prior or model.decoder")
+        raise UserError("this cascade has nothing to train: both models are parts; set model.prior or model.decoder")
     prior, decoder = (part(model, name, params, parts) for name in ("prior", "decoder"))
     tokenizer, decoding = need(parts, "tokenizer", "a cascade"), find(decoder.family)
     keys = rng.sample_keys(key, batch["id"])
@@ -189,7 +189,7 @@ def loss(
 def own_tokens(
     model: Cascade, prior: Part, cond: dict, logits: jax.Array, keys: jax.Array, step: jax.Array
 ) -> jax.Array:
-    """The prior's own plan `[b, n]`: one parallel draw from teacher-forced logits, at times a true rollout."""
+    """A plan `[b, n]` sampled from the prior: in parallel from teacher-forced logits, or autoregressively."""
     parallel = rng.categorical(keys, jax.lax.stop_gradient(logits))
     if not model.rollout_every:
         return parallel
@@ -200,14 +200,14 @@ def own_tokens(
 
 
 def others(batch: dict) -> dict:
-    """What a decoder may be conditioned on beside the plan."""
+    """The entries of a batch that a decoder may read besides the plan."""
     return {name: batch[name] for name in OTHERS if name in batch}
 
 
 def sample(
     model: Cascade, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """From text ids to pictures: {"image" render, "draft" the tokenizer's own picture, "tokens", "logprob"}."""
+    """From text ids to pictures: {"image": render, "draft": the tokenizer's decoding, "tokens", "logprob"}."""
     prior, decoder = (part(model, name, params, parts) for name in ("prior", "decoder"))
     tokenizer = need(parts, "tokenizer", "a cascade")
     prompt = find(prior.family).conditioning(prior.model, cond, parts)

@@ -1,11 +1,11 @@
-"""What denoisers share: the role "decoder" as functions over a `Denoiser`, a network with its process.
+"""The role "decoder", shared by denoisers: functions over a `Denoiser`, which is a network with its process.
 
-A family writes its network and builds a `Denoiser` of it; all else of a decoder it imports from here. Training renders
-a batch's pictures (or latents) from its own tokens, text and labels: tokens are corrupted and conditions dropped at
-random, so that the decoder forgives a prior's mistakes and can be guided.
+A family defines its network and builds a `Denoiser` from it; it imports the other functions of a decoder from here.
+Training renders a batch's pictures (or latents) from their tokens, text and labels. Tokens are corrupted and conditions
+dropped at random, so that the decoder tolerates a prior's mistakes and supports guidance.
 
-cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask" (with "features" b l d, if they are known already),
-"label", and "drop_plan", "drop_text", "drop_label" b bool.
+cond: "plan" b h w d codes, "draft" b H W c, "text" and "text_mask" (and "features" b l d, if already encoded), "label",
+and "drop_plan", "drop_text", "drop_label" b bool.
 
 Letters: b batch, H W picture or latent, c channels, h w plan grid, n tokens, d width of codes.
 """
@@ -30,44 +30,44 @@ from hybridgen.nn.linear import cast_for_inference
 from hybridgen.sampling import guidance
 from hybridgen.sampling.solvers import SOLVERS
 
-CONTINUOUS = ("shift", "spacing")  # sampling options of continuous times
+CONTINUOUS = ("shift", "spacing")  # sampling options for continuous times only
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """A network `network(x [b, H, W, c], t [b], cond) -> prediction`, its process, and the options of its training."""
+    """A network `network(x [b, H, W, c], t [b], cond) -> prediction`, its process and its training options."""
 
     network: nn.Module
     process: Process
     plan_drop_prob: float = 0.1
-    cond_drop_prob: float = 0.1  # of text and label, together
+    cond_drop_prob: float = 0.1  # of text and label, which are dropped together
     token_corruption: float = 0.0  # each picture's tokens are replaced at a rate drawn from [0, token_corruption]
-    posterior: str = "mean"  # an autoencoder predicts a Gaussian: training takes its "mean", or a "sample"
+    posterior: str = "mean"  # training uses the "mean" of an autoencoder's Gaussian, or a "sample" of it
 
     def __post_init__(self) -> None:
         if self.posterior not in ("mean", "sample"):
             raise UserError(f"model.posterior {self.posterior!r} is not one of 'mean', 'sample'")
         if self.process.relative and not self.draft:
-            raise UserError("process.relative needs model.draft: errors are measured in units of the draft's")
+            raise UserError("process.relative needs model.draft: it divides errors by those of the draft")
 
     @property
     def shape(self) -> Shape:
-        """(H, W) of what is rendered."""
+        """(H, W) of the rendered picture or latent."""
         return sides(self.network.resolution)
 
     @property
     def channels(self) -> int:
-        """Channels c of what is rendered."""
+        """Channels c of the rendered picture or latent."""
         return self.network.channels
 
     @property
     def length(self) -> int:
-        """Patches n that the network attends over; 0 for one that has none."""
+        """Number of patches n that the network attends over; 0 if it has none."""
         return getattr(self.network, "length", 0)
 
     @property
     def plan_width(self) -> int:
-        """Width d of the plan's codes; 0: the network takes no plan."""
+        """Width d of the plan's codes; 0: the network has no plan input."""
         return getattr(self.network, "plan_width", 0)
 
     @property
@@ -77,17 +77,17 @@ class Denoiser:
 
     @property
     def text_vocab(self) -> int:
-        """Ids of the text that the network reads; 0: it reads none."""
+        """Vocabulary size of the text that the network reads; 0: it reads none."""
         return getattr(self.network, "text_vocab", 0)
 
     @property
     def text_length(self) -> int:
-        """Positions of the text that the network reads."""
+        """Number of positions of the text that the network reads."""
         return getattr(self.network, "text_length", 0)
 
     @property
     def classes(self) -> int:
-        """Classes that the network takes as labels; 0: it takes none."""
+        """Number of classes that the network takes as labels; 0: it takes none."""
         return getattr(self.network, "classes", 0)
 
 
@@ -95,7 +95,7 @@ TRAINING = {field.name: field.default for field in dataclasses.fields(Denoiser)[
 
 
 def split_options(config: Any, process: Process) -> tuple[dict[str, Any], Process, dict[str, Any]]:
-    """`config.model` -> (options of the network, the process, options of training), `process` being the default one."""
+    """`config.model` -> (network options, the process, training options); `process` has the defaults."""
     options = dict(config)
     process = dataclasses.replace(process, **options.pop("process", {}))
     training = {name: options.pop(name, default) for name, default in TRAINING.items()}
@@ -117,12 +117,12 @@ def init(model: Denoiser, key: jax.Array, specs: dict, parts: Parts) -> dict[str
 
 
 def inputs(model: Denoiser) -> Inputs:
-    """What of a batch the network is conditioned on."""
+    """The entries of a batch that the network is conditioned on."""
     return Inputs(bool(model.text_vocab), model.classes)
 
 
 def for_shape(model: Denoiser, shape: Shape, parts: Parts) -> Denoiser:
-    """The model for pictures of `shape`, on the same arrays, of a network of patches."""
+    """The model for pictures of `shape`, with the same arrays, for a network of patches."""
     shape = parts["autoencoder"].model.grid if "autoencoder" in parts else shape
     divided(shape, model.network.patch)
     return dataclasses.replace(model, network=model.network.clone(resolution=shape))
@@ -139,7 +139,7 @@ def predict(model: Denoiser, params: Any, extra: Any, x: jax.Array, t: jax.Array
 
 
 def dropped(cond: dict, name: str, b: int) -> jax.Array:
-    """Which rows have the condition `name` dropped, `[b]` bool."""
+    """True for rows whose condition `name` is dropped, `[b]` bool."""
     return cond.get(f"drop_{name}", jnp.zeros((b,), bool))
 
 
@@ -151,11 +151,11 @@ def kept_draft(cond: dict) -> jax.Array:
 
 
 def label_ids(cond: dict, classes: int, null_class: bool) -> jax.Array:
-    """`cond["label"] [b]`, and the null class, number `classes`, where it is dropped. UserError if there is none."""
+    """`cond["label"] [b]`, or the null class `classes` where the label is dropped. UserError without a null class."""
     if "drop_label" not in cond:
         return cond["label"]
     if not null_class:
-        raise UserError("labels are never dropped (model.cond_drop_prob is 0): there is no guidance against them")
+        raise UserError("guidance for 'label' needs a null class, which needs model.cond_drop_prob above 0 in training")
     return jnp.where(cond["drop_label"], classes, cond["label"])
 
 
@@ -163,7 +163,7 @@ def label_ids(cond: dict, classes: int, null_class: bool) -> jax.Array:
 
 
 def conditioning(model: Denoiser, batch: dict, parts: Parts, tokens: jax.Array | None = None) -> dict:
-    """cond from a batch: codes and draft of its tokens (given, cached or from the tokenizer), text and label."""
+    """cond of a batch: codes and draft of its tokens (given, cached or from the tokenizer), text and label."""
     names = (("text", "text_mask") if model.text_vocab else ()) + (("label",) if model.classes else ())
     cond = {name: batch[name] for name in names}
     if model.plan_width:
@@ -175,7 +175,7 @@ def conditioning(model: Denoiser, batch: dict, parts: Parts, tokens: jax.Array |
 
 
 def plan_conditioning(model: Denoiser, codes: jax.Array, parts: Parts) -> dict:
-    """The entries of cond that follow from codes `[b, h, w, d]`; gradients flow back to soft codes."""
+    """The entries of cond that depend on codes `[b, h, w, d]`; gradients reach soft codes."""
     cond = {"plan": codes}
     if model.draft:
         picture = parts["tokenizer"].call("decode", codes)
@@ -184,9 +184,9 @@ def plan_conditioning(model: Denoiser, codes: jax.Array, parts: Parts) -> dict:
 
 
 def clean(model: Denoiser, batch: dict, parts: Parts, keys: jax.Array | None = None) -> jax.Array:
-    """What is rendered, clean `[b, H, W, c]`: the cached latent, an autoencoder's latent, or the picture.
+    """The clean target `[b, H, W, c]`: the cached latent, an autoencoder's latent, or the picture.
 
-    keys `[b]`: the latent is drawn, if `model.posterior` is "sample"; a cached one was drawn when it was cached.
+    keys `[b]`: used to draw the latent if `model.posterior` is "sample"; a cached one was drawn when it was cached.
     """
     if "latent" in batch:
         return batch["latent"]
@@ -194,7 +194,7 @@ def clean(model: Denoiser, batch: dict, parts: Parts, keys: jax.Array | None = N
         return batch["image"]
     auto, draws = parts["autoencoder"], model.posterior == "sample" and keys is not None
     if draws and optional(find(auto.family), "moments") is None:
-        raise UserError(f"model.posterior is 'sample', and a {auto.family} predicts no Gaussian: set it to 'mean'")
+        raise UserError(f"model.posterior is 'sample', but {auto.family} predicts no Gaussian: set it to 'mean'")
     noise = {"keys": rng.named(keys, "posterior")} if draws else {}
     return jax.lax.stop_gradient(auto.call("encode", batch["image"], **noise))
 
@@ -205,7 +205,7 @@ def clean(model: Denoiser, batch: dict, parts: Parts, keys: jax.Array | None = N
 def loss(
     model: Denoiser, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Error of the prediction at random times, on true tokens with corruption."""
+    """Error of the prediction at random times, for the batch's tokens with corruption."""
     del step, extra
     keys = rng.sample_keys(key, batch["id"])  # b
     tokens = None
@@ -219,7 +219,7 @@ def loss(
 
 
 def corrupt_tokens(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) -> jax.Array:
-    """`tokens [b, n]` with some replaced at random, at a rate of its own for each picture, uniform in [0, most]."""
+    """`tokens [b, n]`, some of them replaced at random, at a rate per picture that is uniform in [0, most]."""
     n = tokens.shape[1]
     rate = most * rng.uniform(rng.named(keys, "corruption rate"))  # b
     hit = rng.uniform(rng.named(keys, "corrupted places"), (n,)) < rate[:, None]  # b n
@@ -229,7 +229,7 @@ def corrupt_tokens(tokens: jax.Array, keys: jax.Array, vocab: int, most: float) 
 def decoder_loss(
     model: Denoiser, params: Any, batch: dict, cond: dict, keys: jax.Array, parts: Parts, train: bool
 ) -> tuple[jax.Array, dict]:
-    """The loss given its conditions, some of them dropped in training."""
+    """The loss for given conditions, some of which are dropped in training."""
     if train:
         plan = rng.bernoulli(rng.named(keys, "drop plan"), model.plan_drop_prob)
         other = rng.bernoulli(rng.named(keys, "drop text"), model.cond_drop_prob)
@@ -246,12 +246,12 @@ def decoder_loss(
 
 
 def draft_error(x: jax.Array, cond: dict) -> jax.Array:
-    """Squared error `[b]` of what the decoder starts from, the draft, or nothing where the plan is dropped, to `x`."""
+    """Squared error `[b]` of the draft, or of zeros where the plan is dropped, with respect to `x`."""
     return jax.lax.stop_gradient(per_sample(jnp.square(kept_draft(cond) - x)))
 
 
 def _kind_of(process: Process) -> ModuleType:
-    """Where `errors` and `render` of a process are."""
+    """The module with `errors` and `render` of a process."""
     return discrete if process.timesteps else continuous
 
 
@@ -261,11 +261,11 @@ def _kind_of(process: Process) -> ModuleType:
 def integrate(
     process: Process, network: Network, cond: dict, keys: jax.Array, shape: tuple[int, ...], options: Mapping[str, Any]
 ) -> jax.Array:
-    """Draws `[b, *shape]` by a solver. `cond` holds b rows; guided branches repeat them with conditions dropped.
+    """Samples `[b, *shape]` with a solver. `cond` has b rows; guided branches repeat them with conditions dropped.
 
-    options: those of `OPTIONS`. "guidance" is a scale by condition, {"plan": s, "text": s}, see sampling.guidance; a
-    bare scale is that of the first of plan, text and label that there is. A condition "x" is dropped through the entry
-    `drop_x [b] bool` of `cond`.
+    options: those of `OPTIONS`. "guidance" is a scale per condition, {"plan": s, "text": s}, see sampling.guidance; a
+    single number applies to the first of plan, text and label that exists. A condition "x" is dropped by the entry
+    `drop_x [b] bool` of `cond`. Raises UserError for guidance of a condition that the decoder does not have.
     """
     known = [name for name in ("plan", "text", "label") if name in cond]
     spec = options.get("guidance", 1.0)
@@ -273,15 +273,15 @@ def integrate(
     branches = guidance.branches(guidance.parse(spec))
     for name in {name for branch in branches for name in branch}:
         if name not in known:
-            raise UserError(f"guidance against {name!r}: the decoder is conditioned on {', '.join(known) or 'nothing'}")
+            raise UserError(f"guidance for {name!r}: the decoder is conditioned on {', '.join(known) or 'nothing'}")
     b = keys.shape[0]
     full = guidance.repeat(cond, len(branches))
     for name in {name for branch in branches for name in branch}:
         full[f"drop_{name}"] = guidance.join([jnp.full(b, name in branch) for branch in branches])
 
-    channels = options.get("guidance_channels", 0) or shape[-1]  # never what a network predicts of its variance
+    channels = options.get("guidance_channels", 0) or shape[-1]  # predicted variances are never guided
     call = guidance.guided(lambda x, t: network(x, t, full), spec, channels)
-    noise = rng.normal(rng.named(keys, "noise"), shape)  # b H W c: at t = 1 sigma is 1
+    noise = rng.normal(rng.named(keys, "noise"), shape)  # b H W c; sigma is 1 at t = 1
     with jax.named_scope("render"):
         return _kind_of(process).render(process, call, noise, rng.named(keys, "solver"), options)
 
@@ -290,22 +290,22 @@ def render(
     model: Denoiser, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: Mapping[str, Any]
 ) -> jax.Array:
     """Renders `[b, H, W, 3]` in [-1, 1] from cond."""
-    if model.text_vocab:  # the same at every step of a solver: encoded once
+    if model.text_vocab:  # encoded once, because it is the same at every step of the solver
         cond = cond | {"features": model.network.apply({"params": params}, cond, method="encode_text")}
-    params = cast_for_inference(params, model.network.dtype, options.get("gather", 1))  # outside of the loop
+    params = cast_for_inference(params, model.network.dtype, options.get("gather", 1))  # outside the loop
     shape = (*model.shape, model.channels)
     x = integrate(
         model.process, lambda x, t, cond: predict(model, params, extra, x, t, cond), cond, keys, shape, options
     )
     if "autoencoder" in parts:
         x = parts["autoencoder"].call("decode", x)
-    return jnp.clip(x, -1, 1)[..., :3]  # of latents without a decoder, three channels as colours
+    return jnp.clip(x, -1, 1)[..., :3]  # latents without an autoencoder are shown as colours: three channels
 
 
 def sample(
     model: Denoiser, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """Renders of `cond["tokens"]`, or of the tokens of `cond["image"]`, or from text and label alone."""
+    """Renders `cond["tokens"]`, or the tokens of `cond["image"]`, or from text and label only."""
     ready = conditioning(model, cond, parts)
     return {"image": render(model, params, extra, ready, keys, parts, options.get("decoder", {}))} | (
         {"draft": jnp.clip(ready["draft"], -1, 1)} if "draft" in ready and "autoencoder" not in parts else {}
@@ -313,20 +313,22 @@ def sample(
 
 
 def options_of(process: Process) -> dict[str, Option]:
-    """The sampling options of a decoder; its process gives the solver and its steps."""
-    ramps, ramp = tuple(guidance.RAMPS), "how the decoder's guidance changes over the steps"
-    scale = "guidance scale of the decoder, with a condition against without (1: none); or a scale for each condition"
+    """The sampling options of a decoder; the defaults of solver and steps are those of its process."""
+    ramps, ramp = tuple(guidance.RAMPS), "schedule of the decoder's guidance over the steps"
+    scale = "classifier-free guidance scale of the decoder (1: none), or one scale per condition"
     known = {
         "guidance": Option(1.0, scale, 0.0, 100.0, by_condition=True, flag="decoder_guidance"),
         "guidance_schedule": Option("constant", ramp, choices=ramps, flag="decoder_guidance_schedule"),
-        "guidance_until": Option(1.0, "share of the steps that are guided", 0.0, 1.0, flag="decoder_guidance_until"),
-        "guidance_channels": Option(0, "number of channels that are guided, the first ones (0: all)", 0, 1_000_000),
-        "solver": Option(process.solver, "solver of the decoder", choices=tuple(SOLVERS)),
-        "steps": Option(process.steps, "steps of the decoder's solver", 1, 1000),
-        "respacing": Option("", "discrete timesteps that are kept, in place of steps: '250', '10,10' or 'ddim25'"),
-        "shift": Option(1.0, "shift of the time grid: above 1 more of the steps are noisy (SD3)", 0.01, 100.0),
+        "guidance_until": Option(
+            1.0, "share of the steps to guide, from the first on", 0.0, 1.0, flag="decoder_guidance_until"
+        ),
+        "guidance_channels": Option(0, "guide the first N channels only (0: all)", 0, 1_000_000),
+        "solver": Option(process.solver, "diffusion solver", choices=tuple(SOLVERS)),
+        "steps": Option(process.steps, "steps of the diffusion solver", 1, 1000),
+        "respacing": Option("", "timesteps to keep, instead of steps: '250', '10,10' or 'ddim25'"),
+        "shift": Option(1.0, "shift of the time grid: above 1, more steps are at high noise (SD3)", 0.01, 100.0),
         "spacing": Option("uniform", "spacing of the time grid", choices=("uniform", "cosine")),
-        "gather": Option(1, "1: parameters are gathered once, before the loop; 0: in every step", 0, 1),
+        "gather": Option(1, "gather parameters once before the loop (1) or in every step (0)", 0, 1),
     }
     return {name: option for name, option in known.items() if not process.timesteps or name not in CONTINUOUS}
 

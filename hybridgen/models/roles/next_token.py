@@ -1,25 +1,25 @@
-"""Next-token priors: what families share that predict a sequence token by token over a KV cache.
+"""Functions shared by next-token priors: families that predict a sequence token by token with a KV cache.
 
 A family takes `prefill, step, score, features, generate` from here and declares `OPTIONS = {"prior": OPTIONS}`. Its
 module has the fields `depth`, `unroll` and `dtype`, and
 
-    length                         tokens of a picture, or the most positions of a text
+    length                         number of tokens of a picture, or largest number of positions of a text
     cond_drop_prob                 probability of dropping a condition in training
-    has_unconditional              whether it knows a dropped condition, which guidance needs
+    has_unconditional              whether it supports a dropped condition, which guidance needs
     cache_heads                    (key heads, head width) of its cache
     features(tokens, cond, keys)   hidden states `[b, n, d]` from which each of `tokens [b, n]` is predicted
     prefill(cond, room)            logits `[b, v]` of the first token, and a cache with room for `room` tokens
     step(cache, chunk, valid)      logits `[b, t, v]` after each position of a chunk, and the cache
     logits(hidden)                 `[b, t, d] -> [b, t, v]`
 
-Where the sequence is `[prefix][tokens]`, the last four are `hidden_states`, `start_cache`, `extend_cache` and
-`head_logits`, functions of a module that has
+If the sequence is `[prefix][tokens]`, the last four may be `hidden_states`, `start_cache`, `extend_cache` and
+`head_logits`, which need a module with
 
     prefix                         positions p - 1 before the one from which the first token is predicted
-    embed_condition(cond)          the prefix `[b, p, d]`, and which of it is visible `[b, p]` (None: all)
-    embed_positions(x, at, keys)   `x [b, t, d]` from position `at` on as it enters the blocks, and its rotary table
-    mask(valid)                    who sees whom
-    tokens, blocks, norm, head     table of tokens, stack of layers, last norm, map to logits
+    embed_condition(cond)          the prefix `[b, p, d]`, and its visible positions `[b, p]` (None: all)
+    embed_positions(x, at, keys)   the blocks' input for `x [b, t, d]` at positions from `at` on, and its rotary table
+    mask(valid)                    the attention mask
+    tokens, blocks, norm, head     token embedding, stack of layers, last norm, linear layer to logits
 
 Letters: b batch, p prefix positions, n tokens, t positions of a chunk, d width, v vocabulary.
 """
@@ -43,15 +43,15 @@ from hybridgen.sampling import decode, guidance
 
 DRAW = ("temperature", "top_k", "top_p")
 TEXT_OPTIONS = {
-    "temperature": Option(1.0, "temperature of the softmax (0: greedy)", 0.0, 100.0),
+    "temperature": Option(1.0, "sampling temperature (0: greedy)", 0.0, 100.0),
     "top_k": Option(0, "keep the k most likely tokens (0: all)", 0, 1_000_000),
-    "top_p": Option(1.0, "keep the most likely tokens up to this mass (1: all)", 1e-6, 1.0),
-    "gather": Option(1, "gather weights that are sharded over fsdp before the loop (0: in every step)", 0, 1),
+    "top_p": Option(1.0, "keep the most likely tokens up to this probability mass (1: all)", 1e-6, 1.0),
+    "gather": Option(1, "gather parameters once before the loop (1) or in every step (0)", 0, 1),
 }
 OPTIONS = {
-    "guidance": Option(1.0, "guidance scale of the prior (1: none)", 0.0, 100.0),
-    "guidance_schedule": Option("constant", "guidance over the tokens", choices=tuple(guidance.RAMPS)),
-    "guidance_until": Option(1.0, "share of the tokens that are guided, the first ones", 0.0, 1.0),
+    "guidance": Option(1.0, "classifier-free guidance scale of the prior (1: none)", 0.0, 100.0),
+    "guidance_schedule": Option("constant", "schedule of guidance over the tokens", choices=tuple(guidance.RAMPS)),
+    "guidance_until": Option(1.0, "share of the tokens to guide, from the first on", 0.0, 1.0),
     **TEXT_OPTIONS,
 }
 
@@ -60,13 +60,13 @@ OPTIONS = {
 
 
 def hidden_states(module: nn.Module, tokens: jax.Array, cond: dict, keys: jax.Array | None = None) -> jax.Array:
-    """Hidden states `[b, n, d]` from which token i is predicted, without a cache; the last token is not read.
+    """Hidden states `[b, n, d]`, from row i of which token i is predicted, without a cache; the last token is not read.
 
-    `keys [b]`: of the dropout.
+    keys `[b]`: dropout keys.
     """
     prefix, valid = module.embed_condition(cond)
     x = jnp.concatenate([prefix, module.tokens(tokens[:, :-1])], 1)  # b p+n-1 d
-    if valid is not None:  # without what hides keys, kernels have less to do
+    if valid is not None:  # kernels are faster without a mask of valid keys
         valid = jnp.pad(valid, ((0, 0), (0, x.shape[1] - valid.shape[1])), constant_values=True)
     x, table = module.embed_positions(x, keys=keys)
     x, _ = module.blocks(x, module.mask(valid), rotary=table, keys=keys)
@@ -74,7 +74,7 @@ def hidden_states(module: nn.Module, tokens: jax.Array, cond: dict, keys: jax.Ar
 
 
 def start_cache(module: nn.Module, cond: dict, room: int) -> tuple[jax.Array, kv.Cache]:
-    """Logits of the first token `[b, v]`, and a cache of the prefix with room for so many tokens."""
+    """Logits of the first token `[b, v]`, and a cache of the prefix with room for `room` tokens."""
     prefix, valid = module.embed_condition(cond)
     cache = empty_cache(module, prefix, module.prefix + room)
     hidden, cache = _cached(module, cache, prefix, jnp.ones(prefix.shape[:2], bool) if valid is None else valid)
@@ -84,7 +84,7 @@ def start_cache(module: nn.Module, cond: dict, room: int) -> tuple[jax.Array, kv
 def extend_cache(
     module: nn.Module, cache: kv.Cache, chunk: jax.Array, valid: jax.Array | None = None
 ) -> tuple[jax.Array, kv.Cache]:
-    """Logits `[b, t, v]` after each token of `chunk [b, t]`, and the cache; `valid [b, t]`: those that others see."""
+    """Logits `[b, t, v]` after each token of `chunk [b, t]`, and the cache; `valid [b, t]`: visible to later tokens."""
     x = module.tokens(chunk)
     hidden, cache = _cached(module, cache, x, jnp.ones(chunk.shape, bool) if valid is None else valid)
     return module.logits(hidden), cache
@@ -106,14 +106,14 @@ def empty_cache(module: nn.Module, like: jax.Array, length: int) -> kv.Cache:
 
 
 def table_rows(table: Rotary, at: jax.Array | int, t: int) -> Rotary:
-    """The `t` rows of a rotary table from position `at` on, which is traced over a cache."""
+    """The `t` rows of a rotary table from position `at` on; with a cache, `at` is traced."""
     if isinstance(at, int):
         return tuple(part[at : at + t] for part in table)
     return tuple(jax.lax.dynamic_slice_in_dim(part, at, t) for part in table)
 
 
 def shard_logits(logits: jax.Array) -> jax.Array:
-    """Logits `[b, ..., v]`, sharded by row and vocabulary."""
+    """Logits `[b, ..., v]`, sharded over rows and vocabulary."""
     return shard(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
 
 
@@ -145,7 +145,7 @@ def features(model: nn.Module, params: Any, extra: Any, tokens: jax.Array, cond:
 def prefill(
     model: nn.Module, params: Any, extra: Any, cond: dict, room: int | None = None
 ) -> tuple[jax.Array, kv.Cache]:
-    """(logits of the first token `[b, v]`, cache with room for `room` tokens, or all)."""
+    """(logits of the first token `[b, v]`, cache with room for `room` tokens; None: `model.length`)."""
     del extra
     return model.apply({"params": unstack_layers(params, model.unroll)}, cond, room or model.length, method="prefill")
 
@@ -153,7 +153,7 @@ def prefill(
 def step(
     model: nn.Module, params: Any, extra: Any, cache: kv.Cache, chunk: jax.Array, valid: jax.Array | None = None
 ) -> tuple[jax.Array, kv.Cache]:
-    """(logits `[b, t, v]`, cache) after `chunk [b, t]`; `valid [b, t]`: which of it later tokens see (None: all)."""
+    """(logits `[b, t, v]`, cache) after `chunk [b, t]`; `valid [b, t]`: visible to later tokens (None: all)."""
     del extra
     return model.apply({"params": unstack_layers(params, model.unroll)}, cache, chunk, valid, method="step")
 
@@ -161,22 +161,22 @@ def step(
 def generate(
     model: nn.Module, params: Any, extra: Any, cond: dict, keys: jax.Array, options: dict
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws tokens `[b, n]` with their log-probabilities: a prefill, then a scan over the cache, which grows in parts.
+    """Samples tokens `[b, n]` with their log-probabilities: a prefill, then scans with a cache that grows in parts.
 
-    options: those of `OPTIONS`, of which "guidance" is a number or a schedule of sampling.guidance; "steps": how many
-    tokens (0: `model.length`). Raises UserError for guidance of a model that knows no dropped condition.
+    options: those of `OPTIONS`; "guidance" is a number or a schedule of sampling.guidance; "steps": number of tokens
+    (0: `model.length`). Raises UserError for guidance of a model that does not support a dropped condition.
     """
     scale = options.get("guidance", 1.0)
     if guidance.is_on(scale):
         if not model.has_unconditional:
-            raise UserError(f"this prior knows no dropped condition: guidance must be 1, and is {scale}")
+            raise UserError(f"guidance is {scale}, but must be 1: this prior has no unconditional mode")
         cond = with_unconditional_rows(cond, keys.shape[0])
-    # outside of the loop
+    # outside the loop
     params = unstack_layers(cast_for_inference(params, model.dtype, options.get("gather", 1)), model.unroll)
     count = options.get("steps", 0) or model.length
     room = decode.parts(count)[0]
     logits, cache = prefill(model, params, extra, cond, room)
-    prefix = cache["valid"].shape[1] - room  # positions of the cache that no room is for
+    prefix = cache["valid"].shape[1] - room  # positions of the cache that the prefix uses
 
     def grow(cache: kv.Cache, drawn: int) -> kv.Cache:
         return kv.grown(cache, prefix + drawn)
@@ -190,14 +190,14 @@ def generate(
 
 
 def with_unconditional_rows(cond: dict, b: int) -> dict:
-    """The condition of `b` pictures with a row after each in which it is dropped, as guidance needs them."""
+    """The condition of `b` pictures, each followed by a row in which it is dropped, as guidance needs it."""
     cond = guidance.repeat(cond, 2)
     kept = jnp.zeros((b,), bool)
     return cond | {"drop": guidance.join([kept, ~kept])}
 
 
 def for_shape(model: nn.Module, shape: Shape, parts: Parts) -> nn.Module:
-    """The model for pictures of `shape`, on the same arrays: its grid is the tokenizer's."""
+    """The model for pictures of `shape`, with the same arrays: its grid is the tokenizer's."""
     del shape
     return model.clone(grid=need(parts, "tokenizer", "a prior on pictures of several shapes").model.grid)
 
@@ -213,7 +213,7 @@ def tokens_of(batch: dict, parts: Parts) -> jax.Array:
 
 
 def drop_condition(model: nn.Module, cond: dict, keys: jax.Array) -> dict:
-    """The condition, of a share `cond_drop_prob` of the rows dropped; `keys [b]`, one a sample."""
+    """The condition, dropped with probability `cond_drop_prob` in each row; `keys [b]`: one per sample."""
     if not model.cond_drop_prob:
         return cond
     return cond | {"drop": rng.bernoulli(rng.named(keys, "drop"), model.cond_drop_prob)}
@@ -228,15 +228,15 @@ def token_loss(
     keys: jax.Array | None = None,
     inputs: jax.Array | None = None,
 ) -> tuple[jax.Array, dict]:
-    """Next-token cross-entropy in nats a token of `tokens [b, n]`, and what else a family's loss returns.
+    """Next-token cross-entropy of `tokens [b, n]` in nats per token, and the aux of a family's loss.
 
-    keys: of the dropout in training. inputs: what is read in place of the tokens, such as corrupted ones `[b, n]`.
+    keys: dropout keys, in training. inputs: the tokens to read, if they differ, such as corrupted ones `[b, n]`.
     """
     inputs = tokens if inputs is None else inputs
     logits = model.apply({"params": params}, inputs, cond, keys=keys, method=forward)
     each = cross_entropy(logits, tokens)  # b n
     scalar, weight = weighted(each, rows(batch, each))
-    # by the greatest logit and not its place, which the CPU backend looks for one by one: 2 ms of a step of 67
+    # compares with the largest logit instead of argmax, which is slow on the CPU backend: 2 ms of a 67 ms step
     best = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] >= logits.max(-1)  # b n
     accuracy, _ = weighted(best.astype(each.dtype), rows(batch, each))
     return scalar, {"metrics": {"nll": scalar, "accuracy": accuracy}, "weight": weight, "extra": {}}
@@ -245,7 +245,7 @@ def token_loss(
 def sample_image(
     model: nn.Module, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: dict
 ) -> dict[str, jax.Array]:
-    """Tokens (or those of `cond["tokens"]`), and the tokenizer's picture of them where there is a tokenizer."""
+    """Tokens (drawn, or `cond["tokens"]`), and their picture if there is a tokenizer."""
     if "tokens" in cond:
         out = {"tokens": cond["tokens"]}
     else:
@@ -258,7 +258,7 @@ def sample_image(
 
 
 def redraw(params: Any, key: jax.Array, std: float) -> Any:
-    """Parameters as GPT starts them: kernels and tables normal with one deviation; positions and norms as they are."""
+    """GPT's initialisation: kernels and tables are normal with deviation `std`; positions and norms are unchanged."""
 
     def start(path: tuple, leaf: jax.Array) -> jax.Array:
         name = "/".join(part.key for part in path)

@@ -1,10 +1,10 @@
-"""What tokenizers share: pictures to a grid of codes (or latents) and back, and the loss of a reconstruction.
+"""Functions shared by tokenizers: pictures to a grid of codes (or latents) and back, and the reconstruction loss.
 
-A model has `resolution`, `reduction` (pixels along a side of a place), `quantizer` (nn/quantizers), `picture_loss`
-(called for the loss of a decoded picture) and the methods `features`, image -> projected outputs of the encoder, and
-`picture`, codes -> image. A family imports from here the functions that it does not have itself.
+A model has `resolution`, `reduction` (ratio of picture and grid sides), `quantizer` (nn/quantizers), `picture_loss`
+(the loss of a decoded picture) and the methods `features`, image -> projected outputs of the encoder, and `picture`,
+codes -> image. A family imports the functions that it does not define itself from here.
 
-    grid = property(tokenizer.grid)         # in the module: what priors and decoders read of it
+    grid = property(tokenizer.grid)         # in the module: attributes that priors and decoders read
 
 Letters: b batch, H W picture, h w grid, n = h*w tokens, d code width, v codes.
 """
@@ -30,7 +30,7 @@ def grid(model: nn.Module) -> tuple[int, int]:
 
 
 def length(model: nn.Module) -> int:
-    """Places of the grid, or tokens n."""
+    """Number of grid positions, which is that of tokens n."""
     return model.grid[0] * model.grid[1]
 
 
@@ -48,21 +48,21 @@ def code_width(model: nn.Module) -> int:
 
 
 def for_shape(model: nn.Module, shape: Shape, parts: Parts) -> nn.Module:
-    """The model for pictures of `shape`, on the same arrays."""
+    """The model for pictures of `shape`, with the same arrays."""
     del parts
     divided(shape, model.reduction)
     return model.clone(resolution=shape)
 
 
 def init_networks(model: nn.Module, key: jax.Array, specs: dict) -> dict[str, Any]:
-    """Fresh parameters of encoder, decoder and discriminator."""
+    """Initial parameters of encoder, decoder and discriminator."""
     image = jnp.zeros((1, *specs["image"].shape[1:]), specs["image"].dtype)
     params = model.init(key, image)["params"]
     return {**params, **model.picture_loss.init(jax.random.fold_in(key, 1), image)}
 
 
 def init(model: nn.Module, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:
-    """Fresh arrays of the networks and of the quantiser."""
+    """Initial arrays of the networks and of the quantiser."""
     del parts
     learned, extra = model.quantizer.init(key)
     return {"params": {**init_networks(model, jax.random.split(key)[0], specs), **learned}, "extra": extra}
@@ -79,7 +79,7 @@ def loss(
     step: jax.Array,
     train: bool,
 ) -> tuple[jax.Array, dict]:
-    """The loss of the picture, what its codes cost, and use of the codebook."""
+    """The loss of the picture plus that of its codes; the metrics include the use of the codebook."""
     quantizer, training = model.quantizer, Training(key, batch["id"], step) if train else None
     z = model.apply({"params": params}, batch["image"], method="features")  # b h w d
     codes, ids = quantizer.encode(params, extra, z, training)
@@ -98,7 +98,7 @@ def loss(
 
 
 def merge(model: nn.Module, extra: Any, sums: Any, key: jax.Array, step: jax.Array) -> Any:
-    """`extra` after a step, from the sums of the whole batch."""
+    """`extra` after a step, from the sums over the global batch."""
     return model.quantizer.merge(extra, sums, key, step)
 
 
@@ -126,7 +126,7 @@ def decode(model: nn.Module, params: Any, extra: Any, codes: jax.Array) -> jax.A
 def sample(
     model: nn.Module, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """Reconstructions of `cond["image"]`: a tokenizer has nothing else to draw."""
+    """Reconstructions of `cond["image"]`."""
     del keys, parts, options
     tokens = encode(model, params, extra, cond["image"])
     codes = embed(model, params, extra, tokens) if model.quantizer.size else tokens

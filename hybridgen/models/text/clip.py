@@ -1,10 +1,10 @@
-"""CLIP's text tower (Radford et al. 2021): a causal transformer with learned positions, as diffusion models read it.
+"""CLIP's text tower (Radford et al. 2021): a causal transformer with learned positions, as used by diffusion models.
 
-Role: `encode(text, mask) -> features b l d, mask`, of the last layer behind the final norm, or of one `skip` layers
-before it without that norm (SDXL and SD3 take `skip` 1); `pooled(text, mask) -> b p`: the state at the end token,
-behind the norm and, where the tower has one, a map into the space that it shares with pictures.
+Role: `encode(text, mask) -> features b l d, mask`: of the last layer, after the final norm, or of the layer `skip`
+before it, without that norm (SDXL and SD3 use `skip` 1); `pooled(text, mask) -> b p`: the state at the end token, after
+the norm and, if the tower has one, the projection into the space that it shares with pictures.
 
-A text is seen whole, also its padding, unless a mask is given: official pipelines give none.
+Without a mask, padding is visible too, as in official pipelines, which give no mask.
 
 Letters: b batch, l text positions, d width, p width of the pooled vector.
 """
@@ -57,7 +57,7 @@ class CLIPBlock(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """`text [b, l] int -> [b, l, d]`, the final norm's; `states` and `pooled` are the other outputs."""
+    """`text [b, l] int -> [b, l, d]`, after the final norm; `states` and `pooled` are the other outputs."""
 
     vocab: int = 49408
     length: int = 77  # the longest text
@@ -67,17 +67,17 @@ class CLIPText(nn.Module):
     hidden: int = 3072
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
-    projection: int = 0  # width of the pooled vector; 0: no map, it is that of the tower
-    end: int = -1  # id of the end token, whose first place is pooled; -1: the largest id in the text is
-    skip: int = 0  # layers that `encode` leaves out at the end
+    projection: int = 0  # width of the pooled vector; 0: no projection, the width of the tower
+    end: int = -1  # id of the end token, whose first position is pooled; -1: the largest id in the text
+    skip: int = 0  # number of last layers that `encode` does not use
     unroll: int = 1
     dtype: str = "float32"
 
     def setup(self) -> None:
         if self.width % self.heads:
-            raise UserError(f"width {self.width} does not divide over {self.heads} heads")
+            raise UserError(f"width {self.width} does not divide by heads {self.heads}")
         if not 0 <= self.skip <= self.depth:
-            raise UserError(f"skip {self.skip} is not within 0 and the {self.depth} layers")
+            raise UserError(f"skip {self.skip} is not within 0 and depth {self.depth}")
         self.words = Embed(self.vocab, self.width, self.dtype)
         self.position = self.param("position", nn.initializers.normal(0.01), (self.length, self.width))
         block = {"heads": self.heads, "hidden": self.hidden, "activation": self.activation, "norm_eps": self.norm_eps}
@@ -88,11 +88,11 @@ class CLIPText(nn.Module):
 
     def enter(self, text: jax.Array) -> jax.Array:
         if text.shape[1] > self.length:
-            raise UserError(f"text of {text.shape[1]} positions for a tower of {self.length}")
+            raise UserError(f"the text has {text.shape[1]} positions, but this text tower takes at most {self.length}")
         return self.words(text) + cast(self.position, self.dtype)[: text.shape[1]]  # b l d
 
     def states(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """What enters the layers, and the output of each: `[depth + 1, b, l, d]`."""
+        """The input of the first layer and the output of each layer: `[depth + 1, b, l, d]`."""
         x = self.enter(text)
         return jnp.concatenate([x[None], self.blocks(x, Mask("causal", valid=mask), every=True)[0]])
 
@@ -103,7 +103,7 @@ class CLIPText(nn.Module):
         return self.states(text, mask)[-1 - self.skip] if self.skip else self(text, mask)
 
     def pooled(self, text: jax.Array, mask: jax.Array | None = None, mapped: bool = True) -> jax.Array:
-        """`[b, p]`; `mapped=False`: before the map, `[b, d]`."""
+        """The pooled vector `[b, p]`; with `mapped=False` before the projection, `[b, d]`."""
         place = text.argmax(-1) if self.end < 0 else (text == self.end).argmax(-1)  # b
         x = jnp.take_along_axis(self(text, mask), place[:, None, None], 1)[:, 0]  # b d
         return self.project(x) if self.projection and mapped else x
@@ -121,13 +121,13 @@ def init(model: CLIPText, key: jax.Array, specs: dict, parts: Any) -> dict[str, 
 def encode(
     model: CLIPText, params: Any, extra: Any, text: jax.Array, mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Features `[b, l, d]` and the mask of the positions that mean something; without a mask, all do."""
+    """Features `[b, l, d]` and the mask of valid positions (without a mask: all)."""
     del extra
     seen = jnp.ones(text.shape, bool) if mask is None else mask
     return model.apply({"params": params}, text, mask, method="features"), seen
 
 
 def pooled(model: CLIPText, params: Any, extra: Any, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """One vector a text, `[b, p]`."""
+    """One vector per text, `[b, p]`."""
     del extra
     return model.apply({"params": params}, text, mask, method="pooled")

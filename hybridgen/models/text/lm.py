@@ -1,12 +1,12 @@
-"""A causal language model in the manner of Llama (Touvron et al. 2023): the trunk of unified models.
+"""A causal language model with the Llama architecture (Touvron et al. 2023): the trunk of unified models.
 
-RMSNorm, gated feed-forward, rotary positions, grouped queries; a head of its own or the table of the tokens. What
-enters are ids `[b, n]` or, from elsewhere, embeddings `[b, n, d]`. Padding may stand anywhere, usually on the left: a
-mask hides it, and a token's position is the number of real tokens before it.
+RMSNorm, gated feed-forward, rotary positions, grouped queries; the head may be tied to the token embedding. Inputs are
+ids `[b, n]` or embeddings `[b, n, d]`. Padding may be anywhere, usually on the left: a mask hides it, and a token's
+position is the number of real tokens before it.
 
 Roles: a prior over text (`prefill`, `step`, `score`, `features`, `generate`) and a text tower (`encode`).
 
-cond: {"text" b l int or b l d, "text_mask" b l bool}, a prompt of at least one real token a row.
+cond: {"text" b l int or b l d, "text_mask" b l bool}, a prompt with at least one real token per row.
 
 Letters: b batch, l prompt positions, n tokens, t positions of a chunk, d width, v vocabulary.
 """
@@ -32,17 +32,17 @@ from hybridgen.nn.position import Rotary, rotary
 from hybridgen.nn.stack import Stack
 
 ROLE = ("prior", "text")
-STEPS = Option(0, "tokens to draw (0: as many as the model has positions)", 0, 1_000_000)
+STEPS = Option(0, "number of tokens to generate (0: as many as the model has positions)", 0, 1_000_000)
 OPTIONS = {"prior": next_token.TEXT_OPTIONS | {"steps": STEPS}}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate = next_token.generate
 
 
 class LM(nn.Module):
-    """`__call__` gives hidden states behind the last norm; `cached` continues a cache by a chunk of any length."""
+    """`__call__` returns hidden states after the last norm; `cached` extends a cache by a chunk of any length."""
 
     text_vocab: int
-    text_length: int  # prompt and continuation
+    text_length: int  # largest number of positions of a prompt with its continuation
     width: int = 192
     depth: int = 4
     heads: int = 3
@@ -53,9 +53,9 @@ class LM(nn.Module):
     bias: bool = False
     mlp_bias: bool = False
     norm_eps: float = 1e-6
-    base: float = 10_000.0  # of the rotary frequencies
-    scaling: Mapping = FrozenDict()  # and their stretching, see nn/position.py
-    tied: bool = False  # logits by the table of the tokens
+    base: float = 10_000.0  # base of the rotary frequencies
+    scaling: Mapping = FrozenDict()  # rotary scaling, see nn/position.py
+    tied: bool = False  # logits from the token embedding
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -87,7 +87,7 @@ class LM(nn.Module):
 
     @property
     def length(self) -> int:
-        """The most positions of a prompt with its continuation."""
+        """The largest number of positions of a prompt with its continuation."""
         return self.text_length
 
     @property
@@ -95,7 +95,7 @@ class LM(nn.Module):
         return self.kv_heads or self.heads, self.key_width
 
     def enter(self, text: jax.Array) -> jax.Array:
-        """Embeddings `[b, n, d]` of ids, or as they are."""
+        """Embeddings `[b, n, d]` of ids; embeddings are returned unchanged."""
         return text if jnp.issubdtype(text.dtype, jnp.floating) else self.tokens(text)
 
     def rotary(self, positions: jax.Array) -> Rotary:
@@ -120,7 +120,7 @@ class LM(nn.Module):
         return self.logits(self(text, mask))
 
     def features(self, tokens: jax.Array, cond: dict) -> jax.Array:
-        """Hidden states `[b, n, d]` from which each of `tokens [b, n]` behind the prompt is predicted."""
+        """Hidden states `[b, n, d]` from which each of `tokens [b, n]`, which follow the prompt, is predicted."""
         prompt, valid = self.enter(cond["text"]), cond["text_mask"]
         x = jnp.concatenate([prompt, self.enter(tokens[:, :-1])], 1)  # b l+n-1 d
         mask = jnp.pad(valid, ((0, 0), (0, tokens.shape[1] - 1)), constant_values=True)
@@ -128,27 +128,27 @@ class LM(nn.Module):
         return jnp.concatenate([last(hidden[:, : valid.shape[1]], valid)[:, None], hidden[:, valid.shape[1] :]], 1)
 
     def cached(self, cache: kv.Cache, text: jax.Array, valid: jax.Array) -> tuple[jax.Array, kv.Cache]:
-        """Hidden states `[b, t, d]` of a chunk that continues the cache; `valid [b, t]`: which of it is real."""
+        """Hidden states `[b, t, d]` of a chunk that continues the cache; `valid [b, t]`: False for padding."""
         table = self.rotary(before(valid) + cache["valid"].sum(-1, keepdims=True))
         x, cache = self.blocks(self.enter(text), Mask("causal"), rotary=table, cache=kv.admit(cache, valid))
         return self.norm(x), kv.advance(cache, valid.shape[1])
 
     def prefill(self, cond: dict, room: int) -> tuple[jax.Array, kv.Cache]:
-        """Logits `[b, v]` behind the last real token of a prompt, and a cache with room for so many tokens."""
+        """Logits `[b, v]` after the last real token of a prompt, and a cache with room for `room` tokens."""
         x, valid = self.enter(cond["text"]), cond["text_mask"]
         cache = next_token.empty_cache(self, x, x.shape[1] + room)
         hidden, cache = self.cached(cache, x, valid)
         return self.logits(last(hidden, valid)), cache
 
     def step(self, cache: kv.Cache, chunk: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, kv.Cache]:
-        """Logits `[b, t, v]` behind each position of a chunk, ids or embeddings, and the cache."""
+        """Logits `[b, t, v]` after each position of a chunk of ids or embeddings, and the cache."""
         valid = jnp.ones(chunk.shape[:2], bool) if valid is None else valid
         hidden, cache = self.cached(cache, chunk, valid)
         return self.logits(hidden), cache
 
 
 def before(mask: jax.Array) -> jax.Array:
-    """How many real tokens are before each, `[b, n]`."""
+    """The number of real tokens before each position, `[b, n]`."""
     return jnp.cumsum(mask, -1, dtype=jnp.int32) - mask
 
 
@@ -168,13 +168,13 @@ def init(model: LM, key: jax.Array, specs: dict, parts: Any) -> dict[str, Any]:
 
 
 def inputs(model: LM) -> Inputs:
-    """What of a batch it is conditioned on."""
+    """The entries of a batch that it is conditioned on."""
     del model
     return Inputs(text=True)
 
 
 def conditioning(model: LM, batch: dict, parts: Any) -> dict:
-    """The prompt among the entries of a batch."""
+    """The entries of a batch that are the prompt."""
     del model, parts
     return {name: batch[name] for name in ("text", "text_mask")}
 
@@ -182,7 +182,7 @@ def conditioning(model: LM, batch: dict, parts: Any) -> dict:
 def loss(
     model: LM, params: Any, batch: dict, key: jax.Array, *, parts: Any, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """Cross-entropy in nats of each real token behind a real one, given all before it."""
+    """Cross-entropy in nats of each real token that follows a real one, given all tokens before it."""
     del key, parts, extra, step, train
     text, mask = batch["text"], batch["text_mask"]  # b n
     logits = model.apply({"params": params}, text[:, :-1], mask[:, :-1], method="forward")
@@ -196,7 +196,7 @@ def loss(
 def encode(
     model: LM, params: Any, extra: Any, text: jax.Array, mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states `[b, l, d]` behind the last norm, and the mask of the positions that mean something."""
+    """Hidden states `[b, l, d]` after the last norm, and the mask of valid positions."""
     del extra
     valid = jnp.ones(text.shape[:2], bool) if mask is None else mask
     return model.apply({"params": params}, text, mask), valid

@@ -1,9 +1,9 @@
-"""T5's encoder (Raffel et al. 2020; gated as in T5 1.1 and Flan): bidirectional, positions by relative buckets alone.
+"""T5's encoder (Raffel et al. 2020; gated as in T5 1.1 and Flan): bidirectional, with relative positions only.
 
-Scores are not divided by the root of the head width, and a table [buckets, heads], one for all layers, is added to
-them. A text may have any length.
+Attention scores are not divided by the root of the head width, and a table [buckets, heads], shared by all layers, is
+added to them. A text may have any length.
 
-Role: `encode(text, mask) -> features b l d, mask`. It pools nothing.
+Role: `encode(text, mask) -> features b l d, mask`. There is no pooled vector.
 
 Letters: b batch, l text positions, d width, h heads.
 """
@@ -28,7 +28,7 @@ ROLE = "text"
 
 
 class T5Block(nn.Module):
-    """Pre-norm with RMSNorm and without biases, `x [b, l, d] -> [b, l, d]`; scores plus `relative [h, 1, l, l]`."""
+    """Pre-norm with RMSNorm and without biases, `x [b, l, d] -> [b, l, d]`; `relative [h, 1, l, l]` adds to scores."""
 
     heads: int
     head_width: int
@@ -59,7 +59,7 @@ class T5Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """`text [b, l] int -> [b, l, d]`; positions outside `mask [b, l]` are seen by none."""
+    """`text [b, l] int -> [b, l, d]`; positions outside `mask [b, l]` are not attended to."""
 
     vocab: int = 32128
     width: int = 4096
@@ -70,7 +70,7 @@ class T5Encoder(nn.Module):
     mlp: str = "geglu"
     norm_eps: float = 1e-6
     buckets: int = 32
-    farthest: int = 128  # the distance from which on all are one bucket
+    farthest: int = 128  # all distances from this one on share a bucket
     unroll: int = 1
     dtype: str = "float32"
 
@@ -83,8 +83,8 @@ class T5Encoder(nn.Module):
         self.norm = Norm(eps=self.norm_eps)
 
     def scores(self, length: int) -> jax.Array:
-        """What is added to the attention scores, `[h, 1, l, l]`."""
-        distance = np.arange(-length + 1, length)  # key less query
+        """The bias that is added to the attention scores, `[h, 1, l, l]`."""
+        distance = np.arange(-length + 1, length)  # key position minus query position
         rows = cast(self.relative, "float32")[relative_buckets(distance, self.buckets, self.farthest)]  # 2l-1 h
         places = np.arange(length)[None, :] - np.arange(length)[:, None] + length - 1  # l l
         return jnp.moveaxis(rows[places], -1, 0)[:, None]
@@ -110,7 +110,7 @@ def init(model: T5Encoder, key: jax.Array, specs: dict, parts: Any) -> dict[str,
 def encode(
     model: T5Encoder, params: Any, extra: Any, text: jax.Array, mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Features `[b, l, d]` and the mask of the positions that mean something; without a mask, all do."""
+    """Features `[b, l, d]` and the mask of valid positions (without a mask: all)."""
     del extra
     seen = jnp.ones(text.shape, bool) if mask is None else mask
     return model.apply({"params": params}, text, mask), seen

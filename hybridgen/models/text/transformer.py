@@ -1,7 +1,7 @@
-"""A small trained text tower: embeddings, learned positions and a few bidirectional blocks.
+"""A small text tower that is trained with its model: embeddings, learned positions and a few bidirectional blocks.
 
-Depth 0 is embeddings and positions alone. Role: `encode(text, mask) -> features b l d, mask`; a family that owns a
-tower uses the module, and its parameters live in that family's.
+Depth 0 means embeddings and positions only. Role: `encode(text, mask) -> features b l d, mask`. A family may also use
+the module inside its own; the parameters are then part of that family's.
 
 Letters: b batch, l text positions, d width.
 """
@@ -37,7 +37,7 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, text: jax.Array, mask: jax.Array) -> jax.Array:
         if text.shape[1] != self.length:
-            raise UserError(f"text of {text.shape[1]} positions for a tower of {self.length}")
+            raise UserError(f"the text has {text.shape[1]} positions, but this text tower takes {self.length}")
         x = Embed(self.vocab, self.width, self.dtype, normal(0.5), name="words")(text)
         x = x + cast(self.param("position", nn.initializers.normal(0.1), (self.length, self.width)), self.dtype)
         if self.depth:
@@ -67,5 +67,5 @@ def init(model: TextTower, key: jax.Array, specs: dict, parts: Any) -> dict[str,
 
 
 def encode(model: TextTower, params: Any, extra: Any, text: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Features `[b, l, d]` and the mask of the positions that mean something."""
+    """Features `[b, l, d]` and the mask of valid positions."""
     return model.apply({"params": params}, text, mask), mask

@@ -1,12 +1,12 @@
 """The loss of a tokenizer's picture: reconstruction, perceptual and adversarial terms (VQGAN, Esser et al. 2021).
 
-The discriminator lives under `params/disc` and trains in the same step: the generator loss sees it fixed, the
-discriminator loss sees the picture fixed, both as they were before the step. Until `start` it neither trains nor costs
-anything.
+The discriminator's parameters are `params/disc`, and it trains in the same step: the generator loss holds it fixed, the
+discriminator loss holds the picture fixed, both at their values before the step. Before step `start` it is neither
+trained nor computed.
 
-The adaptive weight is the quotient of two gradients by the decoder's last kernel, that of the reconstruction loss and
-that of the generator loss: each is a gradient by the picture, pulled back through the last convolution alone. The
-gradients by the picture are computed once and serve for the weight and for everything before the picture.
+The adaptive weight is the ratio of the norms of two gradients with respect to the decoder's last kernel: of the
+reconstruction loss and of the generator loss. Each is a gradient with respect to the picture, pulled back through the
+last convolution. The gradients with respect to the picture are computed once, for the weight and for backpropagation.
 
 Letters: b batch, H W picture, h w grid of the discriminator's patches.
 """
@@ -30,35 +30,35 @@ class Adversarial(NamedTuple):
     """Options of the adversarial terms, `model.adversarial` of a config."""
 
     weight: float = 0.8
-    start: int = 0  # step from which on
-    adaptive: bool = True  # weight times the quotient of gradients; of a microbatch, so accumulated is another weight
-    width: int = 64  # of the discriminator
+    start: int = 0  # first step with these terms
+    adaptive: bool = True  # multiplies weight by the gradient ratio; per microbatch, so accumulation changes it
+    width: int = 64  # of the discriminator, as depth and groups
     depth: int = 3
     groups: int = 32
 
 
 def adversarial(options: Mapping[str, Any]) -> Adversarial | None:
-    """The terms of `model.adversarial`; none if it is empty. Raises UserError for an option that there is not."""
+    """The options in `model.adversarial`; None if it is empty. Raises UserError for an unknown option."""
     if unknown := sorted(set(options) - set(Adversarial._fields)):
-        raise UserError(f"adversarial has no option {unknown[0]!r}, only {', '.join(Adversarial._fields)}")
+        raise UserError(f"model.adversarial has no option {unknown[0]!r}, only {', '.join(Adversarial._fields)}")
     return Adversarial(**options) if options else None
 
 
 @dataclasses.dataclass(frozen=True)
 class PictureLoss:
-    """Weights of the terms of a picture; called for the loss of the picture that `decode(params)` makes."""
+    """Weights of the terms of a picture's loss; a call computes the loss of the picture `decode(params)`."""
 
     l1: float
     mse: float
     perceptual: float
     adversarial: Adversarial | None
     last: str  # path of the decoder's last kernel
-    values: int = 1  # the published objective is so many times ours, which the bounds of the adaptive weight go by
+    values: int = 1  # factor from our objective to the published one, on which the adaptive weight is computed
     dtype: str = "float32"
 
     @classmethod
     def of(cls, model: Any, last: str, values: int = 1) -> "PictureLoss":
-        """As a tokenizer's options say: `l1`, `mse`, `perceptual`, `adversarial`, `dtype`."""
+        """From a tokenizer's options `l1`, `mse`, `perceptual`, `adversarial` and `dtype`."""
         weights = model.l1, model.mse, model.perceptual
         return cls(*weights, adversarial(model.adversarial), last, values, model.dtype)
 
@@ -68,7 +68,7 @@ class PictureLoss:
         return PatchGAN(options.width, options.depth, options.groups, self.dtype)
 
     def init(self, key: jax.Array, image: jax.Array) -> dict[str, Any]:
-        """Fresh parameters of the discriminator, to stand beside the tokenizer's: {"disc": ...}, or {}."""
+        """Initial parameters of the discriminator, to be merged with the tokenizer's: {"disc": ...}, or {}."""
         return {DISC: self.discriminator.init(key, image)["params"]} if self.adversarial else {}
 
     def __call__(
@@ -81,10 +81,10 @@ class PictureLoss:
         step: jax.Array,
         train: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss of the picture `decode(params)` beside `batch["image"]`, both `[b, H, W, 3]`, and metrics.
+        """Loss of the picture `decode(params)` against `batch["image"]`, both `[b, H, W, 3]`, and metrics.
 
-        The loss has the reconstruction's value alone, in training and evaluation: the adversarial terms bring their
-        gradients in, and have no value that could fall.
+        The value is that of the reconstruction terms only, in training and evaluation: the adversarial terms add their
+        gradients but not their values, which do not decrease in training.
         """
 
         def reconstruction(out: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -95,7 +95,7 @@ class PictureLoss:
         out, pull = jax.vjp(lambda kernel: decode(_replaced(params, self.last, kernel)), _leaf(params, self.last))
         still = jax.lax.stop_gradient
         (value, metrics), slope = jax.value_and_grad(reconstruction, has_aux=True)(still(out))
-        # all of it fixed: no gradient is taken of a branch, so that the branch not taken costs nothing
+        # all inputs are fixed: branches are not differentiated, so the branch not taken costs nothing
         given = jax.tree.map(still, (out, slope, pull, params[DISC]))
         branches = (_adversarial_step(self, batch, active) for active in (True, False))
         seen, by_out, by_disc = jax.lax.cond(step >= self.adversarial.start, *branches, given)
@@ -106,12 +106,12 @@ class PictureLoss:
 def reconstruction_loss(
     loss: PictureLoss, batch: dict, out: jax.Array, parts: Parts
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Squared, absolute and perceptual error of `out [b, H, W, 3]` by their weights, and metrics."""
+    """Weighted sum of squared, absolute and perceptual error of `out [b, H, W, 3]`, and metrics."""
     image = batch["image"]
     squared = per_sample(jnp.square(out - image))  # b
     total, metrics = loss.mse * squared + loss.l1 * per_sample(jnp.abs(out - image)), {}
     if loss.perceptual:
-        part = need(parts, "perceptual", f"perceptual {loss.perceptual} (0 goes without)")
+        part = need(parts, "perceptual", f"model.perceptual {loss.perceptual} (0: none)")
         distance = part.call("distance", out, image)  # b
         total, metrics = total + loss.perceptual * distance, {"perceptual": _mean(batch, distance)}
     mse = _mean(batch, squared)
@@ -125,22 +125,22 @@ def generator_loss(batch: dict, fake: jax.Array) -> jax.Array:
 
 
 def discriminator_loss(batch: dict, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's hinge loss: logits of pictures and of decoded ones `[b, h, w]` -> scalar."""
+    """The discriminator's hinge loss: logits of real and of decoded pictures `[b, h, w]` -> scalar."""
     return _mean(batch, hinge(real, fake))
 
 
 def adaptive_weight(loss: PictureLoss, pull: Callable, slope: jax.Array, by_out: jax.Array) -> jax.Array:
-    """Quotient of the gradients by the last kernel of the reconstruction and of the generator loss, at most 10^4.
+    """Ratio of the gradient norms of reconstruction and generator loss at the last kernel, at most 10^4.
 
-    slope, by_out: their gradients by the picture `[b, H, W, 3]`; pull: from there to the kernel.
+    slope, by_out: their gradients with respect to the picture `[b, H, W, 3]`; pull: pulls them back to the kernel.
     """
     near, other = (loss.values * jnp.linalg.norm(pull(slope)[0]), jnp.linalg.norm(pull(by_out)[0]))
     return jnp.clip(near / (other + 1e-4), 0.0, 1e4)
 
 
 def _adversarial_step(loss: PictureLoss, batch: dict, active: bool) -> Callable:
-    """(picture, slope of the reconstruction by it, pull to the last kernel, discriminator) -> (metrics, slope by the
-    picture, slopes by the discriminator); without `active`, zeros of these."""
+    """A function (picture, gradient of the reconstruction loss, pull-back to the last kernel, discriminator) ->
+    (metrics, gradient for the picture, gradients for the discriminator); all zeros if not `active`."""
 
     def logits(disc: Any, picture: jax.Array) -> jax.Array:
         return loss.discriminator.apply({"params": disc}, picture)
@@ -164,7 +164,7 @@ def _adversarial_step(loss: PictureLoss, batch: dict, active: bool) -> Callable:
 
 
 def _mean(batch: dict, values: jax.Array) -> jax.Array:
-    """Mean over the batch's valid rows of a number a picture, `[b]`."""
+    """Mean of `values [b]` over the batch's valid rows."""
     return weighted(values, rows(batch, values))[0]
 
 

@@ -1,10 +1,10 @@
 """KL autoencoder: pictures to a grid of continuous latents and back (Rombach et al. 2022, latent diffusion).
 
-The encoder gives mean and log-variance of a Gaussian over each latent, the loss draws from it and pulls it weakly to a
-standard normal. What a diffusion model sees is `(latent - shift) * scale`: `encode` gives the mean so or, with keys, a
-draw, and `decode` takes it so. Stable Diffusion's autoencoders (also those of SD3 and Flux) and MAR's are this family
-with the options that their tables in weights/ set; the convolutions are those of nn/autoencoder.py. With `adversarial`
-a discriminator trains along (gan_loss.py).
+The encoder predicts mean and log-variance of a Gaussian for each latent; the loss decodes a sample of it and adds a
+small KL divergence from a standard normal. Diffusion models use `(latent - shift) * scale`: `encode` returns the mean
+in this form or, with keys, a sample, and `decode` takes this form. The autoencoders of Stable Diffusion, SD3, Flux and
+MAR are this family with the options set by their tables in weights/; the convolutions are those of nn/autoencoder.py.
+With `adversarial` a discriminator is trained too (gan_loss.py).
 
 Letters: b batch, H W picture, h w grid, d channels of the latent.
 """
@@ -30,9 +30,9 @@ for_shape = tokenizer.for_shape
 
 
 class KL(nn.Module):
-    """`moments`: image -> mean and log-variance; `picture`: latent as drawn from them -> image."""
+    """`moments`: image -> mean and log-variance; `picture`: unscaled latent -> image."""
 
-    resolution: int | Shape = 32  # of a square, or height and width
+    resolution: int | Shape = 32  # side of a square, or height and width
     channels: tuple[int, ...] = (128, 256)
     blocks: int = 2
     attention: bool = True  # in the middle
@@ -40,11 +40,11 @@ class KL(nn.Module):
     residual: Mapping = FrozenDict()  # further options of nn/autoencoder.py: stem, z, groups, ...
     scale: float = 1.0
     shift: float = 0.0
-    variational: bool = True  # otherwise the encoder gives means only, and every log-variance is 1 (an option of MAR's)
-    divergence: float = 1e-6  # weight of a picture's summed divergence beside its summed error
+    variational: bool = True  # False: the encoder predicts means only, and log-variances are 1 (an option of MAR)
+    divergence: float = 1e-6  # weight of a picture's summed KL relative to its summed error
     mse: float = 0.0  # weights of the squared error, ...
-    l1: float = 1.0  # ... the absolute one, ...
-    perceptual: float = 0.0  # ... and the distance that the part `perceptual` sees
+    l1: float = 1.0  # ... the absolute error, ...
+    perceptual: float = 0.0  # ... and the distance of the part `perceptual`
     adversarial: Mapping = FrozenDict()  # options of gan_loss.Adversarial; empty: no discriminator
     dtype: str = "float32"
 
@@ -66,7 +66,7 @@ class KL(nn.Module):
 
     @property
     def reduction(self) -> int:
-        """Pixels along a side of a place."""
+        """Ratio of the sides of picture and grid."""
         return 2 ** (len(self.channels) - 1)
 
     @property
@@ -109,19 +109,19 @@ def divergence(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
 
 
 def draw_latent(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
-    """A latent of its Gaussian, of standard normal noise; all `[b, h, w, d]`."""
+    """A sample of the latent's Gaussian, from standard normal noise; all `[b, h, w, d]`."""
     return mean + jnp.exp(0.5 * log_variance) * noise
 
 
 def scaled(model: KL, latent: jax.Array) -> jax.Array:
-    """A latent as a diffusion model sees it."""
+    """A latent in the form that diffusion models use: shifted and scaled."""
     return (latent - model.shift) * model.scale
 
 
 def loss(
     model: KL, params: Any, batch: dict, key: jax.Array, *, parts: Parts, extra: Any, step: jax.Array, train: bool
 ) -> tuple[jax.Array, dict]:
-    """The loss of the picture (gan_loss.py) and the divergence, both a value of the picture."""
+    """The loss of the picture (gan_loss.py) plus the weighted KL divergence, both per value of the picture."""
     del extra
     image = batch["image"]  # b H W 3
     mean, log_variance = model.apply({"params": params}, image, method="moments")  # b h w d
@@ -140,7 +140,7 @@ def loss(
 
 
 def encode(model: KL, params: Any, extra: Any, image: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-    """`image [b, H, W, 3]` -> latent `[b, h, w, d]`, shifted and scaled: the mean, or with `keys [b]` a draw."""
+    """`image [b, H, W, 3]` -> latent `[b, h, w, d]`, shifted and scaled: the mean, or with `keys [b]` a sample."""
     del extra
     mean, log_variance = model.apply({"params": params}, image, method="moments")
     if keys is None:
@@ -149,13 +149,13 @@ def encode(model: KL, params: Any, extra: Any, image: jax.Array, keys: jax.Array
 
 
 def moments(model: KL, params: Any, extra: Any, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log-variance `[b, h, w, d]` of the latent's Gaussian, of `image [b, H, W, 3]`; not shifted or scaled."""
+    """Mean and log-variance `[b, h, w, d]` of the Gaussian of `image [b, H, W, 3]`, not shifted or scaled."""
     del extra
     return model.apply({"params": params}, image, method="moments")
 
 
 def decode(model: KL, params: Any, extra: Any, codes: jax.Array) -> jax.Array:
-    """A latent as `encode` gives it, `[b, h, w, d]` -> image `[b, H, W, 3]`."""
+    """A latent `[b, h, w, d]` in the form of `encode` -> image `[b, H, W, 3]`."""
     del extra
     return model.apply({"params": params}, codes / model.scale + model.shift, method="picture")
 
@@ -163,7 +163,7 @@ def decode(model: KL, params: Any, extra: Any, codes: jax.Array) -> jax.Array:
 def sample(
     model: KL, params: Any, cond: dict, keys: jax.Array, *, parts: Parts, extra: Any, options: dict
 ) -> dict[str, jax.Array]:
-    """Reconstructions of `cond["image"]`: a tokenizer has nothing else to draw."""
+    """Reconstructions of `cond["image"]`."""
     del keys, parts, options
     latent = encode(model, params, extra, cond["image"])
     return {"image": jnp.clip(decode(model, params, extra, latent), -1, 1)}

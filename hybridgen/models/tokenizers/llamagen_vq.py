@@ -1,9 +1,9 @@
-"""LlamaGen's image tokenizer (Sun et al. 2024, arXiv 2406.06525): VQGAN with few channels a code, on the unit sphere.
+"""LlamaGen's image tokenizer (Sun et al. 2024, arXiv 2406.06525): VQGAN with low-dimensional codes on the unit sphere.
 
-The residual autoencoder attends on its lowest level. Codes and outputs are l2-normalised before they are compared (Yu
-et al. 2021); the codebook learns from the squared distance to the outputs that chose it, the encoder from `commitment`
-times that and, with `entropy`, from the entropies of its soft codes. Squared and perceptual error and the adversarial
-terms are those of gan_loss.py.
+The residual autoencoder has attention on its lowest level. Codes and outputs are l2-normalised before they are compared
+(Yu et al. 2021). The codebook's loss is the squared distance to the outputs that chose each code; the encoder's loss is
+`commitment` times that and, with `entropy`, the entropies of its soft codes. The squared and perceptual errors and the
+adversarial terms are those of gan_loss.py.
 
 Letters: b batch, H W picture, h w grid, d code width.
 """
@@ -31,11 +31,11 @@ SOFTNESS = 0.01  # temperature of the soft codes
 class LlamaGenVQ(nn.Module):
     """`raw`: image -> the encoder's outputs; `features`: on the unit sphere; `picture`: grid of codes -> image."""
 
-    resolution: int | Shape = 256  # of a square, or height and width
+    resolution: int | Shape = 256  # side of a square, or height and width
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)
-    decoder_channels: tuple[int, ...] = ()  # if they are others
+    decoder_channels: tuple[int, ...] = ()  # if they differ
     stem: int = 128
-    z: int = 256  # channels between the networks and the maps around a code
+    z: int = 256  # channels between the networks and the 1x1 convolutions around a code
     blocks: int = 2
     groups: int = 32
     codebook_size: int = 16384
@@ -43,10 +43,10 @@ class LlamaGenVQ(nn.Module):
     l2: bool = True  # codes on the unit sphere
     commitment: float = 0.25
     entropy: float = 0.0
-    revive_below: float = 0.0  # ours: a code with less than this share of its fair use is drawn to the data
+    revive_below: float = 0.0  # ours: a code used less than this share of the mean is pulled to encoder outputs
     mse: float = 1.0  # weights of the squared error, ...
-    l1: float = 0.0  # ... the absolute one, ...
-    perceptual: float = 0.0  # ... and the distance that the part `perceptual` sees
+    l1: float = 0.0  # ... the absolute error, ...
+    perceptual: float = 0.0  # ... and the distance of the part `perceptual`
     adversarial: Mapping = FrozenDict()  # options of gan_loss.Adversarial; empty: no discriminator
     dtype: str = "float32"
 
@@ -62,12 +62,12 @@ class LlamaGenVQ(nn.Module):
 
     @property
     def reduction(self) -> int:
-        """Pixels along a side of a token."""
+        """Ratio of the sides of picture and grid."""
         return 2 ** (len(self.channels) - 1)
 
     @property
     def quantizer(self) -> vq_gradient.Quantizer:
-        """Vector quantisation with a codebook that gradients learn, rounded as official code rounds."""
+        """Vector quantisation with a codebook trained by gradients, with the rounding of official code."""
         options = {"commitment": self.commitment, "entropy": self.entropy, "revive_below": self.revive_below}
         options |= {"l2": self.l2, "exact": True, "softness": SOFTNESS}
         return vq_gradient.Quantizer(self.codebook_size, self.width, **options)

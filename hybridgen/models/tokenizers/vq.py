@@ -1,8 +1,8 @@
-"""Our tokenizer: light convolutions around any quantiser (VQ-VAE, van den Oord et al. 2017).
+"""Our tokenizer: a small convolutional encoder and decoder around any quantiser (VQ-VAE, van den Oord et al. 2017).
 
-`quantizer` are the options of the quantiser (nn/quantizers): finite scalar, lookup-free or vector quantisation, codes
-drawn from logits, or none, a plain autoencoder with a continuous latent. With `adversarial` a discriminator trains
-along (gan_loss.py).
+`quantizer` has the options of the quantiser (nn/quantizers): finite scalar, lookup-free or vector quantisation, codes
+sampled from logits, or none (a plain autoencoder with a continuous latent). With `adversarial` a discriminator is
+trained too (gan_loss.py).
 
 Letters: b batch, H W picture, h w grid, d code width.
 """
@@ -30,16 +30,16 @@ encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.
 class VQ(nn.Module):
     """`features`: image -> grid of projected outputs; `picture`: grid of codes -> image."""
 
-    resolution: int | Shape = 32  # of a square, or height and width
+    resolution: int | Shape = 32  # side of a square, or height and width
     patch: int = 4
     channels: tuple[int, ...] = (128, 256)
     blocks: int = 1
     attention: bool = True
-    local: bool = False  # a token depends on its neighbourhood only: plans compose, and a prior learns them faster
+    local: bool = False  # a token depends on its neighbourhood only, which a prior learns faster
     quantizer: Any = fsq.Quantizer()
     mse: float = 1.0  # weights of the squared error, ...
-    l1: float = 0.0  # ... the absolute one, ...
-    perceptual: float = 0.0  # ... and the distance that the part `perceptual` sees
+    l1: float = 0.0  # ... the absolute error, ...
+    perceptual: float = 0.0  # ... and the distance of the part `perceptual`
     adversarial: Mapping = FrozenDict()  # options of gan_loss.Adversarial; empty: no discriminator
     dtype: str = "float32"
 
@@ -56,7 +56,7 @@ class VQ(nn.Module):
 
     @property
     def reduction(self) -> int:
-        """Pixels along a side of a token."""
+        """Ratio of the sides of picture and grid."""
         return self.patch * 2 ** (len(self.channels) - 1)
 
     @property

@@ -1,7 +1,7 @@
 """VQGAN (Esser et al. 2021): the residual autoencoder around vector quantisation, with a discriminator.
 
-Published by taming-transformers with a codebook that gradients learn (`VQModel`; quantiser vq_gradient with `exact` and
-`legacy`) and with codes drawn from logits (`GumbelVQ`; quantiser gumbel). Absolute and perceptual error and the
+taming-transformers published it with a codebook trained by gradients (`VQModel`; quantiser vq_gradient with `exact` and
+`legacy`) and with codes sampled from logits (`GumbelVQ`; quantiser gumbel). The absolute and perceptual errors and the
 adversarial terms are those of gan_loss.py.
 
 Letters: b batch, H W picture, h w grid, d code width.
@@ -30,14 +30,14 @@ encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.
 class VQGAN(nn.Module):
     """`raw`: image -> the encoder's outputs; `features`: projected; `picture`: grid of codes -> image."""
 
-    resolution: int | Shape = 256  # of a square, or height and width
+    resolution: int | Shape = 256  # side of a square, or height and width
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)
     blocks: int = 2
     residual: Mapping = FrozenDict()  # further options of nn/autoencoder.py: stem, z, attend, groups, ...
     quantizer: Any = vq_gradient.Quantizer(1024, 256, l2=False, exact=True, legacy=True, revive_below=0.0)
     mse: float = 1.0  # weights of the squared error, ...
-    l1: float = 0.0  # ... the absolute one, which is the published one, ...
-    perceptual: float = 0.0  # ... and the distance that the part `perceptual` sees
+    l1: float = 0.0  # ... the absolute error, which the published code uses, ...
+    perceptual: float = 0.0  # ... and the distance of the part `perceptual`
     adversarial: Mapping = FrozenDict()  # options of gan_loss.Adversarial; empty: no discriminator
     dtype: str = "float32"
 
@@ -54,7 +54,7 @@ class VQGAN(nn.Module):
 
     @property
     def reduction(self) -> int:
-        """Pixels along a side of a token."""
+        """Ratio of the sides of picture and grid."""
         return 2 ** (len(self.channels) - 1)
 
     @property

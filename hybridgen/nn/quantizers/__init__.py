@@ -1,27 +1,27 @@
-"""Quantisers: what stands between a tokenizer's encoder and its decoder. One file a kind, found by its name.
+"""Quantisers: the bottleneck between a tokenizer's encoder and decoder. One file per kind, found by its name.
 
     quantizer = build({"kind": "fsq", "levels": (8, 5, 5, 5)})      # nn/quantizers/fsq.py
 
-A file has one frozen, hashable dataclass `Quantizer`, whose fields are the options, all with a default. Its arrays lie
-beside those of the networks: in `params` what gradients learn, in `extra` what is learned without. It has
+A file has one frozen, hashable dataclass `Quantizer`, whose fields are the options, all with a default. Its arrays are
+stored with those of the networks: in `params` if gradients train them, otherwise in `extra`. It has
 
     size, width                      number of codes v, 0 for a continuous latent; channels d of a code
-    decay                            of its moving averages
+    decay                            decay of its moving averages
     init(key)                        -> its entries of (params, extra)
-    project(z)                       encoder outputs [b, h, w, d] -> as they are compared with codes (on a sphere)
+    project(z)                       encoder outputs [b, h, w, d] -> the form compared with codes (such as unit vectors)
     encode(params, extra, z)         projected outputs -> (codes [b, h, w, d] with a gradient, ids [b, h, w] or None)
-    codes(params, extra, ids)        ids [...] -> codes [..., d], the values that `encode` gives
-    loss(params, extra, z, ids)      -> (what the codes of each picture cost [b], sums over tokens, metrics)
+    codes(params, extra, ids)        ids [...] -> codes [..., d], the values that `encode` returns
+    loss(params, extra, z, ids)      -> (loss terms of each picture [b], sums over tokens, metrics)
     merge(extra, sums, key, step)    -> `extra` after a step, from the sums over microbatches and hosts
 
-In training `encode` and `loss` take a `Training` as their last argument, for kinds that draw. In `extra` every kind
-with codes has `use [v]`, the moving average of how many tokens a step each code takes, from zero on. A kind without
-(none.py) has `standardise(extra, z)` and `restore(extra, latent)` in place of `codes`.
+In training `encode` and `loss` have a `Training` as their last argument, for kinds that sample. In `extra` every kind
+with codes has `use [v]`, the moving average of each code's tokens per step, starting at zero. A kind without codes
+(none.py) has `standardise(extra, z)` and `restore(extra, latent)` instead of `codes`.
 
-Kinds with several codes a place fit: `z` is the whole grid, and no caller takes ids to be `[b, h, w]`. A residual one
-gives ids `[b, h, w, r]`, each level of what the levels before left over; a multi-scale one (VAR) ids `[b, n]` of all
-its grids. `encode` gives the sum of their codes, in the shape of `z`. A family on such a quantiser has its own `embed`
-and `length`, since its ids are not one a place.
+Kinds with several codes per position are possible: `z` is the whole grid, and no caller assumes ids `[b, h, w]`. A
+residual quantiser returns ids `[b, h, w, r]`, each level for the residual of the levels before; a multi-scale one (VAR)
+ids `[b, n]` of all its grids. `encode` returns the sum of their codes, in the shape of `z`. A family with such a
+quantiser defines its own `embed` and `length`, because it has more than one id per position.
 
 Letters: b batch, h w grid, d code width, v codes.
 """
@@ -39,26 +39,26 @@ from hybridgen.core.errors import UserError
 
 
 class Training(NamedTuple):
-    """What a step draws by: its key, the pictures' numbers `ids [b]`, and `step`, its number."""
+    """The random state of a training step: its key, the pictures' ids `ids [b]`, and the step number `step`."""
 
     key: jax.Array
     ids: jax.Array
     step: jax.Array
 
     def keys(self) -> jax.Array:
-        """One key a picture `[b]`: draws are the same on every mesh and with any accumulation."""
+        """One key per picture `[b]`: samples are the same on every mesh and with any accumulation."""
         return rng.sample_keys(self.key, self.ids)
 
 
 def kinds() -> list[str]:
-    """The kinds there are: the files of this folder."""
+    """The names of all kinds: the files of this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def build(options: Mapping[str, Any]) -> Any:
-    """The quantiser of `{"kind": ..., option: value}`. Raises UserError for what it does not have or cannot be."""
+    """The quantiser of `{"kind": ..., option: value}`. Raises UserError for an unknown kind or option."""
     if not hasattr(options, "items"):
-        raise UserError(f"quantizer {repr(options)[:80]} is no group of options, such as {{'kind': 'fsq'}}")
+        raise UserError(f"quantizer {repr(options)[:80]} is not a group of options such as {{'kind': 'fsq'}}")
     kind = options.get("kind")
     if kind not in kinds():
         raise UserError(f"quantizer.kind {repr(kind)[:80]} is not one of {', '.join(kinds())}")
@@ -72,7 +72,7 @@ def build(options: Mapping[str, Any]) -> Any:
 
 
 def check_ranges(quantizer: Any, **ranges: tuple[float, float]) -> None:
-    """Raises UserError for an option (of a tuple, each number) that is out of its range or of another type."""
+    """Raises UserError for an option (or a member of a tuple) that is out of its range or has another type."""
     for field in dataclasses.fields(quantizer):
         value, default = getattr(quantizer, field.name), field.default
         if isinstance(default, tuple):

@@ -1,7 +1,8 @@
 """Finite scalar quantisation (Mentzer et al. 2023): each channel is rounded to one of a few levels.
 
-There is no codebook to learn. `entropy` is the weight of a term that keeps the codes in use: how far the entropy of the
-batch's use is below that of an even use of the share `fill` of them (the diversity term of LFQ, Yu et al. 2023).
+There is no trained codebook. `entropy` is the weight of a term that keeps codes in use: the amount by which the entropy
+of the batch's codes is below that of a uniform use of the share `fill` of them (the diversity term of LFQ, Yu et al.
+2023).
 
 Letters: b batch, h w grid, n tokens, d channels, v codes.
 """
@@ -21,20 +22,20 @@ from hybridgen.nn.quantizers import Training, check_ranges
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """Codes in [-1, 1]^d; id: the digits of a number, the first channel's the least significant."""
+    """Codes in [-1, 1]^d. The channels are the digits of the id; the first one is the least significant."""
 
-    levels: tuple[int, ...] = (8, 5, 5, 5)  # of each channel
-    # of a microbatch, as every entropy of soft codes: accumulated is not the large batch here
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # number of levels of each channel
+    # computed per microbatch, like every entropy of soft codes, so accumulation differs from a large batch
     entropy: float = 0.0
     fill: float = 0.7
-    softness: float = 0.5  # temperature of the soft codes that the entropy is of
+    softness: float = 0.5  # temperature of the soft codes for the entropy
     decay: float = 0.99
 
     def __post_init__(self) -> None:
         weights = dict.fromkeys(("entropy",), (0.0, 1e6)) | dict.fromkeys(("fill", "softness"), (1e-6, 1e6))
         check_ranges(self, levels=(2, 2**16), decay=(0.0, 1.0), **weights)
         if len(self.levels) > 24 or self.size > 2**24:
-            raise UserError(f"quantizer.levels {str(self.levels)[:80]} make more than {2**24} codes")
+            raise UserError(f"quantizer.levels {str(self.levels)[:80]} give more than {2**24} codes")
 
     @property
     def size(self) -> int:
@@ -53,11 +54,11 @@ class Quantizer:
 
     def bound(self, z: jax.Array) -> jax.Array:
         """`z [..., d]` squashed into the range of its levels, so that rounding gives exactly `levels[i]` values."""
-        # an even number of levels is shifted by a half, so that rounding is symmetric (eq. 2 of the paper's appendix)
+        # an even number of levels is shifted by 1/2, so that rounding is symmetric (eq. 2 of the paper's appendix)
         margin = jnp.asarray([1 + 1e-3 if size == 2 else 1 - 1e-3 for size in self.levels], z.dtype)
         half = (jnp.asarray(self.levels, z.dtype) - 1) * margin / 2
         offset = jnp.where(jnp.asarray(self.levels) % 2 == 0, 0.5, 0.0).astype(z.dtype)
-        # bound(0) = 0; of two levels, -1 and 0, that would be the very end of the tanh: there the sign of z decides
+        # bound(0) = 0; with two levels, -1 and 0, that would be the end of the tanh, so there the sign of z decides
         shift = jnp.where(jnp.asarray(self.levels) == 2, 0.0, jnp.arctanh(offset / half)).astype(z.dtype)
         return jnp.tanh(z + shift) * half - offset
 
@@ -86,7 +87,7 @@ class Quantizer:
         return codebook.joint_entropy([self._soft(bound[:, i], size) for i, size in enumerate(self.levels)])
 
     def _soft(self, x: jax.Array, size: int) -> jax.Array:
-        """A channel `[n]` shared among its levels by distance: `[n, size]`."""
+        """Soft assignment of a channel `[n]` to its levels by distance: `[n, size]`."""
         centres = jnp.arange(size, dtype=x.dtype) - size // 2
         return jax.nn.softmax(-jnp.square(x[:, None] - centres) / self.softness, -1)
 

@@ -1,12 +1,13 @@
-"""Codes drawn from logits (Jang et al. 2016), as DALL-E and VQGAN with Gumbel codes have them (Esser et al. 2021).
+"""Codes sampled from logits (Gumbel-softmax, Jang et al. 2016), as in DALL-E and in VQGAN with Gumbel codes (Esser et
+al. 2021).
 
-Training draws by Gumbel noise and hands the encoder the gradient of the soft code at a temperature that may fall; the
-likeliest code is what a picture is encoded as. Logits are an own linear map of the output (the official form), or with
-`sharpness` so many times the cosines of the output and the codes: of an own map a code's score and its place have
-nothing to do with each other until training has joined them.
+Training samples with Gumbel noise, and the encoder gets the gradient of the soft code, at a temperature that may be
+annealed; otherwise a picture is encoded by the most likely codes. Logits are a linear layer of the output (the official
+form) or, with `sharpness`, that factor times the cosines of the output and the codes: with a linear layer, a code's
+score is unrelated to its vector until they have been trained.
 
-`params`: `codebook [v, d]` and `score`, the linear map. `extra`: with `used`, the rows `used [v]` of the codebook that
-tokens number (the remap of taming-transformers).
+`params`: `codebook [v, d]` and `score`, the linear layer. `extra`: with `used`, the codebook rows `used [v]` that have
+a token (the remap of taming-transformers).
 
 Letters: b batch, h w grid, d code width, v codes.
 """
@@ -26,18 +27,18 @@ from hybridgen.nn.quantizers import Training, check_ranges
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """A row of a learned codebook, by logits."""
+    """A row of a trained codebook, selected by logits."""
 
     codebook_size: int = 1024
     width: int = 8
-    used: int = 0  # tokens number so many rows of the codebook; 0: all
-    sharpness: float = 0.0  # of logits by cosines; 0: by an own linear map
-    temperature: tuple[float, float] = (1.0, 0.0625)  # of the gradient's soft code: from, to ...
-    cooling: int = 0  # ... over so many steps; 0: it stays
-    divergence: float = 5e-4  # weight of the distance of a token's distribution from an even one
-    # of a microbatch: accumulated is not the large batch here
-    entropy: float = 0.0  # weight of the entropy of a token's distribution, less that of the batch's use
-    softness: float = 0.5  # temperature of the distributions that the entropies are of
+    used: int = 0  # number of codebook rows that have a token; 0: all
+    sharpness: float = 0.0  # factor of cosines as logits; 0: logits from a linear layer
+    temperature: tuple[float, float] = (1.0, 0.0625)  # first and last temperature of the gradient's soft code ...
+    cooling: int = 0  # ... and the steps of its annealing; 0: constant
+    divergence: float = 5e-4  # weight of the KL divergence of a token's distribution from the uniform one
+    # computed per microbatch, so accumulation differs from a large batch
+    entropy: float = 0.0  # weight of the entropy of a token's distribution minus that of the batch's use
+    softness: float = 0.5  # temperature of the distributions for these entropies
     decay: float = 0.99
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class Quantizer:
         sizes = {"codebook_size": (1, 2**24), "width": (1, 2**16), "used": (0, 2**24)}
         check_ranges(self, decay=(0.0, 1.0), **sizes, **weights, **heat)
         if len(self.temperature) != 2:
-            raise UserError(f"quantizer.temperature {self.temperature} is no pair: from, to")
+            raise UserError(f"quantizer.temperature {self.temperature} is not a pair (first, last)")
 
     @property
     def size(self) -> int:
@@ -61,17 +62,17 @@ class Quantizer:
         return codebook.normalise(z) if self.sharpness else z
 
     def table(self, params: Any, extra: Any) -> jax.Array:
-        """The codes that tokens number: `[v, d]`."""
+        """The codes that have a token: `[v, d]`."""
         return self.project(lookup(params["codebook"], extra["used"]) if self.used else params["codebook"])
 
     def all_logits(self, params: Any, z: jax.Array) -> jax.Array:
-        """Logits of every row of the codebook, by projected outputs `z [..., d]`: `[..., codebook_size]`."""
+        """Logits of all rows of the codebook for projected outputs `z [..., d]`: `[..., codebook_size]`."""
         if not self.sharpness:
             return codebook.scores(self.codebook_size).apply({"params": params["score"]}, z)
         return cosine_logits(z, self.project(params["codebook"]), self.sharpness)
 
     def logits(self, params: Any, extra: Any, z: jax.Array) -> jax.Array:
-        """Logits of the codes that tokens number: `z [..., d]` -> `[..., v]`."""
+        """Logits of the codes that have a token: `z [..., d]` -> `[..., v]`."""
         logits = self.all_logits(params, z)
         return logits[..., extra["used"]] if self.used else logits
 
@@ -111,28 +112,28 @@ class Quantizer:
 
 
 def draw(logits: jax.Array, noise: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A code by `logits + noise [..., v]` -> (one-hot `[..., v]` with the gradient of the soft one, ids `[...]`)."""
+    """Samples codes by `logits + noise [..., v]` -> (one-hot `[..., v]` with the soft code's gradient, ids `[...]`)."""
     soft = jax.nn.softmax((logits + noise) / temperature, -1)
     ids = jnp.argmax(soft, -1).astype(jnp.int32)
     return soft + jax.lax.stop_gradient(jax.nn.one_hot(ids, logits.shape[-1], dtype=soft.dtype) - soft), ids
 
 
 def cosine_logits(z: jax.Array, table: jax.Array, sharpness: float) -> jax.Array:
-    """Logits of codes by their cosines with outputs, `z [..., d]` and `table [v, d]` of unit rows: `[..., v]`.
+    """Logits of codes from their cosines with outputs; `z [..., d]` and `table [v, d]` have unit rows: `[..., v]`.
 
-    The likeliest code is the nearest one, and every code is the likeliest somewhere. Where codes lie densely the
-    expected one moves as z does: it hands z nearly the straight-through gradient, at any temperature.
+    The most likely code is the nearest one, and every code is the most likely one somewhere. If codes are dense, the
+    expected code follows z, so the gradient is close to the straight-through one at any temperature.
     """
     return sharpness * jnp.einsum("...d,vd->...v", z, table)
 
 
 def cooled(step: jax.Array, warm: float, cold: float, steps: int) -> jax.Array:
-    """Temperature at `step` of half a cosine from `warm` to `cold` over `steps`; 0 steps: `warm` throughout."""
+    """Temperature at `step` of a half-cosine schedule from `warm` to `cold` over `steps`; 0 steps: always `warm`."""
     done = jnp.clip(step / steps, 0.0, 1.0) if steps else 0.0
     return cold + (warm - cold) * (1 + jnp.cos(jnp.pi * done)) / 2
 
 
 def prior_divergence(logits: jax.Array, size: int) -> jax.Array:
-    """KL in nats of the codes' distribution from the even one over `size` codes: `logits [..., v]` -> `[...]`."""
+    """KL in nats of softmax(logits) from the uniform distribution over `size` codes: `[..., v]` -> `[...]`."""
     p = jax.nn.softmax(logits, -1)
     return (p * jnp.log(p * size + 1e-10)).sum(-1)

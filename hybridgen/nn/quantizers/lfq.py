@@ -1,7 +1,7 @@
-"""Lookup-free quantisation (Yu et al. 2023, MAGVIT-v2): the sign of each channel is a bit of the code's number.
+"""Lookup-free quantisation (Yu et al. 2023, MAGVIT-v2): the sign of each channel is a bit of the code's id.
 
-Soft codes are a softmax over the negative squared distances to all 2^d codes, a product over bits. `entropy` is the
-weight of the entropy of a token's soft code, less `diversity` times that of the batch's use.
+Soft codes are a softmax over the negative squared distances to all 2^d codes, which factorises over bits. `entropy` is
+the weight of the entropy of a token's soft code minus `diversity` times that of the batch's use.
 
 Letters: b batch, h w grid, n tokens, d bits, v = 2^d codes.
 """
@@ -18,14 +18,14 @@ from hybridgen.nn.quantizers import Training, check_ranges
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """Codes of -1 and 1, the most significant bit of the id first; an output of zero counts as minus."""
+    """Codes of -1 and 1; the first channel is the id's most significant bit; an output of zero gives -1."""
 
     bits: int = 10
     commitment: float = 0.25
     entropy: float = 0.0
     diversity: float = 1.0
     softness: float = 0.5  # temperature of the soft codes
-    joint: int = 10  # bits that the batch's entropy is exact for; groups of so many count as independent
+    joint: int = 10  # bits per group for the batch's entropy, which is exact in a group; groups count as independent
     decay: float = 0.99
 
     def __post_init__(self) -> None:
@@ -63,10 +63,10 @@ class Quantizer:
         return jnp.asarray([2**i for i in reversed(range(self.bits))], jnp.int32)
 
     def entropies(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean entropy of a token's soft code, and entropy of the batch's use of all codes: `z [n, d]` -> nats, twice.
+        """(mean entropy of a token's soft code, entropy of the batch's use of all codes) of `z [n, d]`, in nats.
 
-        The first is a sum over bits. The second is exact within every `joint` bits, and a sum over these groups (an
-        upper bound, equal where groups are independent), which keeps its cost at n * 2^joint.
+        The first is a sum over bits. The second is exact within each group of `joint` bits and summed over groups (an
+        upper bound, equal if groups are independent), so its cost is n * 2^joint.
         """
         up, down = jax.nn.sigmoid(4 * z / self.softness), jax.nn.sigmoid(-4 * z / self.softness)  # n d
         logs = jax.nn.log_sigmoid(4 * z / self.softness), jax.nn.log_sigmoid(-4 * z / self.softness)

@@ -1,4 +1,4 @@
-"""No quantiser: a continuous latent, handed out with mean 0 and variance 1, as noise schedules take it to be.
+"""No quantiser: a continuous latent, standardised to mean 0 and variance 1, as noise schedules assume.
 
 `extra`: `mean [d]` and `square [d]`, the moving averages of the latent's first two moments.
 
@@ -17,7 +17,7 @@ from hybridgen.nn.quantizers import Training, check_ranges
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """Passes outputs on as they are; without codes."""
+    """Returns outputs unchanged; it has no codes."""
 
     width: int = 8
     decay: float = 0.99
@@ -41,12 +41,12 @@ class Quantizer:
         return z, None
 
     def standardise(self, extra: Any, z: jax.Array) -> jax.Array:
-        """Outputs `[..., d]` with mean 0 and variance 1."""
+        """Outputs `[..., d]`, scaled to mean 0 and variance 1."""
         mean, deviation = self.moments(extra)
         return (z - mean) / deviation
 
     def restore(self, extra: Any, latent: jax.Array) -> jax.Array:
-        """The inverse of `standardise`: what the decoder takes, `[..., d]`."""
+        """The inverse of `standardise`: the decoder's input, `[..., d]`."""
         mean, deviation = self.moments(extra)
         return latent * deviation + mean
 

@@ -1,10 +1,10 @@
 """Vector quantisation with a codebook of moving averages (van den Oord et al. 2017; Razavi et al. 2019).
 
-A code is the mean of the outputs that chose it, over the last 1 / (1 - decay) steps. Codes out of use are revived: each
-is reborn at an encoder output of the batch. With `l2` codes and outputs are compared by cosines (Yu et al. 2021).
+A code is the mean of the outputs that chose it, over the last 1 / (1 - decay) steps. An unused (dead) code is revived:
+it is set to an encoder output of the batch. With `l2` codes and outputs are compared by cosines (Yu et al. 2021).
 
-`extra`: `codebook [v, d]` and what it is the quotient of, `total [v, d]` and `count [v]`, where a reborn code starts
-with a fair share.
+`extra`: `codebook [v, d]` and the moving sums whose ratio it is, `total [v, d]` and `count [v]`; a revived code starts
+with the mean count.
 
 Letters: b batch, h w grid, n tokens, d code width, v codes, s slots of the pool of candidates.
 """
@@ -22,20 +22,20 @@ from hybridgen.nn import codebook
 from hybridgen.nn.linear import lookup
 from hybridgen.nn.quantizers import Training, check_ranges
 
-POOL = 1024  # least slots for encoder outputs that dead codes may be reborn at
+POOL = 1024  # least number of slots for encoder outputs to which dead codes may be set
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """The nearest row of a codebook that no gradient reaches."""
+    """The nearest row of a codebook that is not trained by gradients."""
 
     codebook_size: int = 1024
     width: int = 8
     l2: bool = True  # codes on the unit sphere
     commitment: float = 0.25
-    entropy: float = 0.0  # weight of the entropy of a token's soft code, less that of the batch's use
+    entropy: float = 0.0  # weight of the entropy of a token's soft code minus that of the batch's use
     softness: float = 0.5  # temperature of the soft codes
-    revive_below: float = 0.03  # a code with less than this share of its fair use is dead
+    revive_below: float = 0.03  # a code used less than this share of the mean is dead
     decay: float = 0.99
 
     def __post_init__(self) -> None:
@@ -48,10 +48,10 @@ class Quantizer:
         return self.codebook_size
 
     def init(self, key: jax.Array) -> tuple[dict, dict]:
-        """Random codes; those without a token are reborn from step 1 on."""
+        """Random codes; those without a token are revived from step 1 on."""
         table = jax.random.normal(jax.random.split(key)[1], (self.size, self.width))
         table = codebook.normalise(table) if self.l2 else table
-        # of weight nothing: a code that takes tokens is their mean at once, one that takes none stays or is reborn
+        # zero weight: a code with tokens becomes their mean at once, one without stays or is revived
         zeros = {"total": jnp.zeros_like(table), "count": jnp.zeros((self.size,))}
         return {}, {"use": jnp.zeros((self.size,)), "codebook": table} | zeros
 
@@ -86,7 +86,7 @@ class Quantizer:
         return terms, sums, {}
 
     def merge(self, extra: Any, sums: Any, key: jax.Array, step: jax.Array) -> Any:
-        """Dead codes are reborn at encoder outputs of the batch."""
+        """Updates the moving averages and sets dead codes to encoder outputs of the batch."""
         del step
         use = codebook.moving_average(extra["use"], sums["count"], self.decay)
         count = codebook.moving_average(extra["count"], sums["count"], self.decay)
@@ -104,9 +104,9 @@ class Quantizer:
 
 
 def token_sums(z: jax.Array, ids: jax.Array, size: int) -> dict[str, jax.Array]:
-    """Tokens of each code, `count [v]`, and their sum, `total [v, d]`, of `z [n, d]` with `ids [n]`.
+    """Number of tokens of each code, `count [v]`, and sum of their outputs, `total [v, d]`, of `z [n, d]`, `ids [n]`.
 
-    Sums over tokens, so they add over microbatches and hosts.
+    These are sums over tokens, so microbatches and hosts can be added.
     """
     return {
         "count": codebook.counts(ids, size, z.dtype),
@@ -115,11 +115,11 @@ def token_sums(z: jax.Array, ids: jax.Array, size: int) -> dict[str, jax.Array]:
 
 
 def candidates(z: jax.Array, u: jax.Array, size: int) -> dict[str, jax.Array]:
-    """Encoder outputs for dead codes to be reborn at: `z [n, d]`, `u [n]` in [0, 1) -> `pool [s, d]`, `hits [s]`.
+    """Candidate outputs for dead codes: `z [n, d]`, `u [n]` in [0, 1) -> `pool [s, d]`, `hits [s]`.
 
-    These too are sums, over microbatches and hosts, and yet single outputs must come back: a token is added to one
-    slot, and a slot that was hit once holds an output as it is. Slots are drawn unevenly, log-uniform over e^-10 of
-    densities, so that however many tokens there are, about a tenth of the slots lie where one hit is to be expected.
+    These are sums too (over microbatches and hosts), but single outputs must be recovered: each token is added to one
+    slot, and a slot with exactly one hit contains that output. Slots are chosen with log-uniform densities over a range
+    of e^10, so for any number of tokens about a tenth of the slots have an expected count near one.
     """
     density = 10.0
     slot = jnp.minimum(-jnp.log1p(-u) * (size / density), size - 1).astype(jnp.int32)  # n
@@ -130,9 +130,9 @@ def candidates(z: jax.Array, u: jax.Array, size: int) -> dict[str, jax.Array]:
 
 
 def revived(dead: jax.Array, sums: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which codes are reborn and where: `dead [v]` and the sums of `candidates` -> (`[v]` bool, `[v, d]`).
+    """The revived codes and their new values: `dead [v]` and the sums of `candidates` -> (`[v]` bool, `[v, d]`).
 
-    Every code gets an output of its own, in a random order; where there are too few, the others wait for the next step.
+    Every code gets a different output, in random order; if there are too few, the other codes stay dead in this step.
     """
     single = sums["hits"] == 1  # s
     order = jnp.argsort(jnp.where(single, jax.random.uniform(key, single.shape), 2.0))  # s, single ones first
@@ -142,9 +142,9 @@ def revived(dead: jax.Array, sums: Mapping[str, jax.Array], key: jax.Array) -> t
 
 
 def smoothed(table: jax.Array, count: jax.Array, total: jax.Array, eps: float = 1e-5) -> jax.Array:
-    """Codebook `[v, d]` from moving sums with Laplace smoothing (Razavi et al. 2019, eq. 3).
+    """Codebook `[v, d]` from the moving sums `count [v]` and `total [v, d]`, with Laplace smoothing.
 
-    Of `count [v]` and `total [v, d]`; a code that was never counted stays as it is in `table [v, d]`.
+    (Razavi et al. 2019, eq. 3.) A code that was never used keeps its value in `table [v, d]`.
     """
     v = count.shape[0]
     mass = count.sum()

@@ -1,9 +1,9 @@
-"""Vector quantisation with a codebook that gradients learn (van den Oord et al. 2017), also VQGAN's and LlamaGen's.
+"""Vector quantisation with a codebook trained by gradients (van den Oord et al. 2017), also VQGAN's and LlamaGen's.
 
-Codes are drawn to the outputs that chose them. Ours: a code out of use, which no token draws, is drawn to an encoder
-output of the batch (`revive_below`; 0 for the official form).
+The loss pulls codes to the outputs that chose them. Ours also pulls an unused (dead) code to an encoder output of the
+batch (`revive_below`; 0 for the official form).
 
-`params`: `codebook [v, d]`. `extra`: with `used`, the rows `used [v]` of the codebook that tokens number (the remap of
+`params`: `codebook [v, d]`. `extra`: with `used`, the codebook rows `used [v]` that have a token (the remap of
 taming-transformers).
 
 Letters: b batch, h w grid, n tokens, d code width, v codes.
@@ -26,15 +26,15 @@ class Quantizer:
 
     codebook_size: int = 1024
     width: int = 8
-    used: int = 0  # tokens number so many rows of the codebook; 0: all
+    used: int = 0  # number of codebook rows that have a token; 0: all
     l2: bool = True  # codes on the unit sphere
-    exact: bool = False  # looked up with the roundings of official code
+    exact: bool = False  # nearest codes with the rounding of official code
     legacy: bool = False  # VQGAN's loss, whose two weights are swapped
     commitment: float = 0.25
-    # of a microbatch, as the pull on dead codes: accumulated is not the large batch here
-    entropy: float = 0.0  # weight of the entropy of a token's soft code, less that of the batch's use
+    # computed per microbatch, like the pull on dead codes, so accumulation differs from a large batch
+    entropy: float = 0.0  # weight of the entropy of a token's soft code minus that of the batch's use
     softness: float = 0.5  # temperature of the soft codes
-    revive_below: float = 0.03  # a code with less than this share of its fair use is dead
+    revive_below: float = 0.03  # a code used less than this share of the mean is dead
     decay: float = 0.99
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Quantizer:
         return codebook.unit(z) if self.exact else codebook.normalise(z)
 
     def table(self, params: Any, extra: Any) -> jax.Array:
-        """The codes that tokens number, as they are compared: `[v, d]`."""
+        """The codes that have a token, in the form that is compared: `[v, d]`."""
         return self.project(lookup(params["codebook"], extra["used"]) if self.used else params["codebook"])
 
     def encode(
@@ -91,9 +91,9 @@ class Quantizer:
         return terms, {"count": codebook.counts(ids, self.size, z.dtype)}, {}
 
     def pull_on_dead(self, extra: Any, table: jax.Array, flat: jax.Array) -> jax.Array:
-        """What draws dead codes, which no token chooses, to outputs of this batch `flat [n, d]`: a scalar."""
+        """Loss term that pulls dead codes, which no token chooses, to outputs of this batch `flat [n, d]`: a scalar."""
         candidates = min(self.size, flat.shape[0])
-        places = jnp.arange(self.size) % candidates * (flat.shape[0] // candidates)  # v, from all over the batch
+        places = jnp.arange(self.size) % candidates * (flat.shape[0] // candidates)  # v, spread over the batch
         target = flat[places]  # v d
         dead = extra["use"] < self.revive_below * extra["use"].mean()  # v
         return (dead[:, None] * jnp.square(table - target)).sum() / flat.shape[0]

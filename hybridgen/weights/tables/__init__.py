@@ -1,6 +1,6 @@
-"""One file a source of weights: what its config means, and the rules that name its tensors.
+"""One file per source of weights: how its config is read, and the rules that map its tensors.
 
-A table is a module with `ABOUT` (an `About`) and `plan(config, shapes) -> Plan`; it is found by its file's name.
+A table is a module with `ABOUT` (an `About`) and `plan(config, shapes) -> Plan`; its file's name is the source's name.
 """
 
 import importlib
@@ -13,20 +13,20 @@ from hybridgen.weights.rules import Rule
 
 
 class About(NamedTuple):
-    """What `--list` shows. presets: configs of published checkpoints that come without one, by name."""
+    """The row that `--list` shows. presets: configs of published checkpoints that have no config file, by name."""
 
     what: str
     licence: str
     sizes: str
     presets: Mapping[str, Mapping[str, Any]] = {}
-    roots: tuple[str, ...] = ()  # the first of these that names begin with is cut off, all beside it left
+    roots: tuple[str, ...] = ()  # the first of these prefixes that occurs selects its tensors and is removed
 
 
 class Plan(NamedTuple):
-    """What a config means here.
+    """How to build and fill a model from an official config.
 
-    inputs: shape of one row of what the family takes, `{"image": (H, W, 3)}`. dropped: patterns of tensors that the
-    model has no use for. sample: options of drawing, as the official script has them.
+    inputs: shapes of one row of the family's inputs, `{"image": (H, W, 3)}`. dropped: patterns of tensors that the
+    model does not use. sample: sampling options, with the values of the official script.
     """
 
     family: str
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A table by its name. `plan(config, shapes)`: shapes of the official tensors by name."""
+    """A table and its name. `plan(config, shapes)` takes the shapes of the official tensors by name."""
 
     name: str
     about: About
@@ -46,26 +46,26 @@ class Source(NamedTuple):
 
 
 def names() -> list[str]:
-    """The sources there are."""
+    """The names of all sources."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def find(name: str) -> Source:
-    """The source `name`, or of a variant of it ("sd_kl_vae_flux"): the longest known beginning. Raises UserError."""
+    """The source `name`, also of a variant ("sd_kl_vae_flux"): the longest known prefix. UserError if there is none."""
     known = longest(name, names())
     if known is None:
-        raise UserError(f"unknown source {name!r}; known are {', '.join(names())}")
+        raise UserError(f"unknown source {name!r}; it must be one of {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{known}")
     return Source(known, module.ABOUT, module.plan)
 
 
 def longest(name: str, known: list[str]) -> str | None:
-    """The longest of `known` that `name` begins with."""
+    """The longest prefix of `name` in `known`, or None."""
     return max((one for one in known if name.startswith(one)), key=len, default=None)
 
 
 def rooted(tensors: Mapping[str, Any], roots: tuple[str, ...]) -> Mapping[str, Any]:
-    """The tensors below the first of `roots` that there is, without it; all of them if there is none."""
+    """The tensors under the first of `roots` that occurs, without this prefix; all tensors if none occurs."""
     for root in roots:
         begin = f"{root}."
         found = {name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)}

@@ -1,4 +1,4 @@
-"""What the tables of diffusion transformers share: views of patches, modulation and feed-forward, and names of blocks.
+"""Shared by the tables of diffusion transformers: views of patches, modulation and feed-forward, rules of blocks.
 
 Letters: d width, p patch, c channels, f hidden, h heads, k head width.
 """
@@ -11,7 +11,7 @@ from hybridgen.weights.rules import Part, Rule, Views, heads, matrix, same
 
 
 def sampling(guided: bool, channels: int, timesteps: int = 1000) -> dict[str, Any]:
-    """Options of drawing; `channels` of the latent are guided, 0: all."""
+    """Sampling options; `channels` of the latent are guided (0: all)."""
     draw = {"solver": "ddpm", "steps": min(250, timesteps), "guidance": 4.0 if guided else 1.0}
     return {"decoder": draw | {"guidance_channels": channels}}
 
@@ -22,14 +22,14 @@ def patches(p: int) -> Views:
 
 
 def rows(x: np.ndarray) -> tuple[Part]:
-    """Kernel `[d, n, f]` -> weight `[nf, d]`; bias `[n, f]` -> `[nf]`: shift, scale and gate one behind the other."""
+    """Kernel `[d, n, f]` -> weight `[nf, d]`; bias `[n, f]` -> `[nf]`: shift, scale and gate concatenated."""
     if x.ndim == 2:
         return (Part(x, (x.size,)),)
     return (Part(np.moveaxis(x, 0, -1), (x.shape[1] * x.shape[2], x.shape[0])),)
 
 
 def gated(x: np.ndarray) -> tuple[Part]:
-    """As `rows`, the value in front of what it is gated by."""
+    """Like `rows`, with the value before its gate."""
     return rows(x[..., ::-1, :])
 
 
@@ -41,7 +41,7 @@ def fused(x: np.ndarray) -> tuple[Part]:
 
 
 def linear(official: str, ours: str, weight: Views = matrix, bias: Views = same, stack: str = "") -> tuple[Rule, Rule]:
-    """The rules of a map: `official` has weight and bias, `ours` kernel and bias."""
+    """The rules of a linear layer: `official` has weight and bias, `ours` kernel and bias."""
     return (
         Rule(f"{official}.weight", f"params/{ours}/kernel", weight, stack=stack),
         Rule(f"{official}.bias", f"params/{ours}/bias", bias, stack=stack),
@@ -49,7 +49,7 @@ def linear(official: str, ours: str, weight: Views = matrix, bias: Views = same,
 
 
 def block(official: str, modulation: str, out: str, up: str, down: str, gate: bool = False) -> tuple[Rule, ...]:
-    """The rules of a block but those of queries, keys and values."""
+    """The rules of a block, except those of queries, keys and values."""
     layers, view = "blocks/layers", gated if gate else rows
     return (
         *linear(f"{official}.{modulation}", f"{layers}/modulation", rows, rows, "i"),

@@ -1,4 +1,4 @@
-"""Rules of the residual autoencoder (nn/autoencoder.py) under the names that official code has for its layers.
+"""Rules of the residual autoencoder (nn/autoencoder.py), for the layer names of several official implementations.
 
 Letters: l level, i block of a level.
 """
@@ -13,7 +13,7 @@ NET = "params/net"
 
 
 class Names(NamedTuple):
-    """Official names of what is called otherwise from one code to the next; the last ones are of a `Place`."""
+    """The layer names that differ between official implementations; those from `place_norm` on are a `Place`'s."""
 
     down: str  # a level of the encoder
     up: str  # and of the decoder
@@ -27,14 +27,14 @@ class Names(NamedTuple):
     place_norm: str = "norm"
     qkv: tuple[str, str, str] = ("q", "k", "v")
     out: str = "proj_out"
-    convs: bool = True  # the maps of an attention are 1x1 convolutions
+    convs: bool = True  # the projections of attention are 1x1 convolutions
 
 
 TAMING = Names("encoder.down.{l}", "decoder.up.{l}", ("mid.block_1", "mid.attn_1", "mid.block_2"))
 
 
 def rules(names: Names, flip: Mapping[str, int]) -> tuple[Rule, ...]:
-    """Every tensor of encoder, decoder and the maps around the code. flip: {"l": levels} if up counts from below."""
+    """Rules of all tensors. flip: {"l": levels} if the decoder's levels are counted from the lowest resolution."""
     out: list[Rule] = []
     for side, level in (("encoder", names.down), ("decoder", names.up)):
         ours, flips = f"{NET}/{side}", flip if side == "decoder" else {}
@@ -86,7 +86,7 @@ def _place(name: str, ours: str, names: Names, flip: Mapping[str, int]) -> list[
 
 
 def levels_at(resolution: int, levels: int, wanted: tuple[int, ...], down: bool = True) -> tuple[int, ...]:
-    """The levels whose running size is one of `wanted`: halved on the way down, doubled from the lowest on it up."""
+    """The levels with a size in `wanted`: halved from `resolution` if `down`, else doubled from the lowest size."""
     lowest = resolution // 2 ** (levels - 1)
     if not lowest:
         raise UserError(f"resolution {resolution} cannot be halved {levels - 1} times")

@@ -1,7 +1,7 @@
-"""How a config of transformers stretches rotary frequencies, as options of `nn.position.stretched`.
+"""Rotary scaling of a transformers config (`rope_scaling`), as options of `nn.position.stretched`.
 
-Every kind but the dynamic ones is a number that each frequency is divided by; YaRN (Peng et al. 2023) and LongRoPE
-(Ding et al. 2024) multiply cosine and sine besides. Letters: k head width.
+Every kind except "dynamic" divides each frequency by a number; YaRN (Peng et al. 2023) and LongRoPE (Ding et al. 2024)
+also multiply cosine and sine by a gain. Letters: k head width.
 """
 
 import math
@@ -13,11 +13,11 @@ import numpy as np
 from hybridgen.core.errors import UserError
 from hybridgen.weights.options import Options
 
-NEVER = 1e30  # what a frequency is divided by that turns nothing
+NEVER = 1e30  # the divisor of a frequency that is not used (no rotation)
 
 
 def scaling(options: Options, length: int, k: int) -> tuple[float, dict[str, Any]]:
-    """(base, scaling) of either form of a config; `length`: its longest text. UserError for what is not built."""
+    """(base, scaling) of a config in either form; `length`: its longest text. UserError if not supported."""
     base = 10_000.0 if options.take("rope_theta", None) is None else options.number("rope_theta")
     old, new = (options.take(name, None) for name in ("rope_scaling", "rope_parameters"))
     kinds = ("default", *KINDS)
@@ -28,7 +28,7 @@ def scaling(options: Options, length: int, k: int) -> tuple[float, dict[str, Any
         if base <= 0:
             raise UserError(f"{rope.where}: rope_theta {base:g} is not positive")
         if kind == "default":
-            rope.skip("partial_rotary_factor")  # read by the other kinds alone
+            rope.skip("partial_rotary_factor")  # only the other kinds read it
             return base, {}
         if kind != "proportional":
             rope.only("partial_rotary_factor", 1.0, 1)
@@ -36,7 +36,7 @@ def scaling(options: Options, length: int, k: int) -> tuple[float, dict[str, Any
 
 
 def _positive(rope: Options, name: str, default: float | None = None) -> float:
-    """A number above 0; `default` where it is missing or null, if there is one."""
+    """A number above 0; a missing or null value is `default`, if that is given."""
     missing = default is not None and rope.take(name, None) is None
     value = default if missing else rope.number(name)
     if value <= 0:
@@ -57,12 +57,12 @@ def _llama3(rope: Options, base: float, length: int, k: int) -> dict[str, Any]:
     out |= {"low": rope.number("low_freq_factor"), "high": rope.number("high_freq_factor")}
     if not 0 < out["low"] < out["high"]:
         factors = f"low_freq_factor {out['low']} and high_freq_factor {out['high']}"
-        raise UserError(f"{rope.where}: {factors} are not positive and rising")
+        raise UserError(f"{rope.where}: {factors} must be positive and increasing")
     return out | {"trained": rope.count("original_max_position_embeddings", length)}
 
 
 def _yarn(rope: Options, base: float, length: int, k: int) -> dict[str, Any]:
-    """Divided, the more the fewer turns there are within the length of training."""
+    """YaRN: a frequency is divided by more, the fewer turns it makes within the training length."""
     trained = rope.count("original_max_position_embeddings", length)
     factor = _positive(rope, "factor", length / trained)
     turns = _positive(rope, "beta_fast", 32.0), _positive(rope, "beta_slow", 1.0)
@@ -86,7 +86,7 @@ def _yarn(rope: Options, base: float, length: int, k: int) -> dict[str, Any]:
 
 
 def _longrope(rope: Options, base: float, length: int, k: int) -> dict[str, Any]:
-    """Divided by listed numbers, in texts that are longer than those of training by others."""
+    """LongRoPE: frequencies are divided by listed numbers, with a second list for texts beyond the training length."""
     trained = rope.count("original_max_position_embeddings", length, least=2)
     factor = _positive(rope, "factor", length / trained)
     gain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
@@ -98,13 +98,13 @@ def _longrope(rope: Options, base: float, length: int, k: int) -> dict[str, Any]
 def _numbers(rope: Options, name: str, count: int) -> tuple[float, ...]:
     values = rope.take(name)
     if not isinstance(values, list | tuple) or len(values) != count:
-        raise UserError(f"{rope.where}: {name} is not a list of {count} numbers, one a frequency")
+        raise UserError(f"{rope.where}: {name} is not a list of {count} numbers, one for each frequency")
     numbered = Options({str(i): value for i, value in enumerate(values)}, f"{rope.where}: {name}")
     return tuple(_positive(numbered, str(i)) for i in range(count))
 
 
 def _proportional(rope: Options, base: float, length: int, k: int) -> dict[str, Any]:
-    """All divided by one number, and the last turning nothing."""
+    """All frequencies are divided by one number; the last ones do not rotate."""
     factor, turning = _positive(rope, "factor", 1.0), _positive(rope, "partial_rotary_factor", 1.0)
     kept = min(int(turning * k // 2), k // 2)
     return {"kind": "each", "by": (factor,) * kept + (NEVER,) * (k // 2 - kept)}

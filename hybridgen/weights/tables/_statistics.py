@@ -1,4 +1,4 @@
-"""Rules of a batch normalisation with its stored statistics: torch's `BatchNorm2d` to nn/convnorm.py."""
+"""Rules of batch normalisation with stored statistics: PyTorch's `BatchNorm2d` to nn/convnorm.py."""
 
 from hybridgen.weights.rules import Rule
 
@@ -6,7 +6,7 @@ DROPPED = (r"(.+\.)?num_batches_tracked",)  # how often training updated them
 
 
 def rules(official: str, ours: str) -> list[Rule]:
-    """Scale and bias, which gradients learn, and mean and variance, which they do not."""
+    """Rules of scale and bias, which are trained, and of mean and variance, which are stored statistics."""
     return [
         Rule(f"{official}.weight", f"params/{ours}/scale"),
         Rule(f"{official}.bias", f"params/{ours}/bias"),

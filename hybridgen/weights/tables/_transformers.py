@@ -1,4 +1,4 @@
-"""What configs and names of text models have in common in the library of that name.
+"""Shared by the tables of text models: config keys and activations of the library transformers.
 
 Letters: d width, f hidden, h heads, k head width.
 """
@@ -19,7 +19,7 @@ ACTIVATIONS = {
     **{name: (name, f"{name}_glu") for name in ("relu2", "leaky_relu", "mish", "tanh", "sigmoid")},
 }
 
-# of training, of drawing texts, of the library itself
+# keys for training, for text generation and for the library itself, which do not change the forward pass
 SILENT = """
 _name_or_path architectures transformers_version dtype torch_dtype torchscript use_bfloat16 return_dict problem_type
 output_attentions output_hidden_states output_scores return_dict_in_generate use_cache id2label label2id
@@ -33,7 +33,7 @@ exponential_decay_length_penalty tf_legacy_loss tie_encoder_decoder is_encoder_d
 
 
 def common(options: Options, kind: str, *older: str) -> None:
-    """Keys that every config may have. Raises UserError for another model, and for what changes what it computes."""
+    """Reads keys that every config may have. UserError for another model type or an unsupported computation."""
     options.only("model_type", kind, *older)
     options.only("is_decoder", False)
     options.only("add_cross_attention", False)
@@ -44,12 +44,12 @@ def common(options: Options, kind: str, *older: str) -> None:
 
 
 def activation(options: Options, key: str, default: str, gated: bool) -> str:
-    """Our name of a feed-forward layer with this activation."""
+    """Our name of the feed-forward layer with the activation that `key` names."""
     return ACTIVATIONS[options.only(key, default, *(set(ACTIVATIONS) - {default}))][gated]
 
 
 def optional(options: Options, key: str, default: int | None) -> int | None:
-    """A count, or `default` where it is missing or null."""
+    """A count; a missing or null value is `default`."""
     return default if options.take(key, None) is None else options.count(key)
 
 

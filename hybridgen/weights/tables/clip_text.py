@@ -1,8 +1,8 @@
 """CLIP's text tower, of OpenAI and of OpenCLIP: classes `CLIPTextModel` and `CLIPTextModelWithProjection` of
 transformers, and the text half of a `CLIPModel`.
 
-In files of older versions, and in those with the projection, names begin with "text_model.". The end token 2 that
-older configs have means: the largest id of the text.
+In files of older versions, and in those with the projection, names begin with "text_model.". An end token of 2, as in
+older configs, stands for the largest id of the text.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ PUBLISHED = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id":
 
 
 def _size(width: int, depth: int, count: int, act: str) -> dict[str, Any]:
-    """A published config; the pooled vector is as wide as the tower."""
+    """A published config; the pooled vector has the width of the tower."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width, "hidden_act": act}
     return PUBLISHED | sizes | {"num_hidden_layers": depth, "num_attention_heads": count}
 
@@ -76,7 +76,7 @@ def _model(options: Options) -> tuple[dict[str, Any], int]:
 
 
 def _of_both(config: Mapping[str, Any]) -> int:
-    """Width of the projection of a `CLIPModel`, whose config has both halves; the other half is not looked into."""
+    """Width of the projection of a `CLIPModel`, whose config has both halves; the vision half is not checked."""
     with Options(config) as options:
         options.only("model_type", "clip")
         options.skip("text_config", "vision_config", "text_config_dict", "vision_config_dict", "logit_scale_init_value")

@@ -1,6 +1,6 @@
 """DiT of diffusers: class `DiTTransformer2DModel`, the family diffusion.dit_diffusers.
 
-The process is not in this config; it is that of the published schedulers, 1000 timesteps of linear betas.
+The config does not contain the process, which is that of the published schedulers: 1000 timesteps of linear betas.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         side, patch = options.count("sample_size", 32), options.count("patch_size", 2)
         width, channels = heads * head, options.count("in_channels", 4)
         if width % 4 or side % patch:
-            raise UserError(f"config: a width of {width} over 4, or patches of {patch} in {side}, do not divide")
+            raise UserError(f"config: width {width} must divide by 4, and sample_size {side} by patch_size {patch}")
         outputs = channels if options.take("out_channels", None) is None else options.count("out_channels")
         mlp, biased = MLPS[options.only("activation_fn", *MLPS)], options.flag("attention_bias", True)
         affine = options.flag("norm_elementwise_affine", False)
@@ -54,7 +54,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
 
 
 def rules_of(patch: int, biased: bool, affine: bool, gate: bool) -> tuple[Rule, ...]:
-    """The tensors: the options say which biases and scales there are."""
+    """Rules of all tensors; the options say which biases and scales exist."""
     one, layers = "transformer_blocks.{i}", "params/blocks/layers"
     return (
         *_dit.linear("pos_embed.proj", "patches", _dit.patches(patch)),

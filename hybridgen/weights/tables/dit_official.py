@@ -1,8 +1,8 @@
 """DiT (Peebles & Xie 2022): class `DiT` of facebookresearch/DiT models.py, as in the files DiT-XL-2-*.pt.
 
-The config has the arguments of the class and, under `diffusion`, those of `create_diffusion`; what is missing stands at
-its default there. Sampling is that of the official script: 250 ancestral steps, guidance of three of the latent's
-channels at scale 4.
+The config has the arguments of the class and, under `diffusion`, those of `create_diffusion`; missing arguments have
+their official defaults. Sampling follows the official script: 250 ancestral steps, guidance at scale 4 of three of the
+latent's channels.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,9 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         channels = options.count("in_channels", 4)
         width, heads = options.count("hidden_size", 1152), options.count("num_heads", 16)
         if width % heads or width % 4 or side % patch:
-            raise UserError(f"config: {heads} heads of {width}, or patches of {patch} in {side}, do not divide")
+            raise UserError(
+                f"config: hidden_size {width} must divide by 4 and num_heads {heads}, input_size {side} by {patch}"
+            )
         learned, drop = options.flag("learn_sigma", True), options.number("class_dropout_prob", 0.1)
         hidden = int(width * options.number("mlp_ratio", 4.0))
         model = {"resolution": side, "channels": channels, "patch": patch, "width": width, "heads": heads}
@@ -68,9 +70,9 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
 def process(config: Any, learned: bool) -> dict[str, Any]:
     """The process that the arguments of `create_diffusion` describe."""
     with Options(config, "diffusion") as options:
-        options.skip("timestep_respacing")  # how many steps are sampled: not of the model
+        options.skip("timestep_respacing")  # the number of sampling steps is not part of the model
         if options.flag("learn_sigma", learned) != learned:
-            raise UserError(f"diffusion: learn_sigma is not that of the model, {learned}")
+            raise UserError(f"diffusion: learn_sigma must be that of the model, {learned}")
         options.only("use_kl", False)
         options.only("rescale_learned_sigmas", False)
         predicted = "x" if options.flag("predict_xstart", False) else "eps"

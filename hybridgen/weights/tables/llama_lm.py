@@ -1,8 +1,8 @@
-"""Llama, versions 1 to 3.2, and what has its shape: class `LlamaForCausalLM` of transformers.
+"""Llama 1 to 3.2 and models of the same architecture: class `LlamaForCausalLM` of transformers.
 
-A head that is tied to the table of tokens is the same tensor, in some files twice.
+A head tied to the token embedding is the same tensor; some files contain it twice.
 
-Rotary frequencies are told by `rope_parameters`, in older configs by `rope_theta` and `rope_scaling`.
+Rotary frequencies are given by `rope_parameters`, in older configs by `rope_theta` and `rope_scaling`.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ WIDE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
 SMALL = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64}
 
 ABOUT = About(
-    "language models of Llama's kind",
+    "language models with the Llama architecture",
     "by checkpoint: Llama Community Licence (Llama 2, 3, 3.1, 3.2)",
     "6.74 G (2 7B), 8.03 G (3.1 8B), 1.24 G (3.2 1B)",
     {

@@ -1,7 +1,7 @@
 """LlamaGen's transformer (Sun et al. 2024): class `Transformer` of autoregressive/models/gpt.py.
 
-The config has the fields of its `ModelArgs`; `model_type` is "c2i", from a class, or "t2i", from features of a text.
-Official heads rotate the pairs (2i, 2i + 1), ours (i, i + k/2): the rows of queries and keys change places on the way.
+The config has the fields of its `ModelArgs`; `model_type` is "c2i" (class-conditional) or "t2i" (text-conditional).
+Official heads rotate the pairs (2i, 2i + 1), ours (i, i + k/2), so the rows of queries and keys are reordered.
 """
 
 import math
@@ -34,9 +34,9 @@ PRESETS = {f"c2i-{size}-{resolution}": _preset(size, resolution) for size in SIZ
 PRESETS |= {f"t2i-XL-{resolution}": _preset("XL", resolution, **TEXT) for resolution in (256, 512)}
 
 ABOUT = About(
-    "LlamaGen's transformer over image tokens, from a class or a text",
+    "LlamaGen's transformer over image tokens, conditioned on a class or a text",
     "MIT",
-    "B 111 M, L 343 M, XL 775 M, XXL 1.4 B, 3B; from text XL",
+    "B 111 M, L 343 M, XL 775 M, XXL 1.4 B, 3B; text-conditional XL",
     PRESETS,
     ("model", "module", "state_dict"),
 )
@@ -72,9 +72,9 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         dim, count, block = options.count("dim", 4096), options.count("n_head", 32), options.count("block_size", 256)
         side, kv = math.isqrt(block), options.take("n_kv_head", None)
         if dim % count or dim // count % 4:
-            raise UserError(f"config: dim {dim} does not make {count} heads whose width divides by 4")
+            raise UserError(f"config: dim {dim} does not divide into n_head {count} heads with a width divisible by 4")
         if side**2 != block:
-            raise UserError(f"config: block_size {block} is not the number of tokens of a square")
+            raise UserError(f"config: block_size {block} is not a square number of tokens")
         model = {"vocab": options.count("vocab_size", 16384), "grid": (side, side), "width": dim, "heads": count}
         model |= {"depth": options.count("n_layer", 32), "kv_heads": None if kv is None else options.count("n_kv_head")}
         model |= {"hidden": hidden(options, dim), "norm_eps": options.number("norm_eps", 1e-5)}
@@ -85,7 +85,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
             options.skip("num_classes")
             model |= {"text_length": options.count("cls_token_num", 1), "padding_sees_itself": True}
             model |= {"text_width": options.count("caption_dim", 2048)}
-            # as many rows as official code always makes, also where it reads fewer
+            # the number of rows that official code always makes, even if it reads fewer
             model |= {"null_length": (*shapes.get("cls_embedding.uncond_embedding", ()), 120)[0]}
         else:
             options.only("cls_token_num", 1)
@@ -95,17 +95,17 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     draw = {"guidance": 7.5, "top_k": 1000} if text else {"guidance": 4.0, "top_k": 2000}
     draw |= {"guidance_schedule": "constant", "temperature": 1.0, "top_p": 1.0}
     if not text and not model["cond_drop_prob"]:
-        draw["guidance"] = 1.0  # without a row for the dropped class
-    inputs = {"image": (16 * side, 16 * side, 3)}  # of its tokenizer VQ-16
+        draw["guidance"] = 1.0  # the table has no row for the dropped class
+    inputs = {"image": (16 * side, 16 * side, 3)}  # image size of its tokenizer VQ-16
     return Plan(FAMILY, model, RULES, inputs, DROPPED, {"prior": draw})
 
 
 def hidden(options: Options, dim: int) -> int:
-    """Width of the feed-forward layers, in the steps of official code."""
+    """Width of the feed-forward layers, rounded as in official code."""
     size, multiple, factor = int(2 * (4 * dim) / 3), options.count("multiple_of", 256), None
     if options.take("ffn_dim_multiplier", None) is not None:
         factor = options.number("ffn_dim_multiplier")
         size = int(factor * size)
     if size < 1:
-        raise UserError(f"config: ffn_dim_multiplier {factor} leaves feed-forward layers no width")
+        raise UserError(f"config: ffn_dim_multiplier {factor} makes the feed-forward width 0")
     return -(-size // multiple) * multiple

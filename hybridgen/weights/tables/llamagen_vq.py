@@ -1,7 +1,7 @@
 """LlamaGen's image tokenizer (Sun et al. 2024): class `VQModel` of tokenizer/tokenizer_image/vq_model.py.
 
-The config has the fields of its `ModelArgs`, and `ch` and `num_res_blocks`, which official code leaves at 128 and 2.
-`resolution`, beside them, is the side of the pictures that it is used for (256): a prior of 24x24 tokens needs 384.
+The config has the fields of its `ModelArgs`, and `ch` and `num_res_blocks`, which official code fixes at 128 and 2.
+`resolution` is added: the side of the pictures that it is used for (256; a prior of 24x24 tokens needs 384).
 """
 
 from collections.abc import Mapping
@@ -49,5 +49,5 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         options.number("entropy_loss_ratio", 0.0)
         options.skip("codebook_show_usage", "dropout_p")
     rules = (*_residual.rules(NAMES, {"l": len(down)}), Rule("quantize.embedding.weight", "params/codebook"))
-    dropped = (r"quantize\.codebook_used",)  # what the official code counts over its last 65536 tokens
+    dropped = (r"quantize\.codebook_used",)  # official code's ids of the last 65536 tokens, a statistic
     return Plan(FAMILY, model, rules, {"image": (resolution, resolution, 3)}, dropped)

@@ -1,8 +1,8 @@
 """LPIPS on VGG16 (Zhang et al. 2018), version 0.1: the backbone's `features.N` and the heads' `lin{0..4}.model.1`.
 
-One file holds both: torchvision's VGG16 with the heads added, the state of the official class `LPIPS` or of the one in
-VQGAN's code (`net.slice{1..5}.N`), or a checkpoint of VQGAN, which carries its own (`loss.perceptual_loss`). The config
-is the preset, or has `width`, which official code leaves at 64.
+One file contains both: torchvision's VGG16 with the heads added, the state of the official class `LPIPS` or of the one
+in VQGAN's code (`net.slice{1..5}.N`), or a VQGAN checkpoint, which includes it (`loss.perceptual_loss`). The config is
+the preset, or has `width`, which official code fixes at 64.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ ABOUT = About(
     {"v0.1": {}},
     ("state_dict.loss.perceptual_loss", "loss.perceptual_loss", "perceptual_loss", "state_dict"),
 )
-# torchvision numbers every convolution, activation and pooling: these are the convolutions, by size
+# torchvision numbers all convolutions, activations and poolings: these are the convolutions, by stage
 NUMBERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 
@@ -39,6 +39,6 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
             ours = f"params/conv_{stage}_{i}"
             rules += [Rule(f"{name}.weight", f"{ours}/kernel", conv), Rule(f"{name}.bias", f"{ours}/bias")]
         rules.append(Rule(f"lin{stage}.model.1.weight", f"params/lin_{stage}/kernel", pointwise))
-    # the classifier; the heads once more and the constants of the input, as the official class keeps them
+    # the classifier; the official class's second copy of the heads and its input constants
     dropped = (r"classifier\..*", r"lins\.\d\.model\.1\.weight", r"scaling_layer\.(shift|scale)")
     return Plan(FAMILY, model, tuple(rules), {"image": (64, 64, 3)}, dropped)

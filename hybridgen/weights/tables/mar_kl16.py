@@ -1,7 +1,7 @@
 """KL-16, the autoencoder of MAR (Li et al. 2024): class `AutoencoderKL` of models/vae.py.
 
-The official class takes `embed_dim`, `ch_mult` and `use_variational`; what its encoder and decoder leave at their
-defaults may be given too. Attention in the decoder is outside the middle nowhere by default, unlike in the encoder.
+The official class takes `embed_dim`, `ch_mult` and `use_variational`; options that its encoder and decoder leave at
+their defaults may also be given. By default the decoder has attention only in the middle, unlike the encoder.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from hybridgen.weights.tables import About, Plan, _residual
 
 FAMILY = "tokenizers.kl"
 
-SCALE = 0.2325  # of a latent, by MAR's trainer
+SCALE = 0.2325  # factor by which MAR's trainer scales latents
 
 ABOUT = About(
     "KL-16 of MAR",

@@ -1,7 +1,7 @@
 """The autoencoders of Stable Diffusion, SD3 and Flux: class `AutoencoderKL` of diffusers.
 
-SD3's and Flux's have 16 channels, a shift, and no maps around the latent. Older files name the parts of an attention
-query, key, value and proj_attn; they are read and written too.
+SD3's and Flux's have 16 channels, a shift, and no 1x1 convolutions around the latent. Older files name the projections
+of attention query, key, value and proj_attn; such files are read and written too.
 """
 
 from collections.abc import Mapping
@@ -87,8 +87,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
 
 
 def _attending(options: Options, key: str, names: tuple[str, str], levels: int) -> tuple[int, ...]:
-    """The places in a list of block types where the one with attention stands."""
+    """The indices of the block type with attention in a list of block types."""
     kinds = options.take(key, names[:1])
     if not isinstance(kinds, list | tuple) or len(kinds) != levels or not all(kind in names for kind in kinds):
-        raise UserError(f"config: {key} {kinds!r} is not built, only {levels} of {', '.join(names)}")
+        raise UserError(f"config: {key} {kinds!r} is not supported, only {levels} of {', '.join(names)}")
     return tuple(i for i, kind in enumerate(kinds) if kind == names[1])

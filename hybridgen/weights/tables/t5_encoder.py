@@ -1,6 +1,6 @@
-"""The encoder of T5, T5 1.1 and Flan-T5: class `T5EncoderModel` of transformers, or that half of a whole T5.
+"""The encoder of T5, T5 1.1 and Flan-T5: class `T5EncoderModel` of transformers, or the encoder of a whole T5.
 
-The table of words stands in a file as `shared`, as `encoder.embed_tokens`, or, being one tensor, as both.
+A file names the token embedding `shared`, `encoder.embed_tokens`, or both (one tensor twice).
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ ABOUT = About(
 )
 TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 OTHERS = (r"decoder\..+", r"lm_head\.weight")
-LONGEST = 512  # texts were cut there in training; the encoder itself has no bound
+LONGEST = 512  # training truncated texts to this length; the encoder itself has no limit
 
 
 def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Plan:
@@ -37,7 +37,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         farthest = options.count("relative_attention_max_distance", 128)
         if farthest <= buckets // 4:
             key = f"relative_attention_max_distance {farthest}"
-            raise UserError(f"config: {key} is not above a quarter of {buckets} relative_attention_num_buckets")
+            raise UserError(f"config: {key} must be above a quarter of relative_attention_num_buckets {buckets}")
         gated, mlp = _feed_forward(options)
         model = {
             "vocab": options.count("vocab_size", 32128),
@@ -58,7 +58,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
 
 
 def _feed_forward(options: Options) -> tuple[bool, str]:
-    """(gated, our name). "gated-gelu" is the approximation by tanh, unlike "gelu"."""
+    """(gated, our name). "gated-gelu" is the tanh approximation, unlike "gelu"."""
     known = [f"{begin}{name}" for begin in ("", "gated-") for name in _transformers.ACTIVATIONS]
     gated, _, name = f"-{options.only('feed_forward_proj', 'relu', *known)}".rpartition("-")
     name = "gelu_new" if gated and name == "gelu" else name

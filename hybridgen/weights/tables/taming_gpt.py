@@ -1,8 +1,8 @@
 """The transformer of VQGAN (Esser et al. 2021): class `GPT` of taming/modules/transformer/mingpt.py.
 
 The config has the arguments of `GPT`, or is `model.params` of the published YAML (class `Net2NetTransformer`), which
-also says what the condition is: a class (`Labelator`), nothing (`SOSProvider`), or codes of another picture. Where only
-`GPT` is described, the condition is one token, or as many as the image has if `block_size` is that of two squares.
+also gives the condition: a class (`Labelator`), nothing (`SOSProvider`), or codes of another picture. If it describes
+`GPT` only, the condition is one token, or as many tokens as the image if `block_size` is that of two squares.
 """
 
 import math
@@ -26,7 +26,7 @@ CLASSES = {"target": "Labelator", "params": {"n_classes": 1000}}
 ABOUT = About(
     "transformer of VQGAN (taming-transformers)",
     "MIT",
-    "ImageNet classes 1.4 B; 310 M where a picture is the condition",
+    "1.4 B for ImageNet classes; 310 M with a picture as the condition",
     {
         "imagenet-class": _preset((16384, 256, 48, 24, 1536), CLASSES),
         "imagenet-depth": _preset((1024, 512, 24, 16, 1024), {"target": "VQModel"}),
@@ -75,12 +75,12 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     with Options(config) as options:
         width, count, block = options.count("n_embd", 256), options.count("n_head", 8), options.count("block_size")
         if width % count:
-            raise UserError(f"config: n_embd {width} does not divide over {count} heads")
+            raise UserError(f"config: n_embd {width} does not divide by n_head {count}")
         model = {"vocab": options.count("vocab_size"), "width": width, "heads": count, "block_size": block}
         model |= {"depth": options.count("n_layer", 12), "unmasked": options.count("n_unmasked", 0, least=0)}
         options.skip("embd_pdrop", "resid_pdrop", "attn_pdrop")
     if classes > model["vocab"]:
-        raise UserError(f"config: {classes} classes are no tokens of a vocabulary of {model['vocab']}")
+        raise UserError(f"config: n_classes {classes} must not exceed vocab_size {model['vocab']}")
     grid, cond_length = layout(block, kind)
     model |= {"grid": grid, "classes": classes, "cond_length": cond_length}
     draw = {"guidance": 1.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 600, "top_p": 0.92}
@@ -99,13 +99,13 @@ def network(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, int]:
             given = inner.take("params", {})
         permuter = options.take("permuter_config", None)
         if permuter is not None and not str(dict(permuter).get("target")).endswith(".Identity"):
-            raise UserError("config: permuter_config is not built, only rows from top to bottom")
+            raise UserError("config: permuter_config is not supported, only the raster order (Identity)")
         if options.flag("unconditional", False):
             kind = "SOSProvider"
         options.skip(*NET)
         options.only("sos_token", 0)
     if not isinstance(gpt, Mapping):
-        raise UserError("transformer_config: params is not a mapping of options by name")
+        raise UserError("transformer_config: params is not a mapping from option names to values")
     if kind != "Labelator":
         return gpt, kind, 0
     with Options(given, "cond_stage_config.params") as labels:
@@ -115,7 +115,7 @@ def network(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, int]:
 
 
 def layout(block: int, kind: str) -> tuple[tuple[int, int], int]:
-    """(grid of image tokens, tokens of the condition) of so many positions; the last token is never an input."""
+    """(grid of image tokens, number of condition tokens) for `block` positions; the last token is never an input."""
     one, two = math.isqrt(block), math.isqrt(block // 2)
     if kind not in ("Labelator", "SOSProvider") and 2 * two**2 == block:
         return (two, two), two**2

@@ -34,8 +34,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         used = remap(options, shapes)
         options.skip("temperature_scheduler_config")
         width, z = options.count("embed_dim"), net["residual"]["z"]
-        if width != z:  # the official scores take z_channels and are given embed_dim
-            raise UserError(f"config: embed_dim {width} is not z_channels {z}, as Gumbel codes need it")
+        if width != z:  # the official score layer expects z_channels and receives embed_dim
+            raise UserError(f"config: embed_dim {width} must equal z_channels {z} for Gumbel codes")
         quantizer = {"kind": "gumbel", "codebook_size": options.count("n_embed"), "width": width, "used": used}
         quantizer |= {"divergence": options.number("kl_weight", 1e-8)}
         model = {"resolution": image[0]} | net | {"quantizer": quantizer}

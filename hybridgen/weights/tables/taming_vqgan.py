@@ -30,7 +30,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     with Options(config) as options:
         net, image = network(options)
         used = remap(options, shapes)
-        options.skip("sane_index_shape")  # how indices are shaped on their way out
+        options.skip("sane_index_shape")  # the shape of returned indices
         quantizer = {"kind": "vq_gradient", "l2": False, "exact": True, "legacy": True, "commitment": 0.25}
         quantizer |= {"codebook_size": options.count("n_embed"), "width": options.count("embed_dim")}
         quantizer |= {"used": used, "revive_below": 0.0}
@@ -43,19 +43,19 @@ REMAP = (Rule("quantize.used", "extra/used", dtype="int64"),)
 
 
 def remap(options: Options, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many rows of the codebook tokens number: all (0), or those that the tensor `quantize.used` lists."""
+    """Number of codebook rows that have a token: 0 (all), or the length of the tensor `quantize.used`."""
     if options.take("remap", None) is None:
         return 0
     return (*shapes.get("quantize.used", ()), 1)[0]
 
 
 def network(options: Options) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """`ddconfig`, and what every class of that file takes besides -> (options of the model, shape of a picture)."""
+    """(options of the model, shape of a picture) of `ddconfig` and of the arguments that all classes share."""
     options.skip("lossconfig", "ckpt_path", "ignore_keys", "image_key", "monitor", "colorize_nlabels")
     with Options(options.take("ddconfig"), "ddconfig") as dd:
         mult, ch = dd.counts("ch_mult", (1, 2, 4, 8)), dd.count("ch")
         resolution, at = dd.count("resolution"), dd.counts("attn_resolutions", some=False)
-        dd.only("double_z", False)  # the official default, true, does not fit its own quantiser
+        dd.only("double_z", False)  # the official default, true, does not work with its own quantiser
         dd.only("give_pre_end", False)
         dd.only("attn_type", "vanilla")
         dd.only("use_linear_attn", False)
