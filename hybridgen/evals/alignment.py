@@ -6,9 +6,12 @@ How it reads (all in numpy; soft means 0 to 1 a pixel):
    so blended edges belong to the object's colour, and touching objects of different colours fall apart.
 3. objects: connected pixels of one colour class; specks are dropped, and thin seams between classes join the larger
    neighbour. An object's colour is the median of its pixels that are covered most.
-4. shape: the soft mask against every shape drawn with the mask's own area and centre; the best overlap decides, and
-   must be good, so that a shapeless blob is no circle.
+4. shape: the soft mask against every shape drawn with the mask's own area and centre. The best overlap decides; it
+   must be good, so that a shapeless blob is no circle, and better than the second by a margin, so that a shape between
+   two kinds is neither.
 5. size from the area, place from the centre. Objects of the scene are matched to those found by best assignment.
+6. debris: what differs from the background, away from every object, after an average over 3 x 3 pixels: pale shapes
+   and specks that are no objects. Its threshold is NOISE, or what the picture's own noise gives where that is more.
 
 Letters: `H W` picture, `n` pixels, `c` palette colours, `o` objects found, `s` objects of the scene.
 """
@@ -25,9 +28,14 @@ from hybridgen.core.errors import UserError
 from hybridgen.data.sources.outlines import BACKGROUNDS, COLOURS, PALETTE, SHAPES, coverage
 from hybridgen.data.sources.shapes import CELLS, POSITIONS, RADII, RELATIONS
 
-ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background")
+ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background", "clean")
 COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette's, of 255 a channel
 LEAST_OVERLAP = 0.75  # intersection over union, at 32 pixels
+LEAST_MARGIN = 0.08  # over the second best overlap; true pictures have 0.12 and more
+SOFT_EDGES = (0, 0.5, 0.75)  # deviations in pixels, at 32, of blurs that are no fault of a shape
+NOISE = 9.0  # distance of a colour from the background, of 255 a channel, that is not seen: 4 % of red on white
+DEBRIS = 13  # connected pixels, at 32, from which on what is no object makes a picture unclean; two opaque ones give 12
+CLEARANCE = 3  # pixels around an object, at 32, in which its blurred edge may lie
 SPECK = 0.3  # of the smallest object's area: less is no object
 _COLOURS = np.array([PALETTE[name] for name in COLOURS], np.float32)  # c 3
 _BACKGROUNDS = np.array([PALETTE[name] for name in BACKGROUNDS], np.float32)
@@ -96,30 +104,69 @@ def _pieces(classes, alpha):
     return sorted(pieces, key=lambda mask: -mask.sum())
 
 
-def _fit(soft):
-    """The shape that overlaps a soft mask best: (name, overlap, x, y, r), in sides. soft: H W float32."""
+def _debris(pixels, background, pieces):
+    """Pixels of the largest connected thing that is no object, as of a picture of 32 pixels; 0 if there is none."""
+    height = pixels.shape[0]
+    scale = height / 32
+    free = np.ones((height, height), bool)
+    if pieces:
+        reach = round(CLEARANCE * scale)
+        free = ~ndimage.binary_dilation(np.logical_or.reduce(pieces), np.ones((3, 3)), iterations=reach)
+    if not free.any():
+        return 0.0
+    steps = np.abs(np.diff(pixels - background, axis=0)).ravel()
+    noise = 1.05 * np.partition(steps, len(steps) // 2)[len(steps) // 2]  # a normal distribution's deviation
+    wide = 2 * round(scale) + 1
+    average = ndimage.uniform_filter(pixels, (wide, wide, 0), mode="nearest")
+    average -= _median(average[free])  # noise that is cut at white or black moves the mean, not the border's median
+    # of a thousand averages of noise in three channels none is longer than 4.5 of its deviations
+    faint = free & (np.linalg.norm(average, axis=-1) > max(NOISE, 4.5 * noise / wide))
+    labels, count = ndimage.label(faint, structure=np.ones((3, 3)))
+    return float(np.bincount(labels.ravel(), minlength=count + 1)[1:].max(initial=0)) / scale**2
+
+
+def _overlaps(soft, blur=0.0):
+    """Every shape with a soft mask's area and centre against it: [(overlap, shape, x, y, r)], best first, in sides.
+
+    soft: H W float32; blur: deviation of the Gaussian, in pixels, that blurs the shapes.
+    """
     height = soft.shape[0]
     area = float(soft.sum())
     at = (np.arange(height) + 0.5) / height
     cx, cy = float(soft.sum(0) @ at) / area, float(soft.sum(1) @ at) / area
-    best = ("", 0.0, cx, cy, 0.0)
+    fits = []
     for shape in SHAPES:
         unit, mx, my = moments(shape)
         r = (area / unit) ** 0.5 / height
         x, y = cx - mx * r, cy - my * r
         cover, box = coverage(shape, x, y, r, height)
+        if blur:
+            cover = ndimage.gaussian_filter(cover, blur, mode="constant")
         both = float(np.minimum(cover, soft[box]).sum())
-        overlap = both / (area + float(cover.sum()) - both)
-        if overlap > best[1]:
-            best = (shape, overlap, x, y, r)
-    return best
+        fits.append((both / (area + float(cover.sum()) - both), shape, x, y, r))
+    return sorted(fits, reverse=True)
+
+
+def _fit(soft):
+    """The shape that overlaps a soft mask best: (name or None, overlap, x, y, r), in sides. soft: H W float32."""
+    overlap, shape, x, y, r = _overlaps(soft)[0]
+    # a blurred edge brings all overlaps nearer to each other: less so if the shapes are blurred too
+    sure = overlap >= LEAST_OVERLAP and any(_margin(soft, shape, blur) >= LEAST_MARGIN for blur in SOFT_EDGES)
+    return shape if sure else None, overlap, x, y, r
+
+
+def _margin(soft, shape, blur):
+    """The overlap of a shape less that of the best other one, all blurred: `blur` in pixels of a picture of 32."""
+    overlaps = {name: overlap for overlap, name, *_ in _overlaps(soft, blur * soft.shape[0] / 32)}
+    return overlaps.pop(shape) - max(overlaps.values())
 
 
 def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
-    """What is in a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}]}.
+    """What is in a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}], "debris"}.
 
     image: H H 3, uint8 or float in [-1, 1]. Objects from the largest on; beyond `most` they are counted but not fitted
-    (shape None). A colour far from every palette colour and a shape that overlaps none well are None.
+    (shape None). A colour far from every palette colour is None, as is a shape that overlaps none well or two kinds
+    about equally. debris: the pixels, of a picture of 32, of the largest thing that is neither object nor background.
     """
     pixels = as_pixels(image)
     height = pixels.shape[0]
@@ -140,7 +187,7 @@ def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
         away = np.linalg.norm(_COLOURS - colour, axis=-1)
         objects.append(
             {
-                "shape": shape if overlap >= LEAST_OVERLAP else None,
+                "shape": shape,
                 "colour": COLOURS[away.argmin()] if away.min() <= COLOUR_TOLERANCE else None,
                 "x": x,
                 "y": y,
@@ -150,7 +197,7 @@ def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
         )
     objects += [{"shape": None, "colour": None, "x": 0.0, "y": 0.0, "r": 0.0, "overlap": 0.0}] * (len(pieces) - most)
     name = BACKGROUNDS[np.linalg.norm(_BACKGROUNDS - background, axis=-1).argmin()]
-    return {"background": name, "objects": objects}
+    return {"background": name, "objects": objects, "debris": _debris(pixels, background, pieces)}
 
 
 def size_name(r: float, radii: Mapping[str, float]) -> str | None:
@@ -187,9 +234,9 @@ def _match(stated, found, radii):
 def judge(image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, bool]:
     """Which attributes of the scene's caption the picture gets right: {attribute: bool, ..., "all_right": bool}.
 
-    image: H H 3, uint8 or float in [-1, 1]; scene: see `data.shapes`. The keys are "shape", "colour" and "count", and
-    of "size", "position", "relation" and "background" those that the caption states. An attribute is right only if it
-    is right in every object of the scene; an object that was not found has none right.
+    image: H H 3, uint8 or float in [-1, 1]; scene: see `data.shapes`. The keys are "shape", "colour", "count" and
+    "clean", and of "size", "position", "relation" and "background" those that the caption states. An attribute is right
+    only if it is right in every object of the scene; an object that was not found has none right.
     """
     seen, stated, radii = read(image), scene["stated"], scene["radii"]
     objects = scene["objects"]
@@ -209,6 +256,7 @@ def judge(image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, bool]:
         verdict["relation"] = whole and _stands(pairs[0][1], stated["relation"], pairs[1][1])
     if stated["background"]:
         verdict["background"] = seen["background"] == scene["background"]
+    verdict["clean"] = seen["debris"] < DEBRIS
     verdict["all_right"] = all(verdict.values())
     return verdict
 
