@@ -10,8 +10,8 @@ How it reads (all in numpy; soft means 0 to 1 a pixel):
    must be good, so that a shapeless blob is no circle, and better than the second by a margin, so that a shape between
    two kinds is neither.
 5. size from the area, place from the centre. Objects of the scene are matched to those found by best assignment.
-6. debris: what differs from the background, away from every object, after an average over 3 x 3 pixels: pale shapes
-   and specks that are no objects. Its threshold is NOISE, or what the picture's own noise gives where that is more.
+6. debris: what differs from the background, away from every object, after a median over 3 x 3 pixels: pale shapes
+   and what is left of objects. Its threshold is NOISE, or what the picture's own noise gives where that is more.
 
 Letters: `H W` picture, `n` pixels, `c` palette colours, `o` objects found, `s` objects of the scene.
 """
@@ -33,8 +33,8 @@ COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette
 LEAST_OVERLAP = 0.75  # intersection over union, at 32 pixels
 LEAST_MARGIN = 0.08  # over the second best overlap; true pictures have 0.12 and more
 SOFT_EDGES = (0, 0.5, 0.75)  # deviations in pixels, at 32, of blurs that are no fault of a shape
-NOISE = 9.0  # distance of a colour from the background, of 255 a channel, that is not seen: 4 % of red on white
-DEBRIS = 13  # connected pixels, at 32, from which on what is no object makes a picture unclean; two opaque ones give 12
+NOISE = 7.5  # distance of a colour from the background, of 255 a channel, that is not seen: 3 % of blue on white
+DEBRIS = 8  # connected pixels, at 32, from which on what is no object makes a picture unclean
 CLEARANCE = 3  # pixels around an object, at 32, in which its blurred edge may lie
 SPECK = 0.3  # of the smallest object's area: less is no object
 _COLOURS = np.array([PALETTE[name] for name in COLOURS], np.float32)  # c 3
@@ -117,10 +117,10 @@ def _debris(pixels, background, pieces):
     steps = np.abs(np.diff(pixels - background, axis=0)).ravel()
     noise = 1.05 * np.partition(steps, len(steps) // 2)[len(steps) // 2]  # a normal distribution's deviation
     wide = 2 * round(scale) + 1
-    average = ndimage.uniform_filter(pixels, (wide, wide, 0), mode="nearest")
-    average -= _median(average[free])  # noise that is cut at white or black moves the mean, not the border's median
-    # of a thousand averages of noise in three channels none is longer than 4.5 of its deviations
-    faint = free & (np.linalg.norm(average, axis=-1) > max(NOISE, 4.5 * noise / wide))
+    smooth = ndimage.median_filter(pixels, (wide, wide, 1), mode="nearest")
+    smooth -= _median(smooth[free])  # noise that is cut at white or black moves it off the border's median
+    # medians of noise deviate 1.25 times as much as means; of a thousand, in three channels, also of noise that is cut at white, none by 8 deviations
+    faint = free & (np.linalg.norm(smooth, axis=-1) > max(NOISE, 8 * 1.25 * noise / wide))
     labels, count = ndimage.label(faint, structure=np.ones((3, 3)))
     return float(np.bincount(labels.ravel(), minlength=count + 1)[1:].max(initial=0)) / scale**2
 
