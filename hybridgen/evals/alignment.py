@@ -119,7 +119,7 @@ def _debris(pixels, background, pieces):
     wide = 2 * round(scale) + 1
     smooth = ndimage.median_filter(pixels, (wide, wide, 1), mode="nearest")
     smooth -= _median(smooth[free])  # noise that is cut at white or black moves it off the border's median
-    # medians of noise deviate 1.25 times as much as means; of a thousand, in three channels, also of noise that is cut at white, none by 8 deviations
+    # a median's deviation is 1.25 times a mean's; 8 of it, as noise that is cut at white is measured too small
     faint = free & (np.linalg.norm(smooth, axis=-1) > max(NOISE, 8 * 1.25 * noise / wide))
     labels, count = ndimage.label(faint, structure=np.ones((3, 3)))
     return float(np.bincount(labels.ravel(), minlength=count + 1)[1:].max(initial=0)) / scale**2
