@@ -31,7 +31,7 @@ from hybridgen.data.sources.shapes import CELLS, POSITIONS, RADII, RELATIONS
 ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background", "clean")
 COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette's, of 255 a channel
 LEAST_OVERLAP = 0.75  # intersection over union, at 32 pixels
-LEAST_MARGIN = 0.08  # over the second best overlap; true pictures have 0.12 and more
+LEAST_MARGIN = 0.065  # over the second best overlap; true pictures have 0.12 and more
 SOFT_EDGES = (0, 0.5, 0.75)  # deviations in pixels, at 32, of blurs that are no fault of a shape
 NOISE = 7.5  # distance of a colour from the background, of 255 a channel, that is not seen: 3 % of blue on white
 DEBRIS = 8  # connected pixels, at 32, from which on what is no object makes a picture unclean
