@@ -6,9 +6,13 @@ The method (all in NumPy; a soft mask has values from 0 to 1):
    so blended edges belong to the object's colour, and touching objects of different colours are separated.
 3. objects: connected pixels of one colour class; specks and thin seams between objects are dropped. An object's colour
    is the median of its pixels with the most coverage.
-4. shape: the soft mask is compared with every shape drawn with the mask's area and centre; the best overlap decides. It
-   must reach a threshold, so that an irregular blob is not a circle.
+4. shape: the soft mask is compared with every shape drawn with the mask's area and centre. The best overlap decides. It
+   must reach a threshold, so that an irregular blob is not a circle, and exceed the second best by a margin, so that a
+   shape half way between two kinds is neither.
 5. size from the area, place from the centre. The scene's objects are matched to those found by optimal assignment.
+6. debris: connected pixels that differ from the background and belong to no object, such as a pale second shape. The
+   picture is smoothed by a median over 3 x 3 pixels; the threshold is NOISE, or follows from the picture's own noise
+   where that is higher.
 
 Letters: `H W` picture, `n` pixels, `c` palette colours, `o` objects found, `s` objects of the scene.
 """
@@ -25,9 +29,14 @@ from hybridgen.core.errors import UserError
 from hybridgen.data.sources.outlines import BACKGROUNDS, COLOURS, PALETTE, SHAPES, coverage
 from hybridgen.data.sources.shapes import CELLS, POSITIONS, RADII, RELATIONS
 
-ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background")
+ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "background", "clean")
 COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette's, of 255 a channel
 LEAST_OVERLAP = 0.75  # intersection over union, chosen at 32 pixels
+LEAST_MARGIN = 0.065  # over the second best overlap; undistorted shapes have at least 0.12
+SOFT_EDGES = (0, 0.5, 0.75)  # standard deviations of tolerated blur, in pixels at resolution 32
+NOISE = 7.5  # smallest visible distance of a colour from the background, of 255 a channel: 3 % of blue on white
+DEBRIS = 8  # connected pixels, at resolution 32, from which on debris makes a picture unclean
+CLEARANCE = 3  # width in pixels, at resolution 32, of the zone around an object in which its blurred edge may lie
 SPECK = 0.3  # share of the smallest object's area below which a piece is not an object
 _COLOURS = np.array([PALETTE[name] for name in COLOURS], np.float32)  # c 3
 _BACKGROUNDS = np.array([PALETTE[name] for name in BACKGROUNDS], np.float32)
@@ -99,30 +108,70 @@ def _pieces(classes, alpha):
     return sorted(pieces, key=lambda mask: -mask.sum())
 
 
-def _fit(soft):
-    """The shape that overlaps a soft mask best: (name, overlap, x, y, r), in units of the side. soft: H W float32."""
+def _debris(pixels, background, pieces):
+    """Area of the largest piece of debris, in pixels at resolution 32; 0 without debris. pixels: H W 3."""
+    height = pixels.shape[0]
+    scale = height / 32
+    free = np.ones((height, height), bool)
+    if pieces:
+        reach = round(CLEARANCE * scale)
+        free = ~ndimage.binary_dilation(np.logical_or.reduce(pieces), np.ones((3, 3)), iterations=reach)
+    if not free.any():
+        return 0.0
+    steps = np.abs(np.diff(pixels - background, axis=0)).ravel()
+    noise = 1.05 * np.partition(steps, len(steps) // 2)[len(steps) // 2]  # standard deviation of normal noise
+    wide = 2 * round(scale) + 1
+    smooth = ndimage.median_filter(pixels, (wide, wide, 1), mode="nearest")
+    smooth -= _median(smooth[free])  # noise that is clipped at white or black shifts it from the border's median
+    # a median deviates 1.25 times as much as a mean; 8 deviations, because clipped noise is underestimated
+    faint = free & (np.linalg.norm(smooth, axis=-1) > max(NOISE, 8 * 1.25 * noise / wide))
+    labels, count = ndimage.label(faint, structure=np.ones((3, 3)))
+    return float(np.bincount(labels.ravel(), minlength=count + 1)[1:].max(initial=0)) / scale**2
+
+
+def _overlaps(soft, blur=0.0):
+    """Every shape, drawn with a soft mask's area and centre, against it: [(overlap, shape, x, y, r)], best first.
+
+    soft: H W float32; blur: standard deviation of the Gaussian, in pixels, that blurs the shapes; x, y, r in sides.
+    """
     height = soft.shape[0]
     area = float(soft.sum())
     at = (np.arange(height) + 0.5) / height
     cx, cy = float(soft.sum(0) @ at) / area, float(soft.sum(1) @ at) / area
-    best = ("", 0.0, cx, cy, 0.0)
+    fits = []
     for shape in SHAPES:
         unit, mx, my = moments(shape)
         r = (area / unit) ** 0.5 / height
         x, y = cx - mx * r, cy - my * r
         cover, box = coverage(shape, x, y, r, height)
+        if blur:
+            cover = ndimage.gaussian_filter(cover, blur, mode="constant")
         both = float(np.minimum(cover, soft[box]).sum())
-        overlap = both / (area + float(cover.sum()) - both)
-        if overlap > best[1]:
-            best = (shape, overlap, x, y, r)
-    return best
+        fits.append((both / (area + float(cover.sum()) - both), shape, x, y, r))
+    return sorted(fits, reverse=True)
+
+
+def _fit(soft):
+    """The shape that overlaps a soft mask best: (name or None, overlap, x, y, r), in sides. soft: H W float32."""
+    overlap, shape, x, y, r = _overlaps(soft)[0]
+    # blur brings all overlaps closer to each other; comparing with blurred shapes corrects for that
+    sure = overlap >= LEAST_OVERLAP and any(_margin(soft, shape, blur) >= LEAST_MARGIN for blur in SOFT_EDGES)
+    return shape if sure else None, overlap, x, y, r
+
+
+def _margin(soft, shape, blur):
+    """The overlap of a shape less that of the best other one, all blurred: `blur` in pixels of a picture of 32."""
+    overlaps = {name: overlap for overlap, name, *_ in _overlaps(soft, blur * soft.shape[0] / 32)}
+    return overlaps.pop(shape) - max(overlaps.values())
 
 
 def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
-    """The content of a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}]}.
+    """The content of a picture: {"background": name, "objects": [{"shape", "colour", "x", "y", "r", "overlap"}],
+    "debris": area}.
 
     image: H H 3, uint8 or float in [-1, 1]. Objects are sorted by area, largest first; after the first `most` they are
-    counted but not fitted (shape None). A colour or shape that matches none well enough is None.
+    counted but not fitted (shape None). A colour that matches none well enough is None, as is a shape that matches none
+    well enough or two about equally. debris: area of the largest piece of it, in pixels at resolution 32.
     """
     pixels = as_pixels(image)
     height = pixels.shape[0]
@@ -143,7 +192,7 @@ def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
         away = np.linalg.norm(_COLOURS - colour, axis=-1)
         objects.append(
             {
-                "shape": shape if overlap >= LEAST_OVERLAP else None,
+                "shape": shape,
                 "colour": COLOURS[away.argmin()] if away.min() <= COLOUR_TOLERANCE else None,
                 "x": x,
                 "y": y,
@@ -153,7 +202,7 @@ def read(image: np.ndarray, most: int = 12) -> dict[str, Any]:
         )
     objects += [{"shape": None, "colour": None, "x": 0.0, "y": 0.0, "r": 0.0, "overlap": 0.0}] * (len(pieces) - most)
     name = BACKGROUNDS[np.linalg.norm(_BACKGROUNDS - background, axis=-1).argmin()]
-    return {"background": name, "objects": objects}
+    return {"background": name, "objects": objects, "debris": _debris(pixels, background, pieces)}
 
 
 def size_name(r: float, radii: Mapping[str, float]) -> str | None:
@@ -190,9 +239,9 @@ def _match(stated, found, radii):
 def judge(image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the picture has the attributes of the scene's caption: {attribute: bool, ..., "all_right": bool}.
 
-    image: H H 3, uint8 or float in [-1, 1]; scene: see `data.shapes`. The keys are "shape", "colour" and "count", and
-    those of "size", "position", "relation" and "background" that the caption states. An attribute is right only if it
-    is right for every object of the scene; for an object that was not found, all are wrong.
+    image: H H 3, uint8 or float in [-1, 1]; scene: see `data.shapes`. The keys are "shape", "colour", "count", "clean",
+    and those of "size", "position", "relation" and "background" that the caption states. An attribute is right only if
+    it is right for every object of the scene; for an object that was not found, all are wrong.
     """
     seen, stated, radii = read(image), scene["stated"], scene["radii"]
     objects = scene["objects"]
@@ -212,6 +261,7 @@ def judge(image: np.ndarray, scene: Mapping[str, Any]) -> dict[str, bool]:
         verdict["relation"] = whole and _stands(pairs[0][1], stated["relation"], pairs[1][1])
     if stated["background"]:
         verdict["background"] = seen["background"] == scene["background"]
+    verdict["clean"] = seen["debris"] < DEBRIS
     verdict["all_right"] = all(verdict.values())
     return verdict
 
