@@ -266,8 +266,8 @@ def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
         (["--prompt", "a red circel"], "does not know the word 'circel'; the nearest known word is 'circle'"),
         (["--prompt", " ".join(["a red circle"] * 99)], "the prompt has 297 tokens, this model reads at most 16"),
         ([], "no prompt: give --prompt TEXT, --prompts FILE or"),
-        (["--prompts", "nowhere.txt"], "no file of prompts 'nowhere.txt'"),
-        (["--prompts", __file__.replace("tests/core/test_cli.py", "hybridgen")], "no file of prompts"),
+        (["--prompts", "nowhere.txt"], "--prompts: no such file 'nowhere.txt'"),
+        (["--prompts", __file__.replace("tests/core/test_cli.py", "hybridgen")], "--prompts: no such file"),
         (["--prompt", "a red circle", "--guidance", "-1"], "prior.guidance -1.0 is not within 0.0 and 100.0"),
         (["--prompt", "a red circle", "--guidance", "nan"], "prior.guidance nan is not within"),
         (["--prompt", "a red circle", "--guidance", "strong"], "argument --guidance: invalid float value: 'strong'"),
@@ -335,7 +335,7 @@ def test_a_file_of_prompts_that_is_not_text(tiny_run, tmp_path):
     assert str(tmp_path / "prompts") in message and not (tmp_path / "out").exists()
     (tmp_path / "prompts").write_text("\n \n")
     message = refused(sample.main, "--run", run, "--prompts", tmp_path / "prompts", "--out", tmp_path / "out")
-    assert message == f"no prompt in {tmp_path / 'prompts'}: it takes one a line"
+    assert message == f"--prompts {tmp_path / 'prompts'} has no prompts: write one per line"
 
 
 # ---- as a process
@@ -382,7 +382,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
     assert "SIGINT: saving and stopping" in err
     stopped = int(err.split("stopped at step ")[1].split(";")[0])
-    assert stopped >= 2 and "the same command goes on from there" in err
+    assert stopped >= 2 and "run the same command again to resume" in err
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == str(stopped) and (saved / "manifest.json").is_file()
 

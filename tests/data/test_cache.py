@@ -153,7 +153,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
         cached(tmp_path, tokenizer, "another")
     with pytest.raises(UserError, match="cache is .*views.*one.*flip"):
         cached(tmp_path, tokenizer, "of the first", views="flip")
-    with pytest.raises(UserError, match="cached entries already"):
+    with pytest.raises(UserError, match="already hold cached entries"):
         cached(tmp_path / "again", tokenizer, data=data)
     with pytest.raises(UserError, match="--views flip"):
         sources.build({**data, "flip": True}, "train")

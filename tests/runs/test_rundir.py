@@ -129,7 +129,7 @@ def test_the_folder_is_the_owners(tmp_path):
 @pytest.mark.parametrize("main", [train.main, recipe.main])
 def test_an_empty_path_is_no_run_folder(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--workdir: it is empty"):
+    with pytest.raises(UserError, match="--workdir: the path is empty"):
         main(["--config", "configs/tokenizers/vq.py:tiny", "--workdir="])
 
 

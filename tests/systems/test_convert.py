@@ -134,7 +134,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys, state):
     refused(capsys, tmp_path, "is not a good safetensors file", "sd_kl_vae", folder, tmp_path / "run")
     (folder / "w.safetensors").write_bytes(whole)
     refused(capsys, tmp_path, "unknown source 'dall_e'; known are", "dall_e", folder, tmp_path / "run")
-    refused(capsys, tmp_path, "three things are asked for", "sd_kl_vae", folder)
+    refused(capsys, tmp_path, "three arguments are needed", "sd_kl_vae", folder)
     refused(capsys, tmp_path, "no config 'sd9'", "sd_kl_vae", folder, tmp_path / "run", "--config", "sd9")
     refused(capsys, tmp_path, "is there already", "sd_kl_vae", folder, folder)
     (folder / "config.json").write_text("[1]")

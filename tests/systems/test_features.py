@@ -323,7 +323,7 @@ def test_distances_that_cannot_be_taken(words, says, tiny_run, lite, tmp_path):
 
 
 def test_a_network_of_features_is_measured_by_nothing(lite, tmp_path):
-    with pytest.raises(UserError, match="features.efficientnet draws no pictures"):
+    with pytest.raises(UserError, match="a features.efficientnet run generates no images"):
         evaluate.main(["--run", str(lite), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists() and config_lib.read(lite / "config.json").family == "features.efficientnet"
     assert {path.split("/")[-1] for path in trees.flatten(restore(lite, {}).config.model.to_dict())} >= {"classes"}

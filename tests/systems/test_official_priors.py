@@ -201,7 +201,7 @@ def test_from_a_class_to_pictures(place, capsys):
     folder, vocab = place
     weights, config = checkpoint_of(folder, vocab)
     assert run_convert("llamagen_gpt", weights, folder / "no", "--config", config, "--part", "tokenizer") == 2
-    assert "--part takes NAME=RUN" in capsys.readouterr().err
+    assert "is not NAME=RUN, each name once" in capsys.readouterr().err
     part = f"tokenizer={folder / 'vq'}"
     assert run_convert("llamagen_gpt", weights, folder / "gpt", "--config", config, "--part", part) == 0
     draw = ["--run", str(folder / "gpt"), "--label", "3", "--label", "1", "--count", "2", "--out", str(folder / "out")]

@@ -32,7 +32,7 @@ LLAMA = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "n
 
 def test_a_text_model_draws_no_pictures(tmp_path):
     assert convert.main(["llama_lm", str(GOLDEN / "llama_lm"), str(tmp_path / "run")]) == 0
-    with pytest.raises(UserError, match="a text.lm run draws no pictures"):
+    with pytest.raises(UserError, match="a text.lm run generates no images"):
         sample.main(["--run", str(tmp_path / "run"), "--prompt", "a circle", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

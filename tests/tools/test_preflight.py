@@ -56,7 +56,7 @@ def test_a_program_over_the_capacity_is_exit_code_1(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(preflight, "capacity", lambda: 2**20)
     assert preflight.main(PRIOR) == 1
     shown = capsys.readouterr().out
-    assert "over by 0.0" in shown and "try more devices" in shown
+    assert "does not fit by 0.0" in shown and "try more devices" in shown
 
 
 SCANNED = """
@@ -336,5 +336,5 @@ def test_an_oversized_config_says_by_how_much(tmp_path):
     assert code == 1 and not report["fits"]
     # 12 bytes a parameter on every device, and more
     assert report["train"]["spare"] < 15.75 * GIB - 12 * report["parameters"]
-    assert f"over by {-report['train']['spare'] / GIB:.2f} GiB" in shown
+    assert f"does not fit by {-report['train']['spare'] / GIB:.2f} GiB" in shown
     assert "try --config.mesh.fsdp=8 " in shown

@@ -43,5 +43,5 @@ def test_an_evaluation_that_is_stopped_says_how_to_go_on(number, tmp_path, monke
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         recipe.main(["--config", f"{RECIPE},order=('evaluation',)", "--workdir", str(tmp_path)])
-    assert "the same command goes on from what is saved" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
