@@ -247,7 +247,7 @@ def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     words = ["--run", run, "--out", tmp_path / "out"]
     for main, more in ((sample.main, ["--prompt", "a red circle"]), (evaluate.main, [])):
-        assert "is of another config: model.width was 64 and is 128" in refused(main, *words, *more)
+        assert "has another config: model.width was 64 and is 128" in refused(main, *words, *more)
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(tokenizer / "checkpoints", run / "checkpoints")
     assert 'family was "tokenizers.vq" and is "ar.raster"; model.attention was' in refused(evaluate.main, *words)

@@ -163,7 +163,7 @@ def test_the_json_of_a_run_of_somebody(tmp_path):
     path = tmp_path / "text.json"
     for raw in (b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe\xff", b"9" * 5000, b"{"):
         path.write_bytes(raw)
-        assert "is not JSON" in refused(run_folder.read_json, path)
+        assert "is not valid JSON" in refused(run_folder.read_json, path)
     os.truncate(path, 2**33)
     assert "bytes" in refused(run_folder.read_json, path, megabytes=80)
     deep = json.loads("[" * 500 + "]" * 500)

@@ -110,7 +110,7 @@ def test_guidance_is_a_scale_a_schedule_or_several_scales():
         ({"decoder": {"guidance": {"plan": -1.0}}}, "decoder.guidance.plan -1.0 is not within"),
         ({"prior": {"guidance": None}}, "prior.guidance None is not within"),
         ({"prior": {"guidance": 2.0, "guidance_schedule": "steep"}}, "'steep' is not one of"),
-        ({"decoder": {"size": 3}}, "unknown option 'decoder.size'; known are prior.guidance, "),
+        ({"decoder": {"size": 3}}, "unknown option 'decoder.size'; known options: prior.guidance, "),
         ({"prior": 3}, "unknown option 'prior'"),
         ({"other": {"guidance": 2.0}}, "unknown option 'other'"),
     ):

@@ -94,7 +94,7 @@ def test_the_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(tmp_path, ca
     folders = {name: str(GOLDEN / "tokenizers" / name) for name in ("t5", "gpt2")}
     run = [str(GOLDEN / "t5_encoder"), str(tmp_path / "run")]
     assert convert.main(["t5_encoder", *run]) == 0 and not (tmp_path / "run" / "text.json").exists()
-    assert "this run cannot read prompts yet, only ids: no tokenizer in" in capsys.readouterr().out
+    assert "this run reads token ids only, no prompts: no tokenizer in" in capsys.readouterr().out
     run[1] = str(tmp_path / "new")
     for folder, message in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, the model 99")):
         with pytest.raises(UserError, match=message):

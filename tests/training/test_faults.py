@@ -248,7 +248,7 @@ def test_a_rotten_step_is_fallen_back_from(run, capsys):
     capsys.readouterr()
     run("run", {}, *options)
     out = capsys.readouterr().out
-    assert re.search(rf"checkpoint 12 in \S+ is not used: model/\S*{path.name}: its digest differs", out)
+    assert re.search(rf"checkpoint 12 in \S+ is damaged and not used: model/\S*{path.name}: its SHA-256 differs", out)
     assert "steps 10 to 12" in out and final(folder, 12) == final(whole, 12) and log_of(folder) == log_of(whole)
 
 
