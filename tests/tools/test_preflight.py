@@ -141,7 +141,7 @@ def test_what_to_change(monkeypatch):
     assert roofline.changes(built, "train", entry, 1.0 * holding)[0].startswith("more devices, 4 or so")
     for name in ("train", "sample"):  # a smaller batch would not make it fit
         assert len(roofline.changes(built, name, entry, 0.25 * holding)) == 1
-    assert roofline.changes(built, "sample", entry, 8.0 * holding) == ["--count 8 (draws 16 at a time)"]
+    assert roofline.changes(built, "sample", entry, 8.0 * holding) == ["--count 8 (instead of 16 images per call)"]
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_a_collective_beside_several_fusions_is_one():
 @pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v9:2x2", "v5e:4", "v5e:2x2x2", "v5p:4x4", "5x5", "v5e:3x5"])
 def test_an_unknown_topology_names_the_known_ones(name):
     pytest.importorskip("libtpu") if name == "v5e:3x5" else None
-    with pytest.raises(UserError, match=r"topology .*known are .*v5e:16x16"):
+    with pytest.raises(UserError, match=r"topology .*known: .*v5e:16x16"):
         topology.describe(name)
 
 
