@@ -60,9 +60,7 @@ def check(config: Any) -> None:
     """Raises UserError for a config without stages, and for names of stages that do not exist."""
     for key in ("order", "stages"):
         if key not in config:
-            raise UserError(
-                f"--config is not a recipe: it has no {key!r}; to train a single model use hybridgen train"
-            )
+            raise UserError(f"--config is not a recipe: it has no {key!r}; to train a single model use hybridgen train")
     for name in config.order:
         if name not in config.stages:
             hint = config_lib.hint(name, config.stages)

@@ -319,7 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", help="the stage of the recipe, if the config is one")
     parser.add_argument("--what", type=_names, metavar="NAMES", help="programs: train, sample or both (default)")
     parser.add_argument("--count", type=int, metavar="N", help="images per sampling call (default: the config's)")
-    parser.add_argument("--cached", action="store_true", help="use cached tokens and latents instead of encoding images")
+    parser.add_argument("--cached", action="store_true", help="use cached tokens or latents instead of encoding images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
 
 

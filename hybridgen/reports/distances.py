@@ -1,8 +1,8 @@
 """Distances of generated images to a reference (FID, KID, precision and recall), on features of a pretrained network.
 
 The network is a run of a family with `encode(image) -> features b d` and a model with a `feature_width`; `hybridgen
-convert` imports efficientnet_lite0 and inception_v3. The reference is a split of the run's own data, a folder of images,
-or a reference file of ADM. All images are rounded to 8 bits before the network, as if they were read from PNG files.
+convert` imports efficientnet_lite0 and inception_v3. The reference is a split of the run's own data, a folder of
+images, or a reference file of ADM. All images are rounded to 8 bits before the network, as if read from PNG files.
 """
 
 import dataclasses

@@ -96,7 +96,7 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (PRIOR, "sample.options.prior.guidance=-1", "prior.guidance -1.0 is not within 0.0 and 100.0"),
         (PRIOR, "sample.options.prior.guidance_schedule=steep", "'steep' is not one of constant"),
         (JOINT, "sample.options.decoder.steps=0", "decoder.steps 0 is not within 1 and 1000"),
-        (VQ, "health.skip=((4,4),)", "health.skip: (4, 4) is no interval"),
+        (VQ, "health.skip=((4,4),)", "health.skip: (4, 4) is not an interval"),
         (VQ, "health.streak=0", "config key 'health.streak' 0 is not within 1 and"),
         (VQ, "health.spike=-1", "config key 'health.spike' -1.0 is not within 0.0 and"),
         (VQ, "checkpoint.keep_every=-1", "config key 'checkpoint.keep_every' -1 is not within 0 and"),

@@ -95,7 +95,7 @@ def test_a_recipe_and_the_table_of_buckets_refuse_it_too(folder, tmp_path):
 def test_allow_takes_keys_and_groups_of_the_run(tmp_path):
     config = config_lib.load(VQ)
     words = "config.optim,config.model.codes,data,data.source.length,parts.old"
-    with pytest.raises(UserError, match="--allow 'config.model.codes' is no key"):
+    with pytest.raises(UserError, match="--allow 'config.model.codes' is not a key"):
         resume.allowed(words, [(config, tmp_path)])
     about = tmp_path / "checkpoints" / "3" / "about"
     about.mkdir(parents=True)  # what a checkpoint has, and the config no more
@@ -108,7 +108,9 @@ def test_allow_takes_keys_and_groups_of_the_run(tmp_path):
 
 @pytest.mark.parametrize("word", ["seed", "lr", "config.opti", "config.log.every", "all", "parts.tokenizer"])
 def test_allow_refuses_what_is_no_key(word, tmp_path):
-    with pytest.raises(UserError, match=rf"--allow '{word}' is no key.*config.batch, .*config.optim.lr, .*data.seed"):
+    with pytest.raises(
+        UserError, match=rf"--allow '{word}' is not a key.*config.batch, .*config.optim.lr, .*data.seed"
+    ):
         train.main(["--config", VQ, "--workdir", str(tmp_path / "run"), "--allow", f"config.seed,{word}"])
     assert not (tmp_path / "run").exists()
 
@@ -117,5 +119,5 @@ def test_a_recipe_allows_what_one_of_its_stages_has(tmp_path):
     config = config_lib.load(f"{tiny.ROOT}/configs/recipes/shapes.py:tiny")
     stages = [(config.stages[name], tmp_path) for name in config.order if "family" in config.stages[name]]
     assert resume.allowed("config.model.quantizer.levels,config.model.heads", stages)
-    with pytest.raises(UserError, match="--allow 'config.model.hats' is no key; did you mean 'config.model.heads'"):
+    with pytest.raises(UserError, match="--allow 'config.model.hats' is not a key; did you mean 'config.model.heads'"):
         resume.allowed("config.model.hats", stages)

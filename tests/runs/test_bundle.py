@@ -225,8 +225,8 @@ def sealed(folder: Path) -> None:
         ("config.json", {"model": {"mode": "soft", "prior": "{"}}, "does not describe a model"),
         ("bundle.json", {"format": 2}, "has the format '2'; supported is 1"),
         ("bundle.json", {"format": "x" * 10_000}, "has the format"),
-        ("bundle.json", {"step": "7"}, "does not describe a bundle"),
-        ("bundle.json", {"parts": {"prior": 3}}, "does not describe a bundle"),
+        ("bundle.json", {"step": "7"}, "has no valid `step` and `parts`"),
+        ("bundle.json", {"parts": {"prior": 3}}, "has no valid `step` and `parts`"),
         ("bundle.json", {"parts": {"prior": "0" * 64}}, "part 'prior' is not the one that the bundle"),
     ],
 )

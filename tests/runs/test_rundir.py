@@ -161,5 +161,5 @@ def test_json_is_whole_or_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot read"):
         run_folder.read_json(tmp_path / "none.json")
     path.write_text('{"a": ')
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         run_folder.read_json(path)

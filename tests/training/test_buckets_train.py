@@ -106,7 +106,9 @@ def watched(settings, folder: Path) -> SimpleNamespace:
 @pytest.mark.slow
 def test_nothing_compiles_after_the_first_step(run):
     """Batches of both shapes, evaluations whose last batches are not full, and saves: all of it was there before."""
-    assert "compiled the step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(run.message)
+    assert "compiled the training step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(
+        run.message
+    )
     assert run.seen[1] >= 4 and sorted(run.seen) == list(range(1, STEPS + 1))
     assert set(run.seen.values()) == {run.seen[1]}
     (image,) = (run.folder / "images").glob("samples-*.png")

@@ -143,7 +143,7 @@ def test_intervals_at_the_end_and_beyond_it(run):
     """What is skipped may begin or end behind the last step; a rule that can never hold is refused."""
     folder = run("run", {}, 6, 5, "health.skip=((4,9),(30,40))")
     assert fault_cases.steps_of(folder) == [1, 2, 3, 4] and newest(folder) == 6
-    with pytest.raises(UserError, match=r"\(4, 4\) is no interval"):
+    with pytest.raises(UserError, match=r"\(4, 4\) is not an interval"):
         run("wrong", {}, 6, 5, "health.skip=((4,4),)")
     with pytest.raises(UserError, match="health.streak"):
         run("wrong", {}, 6, 5, "health.streak=0")
@@ -152,7 +152,7 @@ def test_intervals_at_the_end_and_beyond_it(run):
 @pytest.mark.parametrize("text", ['{"a": 1}', "3", "[[1, 2], 5]", '["12"]', "[[2, 1]]"])
 def test_a_list_of_intervals_that_is_none(tmp_path, text):
     (tmp_path / "skipped.json").write_text(text)
-    with pytest.raises(UserError, match=r"skipped\.json: .* is no interval"):
+    with pytest.raises(UserError, match=r"skipped\.json: .* is not an interval"):
         rollback.intervals(configured(6, 5), tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_a_full_disk_is_told_of_and_survived(run, tmp_path):
     whole = run("whole", {}, *options)
     out, err = ends(fault_cases.start(tmp_path / "run", words(*options), {"full": [18, 37, 3000]}))
     assert re.search(r"^train 30/60  save failed: checkpoint 20 was not saved: .*File too large", out, re.M), out
-    assert len(re.findall("are not written: File too large; the run goes on", err)) == 1
+    assert len(re.findall("cannot write the logs in .*: File too large; the run continues", err)) == 1
     assert "Traceback" not in err and len(err.splitlines()) < 5  # Orbax has one for each write
     with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as saved:
         assert saved.good_steps() == [10, 40, 50, 60]
