@@ -177,6 +177,6 @@ class Signals:
             raise KeyboardInterrupt
         self.requested = True
         # not print, which is not reentrant: the signal may interrupt a print
-        text = f"{signal.Signals(number).name}: saving, then stopping; a second Ctrl-C stops at once without saving\n"
+        text = f"{signal.Signals(number).name}: saving and stopping; a second Ctrl-C stops at once without saving\n"
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

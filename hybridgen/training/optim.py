@@ -8,8 +8,8 @@ group only; parameters without a group form the group "rest". Weight decay appli
 nested dicts of arrays, so that checkpoints contain no Python classes.
 
 `kind: "muon"` (Jordan 2024) uses Muon for the hidden matrices (`MATRICES`, also by path), and AdamW with the group's
-b1, b2 and eps for the rest. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so both
-use one `lr` and one `decay`, and those of an AdamW run can be used unchanged.
+b1, b2 and eps for the rest. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so
+both use one `lr` and one `decay`, and those of an AdamW run can be used unchanged.
 """
 
 import math
