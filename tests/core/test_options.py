@@ -54,7 +54,7 @@ def test_a_member_of_a_mixture_takes_one(folder):
     with pytest.raises(UserError, match="unknown config key 'data.options.sources.b.options.label_key'"):
         config_lib.override(config, ["data.options.sources.b.options.label_key=class"])
     config_lib.override(config, ["data.options.sources.a.options.buckets=table"])
-    with pytest.raises(UserError, match="data.options.sources.a.options.buckets: a mixture has batches of one shape"):
+    with pytest.raises(UserError, match="data.options.sources.a.options.buckets: a mixture cannot have buckets"):
         sources.build(config.data, "train")
 
 
@@ -64,9 +64,9 @@ REFUSED = {
         "'folder': 'labelkey'; the nearest known one is 'label_key' .known: .*text_weights.*buckets",
     ),
     "of another": (["data.options.templates=2"], "unknown option of the source 'folder': 'templates'"),
-    "float": (["data.options.validation=much"], "data.options.validation takes float, such as 0.02, and was given 'mu"),
-    "int": (["data.options.max_bytes=True"], "data.options.max_bytes takes int, such as 67108864, and was given True"),
-    "none": (["data.source=shapes", "data.options.templates=few"], "templates takes a whole number or none, .* 'few'"),
+    "float": (["data.options.validation=much"], "data.options.validation takes float, such as 0.02, not 'mu"),
+    "int": (["data.options.max_bytes=True"], "data.options.max_bytes takes int, such as 67108864, not True"),
+    "none": (["data.source=shapes", "data.options.templates=few"], "templates takes an integer or none, not 'few'"),
 }
 
 

@@ -111,7 +111,7 @@ def cut(path):
 @pytest.mark.parametrize(
     "harm, says",
     [
-        (lambda path: cut(path / "00001.arrayrecord"), "bytes, .* were written"),
+        (lambda path: cut(path / "00001.arrayrecord"), "is damaged: it has .* bytes instead of"),
         (lambda path: (path / "00002.arrayrecord").unlink(), "'00002.arrayrecord'"),
         (lambda path: (path / "index.json").write_text("{"), "not JSON"),
         (lambda path: (path / "index.json").unlink(), r"no records of the split 'train'.*none"),

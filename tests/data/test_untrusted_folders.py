@@ -73,7 +73,7 @@ def test_metadata_that_is_no_file_of_the_folder(tmp_path):
         (os.mkfifo, "is not a file"),
         (os.mkdir, "is not a file"),
         (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
-        (lambda path: path.symlink_to(tmp_path / "metadata.jsonl"), "a link out of the folder"),
+        (lambda path: path.symlink_to(tmp_path / "metadata.jsonl"), "is a link to a file outside the folder"),
     ]:
         path = tmp_path / "a" / "metadata.jsonl"
         make(path)

@@ -302,7 +302,7 @@ def _bytes(images):
         (["--features", "nowhere"], "no run in 'nowhere'"),
         (["--features", "VQ"], "is a run of tokenizers.vq, not of a feature network"),
         (["--features", "LITE", "--count", "8"], "--count 8: distances need at least 12 images"),
-        (["--features", "LITE", "--reference-count", "3"], "at least 12 pictures, --reference-count is 3"),
+        (["--features", "LITE", "--reference-count", "3"], "--reference-count 3: distances need at least 12 images"),
         (["--features", "LITE", "--reference", "trian"], "'trian' is neither a file nor a folder nor one of train"),
         (["--features", "LITE", "--reference", "EMPTY"], "has no picture"),
         (["--features", "LITE", "--reference", "NARROW"], "has statistics of 2 features, but the network has 1280"),

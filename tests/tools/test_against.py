@@ -93,5 +93,5 @@ def test_what_has_no_twin_is_refused(monkeypatch):
         with pytest.raises(UserError, match=says):
             against.check(built)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="needs PyTorch, of the extra dev"):
+    with pytest.raises(UserError, match="needs PyTorch: pip install"):
         against.find_torch()
