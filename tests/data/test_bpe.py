@@ -108,7 +108,7 @@ def test_the_command(tmp_path, capsys):
     reader = text.build(config, None)
     ids, mask = reader.encode("a red circle", strict=True)
     assert reader.vocab_size == 300 and mask.sum() < 12 and reader.decode(ids) == "a red circle"
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         prepare.main(options)
 
 
@@ -191,7 +191,7 @@ def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="neither tokenizer.json nor"):
         Published.read(str(tmp_path), 8)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         text.build({"source": "shapes", "text": {"kind": "published", "path": str(tmp_path)}}, None)
     with pytest.raises(UserError, match="data.text.path is missing"):
         text.build({"source": "shapes", "text": {"kind": "published"}}, None)

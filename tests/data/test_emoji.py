@@ -114,6 +114,6 @@ def test_what_is_missing_is_named(packages, tmp_path, capsys):
         emoji.build(tmp_path / "some", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert emoji.main(["--packages", str(packages), "--out", str(tmp_path / "out")]) == 0
-    assert "62 pictures" in capsys.readouterr().out
-    with pytest.raises(UserError, match="there already"):
+    assert "wrote 62 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="already exists"):
         emoji.build(packages, tmp_path / "out")

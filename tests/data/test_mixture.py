@@ -115,7 +115,7 @@ def test_from_a_config():
         ({}, "empty"),
         ({"a": 3}, "a is 3"),
         ({"a": SHAPES | {"wieght": 1}}, "'wieght'.*'weight'"),
-        ({"a": {"source": "mixture"}}, "no mixture"),
+        ({"a": {"source": "mixture"}}, "a source other than mixture"),
         ({"a": SHAPES | {"weight": 0}}, "'a' is 0"),
         ({"a": SHAPES | {"weight": 1.000001}, "b": SHAPES}, "round them"),
         ({"a": {"source": "shape"}}, "sources.a.source 'shape'"),

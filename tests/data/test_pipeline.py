@@ -237,7 +237,7 @@ def test_fingerprint_survives_json_and_names_what_differs():
     assert json.loads(json.dumps(base)) == base == fingerprint(workers=3, threads=2)
     check_fingerprint(base, fingerprint())
     for changes, says in (
-        ({"batch": 16}, "batch was 8 and is 16 .--allow batch."),
+        ({"batch": 16}, "batch was 8 and is 16 .to resume nevertheless: --allow batch."),
         ({"resolution": 32}, "source.resolution was 16 and is 32"),
         ({"options": {"objects": (1, 2), "size": 50}}, r"source.options.objects was \[1\] and is \[1, 2\]"),
         ({"text": {"kind": "words", "length": 9}, "flip": True, "seed": 1}, "flip,seed,text.digest,text.length"),

@@ -100,7 +100,7 @@ def test_nothing_half_written_has_the_name(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     written(tmp_path, SHAPES)
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         written(tmp_path, SHAPES)
 
 
@@ -113,14 +113,14 @@ def cut(path):
     [
         (lambda path: cut(path / "00001.arrayrecord"), "is damaged: it has .* bytes instead of"),
         (lambda path: (path / "00002.arrayrecord").unlink(), "'00002.arrayrecord'"),
-        (lambda path: (path / "index.json").write_text("{"), "not JSON"),
+        (lambda path: (path / "index.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "index.json").unlink(), r"no records of the split 'train'.*none"),
-        (lambda path: edit(path, format=2), "format 2, .* reads 1"),
+        (lambda path: edit(path, format=2), "has the format 2; supported is 1"),
         (lambda path: edit(path, count=41), "damaged.*41"),
         (lambda path: edit(path, shards=[{"file": "../x", "count": 40, "bytes": 1}]), "damaged"),
         (lambda path: edit(path, fields={"image": {"dtype": "png", "shape": [1, 16, 16]}}), "damaged"),
         (lambda path: edit(path, fields={"x": {"dtype": "O", "shape": [1]}}), "damaged"),
-        (lambda path: edit(path, resolution=32), "at 32, data.resolution is 16"),
+        (lambda path: edit(path, resolution=32), "data.resolution is 16, but the records in .* have 32"),
     ],
 )
 def test_what_is_refused(tmp_path, harm, says):

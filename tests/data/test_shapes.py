@@ -367,7 +367,7 @@ def test_the_words_cover_the_tables():
         (dict(size_jitter=-0.1), "-0.1"),
         (dict(backgrounds=("red",)), "red"),
         (dict(shapes=("circle",), colours=("red", "blue"), objects=(1, 3)), "1 x 2"),
-        (dict(split="holdout", shapes=("circle",), colours=("red", "blue")), "held out"),
+        (dict(split="holdout", shapes=("circle",), colours=("red", "blue")), "the split 'holdout' is empty"),
     ],
 )
 def test_bad_options_are_named(options, word):

@@ -68,8 +68,8 @@ def test_ids_are_those_of_the_recorded_tokenizer(tmp_path):
     ("data", "says"),
     [
         (of_t5(trainer={3: 2}), "model type 2 is not supported, only Unigram"),
-        (of_t5(normaliser={3: 0}), "keeps spaces or begins without one"),
-        (of_t5(kinds={5: 4}), "pieces of the user's own"),
+        (of_t5(normaliser={3: 0}), "keeps extra spaces or adds no dummy prefix"),
+        (of_t5(kinds={5: 4}), "user-defined symbols are not supported"),
         (of_t5(trainer={42: 9999}), "is not a SentencePiece model: IndexError"),
         (of_t5()[:-5], "is not a SentencePiece model: .*cut off"),
         (field(1, 7), "is not a SentencePiece model: TypeError"),

@@ -75,7 +75,7 @@ def test_what_it_is_and_what_it_refuses(run, model, tmp_path):
         ("no prompt and no label", [[]], {}),
         ("does not know the word 'cirle'; the nearest known word is 'circle'", ["a small red cirle"], {}),
         ("the prompt is empty", [" "], {}),
-        ("a prompt is text, not int", [[3]], {}),
+        ("the prompt must be a string, not int", [[3]], {}),
         ("takes no --label", [PROMPTS], {"labels": [0, 1]}),
         ("2 prompts and 1 labels", [PROMPTS], {"labels": 0}),
         ("unknown option 'guidence'; known options: guidance", [PROMPTS], {"guidence": 2.0}),

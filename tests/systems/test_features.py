@@ -304,7 +304,7 @@ def _bytes(images):
         (["--features", "LITE", "--count", "8"], "--count 8: distances need at least 12 images"),
         (["--features", "LITE", "--reference-count", "3"], "--reference-count 3: distances need at least 12 images"),
         (["--features", "LITE", "--reference", "trian"], "'trian' is neither a file nor a folder nor one of train"),
-        (["--features", "LITE", "--reference", "EMPTY"], "has no picture"),
+        (["--features", "LITE", "--reference", "EMPTY"], "has no usable image"),
         (["--features", "LITE", "--reference", "NARROW"], "has statistics of 2 features, but the network has 1280"),
         (["--features", "LITE", "--reference", "FEW"], "has 4 usable images, but distances need at least 12"),
         (["--features", "LITE", "--reference", __file__], "test_features.py is not a good reference file"),

@@ -96,7 +96,7 @@ def test_the_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(tmp_path, ca
     assert convert.main(["t5_encoder", *run]) == 0 and not (tmp_path / "run" / "text.json").exists()
     assert "this run reads token ids only, no prompts: no tokenizer in" in capsys.readouterr().out
     run[1] = str(tmp_path / "new")
-    for folder, message in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, the model 99")):
+    for folder, message in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, but the model has 99")):
         with pytest.raises(UserError, match=message):
             convert.main(["t5_encoder", *run, "--text", folder])
         assert not (tmp_path / "new").exists()

@@ -96,6 +96,6 @@ def _check(source: str, found: dict[str, Any], expected: dict[str, Any]) -> None
 def _refusal(source: str, option: str) -> UserError:
     command = f"hybridgen convert {source} IN OUT"
     return UserError(
-        f"diffusion.dit with {option} of an earlier version is no longer supported: "
+        f"diffusion.dit with {option}, which an earlier version had, is no longer supported: "
         f"import official weights again ({command}), or train again"
     )
