@@ -317,7 +317,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that bench and preflight share."""
     config_lib.add_argument(parser)
     parser.add_argument("--stage", help="the stage of the recipe, if the config is one")
-    parser.add_argument("--what", type=_names, metavar="NAMES", help="programs: train, sample or both (default)")
+    parser.add_argument("--what", type=_names, metavar="NAMES", help="train, sample or train,sample (default: both)")
     parser.add_argument("--count", type=int, metavar="N", help="images per sampling call (default: the config's)")
     parser.add_argument("--cached", action="store_true", help="use cached tokens or latents instead of encoding images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")

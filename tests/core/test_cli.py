@@ -1,4 +1,4 @@
-"""What bad input gets: one line on stderr that names it, exit code 2, no traceback, and nothing half-written."""
+"""Bad input gives one line on stderr that names it, exit code 2, no traceback, and no partial files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SMALL = f"{ROOT}/{VQ},model.channels=(16,),model.attention=False"  # soon compil
 
 
 def refused(main, *words: object) -> str:
-    """Runs a command that is to be refused: its message, one line."""
+    """Runs a command that must fail; returns its message of one line."""
     with pytest.raises(UserError) as error:
         main([str(word) for word in words])
     assert "\n" not in str(error.value)
@@ -113,7 +113,7 @@ def test_a_config_that_cannot_be_trained(config, override, says, tmp_path):
 
 
 def test_a_sampling_option_without_a_value(tmp_path):
-    """Also where it comes from a file."""
+    """Also if it comes from a file."""
     file = tmp_path / "mine.py"
     file.write_text("from configs.ar import raster\n\n\ndef get_config(_):\n    config = raster.get_config('tiny')\n")
     with file.open("a") as lines:
@@ -152,7 +152,7 @@ def test_what_stages_share_is_set_for_all_or_for_one(turn):
 
 
 def test_where_none_is_a_word():
-    """`none` names a quantiser; of a data source's options it is nothing."""
+    """`none` is the name of a quantizer, but the empty value of a data source's option."""
     assert config_lib.load(f"{ROOT / VQ}", ["model.quantizer.kind=none"]).model.quantizer.kind == "none"
     for text, value in (("none", None), ("caption", "caption"), ("('en', 'zh')", ("en", "zh")), ("'none'", "none")):
         stages = config_lib.load(f"{ROOT / FOLDER}", [f"stages.prior.data.options.text_key={text}", "path=12"]).stages
@@ -239,7 +239,7 @@ def test_runs_that_are_damaged(tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
-    """Neither where the config was changed under it, nor where it was put into another run."""
+    """Neither if the config was changed, nor if the checkpoint was copied into another run."""
     tokenizer, prior = (tiny_run(f"configs/{name}.py").folder for name in ("tokenizers/vq", "ar/raster"))
     run = shutil.copytree(prior, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""What a command line may add: options of a source, by the names that the source knows; keys of --allow."""
+"""Entries that a command line may add: options that a source has, and keys of --allow."""
 
 import json
 

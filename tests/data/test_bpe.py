@@ -1,4 +1,4 @@
-"""Byte-pair encoding: any text comes back, training is deterministic; published tokenizers give the recorded ids."""
+"""Byte-pair encoding restores any text and trains deterministically; published tokenizers give the recorded ids."""
 
 import json
 import random
@@ -52,7 +52,7 @@ def test_any_text_comes_back(caption, tokenizer):
 
 
 def test_training_is_that_of_the_definition():
-    """Against counting all pairs anew for every merge; whatever the order of the captions."""
+    """Compared with counting all pairs again for every merge; independent of the order of the captions."""
     merges = bpe.train(CAPTIONS, 330)
     words = [[byte + 1 for byte in word.encode()] for caption in CAPTIONS for word in bpe.WORD.findall(caption)]
     for rank, pair in enumerate(merges):

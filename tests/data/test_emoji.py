@@ -18,7 +18,7 @@ NAMES = {"en": "face {}", "zh": "脸{}"}
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Four packages with 30 concepts, one with a selector, one with a skin tone, one without a Chinese name."""
+    """Four packages with 30 concepts: one with a variation selector, one with a skin tone, one without Chinese."""
     root = tmp_path_factory.mktemp("packages")
     drawn = [*CONCEPTS, "2764-fe0f", "1f44b-1f3fb", "1f9ff"]
     for vendor in ("google", "twitter"):

@@ -1,4 +1,4 @@
-"""A folder of pictures, honest or hostile: what is read, what is refused, and that one bad record harms no other."""
+"""Folders of images, also hostile ones: what is read, what is refused, and that a bad record affects no other."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def read(path, **options):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and holds no pixels to speak of."""
+    """A PNG header that claims a size, with almost no pixel data."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

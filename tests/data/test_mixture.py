@@ -1,4 +1,4 @@
-"""Mixtures: exact shares in every window, a function of (seed, position), each record once an epoch of its source."""
+"""Mixtures: exact shares in every window, a function of (seed, position), each record once per epoch of its source."""
 
 import itertools
 

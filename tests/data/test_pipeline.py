@@ -1,4 +1,4 @@
-"""The data position is a pure function of (seed, step), whatever hosts, workers and restarts; prefetch ends well."""
+"""The data position is a pure function of (seed, step), for any hosts, workers and restarts; prefetch ends cleanly."""
 
 import json
 import multiprocessing
@@ -146,7 +146,7 @@ def test_threads_change_nothing(options, caplog):
 
 @pytest.mark.slow
 def test_worker_processes_change_nothing():
-    """Also: their exceptions arrive as they are, and closing ends them."""
+    """Their exceptions also arrive unchanged, and closing ends them."""
     source = Numbers(bad={3})
     assert all(same(one, two) for one, two in zip(take(9, source), take(9, source, workers=2), strict=True))
     assert not multiprocessing.active_children()

@@ -1,4 +1,4 @@
-"""ArrayRecord sets: read back they are their source, sample for sample; damage is named, replaced or refused."""
+"""ArrayRecord data sets give the same samples as their source; damage is named, replaced or refused."""
 
 import json
 import pickle
@@ -136,7 +136,7 @@ def edit(path, **changes):
 
 
 def test_a_hostile_record_is_only_broken():
-    """Every cut and every changed byte of a record gives an item or a `BrokenRecord`, nothing else."""
+    """Any truncated or changed record gives an item or a `BrokenRecord`, nothing else."""
     item = {"text": "a", "image": np.zeros((1, 4, 4, 3), np.uint8), "tokens": np.arange(6, dtype=np.uint16)[None]}
     fields = records.fields_of(item)
     data = records.encode(item, fields)

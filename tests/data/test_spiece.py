@@ -1,6 +1,6 @@
-"""T5's `spiece.model`: the ids of the tokenizer.json that says the same, and what is refused.
+"""T5's `spiece.model` gives the same ids as the equivalent tokenizer.json; damaged files are refused.
 
-The file is written here from the recorded tokenizer of T5, by the format's own rules.
+The file is written here from the recorded tokenizer of T5, in the format's encoding.
 """
 
 import base64

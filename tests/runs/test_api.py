@@ -1,4 +1,4 @@
-"""The Python API: it draws what the command draws, refuses what that refuses, and importing it costs nothing."""
+"""The Python API generates the same images as the command, refuses the same input, and imports fast."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, bit for bit, on any devices; old steps go, the good one stays."""
+"""Checkpoints are restored bit for bit on any devices; old steps are deleted, the newest valid one is kept."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_retention_is_by_step_and_after_the_manifest(tmp_path, monkeypatch):
 
 
 def test_the_only_good_step_stays(saved):
-    """Bad steps count for nothing: neither as one of those kept, nor as a reason to delete."""
+    """Damaged steps do not count as kept steps, and do not cause deletions."""
     flip(saved / "3" / "model" / "_METADATA", 5)
     empty_folder(saved / "2")
     with Checkpointer(saved, keep=1) as saver:

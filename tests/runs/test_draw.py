@@ -1,4 +1,4 @@
-"""Drawing from runs: on several devices, from classes, with every option of guidance, and how it is reported."""
+"""Sampling from runs: on several devices, from classes, with every option of guidance, and the evaluation report."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def test_guidance_is_a_scale_a_schedule_or_several_scales():
 
 
 def test_render_and_draft_are_compared_picture_by_picture():
-    """Equal means may hide that one is right where the other is wrong."""
+    """Equal means may hide differences between individual images."""
     right = {"render": [True, True, False, True], "draft": [True, False, True, True]}
     psnr = {"render": [30.0, 31.0, 28.0, 33.0], "draft": [29.0, 30.0, 29.0, 30.0]}
     one, other = ({"right": np.array(right[name]), "psnr": np.array(psnr[name])} for name in ("render", "draft"))

@@ -1,4 +1,4 @@
-"""The run folder: one trainer at a time, files whole or absent, signals that ask instead of kill."""
+"""The run folder: one trainer at a time, atomic files, and signals that request a stop."""
 
 import json
 import os

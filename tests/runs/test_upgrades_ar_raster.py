@@ -1,4 +1,4 @@
-"""Runs of `ar.raster` as it was, one family for three systems: each is read as the family that it is today."""
+"""Runs of the former `ar.raster`, one family for three systems, are read as the current families."""
 
 import dataclasses
 import json

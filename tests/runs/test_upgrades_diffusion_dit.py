@@ -1,4 +1,4 @@
-"""Runs of the former `diffusion.dit`: their options as those of the family that their network is now."""
+"""Runs of the former `diffusion.dit` are read with the options of the current families."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Official weights to run folders and back, by the command; bad input is one line, exit code 2, and nothing written."""
+"""Official weights to run folders and back, by the command; bad input gives one line, exit code 2 and no files."""
 
 import json
 import subprocess
@@ -87,7 +87,7 @@ def dropped(state, name):
 
 
 def refused(capsys, tmp_path, message, *args):
-    """One line that says so, exit code 2, nothing written."""
+    """It prints one line with the reason, exits with code 2 and writes nothing."""
     before = sorted(tmp_path.rglob("*"))
     code, reported = run(capsys, *args)
     assert code == 2 and message in reported and reported.count("\n") == 1, reported

@@ -1,4 +1,4 @@
-"""Networks of features: computed as the official code does, converted both ways; and a run measured on one."""
+"""Feature networks: equal to the official code, converted both ways; and a run evaluated with one."""
 
 import json
 import zlib

@@ -1,4 +1,4 @@
-"""Text models of official classes: sizes, the way back, what is refused, and what the roles give."""
+"""Text models of official classes: sizes, export, refused input, and the functions of their roles."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_by_command_to_a_run_and_back(name, tmp_path):
 
 
 def test_the_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(tmp_path, capsys):
-    """What cannot be read is said, and refused where it was asked for."""
+    """An unreadable tokenizer is reported, and refused if it was requested by --text."""
     folders = {name: str(GOLDEN / "tokenizers" / name) for name in ("t5", "gpt2")}
     run = [str(GOLDEN / "t5_encoder"), str(tmp_path / "run")]
     assert convert.main(["t5_encoder", *run]) == 0 and not (tmp_path / "run" / "text.json").exists()

@@ -1,4 +1,4 @@
-"""Recorded outputs are reproduced, all of them; a changed weight or number is found; bad folders are refused."""
+"""All recorded outputs are reproduced; a changed weight or number is detected; bad folders are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The twin in PyTorch computes what ours does: logits, cached logits and training; and what has no twin is refused."""
+"""The PyTorch twin equals our prior in logits, cached logits and training; configs without a twin are refused."""
 
 import json
 import sys

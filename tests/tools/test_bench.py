@@ -1,4 +1,4 @@
-"""Bench on a tiny config: what it reports must hang together, and what it cannot do it says."""
+"""Bench on a tiny config: its report must be consistent, and unsupported input is refused."""
 
 import json
 

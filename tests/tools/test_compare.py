@@ -1,4 +1,4 @@
-"""The table of a recipe's points: its numbers are those of the runs; the points of the sweep are what they say."""
+"""The comparison table of a recipe has the numbers of the runs; the points of the sweep match their names."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What NVIDIA's GPUs need: masks as cuDNN takes them, and programs compiled for GPUs that are not here.
+"""NVIDIA GPUs: masks in cuDNN's form, and programs compiled for GPUs that this machine lacks.
 
 The compilations need the extra `gpu`: JAX's CUDA plugin and cuDNN, and no GPU.
 """

@@ -1,4 +1,4 @@
-"""Preflight: verdicts and messages on this machine, and real compilations for TPUs, which need libtpu and no TPU."""
+"""Preflight: results and messages on this machine, and real compilations for TPUs, which need libtpu but no TPU."""
 
 import importlib.util
 import json

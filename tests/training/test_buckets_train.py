@@ -1,4 +1,4 @@
-"""Training over aspect-ratio buckets: nothing compiles after the first step; evaluation, resume and sampling hold."""
+"""Training with aspect-ratio buckets: nothing compiles after the first step; evaluation, resume and sampling work."""
 
 import contextlib
 import json
@@ -105,7 +105,7 @@ def watched(settings, folder: Path) -> SimpleNamespace:
 
 @pytest.mark.slow
 def test_nothing_compiles_after_the_first_step(run):
-    """Batches of both shapes, evaluations whose last batches are not full, and saves: all of it was there before."""
+    """Batches of both shapes, evaluations with partial last batches, and saves compile nothing new."""
     assert "compiled the training step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(
         run.message
     )

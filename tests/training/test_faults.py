@@ -1,4 +1,4 @@
-"""What goes wrong in a run of one process: bad batches, hangs, full disks, changed configs. Several: test_hosts.py."""
+"""Faults in a run of one process: bad batches, hangs, full disks, changed configs. Several processes: test_hosts.py."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from hybridgen.training import rollback
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """The runs here differ in what happens to them, not in their programs."""
+    """The runs of this file have the same programs, so a compile cache is shared."""
     settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
     settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
     before = {name: getattr(jax.config, name) for name in settings}
@@ -44,7 +44,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(name, happenings, steps, every, more...) -> the folder of a run that came to its end, or failed as told."""
+    """run(name, faults, steps, every, more...) -> the folder of a run that finished, or failed as requested."""
     make, look = pipeline.batches, train.look
 
     def go(name: str, what: dict, steps: int, every: int, *more: str, **options) -> Path:
@@ -77,7 +77,7 @@ def skipped_in(folder: Path) -> list:
 
 @pytest.mark.slow
 def test_one_bad_batch_is_counted_and_nothing_else(run):
-    """The run is the one that skips this batch: parameters, average, codebook, optimiser, counts, and the log."""
+    """The run equals one that skips this batch, in parameters, EMA, codebook, optimizer, counters and log."""
     bad = run("bad", {"nan": [6]}, 12, 5)
     skip = run("skip", {}, 12, 5, "health.skip=((6,7),)")
     assert final(bad, 12) == final(skip, 12)
@@ -102,7 +102,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", [case if case == "middle" else pytest.param(case, marks=SLOW) for case in CASES])
 def test_bad_batches_in_a_row_are_rolled_back_over(run, case):
-    """The run after it is that of the same intervals, known from the start and without a fault, bit for bit."""
+    """The run equals, bit for bit, a run without faults that is given the same intervals from the start."""
     what, options, (first, end) = CASES[case]
     bad, steps = run("bad", what, *options), options[0]
     assert skipped_in(bad) == [[first, end]]
@@ -217,7 +217,7 @@ def children(pid: int) -> list[int]:
 
 @SLOW
 def test_a_full_disk_is_told_of_and_survived(run, tmp_path):
-    """No file may grow beyond 3,000 bytes for a while: a save fails, and the logs too."""
+    """While no file may exceed 3,000 bytes, a save and the logs fail; then the run continues."""
     options = (60, 10, "checkpoint.keep=9")
     whole = run("whole", {}, *options)
     out, err = ends(fault_cases.start(tmp_path / "run", words(*options), {"full": [18, 37, 3000]}))

@@ -1,4 +1,4 @@
-"""The log holds each step once, in every form; the account of time is complete."""
+"""The log has each step once, in every format; time.json accounts for all time."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Optimisers: groups by path, each with its own rate, schedule, clip and decay; patterns that cannot be meant."""
+"""Optimizers: groups by path, each with its own learning rate, schedule, clipping and decay; invalid patterns."""
 
 import jax
 import jax.numpy as jnp

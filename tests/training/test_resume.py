@@ -1,4 +1,4 @@
-"""A run that was killed, or goes on from another, is the run that it is to be: bit for bit, or refused in words."""
+"""A killed and resumed run, or one that starts from another, is correct bit for bit, or refused with a message."""
 
 import random
 import re
