@@ -98,4 +98,4 @@ FULL = {
 
 def unknown(variant: str, *known: str) -> ValueError:
     """The error for a variant that a config does not have."""
-    return ValueError(f"unknown variant {variant!r}: give one of {', '.join(known)}, or none")
+    return ValueError(f"unknown variant {variant!r}: one of {', '.join(known)}, or none")

@@ -264,7 +264,7 @@ def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
         (["--prompt", "  "], "the prompt is empty"),
         (["--prompt", "a red circle", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a red circel"], "does not know the word 'circel'; the nearest known word is 'circle'"),
-        (["--prompt", " ".join(["a red circle"] * 99)], "the prompt has 297 tokens, this model reads at most 16"),
+        (["--prompt", " ".join(["a red circle"] * 99)], "the prompt has 297 tokens, but this model reads at most 16"),
         ([], "no prompt: give --prompt TEXT, --prompts FILE or"),
         (["--prompts", "nowhere.txt"], "--prompts: no such file 'nowhere.txt'"),
         (["--prompts", __file__.replace("tests/core/test_cli.py", "hybridgen")], "--prompts: no such file"),

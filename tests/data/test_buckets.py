@@ -120,7 +120,7 @@ def test_what_is_refused(data, tmp_path):
     for changes, says in (
         ({"resolution": 32}, "resolution 32.*resolution 16"),
         ({"shapes": 3}, "is not a table of buckets"),
-        ({"splits": {}}, "no table.*'train'"),
+        ({"splits": {}}, "is not a table of buckets with the split 'train'"),
         ({"format": 9}, "other records"),
         ({"shapes": [[16, 16]]}, "other records"),
     ):

@@ -100,7 +100,7 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
         raise NotImplementedError(f"topology not implemented for {platform}")
 
     monkeypatch.setattr(topology, "_devices", missing)
-    with pytest.raises(UserError, match=r"hybridgen\[gpu\]"):
+    with pytest.raises(UserError, match=r"'\.\[gpu\]'"):
         topology.describe("h100:8")
 
 

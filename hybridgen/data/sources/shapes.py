@@ -322,4 +322,4 @@ def _choose(name, given, known, may_be_empty):
     wrong = [item for item in given if item not in known]
     if wrong or isinstance(given, str) or len(set(given)) < len(given) or not (given or may_be_empty):
         what = f"has no {wrong[0]!r}" if wrong else f"cannot be {given!r}"
-        raise UserError(f"shapes: option {name} {what}; choose from {', '.join(map(str, known))}")
+        raise UserError(f"shapes: {name} {what}; choose from {', '.join(map(str, known))}")
