@@ -1,31 +1,31 @@
-"""What every stage config starts from: one place for the names and their meaning."""
+"""The entries that all stage configs share, with their meaning and defaults."""
 
 from ml_collections import ConfigDict
 
 ADAMW = {
-    "kind": "adamw",  # adamw | adafactor | muon (with AdamW for what is no hidden matrix)
+    "kind": "adamw",  # adamw | adafactor | muon (hidden matrices; AdamW for the rest)
     "lr": 1e-3,
-    "schedule": "cosine",  # constant | cosine | linear, after a linear warm-up of `warmup` updates
+    "schedule": "cosine",  # constant | cosine | linear, after a linear warmup of `warmup` updates
     "warmup": 50,
-    "final": 0.02,  # share of lr at the end
-    "clip": 1.0,  # global norm of the group; 0: none
+    "final": 0.02,  # learning rate at the end, as a share of lr
+    "clip": 1.0,  # gradient clipping by the global norm of the group; 0: none
     "decay": 0.0,  # weight decay of the parameters whose path matches `decay_on`
     "decay_on": "kernel$",
     "b1": 0.9,
     "b2": 0.95,
     "eps": 1e-8,
-    "groups": {},  # name: {"match": path pattern, and what differs}
+    "groups": {},  # name: {"match": path pattern, and entries that differ}
 }
 
 HEALTH = {
-    "spike": 10.0,  # a gradient norm this many times the usual one is a bad step; 0: none is
-    "streak": 3,  # bad steps in a row: back to a checkpoint, and on behind them
-    "rollbacks": 5,  # how often before the run gives up
+    "spike": 10.0,  # a step with a gradient norm this many times the average is bad; 0: no spike detection
+    "streak": 3,  # after this many bad steps in a row the run restores a checkpoint and skips the bad batches
+    "rollbacks": 5,  # largest number of such rollbacks
     "skip": (),  # intervals (first, end) of batches to skip from the start
-    "hang": 1800,  # seconds without progress after which the process ends with its stacks; 0: never
+    "hang": 1800,  # seconds without progress after which the process prints its stacks and exits; 0: never
 }
 
-# an untrained part for `bench`: 16 x 16 tokens of pictures at 32, next to nothing to compute
+# an untrained part for `bench`: 16 x 16 tokens of images at 32, with very little computation
 UNTRAINED_256 = "configs/tokenizers/vq.py:tiny,model.patch=2,model.channels=(32,)"
 
 
@@ -36,18 +36,18 @@ def stage(family: str, model: dict, data: dict, **changes) -> ConfigDict:
     config.model = ConfigDict(model, convert_dict=True)
     config.data = ConfigDict(data, convert_dict=True)
     config.seed = 0
-    config.batch = 64  # global: rows of a step over all hosts and accumulation steps
+    config.batch = 64  # global batch size, over all hosts and accumulation steps
     config.accumulate = 1
     config.steps = 1000
     config.parts = ConfigDict()  # name: run folder, such as "../tokenizer"
     config.init_from = ConfigDict()  # subtree here, or "all": "run" or "run:subtree"
-    config.trainable = ()  # ordered (path pattern, trains or not); the first match decides, otherwise it trains
+    config.trainable = ()  # ordered (path pattern, whether it trains); the first match counts, the default is True
     config.frozen_dtype = "float32"
     config.optim = ConfigDict(ADAMW, convert_dict=True)
     config.ema = ConfigDict({"decay": 0.0, "skip": "^disc/"})
     config.mesh = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1})
     config.health = ConfigDict(HEALTH)
-    config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0})  # 0: none stays for good
+    config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0})  # 0: none is kept forever
     config.log = ConfigDict({"every": 50})
     config.eval = ConfigDict({"every": 0, "batches": 4})
     config.sample = ConfigDict({"every": 0, "count": 16, "options": ConfigDict()})
@@ -62,7 +62,7 @@ def stage(family: str, model: dict, data: dict, **changes) -> ConfigDict:
 
 
 def shapes(**options) -> dict:
-    """Data section of the built-in captioned shapes; `options` go to the source."""
+    """The `data` entries of the built-in captioned shapes; `options` are those of the source."""
     resolution = options.pop("resolution", 32)
     length = options.pop("length", 16)
     return {
@@ -76,7 +76,7 @@ def shapes(**options) -> dict:
     }
 
 
-# the demo's pictures: six shapes, eight colours, two sizes, nine positions, four relations, one or two objects
+# the demo's images: six shapes, eight colours, two sizes, nine positions, four relations, one or two objects
 DEMO = {
     "shapes": ("circle", "square", "triangle", "cross", "diamond", "heart"),
     "templates": 2,
@@ -84,7 +84,7 @@ DEMO = {
     "length": 14,
 }
 
-# everything that shapes can draw and say
+# all that the source `shapes` offers
 FULL = {
     "resolution": 64,
     "sizes": ("small", "medium", "large"),

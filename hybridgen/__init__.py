@@ -1,6 +1,6 @@
-"""hybridgen: image generators that join autoregressive planning with diffusion rendering, in JAX.
+"""hybridgen: image generators that combine autoregressive and diffusion models, in JAX.
 
-From a trained run, or a bundle that `hybridgen export` made of one, to pictures:
+To generate images from a trained run or from a bundle of `hybridgen export`:
 
     import hybridgen
     model = hybridgen.load("runs/shapes/cascade")
@@ -18,11 +18,12 @@ __version__ = "0.1.0"
 
 
 def load(path: str | os.PathLike, *, checkpoint: int | None = None) -> "Model":
-    """The model of a run folder or of a bundle, ready to draw: a `hybridgen.api.Model`.
+    """Loads the model of a run folder or bundle for sampling: a `hybridgen.api.Model`.
 
-    `path`: what training, `hybridgen convert` or `hybridgen export` wrote. `checkpoint`: a step (default: the newest
-    good one). Raises `hybridgen.core.errors.UserError`, a ValueError, in one line. Importing hybridgen imports no JAX.
+    `path`: a folder that training, `hybridgen convert` or `hybridgen export` wrote. `checkpoint`: a training step
+    (default: the newest valid one). Raises `hybridgen.core.errors.UserError`, a ValueError with a message of one line.
+    `import hybridgen` alone does not import JAX.
     """
-    from hybridgen import api  # here, so that the import above stays quick and starts no backend
+    from hybridgen import api  # imported here, so that `import hybridgen` is fast and starts no backend
 
     return api.load(path, checkpoint)

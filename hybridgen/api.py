@@ -1,12 +1,13 @@
-"""The Python API: `hybridgen.load(path)` and `model.sample(prompts, seed=...)`. The command `sample` does the same.
+"""The Python API: `hybridgen.load(path)` and `model.sample(prompts, seed=...)`, as the command `hybridgen sample`.
 
     model = hybridgen.load("runs/shapes/cascade")                 # a run folder or a bundle
     images = model.sample("a small red circle", count=4, seed=1, guidance=3.0, steps=8)
-    images[0].save("circle.png")                                   # a PIL picture; also: for image in images
+    images[0].save("circle.png")                                   # a PIL image; also: for image in images
     images.array, images.draft, images.tokens, images.prompts      # numpy
-    images.sheet().save("grid.png")                                # with captions
+    images.sheet().save("grid.png")                                # a grid with captions
 
-Picture i of a seed is the same whatever is drawn with it, and the same that `hybridgen sample` writes as i.
+Image number i of a seed does not depend on the batch size or on the other images, and equals image i of
+`hybridgen sample`.
 """
 
 import dataclasses
@@ -31,10 +32,10 @@ from hybridgen.sample import conditions, shape_of, words
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Pictures in the order of their prompts, each prompt `count` times; `samples[i]` is picture i as a PIL image.
+    """Images in the order of their prompts, `count` per prompt; `samples[i]` is image i as a PIL image.
 
-    array: uint8 [n, H, W, 3]; draft: the tokenizer's picture of the plan, as `array`, or None where there is none;
-    tokens: int32 [n, N] the plan, or None; prompts: n texts ("class 3" for a class).
+    array: uint8 [n, H, W, 3]; draft: the tokenizer's decoding of the generated tokens, as `array`, or None if the
+    model generates no tokens; tokens: int32 [n, N] generated tokens, or None; prompts: n texts ("class 3" for a class).
     """
 
     array: np.ndarray
@@ -52,16 +53,16 @@ class Samples:
         return map(Image.fromarray, self.array)
 
     def sheet(self, cell: int = 128) -> Image.Image:
-        """All pictures with their prompts on one, `cell` pixels each."""
+        """A grid of all images with their prompts, in cells `cell` pixels wide."""
         return sheet.sheet(self.array, list(self.prompts), cell=cell)
 
 
 class Model:
-    """A run or bundle that draws. `config`: its config; `step`: the training step of its parameters."""
+    """A loaded run or bundle. `config`: its config; `step`: the training step of its parameters."""
 
     def __init__(self, loaded: Loaded):
         self._loaded = loaded
-        # programs by options and shape
+        # compiled programs by options and shape
         self._drawer = functools.lru_cache(maxsize=4)(lambda changes, shape: loaded.drawer(dict(changes), shape))
 
     @property
@@ -83,12 +84,13 @@ class Model:
         size: str | None = None,
         **options: Any,
     ) -> Samples:
-        """Draws `count` pictures a prompt, at most `batch` at a time.
+        """Generates `count` images per prompt, at most `batch` at a time.
 
-        Class-conditional models take `labels`, one a prompt where they read text too. `size`, such as "24x40", is one
-        of the shapes of a run that was trained on several (default: the most square of them). `options`, otherwise as
-        the model's config has them, are those of its families: of most priors guidance, guidance_schedule, temperature,
-        top_k, top_p, of most decoders decoder_guidance, steps, solver. The first call with a set of options compiles.
+        Class-conditional models take `labels`; models that read text too take one label per prompt. `size`, such as
+        "24x40", is one of the shapes of a run that was trained on several (default: the most square one). `options`
+        override the sampling options of the model's config. Most priors have guidance, guidance_schedule, temperature,
+        top_k and top_p; most decoders have decoder_guidance, steps and solver. The first call with a set of options
+        compiles.
 
         Raises UserError for a prompt, label, size or option that this model does not take.
         """
@@ -106,30 +108,30 @@ class Model:
         return Samples(transforms.to_uint8(out["image"]), draft, out.get("tokens"), tuple(map(words, repeated)))
 
     def _drawn_by(self, options: dict[str, Any], size: str | None) -> Callable:
-        """The program with these options for this size. Raises UserError for one that there is not."""
+        """The sampling program with these options for this size. Raises UserError for an unknown option or size."""
         flags = self._loaded.flags
         if odd := sorted(options.keys() - flags.keys()):
-            raise UserError(f"unknown option {odd[0]!r}; known are {', '.join(flags) or 'none'}")
+            raise UserError(f"unknown option {odd[0]!r}; known options: {', '.join(flags) or 'none'}")
         changes = {flags[name]: value for name, value in options.items() if value is not None}
         shape = shape_of(self._loaded, size)
         try:
             return self._drawer(tuple(sorted(changes.items())), shape) if changes or shape else self._loaded.draw
-        except TypeError:  # a value that cannot be hashed is no number and no name
-            raise UserError(f"options are numbers and names, not {options}") from None
+        except TypeError:  # an unhashable value is neither a number nor a string
+            raise UserError(f"options must be numbers or strings, and were given as {options}") from None
 
 
 def load(path: str | os.PathLike, checkpoint: int | None = None) -> Model:
-    """As `hybridgen.load`."""
+    """See `hybridgen.load`."""
     return Model(restore(find_run(os.fspath(path), None), {}, checkpoint))
 
 
 def _requests(prompts: Any, labels: Any) -> list[tuple[str | None, int | None]]:
-    """(prompt, class) a picture, of one or of several."""
+    """One (prompt, class) per request, from a single value or a sequence of each."""
     texts = [prompts] if isinstance(prompts, str) else prompts
     classes = [labels] if isinstance(labels, int) else labels
     texts, classes = (None if given is None else list(given) for given in (texts, classes))
     if not texts and not classes:
-        raise UserError("nothing to draw: give a prompt or several, or labels=")
+        raise UserError("no prompt and no label: give prompts, or labels=")
     if texts and classes and len(texts) != len(classes):
-        raise UserError(f"{len(texts)} prompts and {len(classes)} labels: one label a prompt")
+        raise UserError(f"{len(texts)} prompts and {len(classes)} labels were given: give one label per prompt")
     return list(zip(texts or [None] * len(classes), classes or [None] * len(texts), strict=True))

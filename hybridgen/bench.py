@@ -1,32 +1,32 @@
-"""Step time, tokens and images a second, and fractions of what this machine can do, of training and sampling.
+"""Measures training and sampling on this machine: step time, tokens and images per second, FLOP/s, MFU and memory.
 
     python -m hybridgen.bench --config configs/ar/raster.py:bench
     python -m hybridgen.bench --config configs/recipes/shapes.py:cpu --stage decoder --what train --json decoder.json
-    python -m hybridgen.bench --config configs/ar/raster.py:3b --json prior.json     # where there is an accelerator
+    python -m hybridgen.bench --config configs/ar/raster.py:3b --json prior.json     # on an accelerator
 
-Times the programs that `train` and `sample` run, on one batch of the config's data, on this machine; where a prior
-draws tokens over a cache, that alone too (decode); and training from the loader, for what it waits. Runs of a program
-take turns with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see the same
-machine: the fraction of its matmul rate is the median over turns; decode takes turns with a large copy. FLOPs are
-counted from the trace (cost/flops.py), without what remat adds. Parts that name a config are used untrained. Nothing
-is written but FILE, and compiled programs in a temporary folder, to time how soon they are back.
+Times the programs that `train` and `sample` run, on one batch of the config's data. It also times cached decoding of a
+prior alone (decode) and a few training steps fed by the data loader, to measure the time spent waiting for batches.
+Runs of a program alternate with runs of a large matrix product (float32 on a CPU, bfloat16 elsewhere), so that both see
+the same load; the fraction of the matmul rate is the median over these pairs. Decode alternates with a large copy.
+FLOPs are counted from the trace (cost/flops.py), without recomputation by remat. Parts that name a config are used
+untrained. The only file written is FILE; compiled programs go to a temporary folder, to time a warm compile cache.
 
-JSON: {"config", "family", "platform", "device", "devices", "batch", "shape": height and width of the pictures, the
-largest of several shapes (null: there is one), "dtype", "parameters", "load" (of the machine in the minute before, in
-busy cores), "matmul": {"dtype", "flops_per_s": median of one device}, "copy": {"bytes_per_s":
-median of one device, read and written together}, "chip": {"flops_per_s" in this dtype, "bytes_per_s"} by
-cost/chips.py, or null, "train" and "sample": {
-  "seconds" of a step or call: {"median", "q1", "q3", "min", "runs"}, "images" of a step or call, "images_per_s",
-  "tokens_per_s" (image tokens, or patches), "flops" of a step or call: {"matmul", "attention", "convolution", "total"},
-  "flops_per_s", "matmul_fraction", "mfu": share of the chip's peak (null: chip not known),
-  "memory_bytes": read and written by a device as compiled (cost/hlo.py), "copy_fraction": that of the copy's rate,
-  "lower_s" (trace and lower), "compile_s" from nothing, "warm_compile_s" from the compile cache,
-  "memory" a device as compiled: {"arguments", "outputs", "aliased", "temporaries", "peak"} in bytes,
-  "measured_peak": bytes in use at most so far, a device's or, on a CPU, this process's,
-  in "train" "input": {"steps", "wait_s": median wait for a batch, "stall": waiting, of all time} (null with --cached),
+JSON: {"config", "family", "platform", "device", "devices", "batch", "shape": height and width of the images, the
+largest of several shapes (null: only one), "dtype", "parameters", "load": the machine's load average of the last
+minute, "matmul": {"dtype", "flops_per_s": median of one device}, "copy": {"bytes_per_s": median of one device, reads
+plus writes}, "chip": {"flops_per_s" in this dtype, "bytes_per_s"} by cost/chips.py (null: unknown chip), "train" and
+"sample": {
+  "seconds" per step or call: {"median", "q1", "q3", "min", "runs"}, "images" per step or call, "images_per_s",
+  "tokens_per_s" (image tokens, or patches), "flops" per step or call: {"matmul", "attention", "convolution", "total"},
+  "flops_per_s", "matmul_fraction", "mfu": fraction of the chip's peak (null: unknown chip),
+  "memory_bytes": read and written per device as compiled (cost/hlo.py), "copy_fraction": their rate / copy rate,
+  "lower_s" (trace and lower), "compile_s" with an empty compile cache, "warm_compile_s" from the compile cache,
+  "memory" per device as compiled: {"arguments", "outputs", "aliased", "temporaries", "peak"} in bytes,
+  "measured_peak": largest number of bytes in use so far, of a device or, on a CPU, of this process,
+  in "train" "input": {"steps", "wait_s": median wait for a batch, "stall": waiting / total time} (null with --cached),
   in "sample" "decode": null, or {"seconds": as above, "steps" of the prior, "tokens_per_s", "bytes": that a device must
-    read in a step (parameters in their dtype of use and the filled cache), "copy_fraction": these of the copy's rate,
-    "bandwidth_fraction": of the chip's (null: not known), "compile_s", ...}},
+    read per step (parameters in their compute dtype and the filled cache), "copy_fraction": their rate / copy rate,
+    "bandwidth_fraction": of the chip's (null: unknown), "compile_s", ...}},
   and with --against torch (cost/against.py) "against": {"torch": its version, "threads", "train" and "decode":
     {"ours" and "theirs": median seconds, "ratio": theirs / ours, "cpu_ratio", "seconds", "load"}}}
 """
@@ -52,14 +52,14 @@ from hybridgen.cost import against, chips, hlo, programs, roofline
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.reading import inference_params
 
-FED = 8  # steps on what the loader gives, at most
-PATIENCE = 90.0  # seconds of turns after which a program is not run again, if it ran three times
+FED = 8  # largest number of steps fed by the data loader
+PATIENCE = 90.0  # seconds after which a program is not run again, if it ran three times
 
 
 def bench(built: programs.Programs, what: tuple[str, ...], runs: int, rival: bool = False) -> dict[str, Any]:
-    """Times the programs named in `what`, `runs` times each, and prints a line for each; returns the report.
+    """Times the programs named in `what`, `runs` times each, and prints a row for each; returns the report.
 
-    rival: beside their twin in PyTorch too.
+    rival: also time the same model in PyTorch.
     """
     config, mesh = built.experiment.config, built.experiment.mesh
     device = mesh.devices.flat[0]
@@ -77,7 +77,7 @@ def bench(built: programs.Programs, what: tuple[str, ...], runs: int, rival: boo
         "chip": chip and {"flops_per_s": roofline.peak_of(chip, built.dtype), "bytes_per_s": chip.bandwidth},
     }
     print(headline(report), HEAD, sep="\n", flush=True)
-    # before a mesh is in force: a program compiled under one would object to arrays outside it
+    # compiled outside jax.set_mesh: a program compiled inside it would reject arrays of a single device
     ceilings = Ceilings(chips.Matmul(device), chips.Copy(device), [], [])
     state, batch, parts, cond, keys = built.make()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder, cached(folder):
@@ -95,13 +95,13 @@ def bench(built: programs.Programs, what: tuple[str, ...], runs: int, rival: boo
     rate, moved = statistics.median(ceilings.products), statistics.median(ceilings.copies)
     report["matmul"] = {"dtype": ceilings.matmul.dtype, "flops_per_s": rate}
     report["copy"] = {"bytes_per_s": moved}
-    rates = f"matmul rate {programs.human(rate, 'FLOP/s')} a device, {ceilings.matmul.dtype}"
+    rates = f"matmul rate {programs.human(rate, 'FLOP/s')} per device, {ceilings.matmul.dtype}"
     print(f"\n{rates}; copy rate {programs.human(moved, 'B/s')}")
     return report
 
 
 class Ceilings(NamedTuple):
-    """What this machine can do: two programs that show it, and what they showed, in FLOP/s and bytes/s."""
+    """Upper bounds of this machine: a matmul and a copy program, and their measured rates in FLOP/s and bytes/s."""
 
     matmul: chips.Matmul
     copy: chips.Copy
@@ -111,7 +111,7 @@ class Ceilings(NamedTuple):
 
 @contextlib.contextmanager
 def cached(folder: str) -> Iterator[None]:
-    """JAX's compile cache in an empty folder, for everything, however quick."""
+    """Uses an empty folder as JAX's compile cache, for all programs, however fast they compile."""
     new = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
     old = {name: getattr(jax.config, name) for name in new}
     try:
@@ -124,13 +124,13 @@ def cached(folder: str) -> Iterator[None]:
 def _configure(values: dict[str, Any]) -> None:
     for name, value in values.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it looks at its settings once
+    compilation_cache.reset_cache()  # otherwise JAX keeps the settings that it read first
 
 
 def compile_twice(function: Any, arguments: tuple) -> tuple[Any, dict[str, Any]]:
-    """As programs.compile_timed, and "warm_compile_s": how long it takes when the compile cache has it."""
+    """As programs.compile_timed, and "warm_compile_s": seconds to compile again from the compile cache."""
     compiled, entry = programs.compile_timed(function, arguments)
-    function.clear_cache()  # what this process holds of it: a second start has only the files
+    function.clear_cache()  # the in-memory copy: a new process would have the files only
     return compiled, entry | {"warm_compile_s": programs.compile_timed(function, arguments)[1]["compile_s"]}
 
 
@@ -151,10 +151,10 @@ def train(
 
 
 def loaded(compiled: Any, state: dict, parts: Any, stream: Any, count: int) -> tuple[dict, dict[str, Any]]:
-    """(the state, {"steps", "wait_s", "stall"}) of `count` steps on what the loader gives, as in training."""
+    """(the state, {"steps", "wait_s", "stall"}) of `count` steps on batches of the data loader, as in training."""
     waits, whole = [], 0.0
     with stream() as batches:
-        state, _ = jax.block_until_ready(compiled(state, next(batches), parts))  # the first batch is always waited for
+        state, _ = jax.block_until_ready(compiled(state, next(batches), parts))  # the first batch always waits
         for _ in range(count):
             start = time.perf_counter()
             batch = next(batches)
@@ -193,7 +193,7 @@ def sample(built: programs.Programs, given: tuple, ceilings: Ceilings, runs: int
 
 
 def moved(compiled: Any, built: programs.Programs, seconds: list, ceilings: Ceilings) -> dict[str, Any]:
-    """What a program reads and writes, and the fraction of the copy's rate that this is."""
+    """Bytes that a program reads and writes, and their rate as a fraction of the copy rate."""
     mesh = built.experiment.mesh
     size, rate = hlo.read(compiled.as_text(), mesh)[1], ceilings.copy.rate()
     ceilings.copies.append(rate)
@@ -202,19 +202,19 @@ def moved(compiled: Any, built: programs.Programs, seconds: list, ceilings: Ceil
 
 
 def shared(report: dict) -> int:
-    """Devices that are one machine: on a CPU all of them, and one product or copy fills it."""
+    """The number of devices that share one processor: on a CPU all, since one matmul or copy uses all cores."""
     return report["devices"] if report["platform"] == "cpu" else 1
 
 
 def steps(compiled: Any, state: dict, batch: dict, parts: Any) -> Iterator[tuple[dict, dict]]:
-    """Training steps without end on one batch."""
+    """An endless iterator of training steps on one batch."""
     while True:
         state, metrics = compiled(state, batch, parts)
         yield state, metrics
 
 
 def alternate(turns: Iterator, ceiling: Any, runs: int) -> tuple[list[float], list[float], Any]:
-    """(seconds of each turn, matmul rate around each, the last turn's result) of `runs` turns, after two unmeasured."""
+    """(seconds of each run, ceiling rate around each, the last result) of `runs` runs, after two warm-up runs."""
     seconds, rates = [], []
     for _ in range(2):
         jax.block_until_ready(next(turns))
@@ -230,13 +230,13 @@ def alternate(turns: Iterator, ceiling: Any, runs: int) -> tuple[list[float], li
 
 
 def quartiles(seconds: list) -> dict[str, float]:
-    """Median, quartiles and least of some times, and how many there are."""
+    """Median, quartiles, minimum and number of times."""
     q1, _, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return {"median": statistics.median(seconds), "q1": q1, "q3": q3, "min": min(seconds), "runs": len(seconds)}
 
 
 def summary(seconds: list, rates: list, images: int, tokens: int, flops: dict, report: dict) -> dict[str, Any]:
-    """What a program did in the median of its runs; `tokens` of an image."""
+    """Rates of a program at the median time of its runs; `tokens`: per image."""
     median, total = statistics.median(seconds), sum(flops.values())
     devices = report["devices"] // shared(report)
     fractions = [total / second / rate / devices for second, rate in zip(seconds, rates, strict=True)]
@@ -253,24 +253,24 @@ def summary(seconds: list, rates: list, images: int, tokens: int, flops: dict, r
 
 
 def measured_peak(device: Any) -> int:
-    """Most bytes in use so far: of the device as it counts them, or of this process on a CPU."""
+    """The largest number of bytes in use so far: of the device, or of this process on a CPU."""
     stats = device.memory_stats() or {}
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-HEAD = "              time   spread   tokens/s  images/s      FLOP  of matmul  compile      peak"
+HEAD = "              time      IQR   tokens/s  images/s      FLOP  of matmul  compile      peak"
 
 
 def headline(report: dict) -> str:
-    """The first lines of the report."""
+    """The lines above the table."""
     text = (
         f"{report['family']}: {report['parameters']:,} parameters, batch {report['batch']}, {report['dtype']}, "
         f"on {report['devices']} {report['device']} device{'s' * (report['devices'] > 1)}"
     )
     if report["shape"]:
-        text += "\npictures of {} x {}, the largest of several shapes".format(*report["shape"])
+        text += "\nimages of {} x {}, the largest of several shapes".format(*report["shape"])
     if report["platform"] == "cpu" and report["load"] > 0.5:
-        text += f"\nthe load of this machine is {report['load']:.1f}: what else runs makes the numbers noisy"
+        text += f"\nthe load average of this machine is {report['load']:.1f}: other processes make the numbers noisy"
     return text
 
 
@@ -286,20 +286,20 @@ def line(name: str, entry: dict) -> str:
 
 
 def details(entry: dict) -> list[str]:
-    """Lines under a row of the table: bandwidth, what the loader keeps waiting, decoding."""
+    """Lines under a row of the table: memory traffic, waiting for data, decoding."""
     human, mfu = programs.human, f"{entry['mfu']:.1%} of the chip's peak, " if entry["mfu"] else ""
     out = [
         f"{'':8}{mfu}{human(entry['memory_bytes'], 'B')} read and written, {entry['copy_fraction']:.1%} of the copy "
-        f"rate; compiled again from the cache in {entry['warm_compile_s']:.1f} s"
+        f"rate; compiles from the compile cache in {entry['warm_compile_s']:.1f} s"
     ]
     waits, decode = entry.get("input"), entry.get("decode")
     if waits:
         waited = human(waits["wait_s"], "s")
-        out.append(f"{'':8}fed by the loader: waits {waited} a step, {waits['stall']:.1%} of the time")
+        out.append(f"{'':8}with the data loader: waits {waited} per step, {waits['stall']:.1%} of the time")
     if decode:
         out.append(
-            f"{'':8}decode: {human(decode['seconds']['median'], 's')}, {decode['steps']} steps that must read "
-            f"{human(decode['bytes'], 'B')} a device, {human(decode['tokens_per_s'])} tokens/s, "
+            f"{'':8}decode: {human(decode['seconds']['median'], 's')}, {decode['steps']} steps that read at least "
+            f"{human(decode['bytes'], 'B')} per device, {human(decode['tokens_per_s'])} tokens/s, "
             f"{decode['copy_fraction']:.1%} of the copy rate"
         )
     return out
@@ -308,18 +308,18 @@ def details(entry: dict) -> list[str]:
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("bench", __doc__)
     programs.add_arguments(parser)
-    parser.add_argument("--steps", type=positive, default=10, help="timed runs of each program (default 10)")
-    parser.add_argument("--against", choices=("torch",), help="beside a twin in PyTorch, in turns; as --cached")
+    parser.add_argument("--steps", type=positive, default=10, help="timed runs of each program (default: 10)")
+    parser.add_argument("--against", choices=("torch",), help="also time the same model in PyTorch; implies --cached")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
-    args.cached = args.cached or bool(args.against)  # the twin has no tokenizer
+    args.cached = args.cached or bool(args.against)  # the PyTorch model has no tokenizer
     built = programs.load(args, overrides)
     if args.against:
         against.check(built)

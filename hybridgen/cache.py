@@ -1,18 +1,21 @@
-"""Caches what frozen models make of a source: tokens, latents and text features, in ArrayRecord shards.
+"""Precomputes tokens, latents and text features of a data source with frozen models, into ArrayRecord shards.
 
     python -m hybridgen.cache --run runs/tokenizer --config configs/recipes/imagefolder.py --out cached --views flip
 
-The source "records" gives batches with them, so that a prior or a decoder trains without the tokenizer's forward pass
-(and refuses to train with another tokenizer than theirs). A run with a codebook gives `tokens`, one with a continuous
-latent `latent` (of a Gaussian one mean and deviation: training draws from it by the sample's own number, an evaluation
-takes the mean), a text tower `text_features`, `text_features_mask` and, where it has one, `text_pooled`, of as many
-positions as it reads, or, where it has no bound, as `data.text.length` says.
+The source "records" reads them, so that a prior or a decoder trains without the tokenizer's forward pass. Training
+refuses a cache that was made with another tokenizer than the config's. Entries by kind of run:
 
-Views of a picture: "one"; "flip", also mirrored; "ten", the corners and the centre of the picture `crop` times as large
-and each mirrored (Krizhevsky et al. 2012; LlamaGen, Sun et al. 2024, with the crops 1.1 and 1.05). Captions: the first
-so many of each picture.
+- a tokenizer with a codebook: `tokens`;
+- a tokenizer with a continuous latent: `latent`. Of a Gaussian latent both mean and standard deviation are stored:
+  training samples from it with a key of the sample's number, evaluation uses the mean;
+- a text encoder: `text_features`, `text_features_mask` and, if it has pooled features, `text_pooled`. The number of
+  positions is the encoder's, or `data.text.length` for an encoder without a limit.
 
-Letters: k views, r records of a batch, H W picture.
+Views of an image: "one" stores it once; "flip" also mirrored; "ten" stores the corners and the centre of the image
+scaled by `crop`, each also mirrored (Krizhevsky et al. 2012; LlamaGen, Sun et al. 2024, with the crops 1.1 and 1.05).
+`captions`: how many captions of each image are encoded, from the first on.
+
+Letters: k views, r records of a batch, H W image.
 """
 
 import contextlib
@@ -52,7 +55,7 @@ OPTIONS = {
 
 
 class Encoder(NamedTuple):
-    """A frozen model: `run(arrays [b, ...]) -> {entry: [b, ...]}`, compiled, for arrays of one kind."""
+    """A frozen model: `run(arrays [b, ...]) -> {entry: [b, ...]}`, compiled; it reads images or text."""
 
     reads: str  # "image" or "text"
     entry: str
@@ -62,7 +65,7 @@ class Encoder(NamedTuple):
 
 
 def encoder(run: Run, mesh: Any, data: Mapping) -> Encoder:
-    """The encoder in a run, for `data`. Raises UserError for a run that encodes nothing."""
+    """The encoder of a run, for `data`. Raises UserError for a run that is no tokenizer and no text encoder."""
     family, model, part = find(run.part.family), run.part.model, run.part
     placed = placement.put(part, part_shardings(part, mesh))
     roles = contract.roles(family)
@@ -74,12 +77,12 @@ def encoder(run: Run, mesh: Any, data: Mapping) -> Encoder:
             raise UserError(f"the {run.part.family} run has no text tokenizer (text.json), so it cannot read captions")
         text, features = read_by({"text": run}, data), functools.partial(jax.jit(_features), placed)
         return Encoder("text", "text_features", features, text, run.digest)
-    raise UserError(f"a {run.part.family} run encodes neither pictures nor text: there is nothing of it to cache")
+    raise UserError(f"a {run.part.family} run encodes neither images nor text: give a tokenizer or text encoder")
 
 
 def _tokens(part: Part, image: jax.Array) -> dict[str, jax.Array]:
     tokens = part.call("encode", image)
-    return {"tokens": tokens.astype("uint16") if part.model.vocab <= 2**16 else tokens}  # a batch has them as int32
+    return {"tokens": tokens.astype("uint16") if part.model.vocab <= 2**16 else tokens}  # batches convert to int32
 
 
 def _latents(part: Part, image: jax.Array) -> dict[str, jax.Array]:
@@ -99,7 +102,7 @@ def _features(part: Part, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Arra
 
 
 def views_of(items: list[Mapping], resolution: int, views: str) -> np.ndarray:
-    """A record's pictures, one for each crop -> k R R 3 uint8: each view, and mirrored if they are, next to it."""
+    """A record's images, one per crop size -> k R R 3 uint8: all views; a mirrored view follows its original."""
     if views == "ten":
         plain = np.concatenate([transforms.crops(item["image"], resolution) for item in items])
     else:
@@ -108,25 +111,25 @@ def views_of(items: list[Mapping], resolution: int, views: str) -> np.ndarray:
 
 
 def data_sources(data: Mapping, split: str, options: Mapping) -> list:
-    """The source of a split, one for each crop. Raises UserError for a source of cached entries."""
+    """The source of a split, once per crop size. Raises UserError for a source of cached entries."""
     sizes = [data["resolution"]]
     if options["views"] == "ten":
         sizes = [round(data["resolution"] * crop) for crop in options["crop"]]
     built = [sources.build(dict(data) | {"resolution": size, "flip": False}, split) for size in sizes]
     if sources.encoders(built[0]):
-        raise UserError("these records hold cached entries already: cache all of them at once, with several runs")
+        raise UserError("these records already hold cached entries: cache all entries at once, with several --run")
     return built
 
 
 def about(data: Mapping, split: str, options: Mapping, encoders: list[Encoder], source: Any) -> dict[str, Any]:
-    """What the index says of a cache, besides its records: what it was made of, and how."""
+    """The entries of the index that describe how the cache was made: source, encoders and options."""
     how = {name: options[name] for name in ("views", "crop", "captions", "pictures")}
     made = write_lib.about(data, source, split)
     return made | {"encoders": {one.entry: one.digest for one in encoders}, "cache": config_lib.plain(how)}
 
 
 def rows(built: list, resolution: int, options: Mapping, threads: int) -> Iterator[tuple[dict, np.ndarray, list]]:
-    """(item, its views k R R 3 uint8, its captions) of every record."""
+    """Yields (item, its views k R R 3 uint8, its captions) for every record."""
     for pairs in zip(*(write_lib.read_all(source, threads) for source in built), strict=True):
         items = [item for item, _ in pairs]
         texts = items[0].get("texts") or (items[0]["text"],)
@@ -138,7 +141,7 @@ def rows(built: list, resolution: int, options: Mapping, threads: int) -> Iterat
 
 
 def encoded(given: Iterator, encoders: list[Encoder], mesh: Any, batch: int, pictures: bool) -> Iterator[dict]:
-    """Items with their cached entries, `[k, ...]`; `batch`: most pictures or captions at a time, in one shape."""
+    """Yields items with their cached entries `[k, ...]`; `batch`: images or captions encoded at a time, padded."""
     first = next(given)
     given, size = itertools.chain([first], given), max(batch // max(len(first[1]), len(first[2])), 1)
     while group := list(itertools.islice(given, size)):
@@ -152,7 +155,7 @@ def encoded(given: Iterator, encoders: list[Encoder], mesh: Any, batch: int, pic
 
 
 def _run(one: Encoder, group: list, mesh: Any, batch: int) -> dict[str, np.ndarray]:
-    """What one encoder makes of r records: {entry: r k ...}."""
+    """The output of one encoder for r records: {entry: r k ...}."""
     if one.reads == "image":
         inputs = [transforms.to_float(np.concatenate([images for _, images, _ in group]))]  # r*k R R 3
     else:
@@ -165,17 +168,22 @@ def _run(one: Encoder, group: list, mesh: Any, batch: int) -> dict[str, np.ndarr
 
 
 def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, threads: int = 4) -> None:
-    """Caches what `runs` make of `data` (None: that of the first run). What is there and fits is left as it is."""
+    """Caches the outputs of `runs` for `data` (None: that of the first run) in `out`; keeps matching splits there.
+
+    `options`: some of `OPTIONS`; `threads`: that read and decode. Raises UserError for options out of range, runs that
+    do not fit each other or the data, and for another cache in `out`.
+    """
     options, mesh = checked(options), meshes.make_mesh({"data": -1})
     data = runs[0].config.data if data is None else data
     encoders = [encoder(run, mesh, data) for run in runs]
     if len({one.entry for one in encoders}) < len(encoders):
-        raise UserError(f"the runs give {', '.join(one.entry for one in encoders)}: each entry can come from one only")
+        given = ", ".join(one.entry for one in encoders)
+        raise UserError(f"the runs compute the entries {given}: each entry must come from one run only")
     for run in runs:
         size = getattr(run.part.model, "resolution", data["resolution"])
         if size != data["resolution"]:
             raise UserError(
-                f"the {run.part.family} run reads pictures at {size}, and data.resolution is {data['resolution']}"
+                f"data.resolution is {data['resolution']}, but the {run.part.family} run reads images of size {size}"
             )
     for split in options["splits"]:
         built = data_sources(data, split, options)
@@ -186,7 +194,7 @@ def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, th
         given = encoded(
             rows(built, data["resolution"], options, threads), encoders, mesh, options["batch"], options["pictures"]
         )
-        writes = jax.process_index() == 0  # the others help to encode
+        writes = jax.process_index() == 0  # all processes encode, the first one writes
         with (
             records.writing(out, split, count, min(options["shards"], count))
             if writes
@@ -199,40 +207,40 @@ def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, th
             if writes:
                 index = writer.finish(description)
                 entries = ", ".join(f"{name} {about['shape']}" for name, about in index["fields"].items())
-                print(f"{split}: {count} records in {out / split}, each {entries}, digest {index['digest']}")
+                print(f"{split}: wrote {count} records to {out / split} with {entries}, digest {index['digest']}")
 
 
 def compare(out: Path, split: str, description: Mapping) -> None:
-    """Raises UserError where a cache that is there was made of something else."""
+    """Raises UserError if the existing cache was made from other data, with other runs or options."""
     found = records.read_index(out, split)
     for name in ("encoders", "source", "resolution", "cache"):
         if found.get(name) != description[name]:
             raise UserError(
-                f"{out / split} is a cache of something else: its {name} is {found.get(name)}, and "
-                f"{description[name]} is requested; remove it or give another folder"
+                f"{out / split} already holds a different cache: its {name} is {found.get(name)}, requested is "
+                f"{description[name]}; remove it or give another folder"
             )
-    print(f"{split}: {found['count']} records in {out / split} are there already")
+    print(f"{split}: {out / split} already holds these {found['count']} records")
 
 
 def checked(options: Mapping) -> dict[str, Any]:
-    """Options with what is left out; UserError for one out of range."""
+    """The options with defaults filled in. Raises UserError for a value out of range."""
     out = OPTIONS | dict(options)
     out["crop"] = tuple(out["crop"]) if isinstance(out["crop"], list | tuple) else (out["crop"],)
     if out["views"] not in VIEWS:
         raise UserError(f"views {out['views']!r} is not one of {', '.join(VIEWS)}")
     if not out["crop"] or not all(isinstance(crop, int | float) and 1 <= crop <= 2 for crop in out["crop"]):
-        raise UserError(f"crop {out['crop']} is not within 1 and 2")
+        raise UserError(f"crop {out['crop']} must be numbers from 1 to 2")
     for name, most in (("captions", 64), ("batch", 2**16), ("shards", 2**16)):
         if type(out[name]) is not int or not 1 <= out[name] <= most:
-            raise UserError(f"{name} {out[name]!r} is not within 1 and {most}")
+            raise UserError(f"{name} {out[name]!r} is not an integer from 1 to {most}")
     return out
 
 
 def stage(config: Mapping, place: Path) -> None:
-    """The `cache` stage of a recipe: {"cache": run or runs, and of `OPTIONS` and "data" what differs}."""
+    """Runs the `cache` stage of a recipe: {"cache": a run or several, "data" and any of `OPTIONS`: optional}."""
     wrong = [name for name in config if name not in (*OPTIONS, "cache", "data")]
     if wrong:
-        raise UserError(f"unknown key {wrong[0]!r} of a cache stage{config_lib.hint(wrong[0], OPTIONS)}")
+        raise UserError(f"unknown key {wrong[0]!r} in a cache stage{config_lib.hint(wrong[0], OPTIONS)}")
     runs = [config["cache"]] if isinstance(config["cache"], str) else list(config["cache"])
     options = {name: config[name] for name in config if name in OPTIONS}
     cache([load(find_run(run, place)) for run in runs], config.get("data"), place, options)
@@ -240,18 +248,19 @@ def stage(config: Mapping, place: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("cache", __doc__)
-    parser.add_argument("--run", action="append", required=True, help="run of a tokenizer or text tower; or several")
-    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="whose data is cached (default: the first run's)")
-    parser.add_argument("--stage", help="the stage whose data it is, if the config is a recipe")
-    parser.add_argument("--out", required=True, type=Path, help="folder that gets a folder of records for each split")
+    text = "run folder of a tokenizer or text encoder; may be given several times"
+    parser.add_argument("--run", action="append", required=True, help=text)
+    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="config whose data is cached (default: first run's)")
+    parser.add_argument("--stage", help="stage whose data is cached, if the config is a recipe")
+    parser.add_argument("--out", required=True, type=Path, help="output folder, with one folder of records per split")
     parser.add_argument("--split", default="train,validation", help="comma-separated (default: train,validation)")
-    parser.add_argument("--views", default="one", help=f"of each picture: {', '.join(VIEWS)} (default: one)")
-    parser.add_argument("--crop", default="1.1", metavar="SIZES", help="of view ten: how much larger, such as 1.1,1.05")
-    parser.add_argument("--captions", type=int, default=1, metavar="N", help="of each picture, for a text tower")
-    parser.add_argument("--pictures", action="store_true", help="keep the pictures too, for a decoder and evaluations")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="pictures encoded at a time")
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files a split (default: 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="that read and decode")
+    parser.add_argument("--views", default="one", help=f"views of each image: {', '.join(VIEWS)} (default: one)")
+    parser.add_argument("--crop", default="1.1", metavar="SIZES", help="scales of view ten, such as 1.1,1.05")
+    parser.add_argument("--captions", type=int, default=1, metavar="N", help="captions encoded per image (default: 1)")
+    parser.add_argument("--pictures", action="store_true", help="store the images too, for decoders and evaluations")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images encoded at a time (default: 64)")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files per split (default: 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads that read images")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
     options = {name: getattr(args, name) for name in ("views", "captions", "pictures", "batch", "shards")}
@@ -266,7 +275,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--crop {text!r} is no list of numbers") from None
+        raise UserError(f"--crop {text!r} is not a comma-separated list of numbers, such as 1.1,1.05") from None
 
 
 if __name__ == "__main__":

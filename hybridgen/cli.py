@@ -1,4 +1,4 @@
-"""`hybridgen COMMAND ...`, the same as `python -m hybridgen.COMMAND ...`; a mistake is one line and exit code 2."""
+"""`hybridgen COMMAND ...`, the same as `python -m hybridgen.COMMAND ...`. A user error prints one line, exit code 2."""
 
 import argparse
 import contextlib
@@ -15,22 +15,22 @@ from hybridgen.core import hostmemory, quiet
 from hybridgen.core.errors import PeerError, UserError
 
 COMMANDS = {
-    "train": "train one config",
-    "cache": "tokens, latents and text features of a source, made once",
-    "recipe": "run the stages of a recipe, one after the other",
-    "sample": "prompts to pictures",
-    "evaluate": "measure a run: judge, PSNR, report and contact sheet",
-    "preflight": "compile a config for a TPU topology: does it fit",
-    "bench": "step time, tokens a second and fraction of this machine's rate",
-    "convert": "official weights to a run folder, and back",
-    "export": "a run and its parts to a folder that loads on another machine",
-    "verify": "replay recorded outputs of an official model: equal or not",
+    "train": "train one model from a config, or resume its run",
+    "cache": "precompute tokens, latents and text features of a data source",
+    "recipe": "run the stages of a recipe in order",
+    "sample": "generate images from prompts or classes",
+    "evaluate": "evaluate a run: caption accuracy, PSNR, FID, image grids",
+    "preflight": "estimate memory and speed on a TPU, GPU or this machine, by compiling",
+    "bench": "measure step time, tokens per second and MFU on this machine",
+    "convert": "import official weights as a run folder, or export them",
+    "export": "write a run and its parts as one folder that loads on another machine",
+    "verify": "compare an imported model with recorded outputs of the official one",
     "launch": "print or run the commands that train on a machine or a cluster",
 }
 
 
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """The parser of a command, described by the first line of `doc`; what it refuses is a UserError, not usage."""
+    """The parser of a command, described by the first line of `doc`; invalid arguments raise UserError, not usage."""
     parser = argparse.ArgumentParser(f"hybridgen {name}", description=doc.split("\n")[0], allow_abbrev=False)
 
     def error(message: str) -> NoReturn:
@@ -41,27 +41,27 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 
 def a_path(text: str) -> Path:
-    """An argparse type: a path. An empty one, as an unset variable gives it, would be the current folder."""
+    """An argparse type: a path. Refuses an empty one, as from an unset shell variable: it means the current folder."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty; the current folder is '.'")
+        raise argparse.ArgumentTypeError("the path is empty; for the current folder give '.'")
     return Path(text)
 
 
 def own_cache() -> None:
-    """Makes the folder of JAX's compile cache, if one is asked for, its owner's only: what lies there is run."""
+    """Creates JAX_COMPILATION_CACHE_DIR, if set, with access for its owner only: JAX executes what it finds there."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if folder and "://" not in folder:
-        with contextlib.suppress(OSError):  # JAX says what is wrong with it
+        with contextlib.suppress(OSError):  # JAX reports it
             Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def command(main: Callable[[], int]) -> NoReturn:
-    """Runs a command's `main` and exits with its code; UserError is one line on stderr and code 2."""
+    """Runs a command's `main` and exits with its code; a UserError prints one line on stderr and exits with code 2."""
     hostmemory.keep()
     own_cache()
     quiet.failed_saves()
     try:
-        sys.exit(main())  # where there are several processes, all of them end so
+        sys.exit(main())  # also the normal end of each of several processes
     except (UserError, PeerError) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
@@ -77,7 +77,7 @@ def command(main: Callable[[], int]) -> NoReturn:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script `hybridgen`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: hybridgen COMMAND [--help] ...\n")
@@ -89,6 +89,6 @@ def main() -> None:
 def _module(name: str):
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(COMMANDS)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
     return importlib.import_module(f"hybridgen.{name}")

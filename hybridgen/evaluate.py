@@ -1,12 +1,13 @@
-"""Evaluation of a run: pictures from captions, read back by the judge, and reconstructions from true tokens.
+"""Evaluates a run: caption accuracy of generated images, PSNR and SSIM of reconstructions, FID, and image grids.
 
     python -m hybridgen.evaluate --run runs/shapes/cascade --splits validation,holdout --count 256
 
-Writes report.json, report.md and a contact sheet a split, with the verdict under each picture. For data without scenes
-(a folder of pictures) there is no judge: PSNR and SSIM of reconstructions, and the sheet.
+Writes report.json, report.md and an image grid per split. Data with scenes (the source "shapes") is also evaluated for
+caption accuracy, by an exact evaluator (evals/alignment.py), and the grid shows its verdict under each image. Other
+data, such as a folder of images, has PSNR and SSIM of reconstructions and the grid only.
 
-With a network of features, imported by `hybridgen convert`, also Fréchet and kernel distance, precision and recall of
-everything drawn, and of as many true pictures, from a reference (see distances.py):
+With a feature network, imported by `hybridgen convert`, the report also has Fréchet and kernel distance, precision and
+recall of all generated images, and of as many real images, to a reference (see reports/distances.py):
 
     ... --features runs/efficientnet_lite0 --reference train       # or a folder, or a reference file of ADM
 """
@@ -44,11 +45,15 @@ def evaluate(
     folder: Path,
     compare: distances.Comparison | None = None,
 ) -> dict:
-    """Measures a run on `count` captions of each split; writes the report into `folder` and returns it."""
+    """Evaluates a run on `count` captions of each split; writes the report into `folder` and returns it.
+
+    `batch`: images generated at a time; `compare`: distances on features. Raises UserError for a split that is too
+    small, and for records without images.
+    """
     data = {split: sources.build(loaded.config.data, split) for split in splits}
     for split, source in data.items():
         if compare and len(source) < distances.LEAST:
-            raise UserError(f"distances need {distances.LEAST} pictures, the split {split!r} has {len(source)}")
+            raise UserError(f"distances need at least {distances.LEAST} images, the split {split!r} has {len(source)}")
     run_folder.make(folder)
     report: dict[str, Any] = {"family": loaded.config.family, "step": loaded.step, "seed": seed, "splits": {}}
     report["options"] = config_lib.plain(loaded.config.sample.options)
@@ -71,9 +76,9 @@ def evaluate(
 def measure(
     loaded: Loaded, items: list[dict], batch: int, seed: int, picture: Path, label: str, compare: Any = None
 ) -> dict:
-    """Judge, PSNR and distances of all the family draws for `items`, by name ("image", "draft"), and the sheet."""
+    """Caption accuracy, PSNR and distances of the images ("image", "draft") generated for `items`; saves the grid."""
     if "image" not in items[0]:
-        raise UserError("these records keep no pictures to compare with: cache them with --pictures")
+        raise UserError("these records hold no images to compare with: cache them with --pictures")
     true = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1  # b H W 3
     captions = [item["text"] for item in items]
     scenes = [item["scene"] for item in items] if "scene" in items[0] else None
@@ -105,13 +110,13 @@ def measure(
     verdicts = [alignment.judge(*pair) for pair in pairs] or None
     if jax.process_index():
         return out
-    title = f"{label}: true picture, {', '.join('render' if name == 'image' else name for name in names)}"
+    title = f"{label}: reference, {', '.join('render' if name == 'image' else name for name in names)}"
     sheet(strips[shown], captions[shown], verdicts, cell=cell, title=title).save(picture)
     return out
 
 
 def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndarray, label: str) -> dict:
-    """{"true pictures": distances, "from captions, render": ..}: the floor, and everything that was drawn."""
+    """{"true pictures": distances, "from captions, render": ..}: of real images (the floor) and of generated ones."""
     named = {"true pictures": true}
     for kind, drawn in sets.items():
         named |= {f"{kind}, {called}": drawn[name] for name, called in CALLED if name in drawn}
@@ -119,18 +124,18 @@ def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndar
 
 
 def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[str, np.ndarray]:
-    """All pictures of a run for `cond`, as numpy."""
+    """All images that a run generates for `cond`, as numpy arrays by name ("image", "draft", "tokens")."""
     batch = meshes.padded(loaded.mesh, batch)
     pieces = drawing.draw_all(loaded.draw, cond, seed, batch, loaded.put)
     total = -(-len(next(iter(cond.values()))) // batch)
-    pieces = list(progress(pieces, total=total, label=f"drawing {label}"))
+    pieces = list(progress(pieces, total=total, label=f"generating {label}"))
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def judge_pictures(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
-    """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of what was drawn.
+    """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of generated images.
 
-    Where there are both, also "paired": render against draft of the same tokens, see `paired`.
+    If there are both, also "paired": render against draft of the same tokens, see `paired`.
     """
     out: dict[str, Any] = {}
     each: dict[str, dict] = {}
@@ -153,7 +158,7 @@ def judge_pictures(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
 
 
 def paired(render: dict, draft: dict) -> dict:
-    """Render against draft, picture by picture: how many are right in one of them only; by how much PSNR differs."""
+    """Render against draft, image by image: how many are correct in one of them only; the difference in PSNR."""
     out = {}
     if "right" in render:
         out |= {"only_render_right": int((render["right"] & ~draft["right"]).sum())}
@@ -166,7 +171,7 @@ def paired(render: dict, draft: dict) -> dict:
 
 
 def code_use(loaded: Loaded, batch: int, count: int = 4096) -> dict | None:
-    """Share of codes in use and perplexity over vocabulary, on `count` training pictures."""
+    """Share of codes in use, and perplexity divided by the vocabulary size, on `count` training images."""
     tokenizer = loaded.tokenizer
     if tokenizer is None or not tokenizer.model.vocab:
         return None
@@ -183,19 +188,19 @@ def code_use(loaded: Loaded, batch: int, count: int = 4096) -> dict | None:
 
 
 def markdown(report: dict) -> str:
-    """The report as tables."""
-    head = ("pictures", "of", "objects", "all right", "by attribute", "PSNR", "SSIM")
+    """The report as Markdown tables."""
+    head = ("images", "count", "objects", "all right", "by attribute", "PSNR", "SSIM")
     lines = [f"# {report['family']}, step {report['step']}", ""]
     for split, kinds in report["splits"].items():
         lines += [f"## {split}", "", _row(head), _row(["---"] * len(head))]
         drawn = {kind: entries for kind, entries in kinds.items() if kind != "distances"}
         for kind, entries in drawn.items():
             for name, entry in entries.items():
-                if name == "paired" or not entry:  # of pictures without a scene nothing is known
+                if name == "paired" or not entry:  # an image without scene and reference has no measures
                     continue
                 groups = entry.get("judge", {"all": {}})
                 for group, means in groups.items():
-                    known = entry if group == "all" else {}  # PSNR and SSIM are over all
+                    known = entry if group == "all" else {}  # PSNR and SSIM are over all groups
                     psnr, ssim = (f"{known[key]:.2f}" if key in known else "" for key in ("psnr", "ssim"))
                     rest = {k: v for k, v in means.items() if k not in ("all_right", "pictures")}
                     parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in rest.items())
@@ -207,8 +212,8 @@ def markdown(report: dict) -> str:
     if "codes" in report:
         codes = report["codes"]
         lines += [
-            f"Codebook of {codes['codes']}: {100 * codes['usage']:.1f} % in use, perplexity "
-            f"{100 * codes['perplexity']:.1f} % of it, over {codes['tokens']:,} tokens.",
+            f"Codebook of {codes['codes']} codes: {100 * codes['usage']:.1f} % in use, perplexity "
+            f"{100 * codes['perplexity']:.1f} % of its size, over {codes['tokens']:,} tokens.",
             "",
         ]
     return "\n".join(lines)
@@ -217,10 +222,11 @@ def markdown(report: dict) -> str:
 def _paired_line(kind: str, pair: dict) -> str:
     parts = []
     if "only_render_right" in pair:
-        parts.append(f"{pair['only_render_right']} right only as render, {pair['only_draft_right']} only as draft")
+        parts.append(f"correct in the render only: {pair['only_render_right']}, draft only: {pair['only_draft_right']}")
     if "psnr_gain" in pair:
         gain, error = pair["psnr_gain"], pair["standard_error"]
-        parts.append(f"PSNR {gain:+.3f} dB (s.e. {error:.3f}), higher in {100 * pair['psnr_higher']:.0f} %")
+        share = f"higher in {100 * pair['psnr_higher']:.0f} % of the images"
+        parts.append(f"PSNR {gain:+.3f} dB (standard error {error:.3f}), {share}")
     return f"- {kind}, render against draft of the same tokens: {'; '.join(parts)}"
 
 
@@ -232,24 +238,26 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("evaluate", __doc__)
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--splits", default="validation", help="comma-separated: train, validation, holdout")
-    parser.add_argument("--count", type=int, default=256, help="captions a split")
-    parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=256, help="captions per split (default: 256)")
+    parser.add_argument("--batch", type=int, default=64, help="images generated at a time (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated images (default: 0)")
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/evaluation)")
-    parser.add_argument("--features", metavar="RUN", help="run of a network of features, for distances")
-    parser.add_argument("--reference", help="of the distances: a split, a folder or a file of ADM (default: train)")
-    parser.add_argument("--reference-count", type=int, metavar="N", help="pictures of it at most (default: --count)")
+    parser.add_argument("--features", metavar="RUN", help="run of a feature network, for distances such as FID")
+    text = "what distances are measured to: a split, a folder of images or an .npz file of ADM (default: train)"
+    parser.add_argument("--reference", help=text)
+    text = "largest number of reference images (default: --count)"
+    parser.add_argument("--reference-count", type=int, metavar="N", help=text)
     distributed.add_arguments(parser)
     args, changes = drawing.parse(parser, argv)
     drawing.check_arguments(args)
     for name in ("reference", "reference_count"):
         if getattr(args, name) is not None and args.features is None:
-            raise UserError(f"--{name.replace('_', '-')} needs --features, the network to compare on")
+            raise UserError(f"--{name.replace('_', '-')} needs --features, the run of a feature network")
     distributed.start(args)
     folder = find_run(args.run, None)
     loaded = restore(folder, changes, args.checkpoint)
     if not loaded.draws:
-        raise UserError(f"{args.run} cannot be measured: {loaded.config.family} draws no pictures")
+        raise UserError(f"--run {args.run} cannot be evaluated: a {loaded.config.family} run generates no images")
     out = args.out or folder / "evaluation"
     splits = tuple(args.splits.split(","))
     compare = None
@@ -258,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         compare = distances.build(loaded, args.features, *about, args.reference, args.reference_count)
     report = evaluate(loaded, splits, args.count, args.batch, args.seed, out, compare)
     print(markdown(report))
-    print(f"report {out / 'report.md'}, pictures {', '.join(str(out / f'{s}.png') for s in report['splits'])}")
+    print(f"report {out / 'report.md'}, grids {', '.join(str(out / f'{s}.png') for s in report['splits'])}")
     return 0
 
 

@@ -1,10 +1,11 @@
-"""A run and its parts to a bundle: a folder of safetensors and JSON that loads on another machine.
+"""Writes a run and its parts as a bundle: one folder of safetensors and JSON that loads on another machine.
 
     python -m hybridgen.export runs/shapes/cascade shapes
     hybridgen sample --run shapes --prompt "a small red circle"
 
-The bundle draws what the run draws, and stands wherever a run is read: `sample`, `evaluate`, `config.parts.NAME`,
-`init_from`, `hybridgen.load`. It does not train on: the optimiser stays behind. For the files see runs/bundle.py.
+The bundle generates the same images as the run and can be used in place of a run folder: in `sample`, `evaluate`,
+`config.parts.NAME`, `init_from` and `hybridgen.load`. Training cannot resume from it: it has no optimizer state.
+runs/bundle.py describes the files.
 """
 
 import shutil
@@ -19,14 +20,15 @@ from hybridgen.runs.reading import find_run, load
 
 
 def export(folder: Path, out: Path, dtype: str = "float32", step: int | None = None) -> int:
-    """Writes the bundle `out` of a run (or bundle) at its newest good step or at `step`; returns its bytes.
+    """Writes the bundle `out` of a run (or bundle) at its newest valid step or at `step`; returns its size in bytes.
 
-    Raises UserError if `out` is there, or a part is not the one that a run was trained with. Nothing is left then.
+    Raises UserError if `out` exists, or if a part differs from the one that the run was trained with; `out` is then
+    removed.
     """
     if dtype not in bundle.DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(bundle.DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: give a new folder")
+        raise UserError(f"{out} already exists: give a new folder")
     try:
         _write(folder, out, "parts/", dtype, step, {}, ())
     except BaseException:
@@ -38,18 +40,18 @@ def export(folder: Path, out: Path, dtype: str = "float32", step: int | None = N
 def _write(
     folder: Path, out: Path, beside: str, dtype: str, step: int | None, done: dict[Path, Path], above: tuple[Path, ...]
 ) -> str:
-    """One run and, before it, the parts that are not in `done` {run: its bundle}; the digest as it will be read back.
+    """Writes a run, after those of its parts that are not in `done` {run: its bundle}; returns its digest as read back.
 
-    Parts of the bundle lie in its `parts/`, those of a part beside it: `beside` is how the config names that folder.
+    All parts are in `parts/` of the bundle, also the parts of a part: `beside` is that folder as seen from this config.
     """
     run = load(folder, step)
     paths, digests = {}, {}
     for name, path in run.config.parts.items():
         place = find_run(path, folder)
         if place in (*above, folder):
-            raise UserError(f"{place} is a part of itself")
+            raise UserError(f"the run {place} is a part of itself")
         if run.part_digests.get(name, here := load(place).digest) != here:
-            raise UserError(f"the part {name!r} in {place} is not the one that {folder} was trained with")
+            raise UserError(f"part {name!r}: {place} is not the run that {folder} was trained with")
         if place not in done:
             home = (out if beside == "parts/" else out.parent.parent) / "parts"
             taken = {path.name for path in done.values()}
@@ -71,19 +73,20 @@ def _names(name: str) -> Iterator[str]:
 
 
 def _digest(folder: Path) -> str:
-    """Of the arrays as they are read back: what a part is told from another one by."""
+    """The digest of the arrays as read back, which identifies the part."""
     return checkpoint.digest(bundle.read(folder).arrays)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("export", __doc__)
-    parser.add_argument("run", help="run folder, with its parts where its config says")
+    parser.add_argument("run", help="run folder; its parts must be where its config says")
     parser.add_argument("out", type=Path, help="new folder")
-    parser.add_argument("--dtype", default="float32", help=f"of stored parameters, one of {', '.join(bundle.DTYPES)}")
-    parser.add_argument("--checkpoint", type=int, metavar="N", help="step to export (default: the newest good one)")
+    text = f"dtype of the stored parameters: {', '.join(bundle.DTYPES)} (default: float32)"
+    parser.add_argument("--dtype", default="float32", help=text)
+    parser.add_argument("--checkpoint", type=int, metavar="N", help="step to export (default: the newest valid one)")
     args = parser.parse_args(argv)
     size = export(find_run(args.run, None), args.out, args.dtype, args.checkpoint)
-    print(f"{size / 1e6:.2f} MB in {args.out}; try: hybridgen sample --run {args.out} --prompt ...")
+    print(f"wrote {size / 1e6:.2f} MB to {args.out}; try: hybridgen sample --run {args.out} --prompt ...")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Does a config fit, and how fast can it be: train step and sample program, compiled on a CPU for TPUs or GPUs.
+"""Estimates memory and speed of a config on TPUs or GPUs, by compiling its programs for them on a CPU.
 
     python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:16x16
     python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology v5e:16x16 --slices 2
@@ -6,33 +6,33 @@
     python -m hybridgen.preflight --config configs/ar/raster.py:3b --topology h100:4x8    # four hosts of eight
     python -m hybridgen.preflight --config configs/recipes/shapes.py:cpu --stage decoder --json FILE   # this machine
 
-Says for each program whether it fits a device's memory, by how much, and what to change if not; what its collectives
-move, and the roofline (cost/roofline.py). Nothing is run. Exit code 1 if a program does not fit. A topology needs the
-extra `tpu` (libtpu) or `gpu` (the CUDA plugin and cuDNN), and no TPU or GPU. Parts that name a config are taken
-untrained: nothing has to be trained before.
+Reports for the training step and the sampling program whether it fits in a device's memory, how much is left, and what
+to change if it does not fit; the bytes that its collectives move; and a roofline (cost/roofline.py). No program is run.
+The exit code is 1 if a program does not fit. A topology needs the extra `tpu` (libtpu) or `gpu` (the CUDA plugin and
+cuDNN), but no TPU or GPU. Parts that name a config are used untrained, so nothing has to be trained before.
 
-`--suggest` looks through shapes of the mesh, remat policies and batches, estimates all and compiles the promising ones
-(cost/suggest.py). `--slices N`: so many such slices, data parallel between them (mesh axis `dcn`). For TPUs XLA
-is told to spend less time on the speed of a training step (`--exact`: as the run itself will): a 3B prior then compiles
-in half a minute and not in three; temporaries came out up to a quarter more or a tenth less than those of the run.
+`--suggest` estimates all meshes, remat policies and batches, and compiles the most promising (cost/suggest.py).
+`--slices N` compiles for N slices, data parallel between them (mesh axis `dcn`). For TPUs, XLA compiles training steps
+with fewer optimizations than the run will (`--exact`: with all): a 3B prior then compiles in half a minute instead of
+three. The temporaries of such a program were up to 25 % larger and 10 % smaller than those of the run.
 
 JSON: {"config", "family", "topology" (null: this machine), "slices", "device", "devices", "mesh", "batch", "count"
-(pictures drawn at a time), "shape": height and width of the pictures, the largest of several shapes (null: there is
-one), "dtype", "parameters", "fits", "capacity": bytes a device that a program may use (null: not known), "train" and
+(images generated at a time), "shape": height and width of the images, the largest of several shapes (null: only one),
+"dtype", "parameters", "fits", "capacity": bytes per device that a program may use (null: unknown), "train" and
 "sample": {
-  "fits", "spare": bytes a device that are left (negative: over by; null: not known),
-  "changes": what to change if it does not fit, the first thing first,
-  "memory": bytes a device {"arguments", "outputs", "aliased", "temporaries", "peak"} (null if it did not compile),
-  "flops" of a step or call, all devices: {"matmul", "attention", "convolution", "total"},
-  "collectives": [{"kind", "axis" (of the mesh; "?": not known), "group": devices in one, "count": of a step or call,
-    "bytes": of the larger side, a device, over all of them}],
-  "roofline": null if it did not compile, or {"seconds" of a step or call at least, "limit": "compute", "memory" or
-    "network", "times": seconds by these, "recomputed_flops": by remat, all devices, "memory_bytes": read and written by
-    a device, "images_per_s" and "tokens_per_s" a device, "mfu": share of the chip's peak at most},
-  "lower_s" (trace and lower), "compile_s", "error": null, or what the compiler said}}
-With --suggest: {"config", "topology", "slices", "device", "devices", "capacity", "tried", "compiled", "fits": any does,
-"suggestions": [{"options": of the command line, "mesh", "remat", "batch", "estimate": {"bytes", "images_per_s"},
-"fits", "spare", "images_per_s" a device, "limit", "mfu"}], the best first}
+  "fits", "spare": bytes per device that are left (negative: missing; null: unknown),
+  "changes": what to change if it does not fit, the most effective first,
+  "memory": bytes per device {"arguments", "outputs", "aliased", "temporaries", "peak"} (null if it did not compile),
+  "flops" per step or call, all devices: {"matmul", "attention", "convolution", "total"},
+  "collectives": [{"kind", "axis" (of the mesh; "?": unknown), "group": its size in devices, "count" per step or call,
+    "bytes" per device in total: of its input or output, whichever is larger}],
+  "roofline": null if it did not compile, or {"seconds": lower bound per step or call, "limit": "compute", "memory" or
+    "network", "times": seconds by these, "recomputed_flops": by remat, all devices, "memory_bytes": read and written
+    per device, "images_per_s" and "tokens_per_s" per device, "mfu": upper bound},
+  "lower_s" (trace and lower), "compile_s", "error": null, or the compiler's message}}
+With --suggest: {"config", "topology", "slices", "device", "devices", "capacity", "tried", "compiled", "fits": whether
+any does, "suggestions": [{"options" for the command line, "mesh", "remat", "batch", "estimate": {"bytes",
+"images_per_s"}, "fits", "spare", "images_per_s" per device, "limit", "mfu"}], the best first}
 """
 
 import os
@@ -51,11 +51,11 @@ from hybridgen.runs import folder
 
 GIB = 2**30
 QUICK = {"exec_time_optimization_effort": -0.5}
-LISTED = 6  # kinds of collectives that are printed
+LISTED = 6  # largest number of kinds of collectives that are printed
 
 
 def capacity() -> float | None:
-    """Bytes that a program may use on a device of this machine; on a CPU, its share of all memory."""
+    """Bytes that a program may use on a device of this machine; on a CPU, the device's share of the memory."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
@@ -65,9 +65,9 @@ def capacity() -> float | None:
 def preflight(
     built: programs.Programs, what: tuple[str, ...], room: float | None, options: dict | None = None
 ) -> dict[str, Any]:
-    """Compiles the programs named in `what` and prints a line for each; the report described in the file's head.
+    """Compiles the programs named in `what`, prints a row for each, and returns the report (see the module docstring).
 
-    room: bytes that a program may use on a device, if known; options: XLA's.
+    room: bytes that a program may use on a device, if known; options: XLA compiler options.
     """
     config, mesh = built.experiment.config, built.experiment.mesh
     report = {
@@ -97,7 +97,8 @@ def attempt(
 ) -> dict[str, Any]:
     """The report of one program. Running out of memory while compiling is a result; other errors are raised.
 
-    options: XLA's, for training; a program that draws compiles soon, and a hasty one would read its weights twice.
+    options: XLA compiler options for the training step only: sampling compiles fast, and with fewer optimizations it
+    would read its weights twice.
     """
     if name == "train":
         function, arguments, (flops, again) = built.step, built.train_arguments(), built.train_flops()
@@ -128,7 +129,7 @@ def attempt(
 
 
 def exceeded(message: str) -> float | None:
-    """By how many bytes a compiler's message says that memory is exceeded; None if it is about something else."""
+    """The bytes by which memory is exceeded according to a compiler's message; None for any other message."""
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message:
         return None
     size = r"([\d.]+)\s*([KMGT]?)i?B?"
@@ -145,17 +146,17 @@ def _bytes(number: str, prefix: str) -> float:
 
 
 def headline(report: dict) -> str:
-    """The first line of the report."""
+    """The line above the table."""
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "one device"
-    several = ", pictures of {} x {}, the largest of several shapes".format(*report["shape"]) if report["shape"] else ""
+    several = ", images of {} x {}, the largest of several shapes".format(*report["shape"]) if report["shape"] else ""
     room = f", {report['capacity'] / GIB:.2f} GiB each" if report["capacity"] else ""
     return (
-        f"{report['family']}: {report['parameters']:,} parameters, batch {report['batch']}, draws {report['count']}, "
+        f"{report['family']}: {report['parameters']:,} parameters, batch {report['batch']}, samples {report['count']}, "
         f"on {report['devices']} x {report['device']}{room}, mesh {mesh}{several}"
     )
 
 
-HEAD = "GiB a device arguments  outputs  aliased  temporary    peak     FLOP   compile"
+HEAD = "GiB/device   arguments  outputs  aliased  temporary    peak     FLOP   compile"
 COLUMNS = {"arguments": 10, "outputs": 9, "aliased": 9, "temporaries": 11, "peak": 8}
 
 
@@ -171,27 +172,27 @@ def line(name: str, entry: dict) -> str:
 
 
 def verdict(entry: dict) -> str:
-    """One line a program: fits or over, by how much."""
+    """Whether a program fits, and by how much."""
     if entry["spare"] is None:
-        return "compiles; the memory of this device is not known"
+        return "compiles; the memory of this device is unknown"
     if entry["fits"]:
         return f"fits with {entry['spare'] / GIB:.2f} GiB to spare"
-    return f"over by {-entry['spare'] / GIB:.2f} GiB"
+    return f"does not fit by {-entry['spare'] / GIB:.2f} GiB"
 
 
 def details(entry: dict) -> list[str]:
-    """Lines under a row of the table: what to change, what limits it, and what its collectives move."""
+    """Lines under a row of the table: what to change, the roofline, and the collectives."""
     human, out = programs.human, [f"{'':12}{'or' if i else 'try'} {text}" for i, text in enumerate(entry["changes"])]
     if entry["roofline"]:
         top = entry["roofline"]
         times = ", ".join(f"{name} {human(seconds, 's')}" for name, seconds in top["times"].items())
         out.append(
             f"{'':12}at least {human(top['seconds'], 's')}, limited by {top['limit']} ({times}): "
-            f"{human(top['images_per_s'])} images/s and {human(top['tokens_per_s'])} tokens/s a device, "
-            f"{top['mfu']:.0%} of its peak"
+            f"{human(top['images_per_s'])} images/s and {human(top['tokens_per_s'])} tokens/s per device, "
+            f"MFU {top['mfu']:.0%}"
         )
     for it in entry["collectives"][:LISTED]:
-        many = f"{it['count']} over {it['axis']} (groups of {it['group']}), {human(it['bytes'], 'B')} a device"
+        many = f"{it['count']} over {it['axis']} (groups of {it['group']}), {human(it['bytes'], 'B')} per device"
         out.append(f"{'':12}{it['kind']}: {many}")
     return out
 
@@ -199,16 +200,19 @@ def details(entry: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("preflight", __doc__)
     programs.add_arguments(parser)
-    parser.add_argument("--topology", metavar="CHIP:SIDES", help=f"{topology.KNOWN}; default: this machine")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="so many of them (mesh axis dcn)")
-    parser.add_argument("--exact", action="store_true", help="compile for a topology with all of XLA's optimisations")
+    text = f"target of the compilation: {topology.KNOWN} (default: this machine)"
+    parser.add_argument("--topology", metavar="CHIP:SIDES", help=text)
+    text = "number of slices of the topology (default: 1), data parallel between them (mesh axis dcn)"
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help=text)
+    text = "compile training steps for TPUs with all of XLA's optimizations, as the run will (slower)"
+    parser.add_argument("--exact", action="store_true", help=text)
     parser.add_argument("--suggest", action="store_true", help="search meshes, remat policies and batches for training")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
     if args.slices < 1 or (args.slices > 1 and args.topology is None):
-        raise UserError(f"--slices {args.slices} is for topologies, and at least 1")
+        raise UserError(f"--slices {args.slices} must be at least 1, and more than 1 needs --topology")
     if args.topology is not None:
-        jax.config.update("jax_platforms", "cpu")  # what is compiled for is not what is here
+        jax.config.update("jax_platforms", "cpu")  # the target's devices are not on this machine
         devices, room = topology.describe(args.topology, args.slices)
     else:
         devices, room = None, capacity()

@@ -1,12 +1,15 @@
-"""Recipes: the stages of a config, run in order; what was trained is not trained again and a stopped stage resumes.
+"""Runs the stages of a recipe in order; finished stages are not trained again, and a stopped stage resumes.
 
     python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
 
-A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. A stage with a
-`family` is trained in WORKDIR/name; one with `cache` writes there, once, what the run that it names makes of the data
-(see cache.py), and a stage behind it reads that as {"source": "records", "options": {"path": "../NAME"}}; one with
-`evaluate` measures the run that it names, each time, and writes report and contact sheets; one with `compare` makes a
-table of what stages before it measured (see compare.py).
+A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. There are four kinds of
+stages, and each writes to WORKDIR/name:
+
+- with `family`: trains a model;
+- with `cache`: precomputes tokens, latents or text features with the run that it names, once (cache.py). Later stages
+  read them as {"source": "records", "options": {"path": "../NAME"}};
+- with `evaluate`: evaluates the run that it names, each time, and writes a report and image grids (evaluate.py);
+- with `compare`: makes a table of the results of earlier stages (reports/points.py).
 """
 
 import json
@@ -30,14 +33,17 @@ from hybridgen.training import resume
 
 
 def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
-    """Runs the stages in `folder`. False if a signal stopped one."""
+    """Runs the stages in `folder`. Returns False if a signal stopped one.
+
+    `allow`: config keys that may differ on resume. Raises UserError for an invalid recipe, before the first stage runs.
+    """
     check(config)
     check_stages(config)
     run_folder.make(folder)
     started = time.monotonic()
     for number, name in enumerate(config.order, 1):
         stage, place = placed(config.stages[name], folder / name), folder / name
-        print(f"[{number}/{len(config.order)}] {name} ({time.monotonic() - started:.0f} s so far)", flush=True)
+        print(f"[{number}/{len(config.order)}] {name} (after {time.monotonic() - started:.0f} s)", flush=True)
         if "evaluate" in stage:
             measure(stage, place)
         elif "cache" in stage:
@@ -51,27 +57,26 @@ def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
 
 
 def check(config: Any) -> None:
-    """A recipe's names must fit: UserError otherwise."""
+    """Raises UserError for a config without stages, and for names of stages that do not exist."""
     for key in ("order", "stages"):
         if key not in config:
-            raise UserError(
-                f"this config is not a recipe: it has no {key!r} (a single stage is run by hybridgen train)"
-            )
+            raise UserError(f"--config is not a recipe: it has no {key!r}; to train a single model use hybridgen train")
     for name in config.order:
         if name not in config.stages:
-            raise UserError(f"stage {name!r} is in `order` and not in `stages`{config_lib.hint(name, config.stages)}")
+            hint = config_lib.hint(name, config.stages)
+            raise UserError(f"config key 'order': stage {name!r} is not in `stages`{hint}")
         if "compare" in config.stages[name]:
             points.check(config.stages[name], list(config.stages))
 
 
 def awaited(stage: Any) -> bool:
-    """Whether its records are those of a stage before it ("../NAME")."""
+    """Whether a stage reads the records of an earlier stage ("../NAME")."""
     data = stage.get("data", {})
     return data.get("source") == "records" and str(data.options.get("path")).startswith("../")
 
 
 def placed(stage: Any, place: Path) -> Any:
-    """A stage whose records, if they are those of a neighbouring stage, are where that wrote them."""
+    """A stage with its path "../NAME" of another stage's records made absolute."""
     if not awaited(stage):
         return stage
     stage = stage.copy_and_resolve_references()
@@ -81,11 +86,11 @@ def placed(stage: Any, place: Path) -> Any:
 
 
 def check_stages(config: Any) -> None:
-    """Raises UserError, before the first stage is trained, for what a later one would stumble over."""
+    """Raises UserError, before the first stage is trained, for errors in the config or data of any stage."""
     known: dict[str, Any] = {}
 
     def source(data: Any, split: str) -> Any:
-        """Stages mostly read the same data, and a large folder takes long to go through."""
+        """A cached source: most stages read the same data, and listing a large folder takes long."""
         key = json.dumps([config_lib.plain(data), split], sort_keys=True)
         return known[key] if key in known else known.setdefault(key, sources.build(data, split))
 
@@ -103,7 +108,7 @@ def check_stages(config: Any) -> None:
 
 
 def measure(stage: Any, place: Path) -> None:
-    """Evaluates the run that `stage.evaluate` names, and says where report and pictures are."""
+    """Evaluates the run that `stage.evaluate` names, and prints the report and the paths of the grids."""
     loaded = restore(find_run(stage.evaluate, place), {})
     splits, distance = tuple(stage.splits), None
     if stage.get("features"):
@@ -120,7 +125,7 @@ def measure(stage: Any, place: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("recipe", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--workdir", required=True, type=a_path, help="folder that holds a run folder for every stage")
+    parser.add_argument("--workdir", required=True, type=a_path, help="folder with one run folder per stage")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
@@ -133,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         done = run(config, args.workdir, allow)
     except KeyboardInterrupt:
-        print("the same command goes on from what is saved", file=sys.stderr)
+        print("run the same command again to resume", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,8 +1,8 @@
-"""Prompts to pictures.
+"""Generates images from prompts or classes.
 
     python -m hybridgen.sample --run runs/shapes/cascade --prompt "a small red circle left of a large blue square"
 
-Writes numbered PNGs and a captioned grid. Picture i of a seed is the same whatever the batch it is drawn in.
+Writes numbered PNGs and a grid with captions. Image number i of a seed does not depend on the batch size.
 """
 
 import argparse
@@ -30,18 +30,21 @@ Request = tuple[str | None, int | None]  # a prompt, a class
 
 
 def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
-    """Draws `count` pictures of each (prompt, class) asked for into `out`; returns the path of the grid."""
+    """Writes `count` images for each (prompt, class) of `requests` into `out`; returns the path of the grid.
+
+    `batch`: images generated at a time; `draft`: show the tokenizer's draft too. Raises UserError as `conditions`.
+    """
     cond = conditions(loaded, [one for one in requests for _ in range(count)])
     prompts = [words(one) for one in requests for _ in range(count)]
     batch = meshes.padded(loaded.mesh, min(batch, len(prompts)))
     folder.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
     if writes and (older := len(list(out.glob("[0-9]*.png")))):
-        text = f"warning: {older} older pictures are in {out}; those of the same number are written over"
+        text = f"warning: {out} already has {older} images; images with the same number are overwritten"
         print(text, file=sys.stderr)
     with jax.set_mesh(loaded.mesh):
         pieces = drawing.draw_all(loaded.draw, cond, seed, batch, loaded.put)
-        for piece in progress(pieces, total=-(-len(prompts) // batch), label="drawing"):
+        for piece in progress(pieces, total=-(-len(prompts) // batch), label="generating"):
             shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
             kept.append(np.concatenate(shown, 2))
             for image in piece["image"] if writes else ():
@@ -54,85 +57,86 @@ def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch
 
 
 def a_folder(text: str) -> Path:
-    """An argparse type: where a folder may be made."""
+    """An argparse type: the path of an output folder."""
     path = a_path(text)
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} looks like a picture, and is to be a folder of them")
+        raise argparse.ArgumentTypeError(f"{text} is the name of an image; give a folder for the images")
     return path
 
 
 def words(requests: Request) -> str:
-    """A prompt and a class as a caption."""
+    """The caption of a request: its prompt, its class, or both."""
     text, label = requests
     return ", ".join(filter(None, (text, label is not None and f"class {label}")))
 
 
 def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]:
-    """Prompts and classes as model input. Raises UserError for what the run does not take, or lacks."""
+    """Prompts and classes as model input. Raises UserError for a prompt or class that is missing or not taken."""
     kind, (text, label) = loaded.config.family, requests[0]
     if not loaded.draws:
-        raise UserError(f"a {kind} run draws no pictures")
+        raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
     if not loaded.generates:
-        raise UserError(f"a {kind} run takes no prompts")
+        raise UserError(f"a {kind} run takes no prompts: give the run of a prior, decoder or cascade")
     if (text is not None) != loaded.reads:
-        raise UserError(f"this {kind} run {'takes a prompt: --prompt' if loaded.reads else 'takes no prompts'}")
+        raise UserError(f"this {kind} run {'takes a prompt: give --prompt' if loaded.reads else 'takes no prompts'}")
     cond = drawing.text_cond(loaded.text, [text for text, _ in requests]) if loaded.reads else {}
     if (label is not None) != (loaded.classes > 0) or not all(
         0 <= (n or 0) < max(loaded.classes, 1) for _, n in requests
     ):
         known = f"takes a class: --label 0 to {loaded.classes - 1}" if loaded.classes else "takes no --label"
-        raise UserError(f"this {kind} run {known}, and was given {label}")
+        raise UserError(f"this {kind} run {known}, not {label}")
     return cond | ({"label": np.asarray([n for _, n in requests], np.int32)} if loaded.classes else {})
 
 
 def shape_of(loaded: Loaded, size: str | None) -> Shape | None:
-    """The shape "HxW" to draw, one that the run was trained on; without, the most square of them; None: its only one.
+    """The (height, width) of a `size` "HxW", or the most square one that the run was trained on; None: its only one.
 
-    UserError for another one.
+    Raises UserError for a shape that the run was not trained on.
     """
     if size is None and not loaded.shapes:
         return None
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if size else None
     if size and not found:
-        raise UserError(f"--size {size!r} is no height and width, such as 256x384")
+        raise UserError(f"--size {size!r} is not HEIGHTxWIDTH, such as 256x384")
     shape = (int(found[1]), int(found[2])) if found else min(loaded.shapes, key=lambda shape: max(shape) / min(shape))
     known = loaded.shapes or ((loaded.config.data.resolution,) * 2,)
     if tuple(shape) not in map(tuple, known):
         names = ", ".join("{}x{}".format(*one) for one in known)
-        raise UserError(f"--size {size}: this {loaded.config.family} run was trained on pictures of {names}")
+        raise UserError(f"--size {size}: this {loaded.config.family} run was trained on images of {names}")
     return tuple(shape) if loaded.shapes else None
 
 
 def read_requests(args: argparse.Namespace) -> list[Request]:
-    """Prompts of the command line and of the file, a line each, each with every class that was given."""
+    """All pairs of a prompt (from --prompt and the lines of --prompts) and a class (from --label)."""
     prompts = list(args.prompt)
     if args.prompts:
         if not args.prompts.is_file():
-            raise UserError(f"no file of prompts {str(args.prompts)!r}")
+            raise UserError(f"--prompts: no such file {str(args.prompts)!r}")
         try:
             text = args.prompts.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompts in {args.prompts}: {error}") from None
+            raise UserError(f"--prompts: cannot read {args.prompts}: {error}") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
         if not prompts:
-            raise UserError(f"no prompt in {args.prompts}: it takes one a line")
+            raise UserError(f"--prompts {args.prompts} has no prompts: write one per line")
     if not prompts and not args.label:
-        raise UserError("no prompt: give --prompt TEXT, --prompts FILE or, for a class, --label N")
+        raise UserError("no prompt: give --prompt TEXT, --prompts FILE or, for a class-conditional model, --label N")
     return list(itertools.product(prompts or [None], args.label or [None]))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("sample", __doc__)
-    parser.add_argument("--run", required=True, help="run folder of a cascade or of anything that draws from text")
+    parser.add_argument("--run", required=True, help="run folder or bundle of a cascade or another generative model")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument("--prompts", type=Path, help="a text file with a prompt a line")
-    parser.add_argument("--label", action="append", type=int, help="a class, for a class-conditional run")
-    parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
-    parser.add_argument("--size", metavar="HxW", help="of the pictures: one of the shapes of a run with buckets")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at a time")
-    parser.add_argument("--out", type=a_folder, default=Path("samples"), help="folder for PNGs and grid.png")
-    parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft beside each render")
+    parser.add_argument("--prompts", type=Path, help="a text file with one prompt per line")
+    text = "a class, for a class-conditional model; may be given several times"
+    parser.add_argument("--label", action="append", type=int, help=text)
+    parser.add_argument("--count", type=int, default=1, help="images per prompt (default: 1)")
+    parser.add_argument("--size", metavar="HxW", help="image size, one of those that a run with buckets was trained on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images (default: 0)")
+    parser.add_argument("--batch", type=int, default=16, help="images generated at a time (default: 16)")
+    parser.add_argument("--out", type=a_folder, default=Path("samples"), help="output folder (default: samples)")
+    parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft next to each render")
     distributed.add_arguments(parser)
     args, changes = drawing.parse(parser, argv)
     drawing.check_arguments(args)
@@ -142,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     if shape := shape_of(loaded, args.size):
         loaded = loaded._replace(draw=loaded.drawer({}, shape))
     grid = sample(loaded, requests, args.count, args.seed, args.batch, args.out, args.draft)
-    print(f"{len(requests) * args.count} pictures in {args.out}, grid {grid}")
+    print(f"wrote {len(requests) * args.count} images to {args.out}, grid {grid}")
     return 0
 
 

@@ -1,13 +1,14 @@
-"""Training, for every family: one step, one loop, one command.
+"""Trains a model of any family from a config, or resumes its run.
 
     python -m hybridgen.train --config configs/ar/raster.py:tiny --workdir runs/raster
 
-The loop's order is fixed: evaluate, save, next batch, step. A checkpoint named N has consumed exactly N batches; what
-the data gives at step N and every random number are functions of (seed, N), so a resumed run is the uninterrupted one.
+The order of the loop is fixed: evaluate, save, load the next batch, step. Checkpoint N was saved after exactly N
+batches. Batch N and the random numbers of step N are functions of (seed, N), so a resumed run is identical to an
+uninterrupted one.
 
-A bad step (a loss or gradient that is not finite, or a spike) changes nothing but its count. After several in a row
-the run goes back to its newest checkpoint before them and on behind them (skipping.py): it is a function of (seed,
-step, skipped intervals).
+A bad step (a loss or gradient that is not finite, or a spike of the gradient norm) changes no parameters; it is only
+counted. After several bad steps in a row, training restores the newest checkpoint before them and continues after the
+bad batches (training/rollback.py): the run is a function of (seed, step, skipped intervals).
 """
 
 import collections
@@ -42,7 +43,7 @@ from hybridgen.training.watchdog import Watchdog
 
 
 class Rule(NamedTuple):
-    """The static half of a training step."""
+    """The static arguments of a training step."""
 
     family: Any
     model: Any
@@ -50,8 +51,8 @@ class Rule(NamedTuple):
     which: state_lib.Trainable
     seed: int
     accumulate: int
-    spike: float  # a gradient norm this many times the usual one is skipped
-    shaped: bool = False  # pictures are of several shapes, those of a batch of one
+    spike: float  # a step with a gradient norm this many times the average is skipped
+    shaped: bool = False  # images have several shapes, one per batch
 
     def fitted(self, batch: dict, parts: Any) -> tuple[Any, Any]:
         """Model and parts for a batch of this shape."""
@@ -59,12 +60,12 @@ class Rule(NamedTuple):
         return for_shape(self.family, self.model, parts, shape) if shape else (self.model, parts)
 
     def shape(self, batch: dict) -> tuple[int, int] | None:
-        """(height, width) of a batch, where others have other shapes."""
+        """(height, width) of a batch's images if batches differ in shape, else None."""
         return batch["image"].shape[1:3] if self.shaped else None
 
 
 def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
-    """(state, batch) -> (state, metrics). A step whose gradient is not finite, or explodes, only counts itself."""
+    """(state, batch) -> (state, metrics). A bad step (see `check`) changes the counters only."""
     key = rng.step_key(jax.random.key(rule.seed), state["step"], "loss")
     trainable, frozen = rule.which.split(state["params"])
     model, parts = rule.fitted(batch, parts)
@@ -102,18 +103,18 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
         return {"params": trees.join(new, frozen), "opt": optim.pack(opt), "ema": ema, "extra": extra}
 
     old = {name: state[name] for name in ("params", "opt", "ema", "extra")}
-    # not a branch, whose result would be copied, and for which a GPU would wait for the host
+    # not lax.cond: its result would be copied, and a GPU would wait for the host
     new = jax.tree.map(functools.partial(jnp.where, good), apply(old), old)
     report |= {name: health[name].astype(jnp.float32) for name in ("skipped", "streak")}
     return new | {"step": state["step"] + 1, "health": health}, report
 
 
 def accumulate(weighted_loss: Any, trainable: Any, batch: dict, parts: int) -> tuple[Any, Any]:
-    """Gradient and sums of `weighted_loss` over `parts` microbatches; each takes every `parts`-th row."""
+    """Gradient and sums of `weighted_loss` over `parts` microbatches, each of every `parts`-th row."""
     gradient = jax.grad(weighted_loss, has_aux=True)
     if parts == 1:
         return gradient(trainable, batch)
-    # strided, so that a microbatch still lies on every device
+    # strided, so that every device has rows of each microbatch
     micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     micro = jax.tree.map(lambda x: sharding.shard(x, None, "batch", *(None,) * (x.ndim - 2)), micro)
     first = jax.tree.map(lambda x: x[0], micro)
@@ -126,7 +127,7 @@ def accumulate(weighted_loss: Any, trainable: Any, batch: dict, parts: int) -> t
 
 
 def check(loss: jax.Array, norm: jax.Array, health: dict, spike: float) -> tuple[jax.Array, dict]:
-    """Whether to take the step, and the health after it. A spike is judged once 20 good steps are known."""
+    """(whether the step is good, the health counters after it). Spikes are detected after 20 good steps."""
     log_norm = jnp.log(norm + 1e-12)
     usual = health["norm"] / (1 - 0.95 ** jnp.maximum(health["count"], 1))  # bias-corrected moving average
     spiked = (health["count"] >= 20) & (log_norm > usual + jnp.log(spike)) if spike else False
@@ -140,7 +141,7 @@ def check(loss: jax.Array, norm: jax.Array, health: dict, spike: float) -> tuple
 
 
 def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
-    """Weighted sums of the metrics of one batch, with averaged parameters."""
+    """Weighted sums of the metrics of one batch, with EMA parameters if there are any."""
     params = inference_params(state["params"], state["ema"])
     key = rng.step_key(jax.random.key(rule.seed), 0, "eval")
     model, parts = rule.fitted(batch, parts)
@@ -150,7 +151,7 @@ def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
 
 
 def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
-    """(rule, jitted `train_step`, abstract state with its shardings, function that makes the state of step 0)."""
+    """(rule, jitted `train_step`, abstract state with its shardings, function that creates the state of step 0)."""
     config, built = experiment.config, []
 
     def rule_of(trainable: Any) -> optax.GradientTransformation:
@@ -158,7 +159,7 @@ def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
         return built[0]
 
     shaped = bool(config.data.get("options", {}).get(sources.BUCKETS))
-    if shaped:  # whatever the first batch's shape: tables of positions are of the square
+    if shaped:  # initialize with the square shape: position tables have its size, whatever the first batch's shape
         image, side = specs["image"], config.data.resolution
         specs = specs | {"image": jax.ShapeDtypeStruct((image.shape[0], side, side, 3), image.dtype)}
     with jax.set_mesh(experiment.mesh):
@@ -172,38 +173,38 @@ def program(experiment: Experiment, specs: dict) -> tuple[Rule, Any, Any, Any]:
 
 
 class Job(NamedTuple):
-    """The dynamic half: what the loop works with."""
+    """What the training loop works with."""
 
     experiment: Experiment
     step: Callable  # compiled train step
     jump: Callable  # (state, step) -> state
     evaluate: Callable  # state -> {metric: number}
-    batches: Callable  # start -> prefetched iterator
+    batches: Callable  # start step -> prefetched iterator
     state_at: Callable  # step of a checkpoint, or None for the start -> state
     saved: checkpoint.Checkpointer
     writer: logging.Writer
-    grid: Callable | None  # (params, extra) -> picture
-    skipped: list  # intervals [first, end) of batches that are not trained on
+    grid: Callable | None  # (params, extra) -> image of a sample grid
+    skipped: list  # intervals [first, end) of batches that are skipped
     watchdog: Watchdog
     signals: run_folder.Signals
 
     @contextlib.contextmanager
     def doing(self, step: int, what: str) -> Iterator[None]:
-        """Charges the time within to `what`, and says that the run lives."""
+        """Adds the time spent inside to `what`, and signals the watchdog."""
         self.watchdog.beat(step, what)
         with self.writer.time(what):
             yield
 
 
-LAG = 2  # steps that are in flight: so late the loop learns what became of a step
+LAG = 2  # steps in flight: the loop reads the report of a step this many steps later
 
 
 def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
-    """Runs from `start` to the config's steps, past what is skipped; (state, whether it was stopped by a signal)."""
+    """Trains from `start` to the config's steps, without skipped batches; (state, whether a signal stopped it)."""
     config, folder = job.experiment.config, job.writer.folder
     agreement = distributed.Agreement(job.experiment.mesh)
-    step = entered = start  # nothing is evaluated or saved at the step where the loop enters or jumps to
-    flight, stop = collections.deque(), False  # steps whose reports are not read yet
+    step = entered = start  # the loop does not evaluate or save at the step where it starts or to which it jumps
+    flight, stop = collections.deque(), False  # steps whose reports have not been read yet
 
     def due(every: int) -> bool:
         return bool(every) and step > entered and (step % every == 0 or step == config.steps)
@@ -215,11 +216,11 @@ def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
             beyond, last = rollback.end_of_skip(job.skipped, step, config.steps), step >= config.steps
             saves = due(config.checkpoint.every) or last
             looks = due(config.eval.every) or due(config.sample.every)
-            # what is looked at, saved or left waits for its step anyway: so nothing is that has to be taken back
+            # evaluating, saving and returning wait for the step anyway: read all reports first, so that none is undone
             bad_at = None
             while bad_at is None and len(flight) > (0 if last or stop or saves or looks or beyond else LAG):
                 behind, streak, stopping = flight.popleft()
-                with job.doing(step, "step"):  # waits for that step, so that no more than LAG are in flight
+                with job.doing(step, "step"):  # waits for that step, so that at most LAG are in flight
                     bad_at = behind if int(streak) >= config.health.streak else None
                     stop = stop or bool(stopping)
             if bad_at is not None:
@@ -251,7 +252,7 @@ def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
 
 
 def look(job: Job, state: dict, step: int, due: Callable[[int], bool]) -> None:
-    """Evaluates and draws, if it is time."""
+    """Evaluates and writes a sample grid, if due."""
     config, writer = job.experiment.config, job.writer
     if due(config.eval.every):
         with job.doing(step, "eval"):
@@ -263,10 +264,10 @@ def look(job: Job, state: dict, step: int, due: Callable[[int], bool]) -> None:
 
 
 def save(job: Job, step: int, state: dict) -> None:
-    """Starts saving. A failed save is reported and the run goes on: the next one may find the disk less full."""
-    for _ in range(2):  # the first attempt may report what became of the save before
+    """Starts saving. A failed save is logged and training continues: the next save may find free space on the disk."""
+    for _ in range(2):  # the first attempt may raise the error of the previous save
         try:
-            sound = int(state["health"]["streak"]) == 0  # amid bad steps it is none to go back to
+            sound = int(state["health"]["streak"]) == 0  # a checkpoint between bad steps is not restored on rollback
             job.saved.save(step, state, meta={"parts": job.experiment.digests}, sound=sound)
             job.writer.timer.mark("step", step)
             return
@@ -283,12 +284,12 @@ def prepare(
     watchdog: Watchdog,
     signals: run_folder.Signals,
 ) -> tuple[Job, Any, int]:
-    """Builds everything, finds the newest good checkpoint, and returns (job, state, first step)."""
+    """Builds the model, data and programs, restores the newest valid checkpoint; returns (job, state, first step)."""
     source, skipped = resume.checked(config, folder=folder), rollback.intervals(config, folder)
     with timer.time("build"):
         experiment = build(config, folder, source)
     resolved, fingerprint = resume.described(config, experiment, source)
-    with contextlib.ExitStack() as undo:  # closes what was opened if something does not fit
+    with contextlib.ExitStack() as undo:  # closes what was opened if an error follows
         keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
         saved = checkpoint.Checkpointer(folder / "checkpoints", fingerprint=fingerprint, **keep)
         undo.enter_context(saved)
@@ -301,7 +302,7 @@ def prepare(
         grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
 
         state_at = functools.partial(resume.beginning, experiment, folder, saved, rule.which, abstract, make, timer)
-        if jax.process_index() == 0:  # not before everything fits together
+        if jax.process_index() == 0:  # only after all checks above
             run_folder.write_json(folder / "config.json", resolved)
             if experiment.text is not None:
                 run_folder.write_json(folder / "text.json", experiment.text.to_json())
@@ -335,7 +336,11 @@ def specs_of(batch: dict, rows: int) -> dict:
 
 
 def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = "train") -> bool:
-    """Trains `config` in `folder`, from its newest good checkpoint if it has one. False if a signal stopped it."""
+    """Trains `config` in `folder`, from its newest valid checkpoint if it has one. False if a signal stopped it.
+
+    `allow`: config keys that may differ from the checkpoint's; `label`: first word of the log lines. Raises UserError
+    for a config that is invalid or differs from the checkpoint's, and if the last state cannot be saved.
+    """
     timer = logging.Timer()
     run_folder.make(folder)
     watchdog = Watchdog(config.health.hang)
@@ -352,29 +357,29 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
             with job.doing(step, "save"):
                 job.saved.wait_until_saved()
             if not job.saved.holds(step):
-                raise UserError(f"the last step, {step}, is not saved: see the lines above")
+                raise UserError(f"the last step, {step}, was not saved: see the lines above")
         except checkpoint.SaveError as error:
-            raise UserError(f"the run is at its end and its last state is not saved: {error}") from error
+            raise UserError(f"training has finished, but its last state was not saved: {error}") from error
         finally:
             with timer.time("save"), contextlib.suppress(checkpoint.SaveError):  # reported above
                 job.saved.close()
-            writer, job, state = job.writer, None, None  # freeing programs takes time as well
+            writer, job, state = job.writer, None, None  # freed before the timer stops: freeing programs takes time
             writer.close()
     if stopped:
-        print(f"stopped at step {step}; the same command goes on from there", file=sys.stderr)
+        print(f"stopped at step {step}; run the same command again to resume", file=sys.stderr)
     return not stopped
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("train", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--workdir", required=True, type=a_path, help="run folder: checkpoints, metrics, pictures")
+    parser.add_argument("--workdir", required=True, type=a_path, help="run folder: checkpoints, metrics, sample grids")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
     config = config_lib.load(args.config, overrides)
     if "family" not in config:
-        raise UserError(f"{args.config} has no family to train; a recipe is run by hybridgen recipe")
+        raise UserError(f"--config {args.config} has no `family`; if it is a recipe, use hybridgen recipe")
     allow = resume.allowed(args.allow, [(config, args.workdir)])
     distributed.start(args)
     done = run(config, args.workdir, allow=allow)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One machine with all its devices: a CPU, a box of GPUs, a host of a TPU pod. Environment, flags of the chip, the trainer.
+# Trains on one machine with all its devices: a CPU, GPUs, or a host of a TPU pod. Sets the environment and XLA flags.
 #   launch/local.sh --config configs/ar/raster.py:tiny --workdir runs/prior
-#   launch/local.sh --restarts 10 -- --config ... --workdir ...                  # started again when it crashes
-#   launch/local.sh --processes 2 -- --config ... --workdir ...                  # two processes, supervised as one
+#   launch/local.sh --restarts 10 -- --config ... --workdir ...                  # restart after a crash
+#   launch/local.sh --processes 2 -- --config ... --workdir ...                  # two processes, one training
 #
-# --processes N  this many processes that train together over 127.0.0.1; GPUs are shared out evenly
-# --restarts N   starts in a row, each within ten minutes of the last (10 with --processes, otherwise no supervision)
-# --grace S      seconds between TERM and KILL for the others when one has died (20)
+# --processes N  number of processes that train together over 127.0.0.1; they share the GPUs evenly
+# --restarts N   restarts in a row, each within ten minutes of the last (10 with --processes, otherwise no supervision)
+# --grace S      seconds between TERM and KILL for the other processes when one has died (20)
 # --chip NAME    row of the table of XLA flags in hybridgen/launch.py, auto or none (auto)
-# The rest, after -- if it is clearer, is the trainer's. Exit codes 0 (done), 2 (bad input) and 130 (stopped after saving)
-# are passed on; anything else ends all processes and starts them again: they go on from the newest good checkpoint.
+# Other arguments, optionally after --, are the trainer's. Exit codes 0 (done), 2 (bad input) and 130 (stopped after
+# saving) are passed on; any other code terminates and restarts all processes, from the newest valid checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,7 @@ while (($#)); do
     --processes=* | --restarts=* | --grace=* | --chip=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --processes | --restarts | --grace | --chip)
       (($# > 1)) || refuse "$1 needs a value"
-      [[ $1 == --chip || $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || refuse "$1 takes a number, and was given '$2'"
+      [[ $1 == --chip || $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || refuse "$1 takes a number, not '$2'"
       printf -v "${1#--}" %s "$2"
       shift 2
       ;;
@@ -33,28 +33,28 @@ while (($#)); do
     *) break ;;
   esac
 done
-[[ $processes != 0 ]] || refuse "--processes takes at least 1, and was given 0"
+[[ $processes != 0 ]] || refuse "--processes is 0, but must be at least 1"
 
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
   [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
 fi
 
-# compiled programs are kept, so that a restart begins at once; the folder is code that will run: only its owner may write
+# the compile cache makes restarts fast; JAX executes what it contains, so only its owner may write to it
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/hybridgen"
 (umask 077 && mkdir -p "$cache")
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$cache}"
 
-# GPU: all but a tenth of the memory (JAX takes three quarters of it otherwise)
+# GPU: use 90 % of the memory (JAX's default is 75 %)
 export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"
 
-# TPU: its driver locks memory; a container starts with less than it may have
+# TPU: its driver locks memory; raise the soft limit of containers to the hard limit
 ulimit -S -l "$(ulimit -H -l)" 2>/dev/null || true
 
 if [[ $chip != none ]]; then
   flags=$("$PYTHON" -m hybridgen.launch --flags "$chip") || {
     code=$?
-    ((code == 2)) || say "is $PYTHON the one with hybridgen? PYTHON=.../bin/python names another"
+    ((code == 2)) || say "is hybridgen installed in $PYTHON? Set PYTHON=.../bin/python to use another one"
     exit "$code"
   }
   eval "$flags"
@@ -66,19 +66,19 @@ fi
 
 # ---- the supervisor
 
-set -m # a process group for each process: what it leaves behind can be ended, and Ctrl-C reaches it once, through here
+set -m # a process group per process: its children can be killed, and Ctrl-C reaches it once, through this script
 restarts=${restarts:-10}
-healthy=600 # seconds; a run that lasted this long was no failed start
+healthy=600 # seconds after which a run resets the count of restarts
 pids=() prefixes=() asked=0
-exec {idle}<> <(:) # never has anything to read: a pause without a process
+exec {idle}<> <(:) # never has data: to pause without starting a process
 
-tie=()                                        # where it can be had: a trainer is stopped if this shell is killed
+tie=()                                        # if setpriv exists: the trainers stop if this shell is killed
 if setpriv --pdeathsig TERM true 2>/dev/null; then
   tie=(setpriv --pdeathsig TERM)
 fi
 
 pause() { read -rt "$1" -u "$idle" || true; }
-send() { # SIGNAL PID, or -GROUP; gone already is as well
+send() { # SIGNAL PID, or -GROUP; ignores processes that have ended
   kill -s "$1" -- "$2" 2>/dev/null || true
 }
 forward() {
@@ -89,13 +89,13 @@ forward() {
 trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 
-prefix() { # lines of process $1; ends with its last writer, not by a signal meant for the trainers
+prefix() { # prefixes the lines of process $1; ends with its last writer and ignores signals for the trainers
   trap '' INT TERM HUP
   local line
   while IFS= read -r line || [[ -n $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
-free_port() { # below the range that the system takes ports from by itself
+free_port() { # below the range of ephemeral ports
   local port
   while port=$((20000 + RANDOM % 12000)); do
     (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
@@ -132,12 +132,12 @@ start() { # INDEX PORT ARGUMENTS...
   [[ -z $processes ]] || exec {out}>&-
 }
 
-round() { # all processes once; sets code: 2 before a crash before 130 before 0
+round() { # runs all processes once; sets code, in this precedence: 2, a crash, 130, 0
   local index port pid ended=0 crashed=0 term_at=0 kill_at=0 told=0
   code=0
   port=$(free_port)
   for ((index = 0; index < ${processes:-1}; index++)); do start "$index" "$port" "$@"; done
-  ((!asked)) || forward TERM # it came between two of them
+  ((!asked)) || forward TERM # the signal came while they were started
   while ((${#pids[@]})); do
     for index in "${!pids[@]}"; do
       pid=${pids[index]}
@@ -146,7 +146,7 @@ round() { # all processes once; sets code: 2 before a crash before 130 before 0
       { wait "$pid" || ended=$?; } 2>/dev/null
       unset "pids[index]"
       send KILL "-$pid" # its workers
-      if ((asked && ended == 143)); then ended=130; fi # TERM came before it could listen: nothing to save yet
+      if ((asked && ended == 143)); then ended=130; fi # TERM came before its handler was set: nothing to save yet
       case $ended in
         0) ;;
         130) ((code)) || code=130 ;;
@@ -154,11 +154,11 @@ round() { # all processes once; sets code: 2 before a crash before 130 before 0
         *)
           if ((!crashed)); then
             code=$ended crashed=1
-            say "process $index ended with code $ended"
+            say "process $index exited with code $ended"
           fi
           ;;
       esac
-      # those that are left are stuck in a collective, or about to finish as well
+      # the remaining processes are stuck in a collective, or about to finish too
       ((kill_at)) || term_at=$((SECONDS + grace)) kill_at=$((SECONDS + 2 * grace))
       if ((crashed && term_at > SECONDS)); then term_at=$SECONDS kill_at=$((SECONDS + grace)); fi
     done
@@ -167,7 +167,7 @@ round() { # all processes once; sets code: 2 before a crash before 130 before 0
       for pid in "${pids[@]}"; do send TERM "$pid"; done
     fi
     if ((kill_at && SECONDS >= kill_at)); then
-      ((code && code != 130)) || code=137 # it said it was done, and the others were not
+      ((code && code != 130)) || code=137 # one finished, but the others did not
       for pid in "${pids[@]}"; do send KILL "-$pid"; done
     fi
     ((${#pids[@]} == 0)) || pause 0.2
@@ -182,7 +182,7 @@ while :; do
   ((!asked)) || break
   if ((SECONDS - began >= healthy)); then attempt=0; fi
   if ((attempt >= restarts)); then
-    say "code $code; no restart left of $restarts"
+    say "exit code $code; no restart left of $restarts"
     break
   fi
   wait_s=$((attempt < 5 ? 1 << attempt : 30))
@@ -194,7 +194,7 @@ while :; do
     break
   fi
 done
-for ((tick = 0; tick < 20; tick++)); do # their last lines
+for ((tick = 0; tick < 20; tick++)); do # wait for their last lines
   kill -0 "${prefixes[@]}" 2>/dev/null || break
   pause 0.1
 done

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What one accelerator does with this code: whether it computes the right numbers, and the speeds that it is judged by.
+# Checks and measures one accelerator: correctness of the kernels, and the benchmarks.
 #
-#   launch/measure.sh [OUT]      # default: measured/; a JSON file a program and all that is printed, in report.txt
+#   launch/measure.sh [OUT]      # default: measured/; writes a JSON file per program, and the output to report.txt
 #
-# Kernels against the plain form on this device; then, each by `hybridgen bench`: training a prior and a decoder of 1B
-# parameters; cached decoding at batch 8 with guidance, 775M and 3B; a cascade of a 775M prior, DiT-XL in 25 guided steps
-# and the latents' decoder, 64 pictures at 256 px at a time. Ten minutes of an H100, most of it compiling; on a smaller
-# chip what does not fit says so and the next goes on.
+# Compares the kernels with plain implementations on this device; then runs `hybridgen bench` on: training a prior and a
+# decoder of 1B parameters; cached decoding at batch 8 with guidance, 775M and 3B; a cascade of a 775M prior, DiT-XL
+# with 25 guided steps and the decoder of the latents, 64 images at 256 px at a time. This takes ten minutes on an H100,
+# most of it for compiling. On a smaller chip, programs that do not fit fail, and the script continues with the next.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,7 +33,7 @@ bench() {
 }
 
 say "kernels"
-# not on the CPU, which the tests take unless they are told otherwise
+# the tests use the CPU unless JAX_PLATFORMS is set
 JAX_PLATFORMS="${JAX_PLATFORMS:-}" "$PYTHON" -m pytest -q -n 0 -p no:cacheprovider -k on_this_device tests/test_gpu.py || failed=$?
 
 vq=configs/tokenizers/vq.py:f16

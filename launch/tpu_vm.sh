@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# TPU VMs as a queued resource: made, filled, trained on and deleted with gcloud, on all workers of all slices at once.
+# Creates, sets up, trains on and deletes TPU VMs, as a queued resource with gcloud, on all workers of all slices.
 #   NAME=prior ZONE=us-west4-a TYPE=v5litepod-256 BUCKET=my-bucket launch/tpu_vm.sh up --config ... --workdir runs/prior
 #
-# up       create, wait, copy, install, train        keep    up, and all of it again after a preemption, until it is done
+# up       create, wait, copy, install, train        keep    up, repeated after each preemption until training ends
 # status   state of the machines, end of the log     logs    follow the log of worker 0
-# stop     save and end the training                 delete  give the machines back (they cost until then)
-# Variables: NAME, ZONE, TYPE; SLICES (1), SPOT=1, PROJECT, BUCKET (is runs/ on every host), RESTARTS (10), RUNTIME (the
-# machine's software), PRINT=1 (the commands, nothing is run). Run again, each part is repeated or goes on.
+# stop     save and stop the training                delete  delete the machines (they cost until then)
+# Variables: NAME, ZONE, TYPE; SLICES (1), SPOT=1, PROJECT, BUCKET (mounted as runs/ on every host), RESTARTS (10),
+# RUNTIME (the machine's software), PRINT=1 (print the commands only). Each action can be run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 action=${1:-}
 (($# == 0)) || shift
-: "${NAME:?is the name of the machines}" "${ZONE:?is their zone}" "${TYPE:?is the slice, such as v5litepod-256}"
+: "${NAME:?must be the name of the machines}" "${ZONE:?must be their zone}"
+: "${TYPE:?must be the slice, such as v5litepod-256}"
 slices=${SLICES:-1}
 where=("--zone=$ZONE")
 [[ -z ${PROJECT:-} ]] || where+=("--project=$PROJECT")
 tpus=(gcloud compute tpus queued-resources)
 archive=${TMPDIR:-/tmp}/hybridgen-$NAME.tar.gz
 
-quoted() { # the words as a shell reads them back
+quoted() { # the words, quoted for a shell
   local word
   for word; do
     case $word in
@@ -55,7 +56,7 @@ create() {
     "${nodes[@]}" "${spot[@]}"
 }
 
-await() { # until the machines are there; they may be queued for days
+await() { # waits until the machines are active; they may be queued for days
   local now words
   if [[ -n ${PRINT:-} ]]; then
     words=$(quoted "${tpus[@]}" describe "$NAME" "${where[@]}" '--format=value(state.state)')
@@ -69,19 +70,19 @@ await() { # until the machines are there; they may be queued for days
         return 1
         ;;
     esac
-    echo "$NAME is $now; looking again in 30 s"
+    echo "$NAME is $now; checking again in 30 s"
     sleep 30
   done
   [[ $now == ACTIVE ]]
 }
 
-copy() { # the tree as it is here, changes that are not committed included
+copy() { # the working tree, with uncommitted changes
   run bash -c 'git ls-files -z --cached --others --exclude-standard | tar --create --gzip --null --files-from=- --file="$1"' \
     bash "$archive" &&
     run "${tpus[@]}" scp "$archive" "$NAME:hybridgen.tar.gz" "${where[@]}" --node=all --worker=all
 }
 
-install() { # uv brings a Python of its own: that of the machine may be too old
+install() { # uv installs its own Python: that of the machine may be too old
   local mount=''
   if [[ -n ${BUCKET:-} ]]; then
     mount=" && mkdir -p -m 700 runs && { mountpoint -q runs || gcsfuse --implicit-dirs --file-mode=600 --dir-mode=700"
@@ -92,7 +93,7 @@ install() { # uv brings a Python of its own: that of the machine may be too old
 -e '.[tpu]'$mount"
 }
 
-train() { # goes on when the connection ends; train.code is written when it is over, with its exit code
+train() { # continues when the connection ends; writes its exit code to train.code at the end
   local words
   words="launch/local.sh --restarts=${RESTARTS:-10} -- $(quoted "$@" --distributed)"
   everywhere "cd hybridgen && rm -f train.code && { setsid bash -c $(quoted "trap : TERM; ${words% }; echo \$? >train.code") \
@@ -107,29 +108,29 @@ keep() {
   local now code
   if [[ -n ${PRINT:-} ]]; then
     up "$@"
-    echo "# and again from the next line on, whenever the machines are no longer ACTIVE and train.code is not there:"
+    echo "# repeat from the next line on whenever the machines are no longer ACTIVE and train.code does not exist:"
     run "${tpus[@]}" delete "$NAME" "${where[@]}" --force --quiet
     return
   fi
   [[ $(state 2>/dev/null) == ACTIVE ]] || up "$@"
   while sleep "${EVERY:-60}"; do
-    now=$(state) || continue # no answer is no preemption
+    now=$(state) || continue # a failed query is not a preemption
     case $now in
       ACTIVE)
         code=$(first 'cat hybridgen/train.code 2>/dev/null || true') || continue
         [[ -z $code ]] || return "$code"
         ;;
       SUSPENDING | SUSPENDED | FAILED)
-        echo "$NAME is $now: again from the newest checkpoint"
+        echo "$NAME is $now: restarting from the newest checkpoint"
         "${tpus[@]}" delete "$NAME" "${where[@]}" --force --quiet
-        up "$@" || true # tried again if it was taken back while it came up
+        up "$@" || true # tried again if it was preempted during the setup
         ;;
     esac
   done
 }
 
 [[ -n ${PRINT:-} ]] || command -v gcloud >/dev/null || {
-  echo "error: gcloud is not installed, or not to be found in PATH" >&2
+  echo "error: gcloud is not installed, or not in PATH" >&2
   exit 2
 }
 case $action in
@@ -143,7 +144,7 @@ case $action in
   stop) everywhere "kill -s TERM -- \"-\$(cat hybridgen/train.pid)\"" ;;
   delete) run "${tpus[@]}" delete "$NAME" "${where[@]}" --force --quiet ;;
   *)
-    echo "error: unknown action '$action'; they are up, keep, create, wait, copy, install, train, status, logs, stop, delete" >&2
+    echo "error: unknown action '$action'; the actions are up, keep, create, wait, copy, install, train, status, logs, stop, delete" >&2
     exit 2
     ;;
 esac

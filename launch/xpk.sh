@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A workload on a cluster that xpk made. Arguments are the trainer's.
+# A workload on a cluster created with xpk. Arguments are the trainer's.
 #   NAME=prior CLUSTER=mine ZONE=us-west4-a TYPE=v5litepod-256 IMAGE=... launch/xpk.sh --config ... --workdir ...
-# Variables: NAME, CLUSTER, ZONE, TYPE, IMAGE; SLICES (1), PROJECT, RESTARTS (10), PRINT=1 (the command, nothing is run).
+# Variables: NAME, CLUSTER, ZONE, TYPE, IMAGE; SLICES (1), PROJECT, RESTARTS (10), PRINT=1 (print the command only).
 set -euo pipefail
 
-: "${NAME:?is the name of the workload}" "${CLUSTER:?is the cluster}" "${ZONE:?is its zone}"
-: "${TYPE:?is the slice, such as v5litepod-256}" "${IMAGE:?is the container image, built with launch/Dockerfile}"
+: "${NAME:?must be the name of the workload}" "${CLUSTER:?must be the cluster}" "${ZONE:?must be its zone}"
+: "${TYPE:?must be the slice, such as v5litepod-256}" "${IMAGE:?must be the container image of launch/Dockerfile}"
 
-quoted() { # the words as a shell reads them back
+quoted() { # the words, quoted for a shell
   local word
   for word; do
     case $word in
@@ -17,7 +17,7 @@ quoted() { # the words as a shell reads them back
   done
 }
 
-# a crash is started again inside the container, where exit code 2 is not; xpk starts again what was preempted
+# local.sh restarts after a crash inside the container, but not after exit code 2; xpk restarts after a preemption
 inside=$(quoted launch/local.sh "--restarts=${RESTARTS:-10}" -- "$@" --distributed)
 words=(xpk workload create "--workload=$NAME" "--cluster=$CLUSTER" "--zone=$ZONE" "--tpu-type=$TYPE"
   "--num-slices=${SLICES:-1}" "--docker-image=$IMAGE" --max-restarts=1000 --termination-grace-period-seconds=300

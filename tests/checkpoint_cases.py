@@ -1,4 +1,4 @@
-"""A small state with every dtype, three saved steps of it, ways to damage them, and Python in another process."""
+"""Helpers for checkpoint tests: a small state with every dtype, three saved steps, ways to damage them."""
 
 import os
 import random

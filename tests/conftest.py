@@ -1,7 +1,7 @@
-"""Before anything imports JAX: tests run on the CPU, on one device. And tiny runs, trained once a session.
+"""Sets JAX to one CPU device before it is imported, and provides tiny runs, trained once per session.
 
 Tests that need several devices start a process with XLA_FLAGS=--xla_force_host_platform_device_count=8: a mesh takes
-every device there is, so eight of them here would make data-parallel programs of all the other tests.
+all devices, so eight devices here would make the programs of all other tests data-parallel.
 """
 
 import json
@@ -29,9 +29,9 @@ class TinyRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Callable[[str], TinyRun]:
-    """Config file -> the run of its `tiny` variant (or of FILE:VARIANT), trained the first time it is asked for.
+    """Config file -> the run of its `tiny` variant (or of FILE:VARIANT), trained at the first request.
 
-    All on the same tokenizer and the same reader of captions.
+    All use the same tokenizer and the same text tokenizer.
     """
     runs: dict[str, TinyRun] = {}
 

@@ -1,11 +1,11 @@
-"""Training runs that something happens to: what the tests of faults share; as a program, one such run.
+"""Training runs with injected faults, shared by the tests of faults; as a program, one such run.
 
     python tests/fault_cases.py '{"nan": [7, 8]}' --config ... --workdir ...
 
-The happenings are by number of the global batch: "nan" and "times" change its pictures (to NaN, by a factor), "hang"
-lets it never come; "process" names the only process that this happens to. By step of the loop: "fail" raises, "full"
-(first, end, bytes) lets no file grow beyond so many bytes. And "data": a source and its options; "compiled": tells how
-many programs were found in the cache, and how many were not; "begun": tells the digest of its first state.
+Faults by number of the global batch: "nan" and "times" change its images (to NaN, by a factor), "hang" blocks it;
+"process" restricts them to one process. Faults by step of the loop: "fail" raises, "full" (first, end, bytes) limits
+the size of files. Further entries: "data": a source and its options; "compiled": prints how many programs were found in
+the compile cache, and how many were not; "begun": prints the digest of the first state.
 """
 
 import atexit
@@ -39,7 +39,7 @@ SMALL = (
 
 
 def words(steps: int, every: int, *more: str) -> str:
-    """The small config for a command line: so many steps, a checkpoint each `every` of them."""
+    """The small config for a command line, with a number of steps and a checkpoint every `every` steps."""
     return ",".join([SMALL, f"steps={steps}", f"checkpoint.every={every}", *more])
 
 
@@ -78,7 +78,7 @@ def newest(folder: Path) -> int | None:
 
 
 def happening(make: Callable, nan=(), times=(), hang=None, process=None) -> Callable:
-    """`pipeline.batches` to which this happens."""
+    """`pipeline.batches` with injected faults."""
 
     def batches(*args, start=0, shuffle=True, **options):
         here = shuffle and process in (None, jax.process_index())
@@ -92,7 +92,7 @@ def happening(make: Callable, nan=(), times=(), hang=None, process=None) -> Call
 
 
 def looking(look: Callable, fail: int = -1, full: tuple = (-1, -1, 0), begun: bool = False) -> Callable:
-    """`train.look`, at which this happens."""
+    """`train.look` with injected faults."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
     def seen(job, state, step, due):
@@ -128,7 +128,7 @@ def start(folder: Path, config: str, what: dict | None = None, *more: str, **env
 
 
 def ends(process: subprocess.Popen, code: int = 0, seconds: float = 200) -> tuple[str, str]:
-    """(stdout, stderr) of a process that must end so."""
+    """(stdout, stderr) of a process that must exit with this code."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -147,7 +147,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> N
 
 
 def logged(folder: Path) -> int:
-    """The newest step in the log of a run that is under way."""
+    """The newest step in the log of a running process."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)

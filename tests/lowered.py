@@ -1,4 +1,4 @@
-"""The programs of every system as text: what a refactoring must leave as it is.
+"""The lowered programs of every system as text, which a refactoring must not change.
 
     python tests/lowered.py write FOLDER [PATTERN]     # the texts of this tree, a file a program
     python tests/lowered.py compare FOLDER OTHER       # exit code 1 and the names of what differs
@@ -47,7 +47,7 @@ NEIGHBOURS = {
 
 
 def normal(text: str) -> str:
-    """A lowered program whose symbols are numbered in the order in which they come."""
+    """A lowered program with its symbols numbered in order of appearance."""
     known: dict[str, str] = {}
     return NAMES.sub(lambda match: known.setdefault(match[0], f"@{len(known)}"), INFO.sub("", text))
 
@@ -80,7 +80,7 @@ def gradient(family: types.ModuleType, model: Any, arrays: dict, batch: dict, pa
 
 
 def drawing(family: types.ModuleType, model: Any, arrays: dict, cond: dict, parts: Any, options: dict) -> str:
-    """What `sample` makes of a condition."""
+    """The lowered text of `sample`."""
     rows = next(iter(cond.values())).shape[0]
 
     def sample(params: Any, extra: Any, cond: dict, parts: Any) -> Any:
@@ -125,7 +125,7 @@ def role(family: types.ModuleType, model: Any, arrays: dict, batch: dict, parts:
 
 
 def merged(family: types.ModuleType, model: Any, arrays: dict, batch: dict, parts: Any) -> str:
-    """What is learned without gradients, after a step."""
+    """The lowered text of `merge`, which updates `extra` after a step."""
 
     def loss(params: Any, extra: Any, batch: dict, parts: Any, step: Any) -> Any:
         options = {"parts": parts, "extra": extra, "step": step, "train": True}
@@ -208,7 +208,7 @@ def of_golden(name: str) -> Iterator[tuple[str, str]]:
 
 
 def systems() -> list[str]:
-    """Every system that the test walks over."""
+    """All systems that the test covers."""
     golden = [path.parent.name for path in sorted(GOLDEN.glob("*/weights.safetensors"))]
     return [f"golden/{name}" for name in golden if not name.startswith("sched_")] + tiny_configs()
 
@@ -268,7 +268,7 @@ def texts(system: str) -> dict[str, str]:
 
 
 def digest(text: str) -> str:
-    """Short, and as good as the text for telling two apart."""
+    """A short digest of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""The residual autoencoder as official code has it, in numpy and float64, on a state dict under official names.
+"""The residual autoencoder of the official code in numpy and float64, on a state dict with official names.
 
 Written from the official sources, not from ours: what our module, options and tables are held against where there is no
 recording. Letters: b batch, c channels, h w places.

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, with random arrays: a tokenizer, a prior, a decoder and the cascade of them."""
+"""Run folders with random arrays, in training's layout: a tokenizer, a prior, a decoder and their cascade."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Systems small enough to prove things about: batches, families, experiments and a toy family whose loss is masked.
+"""Small systems for tests: batches, families, experiments, and a toy family with a masked loss.
 
 Letters: b pictures, n tokens, l text positions.
 """

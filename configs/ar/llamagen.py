@@ -1,17 +1,19 @@
-"""LlamaGen (Sun et al. 2024): its transformer over the tokens of a trained tokenizer, with its own training recipe.
+"""LlamaGen (Sun et al. 2024): a transformer over the tokens of a trained tokenizer, with the published recipe.
 
     python -m hybridgen.train --config configs/ar/llamagen.py:b --workdir runs/gpt \
         --config.parts.tokenizer=runs/vq --config.data.source=...
 
-From a class: `b` 111M, `l` 343M, `xl` 775M, `xxl` 1.4B, `3b` 3.1B parameters, 256 tokens of a picture at 256. From a
-text: `t2i_xl`, on 120 features of Flan-T5-XL, which the part `text` gives or the batch holds. Imported weights fit the
-model options here (`hybridgen convert llamagen_gpt`), so that `init_from` continues a published checkpoint.
+Class-conditional: `b` 111M, `l` 343M, `xl` 775M, `xxl` 1.4B, `3b` 3.1B parameters, 256 tokens for an image at 256.
+Text-conditional: `t2i_xl`, on 120 features of Flan-T5-XL, from the part `text` or cached in the batch. The model
+options fit imported official weights (`hybridgen convert llamagen_gpt`), so `init_from` can continue a published
+checkpoint.
 
-The published recipe: AdamW, a constant 1e-4 without warm-up, decay on all matrices and tables, batch 256, 300 epochs of
-ImageNet, dropout, one condition in ten dropped, no average of the parameters.
+The published recipe: AdamW at a constant 1e-4 without warmup, weight decay on all matrices and embedding tables, batch
+256, 300 epochs of ImageNet, dropout, one condition in ten dropped, no EMA.
 
-`tiny`: seconds on a CPU. It ends at least `MARGIN` nats a token below the entropy of its tokens' frequencies. So does
-`t2i_tiny`, from captions as a small language model reads them (`--config.parts.text=RUN` of configs/text/lm.py:tiny).
+`tiny`: seconds on a CPU. Its final loss is at least `MARGIN` nats per token below the unigram entropy of its tokens; so
+is that of `t2i_tiny`, with captions encoded by a small language model (`--config.parts.text=RUN` of
+configs/text/lm.py:tiny).
 """
 
 from configs import common

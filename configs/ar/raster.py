@@ -3,11 +3,11 @@
     python -m hybridgen.train --config configs/ar/raster.py:tiny --workdir runs/prior \
         --config.parts.tokenizer=runs/tokenizer
 
-`tiny`: a smoke test. `bench`: width 512, 12 layers, 256 tokens, what CPU speed is judged by. `1b`: 0.98B parameters
-over 256 tokens of a 16,384 codebook, for a single H100 or a v5p, what an accelerator's speed is judged by; `775m`: the
-size of LlamaGen's XL. `3b`: 2.9B, for a v5e:16x16 or more (LlamaGen's 3B is 3200 wide with heads of 100; here they are
-128, which a TPU does not pad). `20b`: 20B parameters, the size of Parti's largest (Yu et al. 2022), over its 1024
-tokens, here of pictures at 512, for a v5p:8x8x4 or more.
+`tiny`: a smoke test. `bench`: width 512, 12 layers, 256 tokens, the benchmark for CPUs. `1b`: 0.98B parameters over 256
+tokens with 16,384 codes, the benchmark for accelerators, on a single H100 or v5p; `775m`: the size of LlamaGen's XL.
+`3b`: 2.9B, for a v5e:16x16 or more (LlamaGen's 3B is 3200 wide with heads of width 100; here they have 128, which a TPU
+does not pad). `20b`: 20B parameters, the size of Parti's largest (Yu et al. 2022), over 1024 tokens, here of images at
+512, for a v5p:8x8x4 or more.
 """
 
 from configs import common

@@ -3,14 +3,14 @@
     python -m hybridgen.train --config configs/ar/taming.py:imagenet --workdir runs/gpt \
         --config.parts.tokenizer=runs/vqgan --config.data.source=...
 
-`imagenet`: from a class, 1.4B parameters, 256 tokens of 16384. `base`: without a condition, 310M parameters, the size
-published for faces. A class is a token of the same vocabulary, in front; there is no guidance. Imported weights fit the
-model options here (`hybridgen convert taming_gpt`).
+`imagenet`: class-conditional, 1.4B parameters, 256 tokens with 16384 codes. `base`: unconditional, 310M parameters, the
+size published for faces. A class is a token of the same vocabulary, before the image tokens; there is no guidance. The
+model options fit imported official weights (`hybridgen convert taming_gpt`).
 
-The published recipe: AdamW, a constant 4.5e-6 times the batch, a decay of 0.01 on matrices alone. With
-`model.pkeep` below 1, that share of the input tokens stays and the others are replaced by random ones.
+The published recipe: AdamW at a constant 4.5e-6 times the batch size, weight decay of 0.01 on matrices only. With
+`model.pkeep` below 1, that share of the input tokens is kept and the others are replaced by random ones.
 
-`tiny`: seconds on a CPU. It ends at least `MARGIN` nats a token below the entropy of its tokens' frequencies.
+`tiny`: seconds on a CPU. Its final loss is at least `MARGIN` nats per token below the unigram entropy of its tokens.
 """
 
 from configs import common
@@ -36,6 +36,6 @@ def get_config(variant: str = "imagenet"):
     config.optim.clip = 1.0 if tiny else 0.0
     config.parts.tokenizer = "../tokenizer"
     draw = {"guidance": 1.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 600, "top_p": 0.92}
-    draw |= {"gather": 1}  # weights divided over fsdp: whole while drawing
+    draw |= {"gather": 1}  # gather weights that are sharded over fsdp once for sampling
     config.sample.options = {"prior": draw}
     return config

@@ -1,11 +1,11 @@
-"""DiT decoder on shapes: pixels from the tokens of a trained tokenizer and its draft of them.
+"""DiT decoder on shapes: generates pixels from the tokens of a trained tokenizer and its draft.
 
     python -m hybridgen.train --config configs/diffusion/dit.py:tiny --workdir runs/decoder \
         --config.parts.tokenizer=runs/tokenizer
 
-`tiny`: a smoke test. `bench`: width 512, 12 layers, 256 patches, what CPU speed is judged by. `xl`: DiT-XL/2 on latents
-32 x 32 x 4 of pictures at 256, from a plan of 256 tokens, for a v5e:16x16 or more. `1b`: the same with 1.02B
-parameters, for a single H100 or a v5p, what an accelerator's speed is judged by.
+`tiny`: a smoke test. `bench`: width 512, 12 layers, 256 patches, the benchmark for CPUs. `xl`: DiT-XL/2 on latents of
+32 x 32 x 4 of images at 256, from 256 tokens, for a v5e:16x16 or more. `1b`: the same with 1.02B parameters, the
+benchmark for accelerators, on a single H100 or v5p.
 """
 
 from configs import common
@@ -36,7 +36,7 @@ def get_config(variant: str = ""):
         config.optim.update(lr=1e-4, schedule="constant", warmup=1000)
         config.ema.decay = 0.9999
         config.model.update(channels=4, patch=2, width=1152, depth=28, heads=16)
-        with config.model.ignore_type():  # of the latent: not the data's, which "auto" stands for
+        with config.model.ignore_type():  # that of the latent; "auto" would be that of the data
             config.model.resolution = 32
         config.model.update(draft=False, plan_drop_prob=0.1, token_corruption=0.1)
         config.model.update(remat="full", unroll=1, dtype="bfloat16")

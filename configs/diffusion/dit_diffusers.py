@@ -1,14 +1,14 @@
-"""DiT of diffusers: class-conditional, on latents of a KL autoencoder, trained as the published network is.
+"""DiT of diffusers: class-conditional, on latents of a KL autoencoder, with the training recipe of the paper.
 
     python -m hybridgen.train --config configs/diffusion/dit_diffusers.py --workdir runs/dit \
         --config.parts.autoencoder=runs/vae
 
-The default is DiT-XL-2-256 of the library: XL/2 on latents 32 x 32 x 4 of pictures at 256, 750 M parameters, 75 M of
-them copies of the embedders in every block. Its training is that of dit_official.py, and so is what it should reach;
-to train from scratch, that network is the smaller one. This one is for weights of the library, `init_from` or `convert
-dit`; `convert dit --export` writes a run as such weights.
+The default is DiT-XL-2-256 of the library: XL/2 on latents of 32 x 32 x 4 of images at 256, 750 M parameters, 75 M of
+them copies of the embedders in every block. Training and expected results are those of dit_official.py, which is the
+smaller network and preferable for training from scratch. This config is for weights of the library (`convert dit`,
+`init_from`); `convert dit --export` writes a run as such weights.
 
-`tiny`: pictures of shapes at 16 px in place of latents, 300 steps, a minute on one core.
+`tiny`: images of shapes at 16 px in place of latents, 300 steps, a minute on one core.
 """
 
 from configs import common

@@ -3,20 +3,20 @@
     python -m hybridgen.train --config configs/diffusion/dit_official.py:xl --workdir runs/dit \
         --config.parts.autoencoder=runs/vae
 
-The data here are shapes at the right size, which have one class. Of a folder whose metadata has classes, also:
+The default data are shapes at the right size, which have one class. For a folder whose metadata has classes, add:
 
         --config.data.source=folder --config.data.options.path=FOLDER --config.data.options.label_key=label \
         --config.data.options.text_key=none --config.data.workers=4 --config.model.classes=auto
 
 `s`, `b`, `l`, `xl`: the paper's sizes, 33, 130, 458 and 675 M parameters, at patch 2 (`--config.model.patch=4`, or 8)
-on latents 32 x 32 x 4 of pictures at 256; `xl_512`: on 64 x 64. AdamW at a constant 1e-4, batch 256, 1000 linear
-timesteps, mean squared error plus the bound. The paper's XL/2: FID 19.5 after 400,000 steps without guidance, 2.27
-after 7 M at scale 1.5. As there, a latent is drawn anew at every step from the Gaussian that the autoencoder sees
-(`model.posterior=mean`: it is the mean); unlike there, products are in bfloat16.
-`convert dit_official --export` writes a run as official weights.
+on latents of 32 x 32 x 4 of images at 256; `xl_512`: on 64 x 64. AdamW at a constant 1e-4, batch 256, 1000 linear
+timesteps, mean squared error plus the variational bound. The paper's XL/2: FID 19.5 after 400,000 steps without
+guidance, 2.27 after 7 M at scale 1.5. As in the paper, latents are sampled in every step from the autoencoder's
+Gaussian (`model.posterior=mean`: its mean); unlike in the paper, matmuls are in bfloat16. `convert dit_official
+--export` writes a run as official weights.
 
-`tiny`: pictures of shapes at 16 px in place of latents, 300 steps, a minute on one core. Its squared error of the noise
-is at most 0.8 of what a Gaussian of the mean picture and of each value's variance leaves.
+`tiny`: images of shapes at 16 px in place of latents, 300 steps, a minute on one core. Its squared error of the noise
+is at most 0.8 of that of a Gaussian model with the mean image and the variance of each value.
 """
 
 from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ def get_config(variant: str = ""):
     changes |= {"optim__clip": 0.0, "optim__b2": 0.999, "ema__decay": 0.9999}
     config = common.stage("diffusion.dit_official", model, common.shapes(resolution=side), **changes)
     config.data.flip = True
-    with config.model.ignore_type():  # or "auto": as many as the data has
+    with config.model.ignore_type():  # or "auto": the number of classes of the data
         config.model.classes = 1000
     config.parts.autoencoder = "configs/tokenizers/kl.py:f8"
     draw = {"solver": "ddpm", "steps": 250, "guidance": 1.5, "guidance_channels": 3, "gather": 1}

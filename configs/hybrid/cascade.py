@@ -2,10 +2,10 @@
 
     python -m hybridgen.train --config configs/hybrid/cascade.py --workdir runs/cascade  # parts in ../prior, ../decoder
 
-`""`: no training, only assembly: a run folder to sample and evaluate. `joint`: prior and decoder in one step, from
-scratch; `joint,model.mode=soft` and `features` choose what flows between them. `tiny`: joint, a smoke test. `large`:
-joint, the 3B prior and the DiT-XL decoder of pictures at 256, for a v6e:16x16 or more. `xl`: a 775M prior and DiT-XL in
-25 steps, both guided, of pictures at 256, untrained: what an accelerator's speed in drawing is judged by.
+`""`: no training, only assembly: a run folder to sample and evaluate. `joint`: prior and decoder trained together from
+scratch; `joint,model.mode=soft` and `features` choose how they are coupled. `tiny`: joint, a smoke test. `large`:
+joint, the 3B prior and the DiT-XL decoder for images at 256, for a v6e:16x16 or more. `xl`: an untrained 775M prior and
+DiT-XL with 25 steps, both guided, for images at 256: the sampling benchmark for accelerators.
 """
 
 from configs import common

@@ -1,18 +1,18 @@
-"""The cascade on emoji at 64 px: two drawing styles, captions in English and Chinese that name the style.
+"""The cascade on emoji at 64 px: two drawing styles, with captions in English and Chinese that name the style.
 
     python -m hybridgen.data.prepare.emoji --packages FOLDER --out emoji
     python -m hybridgen.recipe --config configs/recipes/emoji.py:cpu --config.path=emoji --workdir runs/emoji
 
-Captions are "red heart, noto" and "红心, twemoji": each picture's name in one of the two languages, chosen anew every
-epoch, and the style. Validation has concepts that are in training in neither style.
+Captions are "red heart, noto" and "红心, twemoji": the image's name in one of the two languages, chosen at random in
+each epoch, and the style. Concepts in validation are in training in neither style.
 
-`tiny`: a smoke test. `cpu`: 64 tokens a picture. `base`: 256 tokens, for an accelerator; not yet run at length.
+`tiny`: a smoke test. `cpu`: 64 tokens per image. `base`: 256 tokens, for an accelerator; not run in full yet.
 `config.path` and `config.length` (prompt tokens) reach every stage.
 
-`cpu` took 14, 51 and 33 minutes of two cores that a dozen other programs kept busy (prior and decoder at the same
-time), and 3.7 GiB. Loss of the prior at the end: 0.05 nats a token in training, 9.6 in validation (5.6 after 300 of its
-1,200 steps): it learns its pictures by heart, and is drawn from greedily. PSNR from true tokens in validation: draft
-22.2, render 21.6 (sharper; 1,200 steps are few); all of the 2,560 codes in use, perplexity 77 % of them.
+`cpu` took 14, 51 and 33 minutes on two cores that a dozen other programs kept busy (prior and decoder at the same
+time), and 3.7 GiB. Final loss of the prior: 0.05 nats per token in training, 9.6 in validation (5.6 after 300 of its
+1,200 steps): it memorizes its images and is sampled greedily. PSNR from reference tokens in validation: draft 22.2,
+render 21.6 (sharper; 1,200 steps are few); all of the 2,560 codes are in use, with a perplexity of 77 %.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def get_config(variant: str = ""):
                 "source": "folder",
                 "options": options,
                 "resolution": 64,
-                "flip": False,  # flags, arrows and letters have a left and a right
+                "flip": False,  # mirroring would change flags, arrows and letters
                 "workers": 0,
                 "threads": 1,
                 "text": {"kind": "words", "length": config.get_ref("length")},
@@ -48,7 +48,7 @@ def get_config(variant: str = ""):
     {"tiny": _tiny, "cpu": _cpu, "base": _base}[variant](**{name: config.stages[name] for name in config.order[:3]})
     if variant == "cpu":
         for name in ("prior", "cascade"):
-            # pictures known by heart: behind one wrong token a prior goes on from a picture that there is not
+            # memorized images: after one wrong token the prior continues from an image outside its training data
             config.stages[name].sample.options.prior.update(guidance=1.0, temperature=0.0)
         for name in ("decoder", "cascade"):
             config.stages[name].sample.options.decoder.steps = 4
@@ -61,7 +61,7 @@ def _tiny(tokenizer, prior, decoder):
 
 
 def _cpu(tokenizer, prior, decoder):
-    # as many tokens as patches, 8 x 8; Muon knows 3,458 pictures by heart in twenty epochs
+    # as many tokens as patches, 8 x 8; with Muon the models memorize 3,458 images in twenty epochs
     tokenizer.model.update(patch=4, channels=(64, 128), l1=0.5)
     tokenizer.model.quantizer.update(levels=(8, 8, 8, 5), fill=0.75)
     decoder.model.patch = 8
@@ -75,7 +75,7 @@ def _cpu(tokenizer, prior, decoder):
 
 
 def _base(tokenizer, prior, decoder):
-    # 16 x 16 tokens; 3,458 pictures are soon known by heart: few steps, decay and dropped captions
+    # 16 x 16 tokens; 3,458 images are memorized soon: few steps, weight decay and dropped captions
     tokenizer.model.update(patch=2, l1=0.5)
     decoder.model.patch = 4
     prior.model.update(width=384, depth=8, heads=6, cond_drop_prob=0.15)

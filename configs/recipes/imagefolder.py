@@ -1,10 +1,10 @@
-"""The cascade on anyone's pictures: a folder with captions in `metadata.jsonl`.
+"""The cascade on your own images: a folder with captions in `metadata.jsonl`.
 
     python -m hybridgen.recipe --config configs/recipes/imagefolder.py:cpu --config.path=FOLDER --workdir runs/mine
 
-`tiny`: a smoke test. `cpu`, `cpu_long`, `base`: as of `shapes`, at 32 px (`base`: 64), with four times their tokens, so
-that it takes longer. `config.path`, `config.text_key`, `config.length` (prompt tokens) and `config.resolution`
-reach every stage.
+`tiny`: a smoke test. `cpu`, `cpu_long`, `base`: as in shapes.py, at 32 px (`base`: 64), but `cpu` and `cpu_long` have
+four times the tokens, so they take longer. `config.path`, `config.text_key`, `config.length` (prompt tokens) and
+`config.resolution` reach every stage.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def get_config(variant: str = "cpu"):
             }
         )
     if variant not in ("tiny", "base"):
-        # four times the tokens of shapes: pictures of anything say more than where one of 48 objects is
+        # four times the tokens of shapes.py, since general images contain more information
         config.stages.tokenizer.model.patch = 2
     config.stages.evaluation.splits = ("validation",)
     return config

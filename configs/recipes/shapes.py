@@ -2,9 +2,9 @@
 
     python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
 
-`tiny`: about a minute, a smoke test. `cpu`: the README's demo, on two cores. `cpu_long`: the same pictures with all
-paraphrases, about 90 minutes on two cores. `base`: 64 px, every shape, size, count and background, English and Chinese,
-for an accelerator.
+`tiny`: a smoke test of about a minute. `cpu`: the README's demo, on two cores. `cpu_long`: the same images with all
+paraphrases, about 90 minutes on two cores. `base`: 64 px, all shapes, sizes, counts and backgrounds, English and
+Chinese, for an accelerator.
 """
 
 from ml_collections import ConfigDict
@@ -44,7 +44,7 @@ def get_config(variant: str = ""):
 
 
 def _cpu(tokenizer, prior, decoder, cascade):
-    # local tokens compose: with global ones a prior learns each pair of objects anew
+    # with local tokens a prior can combine objects that it learned separately; with global ones it learns each pair
     tokenizer.model.local = True
     tokenizer.model.quantizer.update(entropy=0.02, fill=0.72)
     tokenizer.steps, tokenizer.optim.lr = 850, 5e-3

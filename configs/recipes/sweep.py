@@ -1,20 +1,21 @@
-"""What tokens cost and bring: their number, the size of the codebook, continuous latents; one table of all points.
+"""Cost and quality of tokens: their number, the codebook size, and continuous latents, in one table of all points.
 
     python -m hybridgen.recipe --config configs/recipes/sweep.py:cpu --workdir runs/sweep
 
-A point is a tokenizer and a prior on it, which draws the validation captions through that tokenizer. The points are 4,
-16, 64 and 256 tokens of 1000 codes; 16 tokens of 64, 240, 1000 and 4375 codes; and latents of a KL autoencoder, 16
-places of 8 values and 64 of 4, whose prior is a diffusion (DiT) conditioned on the caption alone. `table` reads what
-the runs logged and reported; `--config.order="('table',)"` makes it anew, also while points are missing.
+A point is a tokenizer and a prior on its tokens; the prior generates images for the validation captions. The points are
+4, 16, 64 and 256 tokens with 1000 codes; 16 tokens with 64, 240, 1000 and 4375 codes; and latents of a KL autoencoder,
+16 positions of 8 channels and 64 of 4, whose prior is a DiT conditioned on the caption alone. The stage `table` reads
+the logs and reports of the runs; `--config.order="('table',)"` makes it again, also while points are missing.
 
-Equal in all: pictures (the demo's), batch, steps and seed; width and depth of the priors and of the DiT; the rates of
-all points of codes, and of both of latents. Different is what makes a point, and the tokenizers: at 64 tokens half as
-wide as at 4 and 16, and at 256 with one level in place of two, so that the arithmetic of a step is about the same (at 4
-a quarter). A prior's step costs what its sequence does: at 256 tokens nine times that at 16. Steps are few: the table
-shows how fast a prior learns each code as much as what it could reach.
+All points have the same images (the demo's), batch, steps and seed, the same width and depth of the priors and of the
+DiT, and the same learning rates among the points with codes and among those with latents. They differ in the code
+itself and in the tokenizers: at 64 tokens these are half as wide as at 4 and 16, and at 256 they have one level instead
+of two, so that a step takes about the same FLOPs (at 4 tokens a quarter). The cost of a prior's step depends on its
+sequence: with 256 tokens it is nine times that with 16. With so few steps, the table shows how fast a prior learns each
+code, as much as what it could reach.
 
-`tiny`: a smoke test of three points. `cpu`: the README's table; training took 112 minutes, added up over the stages, on
-two cores that other programs kept busy; 48 of them for 256 tokens.
+`tiny`: a smoke test of three points. `cpu`: the table in docs/results.md; training took 112 minutes in total on two
+cores that other programs kept busy, 48 of them for 256 tokens.
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +26,12 @@ from configs.diffusion import dit
 from configs.tokenizers import kl, vq
 
 VARIANTS = ("tiny", "cpu")
-# side of the token grid: patch and channels of the tokenizer
+# side of the token grid: (patch, channels) of the tokenizer
 GRIDS = {2: (8, (64, 128)), 4: (4, (64, 128)), 8: (2, (32, 64)), 16: (2, (64,))}
 LEVELS = {64: (4, 4, 4), 240: (8, 6, 5), 1000: (8, 5, 5, 5), 4375: (7, 5, 5, 5, 5)}
 # side of the latent's grid: channels of the autoencoder
 LATENTS = {4: (16, 32, 64, 64), 8: (16, 32, 64)}
-# (side, codes, 0) or (side, 0, values a place)
+# (side, codes, 0) or (side, 0, channels)
 POINTS = {"tiny": ((2, 64, 0), (4, 64, 0), (4, 0, 8))}
 POINTS["cpu"] = ((4, 1000, 0), (2, 1000, 0), (4, 64, 0), (8, 1000, 0), (4, 0, 8), (4, 4375, 0))
 POINTS["cpu"] += ((16, 1000, 0), (8, 0, 4), (4, 240, 0))
@@ -66,7 +67,7 @@ def get_config(variant: str = ""):
 
 
 def _codes(side: int, codes: int):
-    """Tokenizer and prior of side x side tokens."""
+    """Tokenizer and prior with side x side tokens."""
     tokenizer, prior = vq.get_config(), raster.get_config()
     patch, channels = GRIDS[side]
     tokenizer.model.update(patch=patch, channels=channels, local=True)
@@ -78,9 +79,10 @@ def _codes(side: int, codes: int):
 
 
 def _latent(side: int, width: int):
-    """Autoencoder and DiT of a latent of side x side places of `width` values."""
+    """Autoencoder and DiT of a latent of side x side positions with `width` channels."""
     autoencoder, prior = kl.get_config("tiny"), dit.get_config()
-    # squared error and twice its variance: an evidence bound at 33 dB, which also brings the latents to unit variance
+    # squared error, and a divergence weight of twice its variance: an evidence bound at 33 dB, with latents of unit
+    # variance
     autoencoder.model.update(channels=LATENTS[side], width=width, l1=0.0, mse=1.0, divergence=4e-3)
     autoencoder.model.residual.groups = 8
     del autoencoder.model.adversarial
@@ -88,7 +90,7 @@ def _latent(side: int, width: int):
     autoencoder.optim.update(lr=3e-3, warmup=50)
     prior.model.update(channels=width, patch=1, draft=False, token_corruption=0.0, width=128, heads=2)
     prior.model.process.update(prediction_type="velocity", loss_type="velocity", relative=False, time_min=0.0)
-    with prior.model.ignore_type():  # no plan; of the latent, not of the data; and text, of which the decoder has none
+    with prior.model.ignore_type():  # no tokens, the resolution of the latent, and text
         prior.model.update(plan_width=0, resolution=side, text_vocab="auto", text_length="auto")
     prior.sample.options.decoder.guidance = 2.0  # as the other priors
     return autoencoder, prior

@@ -1,15 +1,15 @@
-"""Causal language model on the captions of shapes: what a unified model's trunk does before it has seen a picture.
+"""Causal language model on the captions of shapes.
 
     python -m hybridgen.train --config configs/text/lm.py:tiny --workdir runs/lm
 
-`tiny`: a smoke test, seconds on two cores; at the end its loss is at least MARGIN nats a token under the entropy of the
-captions' words taken one by one. `1b`: layers of Llama 3.2 1B's size over bytes, for a v5e:4x4 or more; imported
-ones can be its start (`init_from.blocks=RUN:blocks`).
+`tiny`: a smoke test, seconds on two cores; its final loss is at least MARGIN nats per token below the unigram entropy
+of the captions' words. `1b`: layers of Llama 3.2 1B's size over bytes, for a v5e:4x4 or more; they can be initialized
+from imported ones (`init_from.blocks=RUN:blocks`).
 """
 
 from configs import common
 
-MARGIN = 1.8  # nats: those words have 3.37, `tiny` ends at 1.25, and at 1.11 after a thousand steps
+MARGIN = 1.8  # nats: the unigram entropy is 3.37; `tiny` ends at 1.25, and at 1.11 after a thousand steps
 
 
 def get_config(variant: str = ""):

@@ -1,18 +1,19 @@
-"""KL autoencoders at the sizes that are published: latents for diffusion (Rombach et al. 2022).
+"""KL autoencoders in their published sizes: latents for diffusion (Rombach et al. 2022).
 
     python -m hybridgen.convert lpips_vgg lpips.pth runs/perceptual --config v0.1
     python -m hybridgen.train --config configs/tokenizers/kl.py:f8 --workdir runs/kl \
         --config.parts.perceptual=runs/perceptual
 
-`f8`: Stable Diffusion's, latents of 4 channels; `f8_wide`: SD3's, of 16 channels and without maps around them; `f16`:
-MAR's KL-16. Imported weights of each fit the model options here. `tiny`: a smoke test on CPU.
+`f8`: Stable Diffusion's, latents of 4 channels; `f8_wide`: SD3's, 16 channels without quant convolutions; `f16`: MAR's
+KL-16. The model options fit the imported official weights. `tiny`: a smoke test on a CPU.
 
-Losses, weights, optimiser, rate and batch are those of latent diffusion: absolute error, LPIPS by the part `perceptual`
-(`model.perceptual=0` goes without), divergence, and a discriminator from step `model.adversarial.start` on, in the
-optimiser group `disc`; no dropout, no average of the parameters. The discriminator normalises by groups here.
+Losses and their weights, optimizer, learning rate and batch size are those of latent diffusion: absolute error, LPIPS
+by the part `perceptual` (`model.perceptual=0`: without), KL divergence, and a discriminator from step
+`model.adversarial.start` on, in the optimizer group `disc`; no dropout, no EMA. Deviation: the discriminator uses group
+normalization.
 
-`tiny` meets its discriminator half way. Its pictures of the validation split are at least MARGIN dB better than the
-mean picture, the best that needs no latents.
+`tiny` starts its discriminator after half of its steps. Its validation images are at least MARGIN dB better than the
+mean image, the best prediction without latents.
 """
 
 from configs import common
@@ -35,10 +36,10 @@ def get_config(variant: str = "f8"):
     model = {"resolution": "auto", "blocks": 1 if variant == "tiny" else 2, "residual": {}, "l1": 1.0, "mse": 0.0}
     model |= {"perceptual": 1.0, "adversarial": GAN, "divergence": 1e-6, "dtype": "bfloat16"}
     model |= TINY if variant == "tiny" else PUBLISHED[variant or "f8"]
-    # as latent diffusion: Adam, 4.5e-6 times the batch
+    # as in latent diffusion: Adam, learning rate 4.5e-6 times the batch size
     changes = {"steps": 500_000, "batch": 12, "optim__lr": 5.4e-5, "optim__b1": 0.5, "optim__b2": 0.9}
     changes |= {"optim__schedule": "constant", "optim__warmup": 0, "optim__clip": 0.0}
-    # where the discriminator sets in, the gradient's norm leaps
+    # the gradient norm jumps when the discriminator starts
     changes |= {"optim__groups": {"disc": {"match": "^disc/"}}, "health__spike": 0.0}
     config = common.stage("tokenizers.kl", model, common.shapes(resolution=256), **changes)
     if variant == "tiny":

@@ -1,20 +1,20 @@
-"""LlamaGen's tokenizers at the sizes that are published (Sun et al. 2024): 16,384 codes of 8 channels.
+"""LlamaGen's tokenizers in their published sizes (Sun et al. 2024): 16,384 codes of 8 channels.
 
     python -m hybridgen.convert lpips_vgg lpips.pth runs/perceptual --config v0.1
     python -m hybridgen.train --config configs/tokenizers/llamagen_vq.py:f16 --workdir runs/llamagen_vq \
         --config.parts.perceptual=runs/perceptual
 
-`f16`: VQ-16, 256 tokens of a picture at 256. `f8`: VQ-8, 1024 tokens. Imported weights of each fit the model options
-here. `tiny`: a smoke test on CPU.
+`f16`: VQ-16, 256 tokens for an image at 256. `f8`: VQ-8, 1024 tokens. The model options fit the imported official
+weights. `tiny`: a smoke test on a CPU.
 
-Losses, weights, optimiser, rate and batch are the published ones, for 40 epochs of ImageNet: squared error, LPIPS by
-the part `perceptual` (`model.perceptual=0` goes without), and a discriminator from step `model.adversarial.start` on,
-in the optimiser group `disc`; no dropout, and no average of the parameters (the published option is
-`ema.decay=0.9999`). Ours: the discriminator normalises by groups, and codes that fall out of use are drawn to the data
+Losses and their weights, optimizer, learning rate and batch size are the published ones, for 40 epochs of ImageNet:
+squared error, LPIPS by the part `perceptual` (`model.perceptual=0`: without), and a discriminator from step
+`model.adversarial.start` on, in the optimizer group `disc`; no dropout, and no EMA (the published option is
+`ema.decay=0.9999`). Deviations: the discriminator uses group normalization, and unused codes are reset to the data
 (`model.revive_below`).
 
-`tiny` meets its discriminator half way. Its pictures of the validation split are at least MARGIN dB better than the
-mean picture, the best that needs no tokens.
+`tiny` starts its discriminator after half of its steps. Its validation images are at least MARGIN dB better than the
+mean image, the best prediction without tokens.
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +37,7 @@ def get_config(variant: str = "f16"):
     config = common.stage("tokenizers.llamagen_vq", model, common.shapes(resolution=256), steps=400_000, batch=128)
     config.optim.update(lr=1e-4, b1=0.9, b2=0.95, clip=1.0, schedule="constant", warmup=0)
     config.optim.groups = ConfigDict({"disc": {"match": "^disc/"}})
-    config.health.spike = 0.0  # where the discriminator sets in, the gradient's norm leaps
+    config.health.spike = 0.0  # the gradient norm jumps when the discriminator starts
     if variant == "tiny":
         config.model.update(perceptual=0.0, dtype="float32")
         config.model.adversarial.update(weight=0.1, start=30, width=8, depth=2, groups=4)

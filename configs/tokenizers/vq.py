@@ -2,20 +2,20 @@
 
     python -m hybridgen.train --config configs/tokenizers/vq.py:tiny --workdir runs/tokenizer
 
-`tiny`: a smoke test. `fsq`, `lfq`, `vq`, `vq_gradient`, `gumbel`: quantisers of about 1024 codes at the demo's size, to
-compare at equal steps; `autoencoder`: none. For pictures at 256: `f16`, 256 tokens of 16,384 codes (as LlamaGen's), and
-`f8_latent`, a latent of 32 x 32 x 4. `model.quantizer` are the options of the quantiser (nn/quantizers).
+`tiny`: a smoke test. `fsq`, `lfq`, `vq`, `vq_gradient`, `gumbel`: quantizers with about 1024 codes at the demo's size,
+to compare at equal steps; `autoencoder`: no quantizer. For images at 256: `f16`, 256 tokens with 16,384 codes (as
+LlamaGen), and `f8_latent`, a latent of 32 x 32 x 4. `model.quantizer` has the options of the quantizer (nn/quantizers).
 
 After 400 steps (--config.steps=400 --config.eval.every=400 --config.eval.batches=8; one to two minutes each on two
-cores), usage, perplexity as a share of the codebook, and dB of 512 validation pictures: fsq 1.00, 0.73, 24.9; lfq 1.00,
-0.94, 23.1; vq 1.00, 0.69, 25.2; vq_gradient 1.00, 0.95, 23.6; gumbel 1.00, 0.90, 23.7.
+cores), the usage of the codebook, perplexity divided by its size, and PSNR in dB of 512 validation images are: fsq
+1.00, 0.73, 24.9; lfq 1.00, 0.94, 23.1; vq 1.00, 0.69, 25.2; vq_gradient 1.00, 0.95, 23.6; gumbel 1.00, 0.90, 23.7.
 
-`gumbel` scores codes by cosines with the codebook (quantizer.sharpness; 60 for 30: the same dB). By an own linear map,
-the official form (quantizer.sharpness=0, with quantizer.cooling=300), it has 0.73, 0.13, 18.3: a fresh map's scores are
-a third of the noise's size, and lead to places at random. Larger ones (16 times) are no cure, 0.42, 0.24, 19.4; cosines
-with rows of their own use all codes, 1.00, 0.73, 19.9; with the codebook's, what a code scores is where it lies. The
-temperature is of the gradient, not of the draw: cooling gained nothing, 23.6. Without the entropy term few codes do
-most of the work: 0.81, 0.06, 24.0.
+`gumbel` computes logits as cosines with the codebook (quantizer.sharpness; 60 instead of 30 gives the same PSNR). With
+a separate linear layer, the official form (quantizer.sharpness=0, with quantizer.cooling=300), the result is 0.73,
+0.13, 18.3: the initial logits are a third of the noise's size, so codes are assigned at random. Initial logits 16 times
+as large do not help, 0.42, 0.24, 19.4; cosines with separate rows use all codes, 1.00, 0.73, 19.9; with the rows of the
+codebook, the logit of a code depends on its position. The temperature affects the gradient, not the sampled codes:
+cooling gave no gain, 23.6. Without the entropy term few codes dominate: 0.81, 0.06, 24.0.
 """
 
 from ml_collections import ConfigDict

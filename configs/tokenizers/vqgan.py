@@ -1,19 +1,19 @@
-"""VQGAN at the sizes that are published (Esser et al. 2021).
+"""VQGAN in its published sizes (Esser et al. 2021).
 
     python -m hybridgen.convert lpips_vgg lpips.pth runs/perceptual --config v0.1
     python -m hybridgen.train --config configs/tokenizers/vqgan.py:f16 --workdir runs/vqgan \
         --config.parts.perceptual=runs/perceptual
 
-`f16`: 256 tokens of a picture at 256, 1024 codes. `f8_gumbel`: 1024 tokens, 8192 codes drawn from logits. Imported
-weights of each fit the model options here. `tiny`: a smoke test on CPU.
+`f16`: 256 tokens for an image at 256, 1024 codes. `f8_gumbel`: 1024 tokens, 8192 codes, Gumbel quantizer. The model
+options fit the imported official weights. `tiny`: a smoke test on a CPU.
 
-Losses, weights, optimiser, rate and batch are the published ones: absolute error, LPIPS by the part `perceptual`
-(`model.perceptual=0` goes without), and a discriminator from step `model.adversarial.start` on, in the optimiser group
-`disc`; no dropout, no average of the parameters. Ours: the discriminator normalises by groups, and codes that fall out
-of use are drawn to the data (`quantizer.revive_below`).
+Losses and their weights, optimizer, learning rate and batch size are the published ones: absolute error, LPIPS by the
+part `perceptual` (`model.perceptual=0`: without), and a discriminator from step `model.adversarial.start` on, in the
+optimizer group `disc`; no dropout, no EMA. Deviations: the discriminator uses group normalization, and unused codes are
+reset to the data (`quantizer.revive_below`).
 
-`tiny` meets its discriminator half way. Its pictures of the validation split are at least MARGIN dB better than the
-mean picture, the best that needs no tokens.
+`tiny` starts its discriminator after half of its steps. Its validation images are at least MARGIN dB better than the
+mean image, the best prediction without tokens.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +52,7 @@ def get_config(variant: str = "f16"):
     # published: Adam, 4.5e-6 times the batch
     config.optim.update(lr=5.4e-5, b1=0.5, b2=0.9, clip=0.0, schedule="constant", warmup=0)
     config.optim.groups = ConfigDict({"disc": {"match": "^disc/"}})
-    config.health.spike = 0.0  # where the discriminator sets in, the gradient's norm leaps
+    config.health.spike = 0.0  # the gradient norm jumps when the discriminator starts
     if variant == "tiny":
         config.model.update(blocks=1, perceptual=0.0, dtype="float32")
         config.model.adversarial.update(weight=0.1, start=30, width=8, depth=2, groups=4)

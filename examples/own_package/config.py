@@ -4,7 +4,7 @@
     hybridgen train --config examples/own_package/config.py --workdir runs/prior
     hybridgen sample --run runs/prior --label 1 --flatness 0.1 --out samples
 
-both with PYTHONPATH=examples/own_package.
+All commands need PYTHONPATH=examples/own_package.
 """
 
 from configs import common

@@ -1,1 +1,1 @@
-"""What the programs of a config take: FLOPs, bytes, time on a chip; for `bench` and `preflight`."""
+"""The cost of a config's programs: FLOPs, bytes and time on a chip, for `bench` and `preflight`."""

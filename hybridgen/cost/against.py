@@ -1,15 +1,15 @@
-"""The raster prior in PyTorch, timed beside ours in turns: `hybridgen bench --against torch` (the extra `dev`).
+"""The raster prior in PyTorch, timed in turns with ours: `hybridgen bench --against torch` (needs the extra `dev`).
 
     python -m hybridgen.bench --config configs/ar/raster.py:bench --against torch
 
-The twin computes what `models/ar/raster.py` does, on the same weights, as one writes it there: RMSNorm, one product for
-queries, keys and values, rotary positions, scaled_dot_product_attention, SwiGLU, AdamW (fused), eager, in float32. Its
-decoding has a cache of the full length made beforehand, of which a step reads what is filled, runs guided pictures as
-rows of one batch, and keeps no gradients. The training step of ours does more: metrics, a check of the gradient, the
-schedule. A turn of the one follows a turn of the other, after a pause in which the threads of the last one stop
-spinning. PyTorch is imported when asked for and never by anything else.
+The PyTorch twin computes the same as `models/ar/raster.py` with the same weights, in idiomatic eager PyTorch, float32:
+RMSNorm, one matmul for queries, keys and values, rotary positions, scaled_dot_product_attention, SwiGLU, fused AdamW.
+Its decoding preallocates a cache of the full length, of which a step reads the filled part, runs guided images as rows
+of one batch, and keeps no gradients. Our training step also computes metrics, checks the gradient and applies the
+schedule. Steps of the two alternate, with a pause in which the threads of the last one stop spinning. Only this file
+imports PyTorch, when it is used.
 
-Letters: b rows, l text positions, n image tokens, t new positions, s cached positions, h key heads, g queries a key
+Letters: b rows, l text positions, n image tokens, t new positions, s cached positions, h key heads, g queries per key
 head, k head width, d width, v codes.
 """
 
@@ -34,18 +34,18 @@ PAUSE = 0.05  # seconds before a turn
 
 
 def find_torch() -> Any:
-    """PyTorch. Raises UserError where it is not installed."""
+    """The module `torch`. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("torch")
     except ImportError as error:
-        raise UserError(f"--against torch needs PyTorch, of the extra dev, which is not to be had: {error}") from None
+        raise UserError(f"--against torch needs PyTorch: pip install -e '.[dev]' ({error})") from None
 
 
 def check(built: programs.Programs) -> None:
-    """Raises UserError for what has no twin."""
+    """Raises UserError for a config that the PyTorch twin does not support."""
     config, mesh = built.experiment.config, built.experiment.mesh
     if config.family != "ar.raster":
-        raise UserError(f"--against torch: there is a twin of ar.raster, and none of {config.family}")
+        raise UserError(f"--against torch supports the family ar.raster, not {config.family}")
     differing = {
         "model.dtype": (built.dtype, "float32"),
         "accumulate": (config.accumulate, 1),
@@ -55,11 +55,11 @@ def check(built: programs.Programs) -> None:
     }
     for name, (value, twin) in differing.items():
         if value != twin:
-            raise UserError(f"--against torch: {name} is {value}, the twin's is {twin}")
+            raise UserError(f"--against torch: {name} is {value}, but must be {twin}")
 
 
 class Twin:
-    """`Raster` on torch tensors: `forward`, `prefill` and `step`, with the same weights."""
+    """`Raster` in PyTorch: `forward`, `prefill` and `step`, with the same weights."""
 
     def __init__(self, model: Any, params: Mapping):
         self.torch = find_torch()
@@ -68,7 +68,7 @@ class Twin:
         for path, array in trees.flatten(params).items():
             stack = np.asarray(array) if "/layers/" in path else np.asarray(array)[None]
             for number, leaf in enumerate(stack):
-                if path.endswith("kernel"):  # in x out here, out x in there
+                if path.endswith("kernel"):  # in x out in Flax, out x in in PyTorch
                     ins = int(np.prod(leaf.shape[:3])) if "attention/out" in path else leaf.shape[0]
                     leaf = leaf.reshape(ins, -1).T
                 name = path.replace("/layers/", f"/{number}/")
@@ -89,13 +89,13 @@ class Twin:
         return self.torch.nn.functional.linear(x, self.weights[f"{name}/kernel"])
 
     def rotate(self, x: Any, at: int) -> Any:
-        """`x [b, t, heads, k]` at the positions from `at` on."""
+        """Rotary embedding of `x [b, t, heads, k]` at the positions from `at` on."""
         cos, sin = (table[at : at + x.shape[1], None] for table in self.tables)  # t 1 k/2
         one, two = x.chunk(2, -1)
         return self.torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
 
     def block(self, x: Any, name: str, seen: Any, heads: int, group: int, at: int = 0, cache: Any = None) -> Any:
-        """One layer, `x [b, t, d]`; with a `cache`, a pair of `[b, h, s, k]`, from position `at` of it on."""
+        """One layer on `x [b, t, d]`; `cache`: a pair of `[b, h, s, k]`, which is filled from position `at` on."""
         functional = self.torch.nn.functional
         b, t, _ = x.shape
         y = self.linear(self.norm(x, f"{name}/attention_norm"), f"{name}/attention/qkv")
@@ -125,7 +125,7 @@ class Twin:
             return start, ones
         mask = cond["text_mask"] & ~drop[:, None]  # b l
         x = self.weights["text/words/table"][cond["text"]] + self.weights["text/position"]
-        # a position sees itself, so that no row of the softmax is empty; what is padding nobody else sees
+        # each position attends to itself, so that no softmax row is empty; no other position attends to padding
         seen = (mask[:, None] | torch.eye(mask.shape[1], dtype=torch.bool))[:, None]
         for number in range(model.text_depth):
             x = self.block(x, f"text/blocks/{number}", seen, max(x.shape[-1] // 64, 1), 1)
@@ -141,7 +141,7 @@ class Twin:
         return self.norm(x, "norm")
 
     def seen(self, valid: Any) -> Any:
-        """Mask `[b, 1, t, t]` of the first t positions, of which `valid [b, t]` are visible."""
+        """Attention mask `[b, 1, t, t]` of the first t positions, of which `valid [b, t]` are visible."""
         t = valid.shape[1]
         own = self.torch.eye(t, dtype=self.torch.bool)
         return ((self.reach[:t, :t] & valid[:, None]) | own)[:, None]
@@ -154,7 +154,7 @@ class Twin:
         return self.linear(self.layers(x, self.seen(valid))[:, self.model.prefix :], "head")
 
     def prefill(self, cond: Mapping, drop: Any) -> tuple[Any, Any, Any]:
-        """Logits of the first token `[b, v]`, the cache, and which of its positions count `[b, 1, 1, s]`."""
+        """(logits of the first token `[b, v]`, the cache, which of its positions are valid `[b, 1, 1, s]`)."""
         torch, model = self.torch, self.model
         prefix, valid = self.condition(cond, drop)
         b, length = len(drop), model.prefix + model.length
@@ -171,7 +171,7 @@ class Twin:
 
 
 def train_turns(twin: Twin, batch: Mapping, optim: Mapping) -> Iterator[float]:
-    """Training steps without end on one batch; yields the loss."""
+    """Endless training steps on one batch; yields the loss."""
     torch, functional = twin.torch, twin.torch.nn.functional
     given, parameters = as_torch(torch, batch), twin.parameters()
     options = {"betas": (optim["b1"], optim["b2"]), "eps": optim["eps"], "weight_decay": 0.0, "fused": True}
@@ -189,7 +189,7 @@ def train_turns(twin: Twin, batch: Mapping, optim: Mapping) -> Iterator[float]:
 
 
 def plan(twin: Twin, cond: Mapping, count: int, options: Mapping, forced: Any = None) -> tuple[Any, Any]:
-    """Tokens `[count, n]` drawn over a cache, guided as ours, and their logits; `forced`: tokens to take instead."""
+    """(tokens `[count, n]`, sampled with a cache and guidance, their logits); `forced`: tokens to use instead."""
     torch, model = twin.torch, twin.model
     scale = options.get("guidance", 1.0)
     guided = guidance.is_on(scale)
@@ -213,22 +213,22 @@ def plan(twin: Twin, cond: Mapping, count: int, options: Mapping, forced: Any = 
 
 
 def plan_turns(twin: Twin, cond: Mapping, count: int, options: Mapping) -> Iterator[Any]:
-    """Plans without end."""
+    """Endless decoding; yields tokens."""
     while True:
         yield plan(twin, cond, count, options)[0]
 
 
 def as_torch(torch: Any, entries: Mapping) -> dict[str, Any]:
-    """What the prior reads of a batch, as tensors."""
+    """The batch entries that the prior reads, as tensors."""
     names = ("tokens", "text", "text_mask", "label")
     arrays = {name: np.asarray(entries[name]) for name in names if name in entries}
     return {name: torch.tensor(x if x.dtype == bool else x.astype(np.int64)) for name, x in arrays.items()}
 
 
 def compare(built: programs.Programs, given: tuple, what: tuple[str, ...], runs: int) -> tuple[dict[str, Any], dict]:
-    """(the entry "against" of bench's report, the state after it): training steps and decoding of ours and the twin.
+    """(the entry "against" of bench's report, the state after it): times training steps and decoding of both.
 
-    `given`: (state, batch, parts, cond, keys) as `built.make` gives them, with tokens in the batch.
+    `given`: (state, batch, parts, cond, keys) from `built.make`, with tokens in the batch.
     """
     state, batch, parts, cond, keys = given
     torch, config = find_torch(), built.experiment.config
@@ -240,7 +240,7 @@ def compare(built: programs.Programs, given: tuple, what: tuple[str, ...], runs:
         decoding = built.decoding()
         options = decoding.options
         if options.get("top_k", 0) or options.get("top_p", 1.0) < 1 or callable(options.get("guidance")):
-            raise UserError(f"--against torch draws with a guidance scale and a temperature, not with {dict(options)}")
+            raise UserError(f"--against torch supports a guidance scale and temperature only, not {dict(options)}")
         arguments = built.sample_arguments()
         compiled = decoding.plan.lower(*arguments).compile()
         params = inference_params(state["params"], state["ema"]), state["extra"], parts, cond, keys
@@ -260,10 +260,10 @@ def compare(built: programs.Programs, given: tuple, what: tuple[str, ...], runs:
 
 
 def turns(ours: Callable, theirs: Callable, runs: int) -> dict[str, Any]:
-    """{"ours", "theirs": median seconds, "ratio": theirs / ours, "cpu_ratio", "load"}; two turns of each, then `runs`.
+    """{"ours", "theirs": median seconds, "ratio": theirs / ours, "cpu_ratio", "load"}; two warm-up turns, then `runs`.
 
-    "cpu_ratio" is of the processor time that a turn takes over all threads: what else runs on the machine hardly
-    changes it, but it counts the threads that spin.
+    "cpu_ratio" compares the CPU time of a turn over all threads: other processes hardly change it, but it includes
+    spinning threads.
     """
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     spent: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -281,11 +281,11 @@ def turns(ours: Callable, theirs: Callable, runs: int) -> dict[str, Any]:
 
 
 def lines(report: Mapping) -> list[str]:
-    """The report in words."""
+    """The lines that bench prints, one per program."""
     human = programs.human
     return [
         f"against torch {report['torch']}, {name}: ours {human(entry['ours'], 's')}, theirs "
-        f"{human(entry['theirs'], 's')}, {entry['ratio']:.2f}x, of processor time {entry['cpu_ratio']:.2f}x (median "
+        f"{human(entry['theirs'], 's')}, ratio {entry['ratio']:.2f}x, of CPU time {entry['cpu_ratio']:.2f}x (median "
         f"of {len(entry['seconds']['ours'])} in turns, {report['threads']} threads, load {entry['load']:.1f})"
         for name, entry in report.items()
         if isinstance(entry, dict)

@@ -1,9 +1,9 @@
-"""Known chips: memory, rates and links of a device, and how to measure the rates of one that is not in the table.
+"""Known chips: memory, rates and links of a device; measures the rates of a device that is not in the table.
 
-A device is what JAX calls one: of TPU v2, v3 and 7x that is one core of two, elsewhere a chip. Rates are the makers' of
-dense products. Sources: cloud.google.com/tpu/docs (one page a version), "How to Scale Your Model" (Austin et al. 2025,
+A device is a JAX device: one of two cores on TPU v2, v3 and 7x, otherwise a chip. Rates are the makers' for dense
+matmuls. Sources: cloud.google.com/tpu/docs (one page per version), "How to Scale Your Model" (Austin et al. 2025,
 chapters 2 and 3) for links and networks, the data sheets of the A100, H100, H200 and B200 (SXM modules). The memory of
-a TPU is what libtpu 0.0.42 lets a program use; of a GPU, what there is (JAX takes 75 % of it unless told otherwise).
+a TPU is what libtpu 0.0.42 lets a program use; of a GPU it is the total (JAX uses 75 % of it by default).
 """
 
 import time
@@ -15,16 +15,16 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A device; bytes, FLOP/s and bytes/s. None: not known, or there is no such thing."""
+    """A device, in bytes, FLOP/s and bytes/s. None: unknown, or not applicable."""
 
-    kinds: tuple[str, ...]  # how `device_kind` begins
-    sides: int | None  # of a topology
+    kinds: tuple[str, ...]  # prefixes of `device_kind`
+    sides: int | None  # number of axes of a topology
     memory: float | None  # that a program may use
     bfloat16: float  # FLOP/s
-    float32: float  # FLOP/s as JAX multiplies float32 unless told otherwise: TPUs in bfloat16, GPUs in TF32
+    float32: float  # FLOP/s at JAX's default matmul precision: bfloat16 on TPUs, TF32 on GPUs
     bandwidth: float  # of its memory
-    link: float | None  # to the neighbours along one mesh axis, both directions together; GPUs: out through NVLink
-    network: float | None  # out of a slice or node, a device
+    link: float | None  # to the neighbours along one axis, both directions together; GPUs: NVLink, outgoing
+    network: float | None  # out of a slice or node, per device
 
 
 CHIPS = {
@@ -43,15 +43,15 @@ CHIPS = {
 
 
 def find(kind: str) -> Chip | None:
-    """The chip of a device by its `device_kind`, such as "TPU v5 lite"; the longest match counts. None: not known."""
+    """The chip of a device by its `device_kind`, such as "TPU v5 lite", by the longest prefix. None: unknown."""
     found = [(len(name), chip) for chip in CHIPS.values() for name in chip.kinds if kind.startswith(name)]
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def of(device: Any) -> Chip:
-    """The chip of a device of this machine; one that is not in the table (a CPU) is measured, in a second or two.
+    """The chip of a device of this machine; a device that is not in the table (a CPU) is measured in about 2 s.
 
-    On a CPU all devices are one machine, and each has its share.
+    The devices of a CPU share its rates equally.
     """
     known = find(device.device_kind)
     if known:
@@ -63,37 +63,37 @@ def of(device: Any) -> Chip:
 
 
 class Matmul:
-    """A product that fills the machine: the most FLOP/s that it gives. float32 on a CPU, bfloat16 elsewhere."""
+    """A matmul that uses the whole device, to measure its highest FLOP/s: float32 on a CPU, bfloat16 elsewhere."""
 
     def __init__(self, device: Any):
         cpu = device.platform == "cpu"
         self.size, self.chain, self.dtype = (2048, 1, "float32") if cpu else (8192, 8, "bfloat16")
         key = jax.random.key(0)
         self.x = jax.device_put(jax.random.normal(key, (self.size, self.size), self.dtype), device)
-        self.product = jax.jit(self._product).lower(self.x, self.x).compile()  # now: a mesh in force would object later
+        self.product = jax.jit(self._product).lower(self.x, self.x).compile()  # outside of jax.set_mesh
         jax.block_until_ready(self.product(self.x, self.x))
 
     def _product(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, self.chain, lambda _, y: (y @ w) * self.size**-0.5, x)
 
     def rate(self) -> float:
-        """FLOP/s of one device, now: the best of three in a row, since the first finds caches full of other things."""
+        """FLOP/s of one device, now: the best of three in a row, since the first runs with cold caches."""
         return 2 * self.chain * self.size**3 / _best(lambda: self.product(self.x, self.x))
 
 
 class Copy:
-    """An array that is read and written: the most bytes a second that memory gives."""
+    """An array that is read and written, to measure the highest memory bandwidth."""
 
     def __init__(self, device: Any):
         cpu = device.platform == "cpu"
-        count = 2**26 if cpu else 2**29  # 256 MiB, 2 GiB: no cache holds it
+        count = 2**26 if cpu else 2**29  # 256 MiB, 2 GiB: larger than any cache
         self.x = jax.device_put(jax.numpy.ones((count,), "float32"), device)
-        # donated: the same place is written, and no fresh pages are asked for
+        # donated: written in place, without allocating new pages
         self.copy = jax.jit(lambda x: x + 1, donate_argnums=0).lower(self.x).compile()
         self.rate()
 
     def rate(self) -> float:
-        """Bytes a second of one device, now, read and written together: the best of three in a row."""
+        """Bytes/s of one device, now, reads plus writes: the best of three in a row."""
 
         def once() -> jax.Array:
             self.x = self.copy(self.x)

@@ -1,12 +1,12 @@
-"""FLOPs of a program, counted from its trace: what a model must compute, whatever a compiler makes of it.
+"""Counts the FLOPs of a program from its trace: those of the model, independent of the compiler.
 
-Every matrix product and convolution is counted at its shape, a multiply-add as 2; a loop counts as often as it turns,
-of branches the costliest. Attention counts the pairs of query and key that its mask lets see each other: half for a
-causal one. In training a product costs itself again for each side that a gradient flows to: 3x where both train, 2x
-behind raw inputs or through frozen weights, 1x in frozen parts. What remat recomputes is told apart; norms, softmax,
-lookups and the optimiser are not counted: that is the convention of MFU (PaLM, Chowdhery et al. 2022, appendix B).
+Every matmul and convolution counts by its shape, a multiply-add as 2. A loop counts its body times its trip count, a
+conditional its most expensive branch. Attention counts the pairs of query and key that its mask allows: half of them if
+it is causal. In training a matmul counts once more for each operand that needs a gradient: 3x if both train, 2x after
+raw inputs or with frozen weights, 1x in frozen parts. Recomputation by remat is counted separately. Norms, softmax,
+lookups and the optimizer are not counted. This is the convention of MFU (PaLM, Chowdhery et al. 2022, appendix B).
 
-XLA's own `cost_analysis` cannot serve: it counts the body of a loop once, so it misses all layers and tokens but one.
+XLA's `cost_analysis` is not used: it counts the body of a loop once, so only one of all layers and tokens.
 
 A count is {"matmul", "attention", "convolution"}: FLOPs of one call over all devices.
 """
@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 PRODUCTS = {"dot_general": "matmul", "conv_general_dilated": "convolution"}
-# opaque, and only in attention; the last is nn.flash's, by the name of the jitted function around it
+# opaque kernels, used in attention only; the last is nn.flash's, by the name of the jitted function around it
 KERNELS = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper", "flash_attention")
 
 REMAT = ("remat2", "checkpoint")
-AGAIN = "again"  # while walking: what remat computes once more
+AGAIN = "again"  # key of a count in progress: FLOPs that remat computes again
 
 
 def forward(function: Callable, *args: Any) -> Counter:
@@ -36,7 +36,7 @@ def forward(function: Callable, *args: Any) -> Counter:
 
 
 def training(loss: Callable, trainable: Any, *args: Any) -> tuple[Counter, float]:
-    """FLOPs of `loss(trainable, *args)` and of its gradient with respect to `trainable`; and those of remat besides."""
+    """(FLOPs of `loss(trainable, *args)` and its gradient with respect to `trainable`, FLOPs recomputed by remat)."""
     jaxpr = jax.make_jaxpr(loss)(trainable, *args).jaxpr
     count = len(jax.tree.leaves(trainable))
     total = _walk(jaxpr, [True] * count + [False] * (len(jaxpr.invars) - count), "", 0)[0]
@@ -45,9 +45,9 @@ def training(loss: Callable, trainable: Any, *args: Any) -> tuple[Counter, float
 
 
 def _walk(jaxpr: Any, needs: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
-    """Count of a jaxpr, and which results need a gradient, given which arguments do.
+    """(count of a jaxpr, which results need a gradient), given which arguments do.
 
-    `turns`: of the outermost loop around it: the tokens of a decoding loop.
+    `turns`: trip count of the outermost loop around it, such as the tokens of a decoding loop.
     """
     total: Counter = Counter()
     marked = {var for var, need in zip(jaxpr.invars, needs, strict=True) if need}
@@ -72,7 +72,7 @@ def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Coun
         return Counter(), [False] * len(eqn.outvars)
     if name == "scan":
         return _scan(eqn, given, scope, turns)
-    if name == "while":  # how often it turns is not known: once
+    if name == "while":  # the trip count is unknown: count once
         carried = given[eqn.params["cond_nconsts"] :]
         return _walk(eqn.params["body_jaxpr"].jaxpr, carried, scope, turns)[0], all_batched
     if name == "cond":
@@ -92,7 +92,7 @@ def _equation(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Coun
 
 
 def _recomputed(policy: Callable | None, body: Any, scope: str, turns: int) -> float:
-    """FLOPs of the forward pass under remat: all, or, where products without a batch are kept, those with one."""
+    """FLOPs that remat recomputes: the forward pass, or only attention if the policy keeps unbatched matmuls."""
     forward = _walk(body, [False] * len(body.invars), scope, turns)[0]
     plain = {"dimension_numbers": (((1,), (0,)), ((), ()))}
     kept = policy is not None and policy(jax.lax.dot_general_p, **plain)
@@ -106,12 +106,12 @@ def _name(eqn: Any) -> str:
 
 def _scan(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter, list[bool]]:
     body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
-    # how many are constant and carried: what is scanned over, or stacked, has a dimension more outside of the loop;
-    # the names of the parameters that say so differ between versions of JAX
+    # the numbers of constants and carries: scanned inputs and stacked outputs have one more dimension outside the loop;
+    # the parameters with these numbers have different names in different versions of JAX
     carries = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.outvars, strict=True))
     first = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, body.invars, strict=True)) - carries
     needs = list(given)
-    while True:  # what a turn carries on may need a gradient only from the second turn on
+    while True:  # a carry may need a gradient only from the second iteration on
         count, out = _walk(body, needs, scope, turns or length)
         carried = [a or b for a, b in zip(needs[first : first + carries], out[:carries], strict=True)]
         if carried == needs[first : first + carries]:
@@ -120,7 +120,7 @@ def _scan(eqn: Any, given: list[bool], scope: str, turns: int) -> tuple[Counter,
 
 
 def _product(eqn: Any, given: list[bool], scope: str, turns: int) -> Counter:
-    """Forward and, for each side that needs a gradient, once more."""
+    """FLOPs of a product: once, and once more for each operand that needs a gradient."""
     left, right, out = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
     attend = re.search(r"attend\.(\d+)x(\d+)\.(\d+|loop)", scope)
     name = _name(eqn)
@@ -133,12 +133,12 @@ def _product(eqn: Any, given: list[bool], scope: str, turns: int) -> Counter:
     elif attend:
         size = 4 * left.size * int(attend[2])  # q k, and weights v
     else:
-        raise NotImplementedError(f"the FLOPs of {name} are not known outside attention ({scope})")
-    # a kernel's two products: queries with keys, and what comes of that with values
+        raise NotImplementedError(f"the FLOPs of {name} are unknown outside attention ({scope})")
+    # the two products of a kernel: queries with keys, and attention weights with values
     sides = (sum(given[:3]) + any(given[:2])) / 2 if name in KERNELS else sum(given[:2])
     if not attend:
         return Counter({PRODUCTS[name]: size * (1 + sides)})
     t, s = int(attend[1]), int(attend[2])
-    # a query at a time over a cache: the loop fills the cache's last positions
+    # one query at a time with a cache: the loop fills the last positions of the cache
     pairs = s - (min(turns, s) - 1) / 2 if attend[3] == "loop" else int(attend[3])
     return Counter({"attention": size * (1 + sides) * pairs / (t * s)})

@@ -1,14 +1,13 @@
-"""What a compiled program does: its collectives, and the bytes that it moves to and from memory, loops by trip count.
+"""Reads the text of a compiled program: its collectives and the bytes that it reads and writes, with loops expanded.
 
-XLA's own `cost_analysis` counts the body of a loop once, so it misses all layers and tokens but one; here the text of
-the compiled program is read. A collective's axis is found from its groups of devices: the mesh axes along which the
-members of a group differ. Bytes are counted as XLA's cost analysis does, at the edges of fusions: what is read and
-written by each, slices as large as they are, an update in place as large as the update. Buffers that a TPU's compiler
-keeps on the chip (memory space 1) are not counted. A TPU's collective that goes on beside several fusions stands in
-each of them, and is counted where it starts.
+XLA's `cost_analysis` counts the body of a loop once, so only one of all layers and tokens. A collective's axis is found
+from its groups of devices: the mesh axes along which the members of a group differ. Bytes are counted as in XLA's cost
+analysis, by the inputs and outputs of fusions; a slice counts its own size, an in-place update the size of the update.
+Buffers that the compiler for TPUs keeps on the chip (memory space 1) are not counted. On TPUs a collective that
+overlaps with several fusions appears in each of them, and is counted where it starts.
 
-A collective is {"kind", "axis" ("fsdp", "data+fsdp", or "?"), "group": devices in one, "count": times it runs,
-"bytes": of the larger of what goes in and what comes out, a device, summed over its runs}.
+A collective is {"kind", "axis" ("fsdp", "data+fsdp", or "?"), "group": its size in devices, "count": times it runs,
+"bytes": per device, of its input or output, whichever is larger, summed over its runs}.
 """
 
 import math
@@ -21,7 +20,7 @@ import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 SIZES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
-# these compute nothing: names for what is there, and the second halves of asynchronous operations
+# instructions that move no data: other names of existing buffers, and the ends of asynchronous operations
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 FREE += ("optimization-barrier", "add-dependency", "domain", "iota", "send", "recv")
 SLICES = ("dynamic-slice", "slice", "gather")
@@ -32,7 +31,7 @@ NAME = re.compile(r"%([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
-    """A line of a computation."""
+    """One instruction (line) of a computation."""
 
     name: str
     shape: str
@@ -43,13 +42,13 @@ class Instruction(NamedTuple):
     root: bool
 
     def calls(self) -> list[str]:
-        """The computations that it names."""
+        """The computations that it calls."""
         branches = BRANCHES.search(self.rest)
         return CALLS.findall(self.rest) + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
 
 
 class Use(NamedTuple):
-    """What a computation does when it runs once: collectives by (kind, axis, group), and bytes of memory."""
+    """The cost of one run of a computation: collectives by (kind, axis, group), and bytes of memory."""
 
     count: Counter
     bytes: Counter
@@ -82,7 +81,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             if head:
                 current = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}") and not line.startswith("}}"):  # those end an attribute of several lines
+        elif line.startswith("}") and not line.startswith("}}"):  # "}}" ends an attribute of several lines
             current = None
         else:
             found = _instruction(line)
@@ -105,7 +104,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` starts with is closed, and one more."""
+    """The index after the parenthesis that closes the one at the start of `text`."""
     depth = 0
     for place in re.finditer(r"[()]", text):
         depth += 1 if place[0] == "(" else -1
@@ -115,7 +114,7 @@ def _closing(text: str) -> int:
 
 
 def sizes(shape: str, everywhere: bool = False) -> list[float]:
-    """Bytes of the arrays of a type, (f32[2,3]{1,0}, ...); 0 for those not in a device's main memory, unless asked."""
+    """Bytes of the arrays of a type (f32[2,3]{1,0}, ...); 0 for an array outside main memory, unless `everywhere`."""
     out = []
     for kind, sides, layout in ARRAY.findall(shape):
         if kind not in SIZES:
@@ -128,7 +127,7 @@ def sizes(shape: str, everywhere: bool = False) -> list[float]:
 
 
 class _Reader:
-    """Walks computations, each once."""
+    """Counts computations, each once."""
 
     def __init__(self, computations: dict, mesh: dict[str, int]):
         self.computations, self.mesh = computations, mesh
@@ -141,14 +140,14 @@ class _Reader:
             for instruction in self.computations.get(name, {}).values():
                 one = self.one(instruction, self.computations[name])
                 total = Use(total.count + one.count, total.bytes + one.bytes, total.memory + one.memory)
-            if name.startswith("all-reduce-scatter"):  # how a TPU's compiler writes it: all-reduce, and a slice of it
+            if name.startswith("all-reduce-scatter"):  # a reduce-scatter, which TPUs write as all-reduce and slice
                 renamed = [{("reduce-scatter", *key[1:]): n for key, n in part.items()} for part in total[:2]]
                 total = Use(*map(Counter, renamed), total.memory)
             self.known[name] = total
         return self.known[name]
 
     def one(self, it: Instruction, among: dict) -> Use:
-        """What an instruction does."""
+        """The cost of an instruction."""
         if _goes_on(it, among):
             return Use(Counter(), Counter(), 0.0)
         kind = it.kind.removesuffix("-start")
@@ -169,14 +168,14 @@ class _Reader:
             axis, group = ("dcn", self.mesh.get("dcn", 1)) if crossing else self.axis(it)
             key = (crossing[1].rstrip("-") if crossing else kind, axis, group)
             given = sum(sum(sizes(among[name].shape, True)) for name in it.operands if name in among)
-            # the result of a send or of a start names what was given too
+            # the result type of a send or a start includes the operands
             got = 0.0 if crossing else max(sum(sizes(it.shape, True)) - given * it.kind.endswith("-start"), 0.0)
             count[key] += 1
             size[key] += max(given, got)
         return Use(count, size, memory)
 
     def moved(self, it: Instruction, among: dict) -> float:
-        """Bytes of memory that an instruction reads and writes by itself."""
+        """Bytes of memory that an instruction itself reads and writes."""
         kind = it.kind
         if kind in FREE or kind.endswith("-done") or kind in ("while", "conditional", "call", "async-start"):
             return 0.0
@@ -200,7 +199,7 @@ class _Reader:
         if not start or not whole:
             return 0.0
         total, seen = 0.0, [start[0].name]
-        for place in seen:  # grows: what only renames it is followed
+        for place in seen:  # grows: follows instructions that only rename it
             for it in users.get(place, ()):
                 if it.kind in ("bitcast", "reshape"):
                     seen.append(it.name)
@@ -211,12 +210,12 @@ class _Reader:
                     total += sum(self.taken(it.calls()[0], i, whole) for i in places)
                 elif it.kind == "dynamic-update-slice" and it.operands[0] == place:
                     continue
-                elif not (_goes_on(it, inside) or (it.root and it.kind == "tuple")):  # those hand it on
+                elif not (_goes_on(it, inside) or (it.root and it.kind == "tuple")):  # which pass it on
                     return whole
         return min(total, whole)
 
     def users(self, name: str) -> dict[Any, list[Instruction]]:
-        """The instructions of a computation by what they take; its parameters by number."""
+        """The instructions of a computation by their operands; its parameters by number."""
         if name not in self.taking:
             found: dict[Any, list[Instruction]] = {}
             for it in self.computations.get(name, {}).values():
@@ -226,7 +225,7 @@ class _Reader:
         return self.taking[name]
 
     def written(self, inside: dict, it: Instruction) -> float:
-        """Bytes that a fusion writes: of an update in place, the update."""
+        """Bytes that a fusion writes; for an in-place update those of the update."""
         root = next((other for other in inside.values() if other.root), None)
         while root is not None and root.kind in ("bitcast", "reshape"):
             root = inside.get(root.operands[0])
@@ -251,7 +250,7 @@ class _Reader:
 
 
 def _goes_on(it: Instruction, among: dict) -> bool:
-    """Whether this is a later part of a collective that has started elsewhere."""
+    """Whether this is a later part of a collective that started elsewhere."""
     if "chain_id" not in it.rest or it.kind not in KINDS:
         return False
     return not any("AsyncCollectiveStart" in other.rest for other in among.values() if other.kind == "custom-call")
@@ -269,13 +268,13 @@ def _numbered(it: Instruction, among: dict) -> Iterator[tuple[int, str]]:
 
 
 def trips(loop: Instruction, computations: dict) -> int:
-    """How often a loop turns: as the compiler says, or the number that its condition compares with; 1 if not known."""
+    """The trip count of a loop: the compiler's, or the number in its condition; 1 if unknown."""
     trips = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
     if trips:
         return int(trips[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
     found, names = [], [condition[1]] if condition else []
-    for name in names:  # grows: the comparison may lie in a fusion
+    for name in names:  # grows: the comparison may be inside a fusion
         for it in computations.get(name, {}).values():
             found += [int(it.text)] if it.kind == "constant" and re.fullmatch(r"\d+", it.text) else []
             names += it.calls()
@@ -283,9 +282,9 @@ def trips(loop: Instruction, computations: dict) -> int:
 
 
 def first_group(rest: str) -> np.ndarray | None:
-    """Devices of a collective's first group; empty: all of them in one; None: not understood.
+    """Devices of a collective's first group; empty: one group of all; None: unknown syntax.
 
-    Groups are written out, {{0,1},{2,3}}; or folded, [2,2]<=[4] and [2,2]<=[2,2]T(1,0); or as axes of a mesh of their
+    Groups are written out, {{0,1},{2,3}}; or as iotas, [2,2]<=[4] and [2,2]<=[2,2]T(1,0); or as axes of a mesh of their
     own, mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}.
     """
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", rest)
@@ -300,7 +299,7 @@ def first_group(rest: str) -> np.ndarray | None:
     if folded:
         return _folded(folded[3]).reshape(int(folded[1]), int(folded[2]))[0]
     pairs = re.search(r"source_target_pairs=\{(\{[\d{},]*\})\}", rest)
-    if pairs:  # some stay where they are
+    if pairs:  # without pairs of a device with itself
         moves = [pair for pair in re.findall(r"(\d+),(\d+)\}", pairs[1]) if pair[0] != pair[1]]
         return np.array([int(i) for i in moves[0]]) if moves else None
     listed = re.search(r"replica_groups=\{(?:\{([\d,]*)\})?", rest)
@@ -308,7 +307,7 @@ def first_group(rest: str) -> np.ndarray | None:
 
 
 def _folded(text: str) -> np.ndarray:
-    """[2,2]T(1,0) -> 0 2 1 3."""
+    """Expands an iota of device ids: [2,2]T(1,0) -> 0 2 1 3."""
     sides = [int(side) for side in re.search(r"\[([\d,]+)\]", text)[1].split(",")]
     order = re.search(r"T\(([\d,]+)\)", text)
     ids = np.arange(math.prod(sides)).reshape(sides)

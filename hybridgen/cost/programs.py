@@ -1,8 +1,8 @@
-"""The programs of a config, train step and sample, and their inputs, without a run on disk: for bench and preflight.
+"""The training step and sampling program of a config, and their inputs, without a run on disk: for bench and preflight.
 
-What a part names may be a run folder; a config, such as "configs/tokenizers/vq.py:f16", for the part untrained; or, in
-a stage of a recipe, a neighbouring stage. Untrained parts are built for the data of the config that names them. Inputs
-are abstract (shapes, dtypes and shardings); `make` gives real ones.
+A part may be a run folder; a config, such as "configs/tokenizers/vq.py:f16", for an untrained part; or, in a recipe,
+another stage. Untrained parts are built for the data of the config that names them. Inputs are abstract (shapes, dtypes
+and shardings); `make` creates real ones.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from hybridgen.sampling import guidance
 from hybridgen.train import Rule, program, specs_of
 
 WHAT = ("train", "sample")
-# part: what a batch may hold in place of its encoding
+# part: the batch entry that may replace its encoding
 CACHED = {"tokenizer": "tokens", "autoencoder": "latent", "text": "text_features"}
 
 
 class Programs(NamedTuple):
-    """`step(state, batch, parts)` and `draw(params, extra, parts, cond, keys)`, jitted, and what they take."""
+    """`step(state, batch, parts)` and `draw(params, extra, parts, cond, keys)`, jitted, and their arguments."""
 
     experiment: Experiment  # its parts are abstract
     rule: Rule
@@ -49,10 +49,10 @@ class Programs(NamedTuple):
     cond: dict
     keys: Any
     make: Callable  # () -> (state, batch, parts, cond, keys) as arrays
-    stream: Callable | None  # () -> iterator over placed batches as training reads them; None: entries are cached
+    stream: Callable | None  # () -> iterator over training batches on the mesh; None: with cached entries
 
     def decoding(self) -> "Decoding | None":
-        """The drawing of a plan alone, if there is a prior that draws one over a cache."""
+        """The cached decoding of a prior alone, or None if there is no prior."""
         family, model, config = self.experiment.family, self.experiment.model, self.experiment.config
         within = contract.members(family, model)
         if "prior" not in (*contract.roles(family), *within, *self.experiment.parts):
@@ -89,7 +89,7 @@ class Programs(NamedTuple):
         return params, self.state["extra"], self.experiment.parts, self.cond, self.keys
 
     def objective(self) -> tuple[Callable, tuple]:
-        """The loss as a function of the trainable parameters and of its other arguments, and those, abstract."""
+        """(the loss as a function of the trainable parameters and other arguments, these arguments, abstract)."""
         rule, (state, batch, parts) = self.rule, self.train_arguments()
         trainable, frozen = rule.which.split(state["params"])
         model, parts = rule.fitted(batch, parts)
@@ -101,7 +101,7 @@ class Programs(NamedTuple):
         return loss, (trainable, frozen, batch, parts, state["extra"], state["step"])
 
     def train_flops(self) -> tuple[dict[str, float], float]:
-        """FLOPs of a training step over all devices, by kind; and what remat computes once more."""
+        """(FLOPs of a training step over all devices, by kind; FLOPs that remat computes again)."""
         loss, arguments = self.objective()
         count, again = flops.training(loss, *arguments)
         return dict(count), again
@@ -112,7 +112,7 @@ class Programs(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """What most is computed in."""
+        """The compute dtype of the model."""
         return next(iter(options_named(self.experiment.config.model, "dtype").values()), "float32")
 
     @property
@@ -120,55 +120,55 @@ class Programs(NamedTuple):
         return self.experiment.config.steps > 0
 
     def names(self, requested: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Which programs to look at: those asked for, or what the config has."""
+        """The requested programs, by default all that the config has. Raises UserError if it cannot train."""
         if requested and "train" in requested and not self.trains:
-            raise UserError(f"this {self.experiment.config.family} config has no training steps: --what sample")
+            raise UserError(f"this {self.experiment.config.family} config has no training steps: give --what sample")
         return requested or (WHAT if self.trains else WHAT[1:])
 
     def tokens(self) -> int:
-        """Image tokens of a picture, or patches; 0 where the model has no such thing."""
+        """Number of tokens or patches per image; 0 if the model has neither."""
         model, parts = self.rule.fitted(self.batch, self.experiment.parts)
         length = getattr(model, "length", 0)
         return length or (parts["tokenizer"].model.length if "tokenizer" in parts else 0)
 
 
 class Decoding(NamedTuple):
-    """`plan(params, extra, parts, cond, keys)`, which runs the prior `steps` times, and bytes that each must read."""
+    """`plan(params, extra, parts, cond, keys)`, which runs the prior `steps` times, and the bytes that a step reads."""
 
     plan: Any
     steps: int
-    bytes: float  # a device: parameters in the dtype they are used in, and the filled part of the cache on average
-    options: dict  # of sampling, as the prior takes them
+    bytes: float  # per device: parameters in their compute dtype, and the filled part of the cache on average
+    options: dict  # sampling options of the prior
 
 
 def _bytes_of_step(part: Part, cache: dict, guided: int, mesh: jax.sharding.Mesh) -> float:
-    """Bytes a device; tables are looked up, and a text tower runs before."""
+    """Bytes per device, without embedding tables, which are looked up, and the text encoder, which runs before."""
     flat = trees.flatten(part.params)
     used = [leaf.size for path, leaf in flat.items() if not path.endswith("table") and not path.startswith("text")]
     width = 2 if getattr(part.model, "dtype", "float32") == "bfloat16" else 4
     length = cache["valid"].shape[1]
-    filled = length - (part.model.length - 1) / 2  # positions of them, on average
+    filled = length - (part.model.length - 1) / 2  # filled positions, on average
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache["k"], cache["v"])))
     cached_bytes = guided * whole * filled / length
     return sum(used) * width / mesh.shape["tensor"] + cached_bytes / mesh.devices.size
 
 
 def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
-    """(the config itself, or a stage of a recipe, all stages). Raises UserError where the name does not fit."""
+    """(the config itself or a stage of a recipe, all stages). Raises UserError for a missing or unknown stage."""
     stages = config.get("stages", {})
     if not stages:
         if stage:
-            raise UserError(f"--stage {stage} is for recipes, and this config is a single stage")
+            raise UserError(f"--stage {stage} is for recipes, but this config is a single model: omit it")
         return config, {}
     known = [name for name in config.order if "family" in stages[name]]
     if stage not in known:
-        given = f"it has no {stage!r}{config_lib.hint(stage, known)}" if stage else "choose a stage of it with --stage"
-        raise UserError(f"this config is a recipe of {', '.join(known)}: {given}")
+        given = f"it has no {stage!r}{config_lib.hint(stage, known)}" if stage else "choose one with --stage"
+        raise UserError(f"--stage: this config is a recipe with the stages {', '.join(known)}: {given}")
     return stages[stage], stages
 
 
 def options_named(model: Mapping, name: str, path: str = "model") -> dict[str, Any]:
-    """{dotted path: value} of an option of a model, or of the members of a cascade."""
+    """{dotted path: value} of an option of a model and of the members of a cascade."""
     found = {f"{path}.{name}": model[name]} if name in model else {}
     for key, value in model.items():
         if hasattr(value, "items"):
@@ -177,7 +177,7 @@ def options_named(model: Mapping, name: str, path: str = "model") -> dict[str, A
 
 
 def bytes_each(tree: Any) -> int:
-    """Bytes of abstract arrays on a device that holds most of them, by their shardings."""
+    """Bytes of abstract arrays per device, by their shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -185,14 +185,15 @@ def bytes_each(tree: Any) -> int:
 def build(
     config: Any, stages: Mapping, *, devices: Any = None, count: int | None = None, cached: bool = False
 ) -> Programs:
-    """Programs of a stage on `devices` (default: this machine's); `draw` makes `count` pictures (default: config's).
+    """Programs of a stage on `devices` (default: this machine's); `draw` makes `count` images (default: the config's).
 
-    cached: image tokens and latents come with the batch, as from a cache, and encoders do not run.
+    cached: batches hold image tokens, latents or text features, as from a cache, and encoders do not run. Raises
+    UserError for a config that does not fit the devices, and for missing parts.
     """
     try:
         mesh = meshes.make_mesh(config.mesh, devices)
-    except NotImplementedError as error:  # of JAX: an axis that no sides of the torus make up
-        raise UserError(f"mesh {dict(config.mesh)} cannot be laid on these devices: {error}") from None
+    except NotImplementedError as error:  # from JAX: an axis that no axes of the torus can form
+        raise UserError(f"mesh {dict(config.mesh)} cannot be laid out on these devices: {error}") from None
     meshes.check_batch(mesh, config.batch, config.accumulate)
     source = largest(sources.build(config.data, "train"), max(config.batch, count or config.sample.count))
     runs = {name: _run(name, path) for name, path in config.parts.items() if _is_run(path, stages)}
@@ -248,7 +249,7 @@ def _unbroken(batch: dict) -> dict:
 
 
 def _encoded(name: str, part: Part, batch: dict) -> dict:
-    """What a batch holds of a part's encoding."""
+    """The batch entries that hold a part's encoding."""
     if name != "text":
         return {CACHED[name]: part.call("encode", batch["image"])}
     features, mask = part.call("encode", batch["text"], batch["text_mask"])
@@ -264,18 +265,18 @@ def _is_run(path: str, stages: Mapping) -> bool:
 
 
 def _run(name: str, path: str) -> Run:
-    """The run of a part. Raises UserError that says how to do without."""
+    """The run of a part. Raises UserError, which says how to use an untrained part instead."""
     try:
         return load_run(find_run(path, None))
     except UserError as error:
-        hint = f"to compile or time without one, name a config: --config.parts.{name}=configs/FILE.py:VARIANT"
+        hint = f"for an untrained part, name a config: --config.parts.{name}=configs/FILE.py:VARIANT"
         raise UserError(f"part {name!r}: {error}; {hint}") from None
 
 
 def _part(
     name: str, path: str, data: Any, text: Any, specs: dict, stages: Mapping, runs: Mapping[str, Run]
 ) -> tuple[Part, Callable]:
-    """(the abstract part, function that makes it) of a run (of `runs`, if it is read already), a config or a stage."""
+    """(the abstract part, function that creates it) of a run (from `runs`, if already read), a config or a stage."""
     if _is_run(path, stages):
         part = (runs.get(name) or _run(name, path)).part
         return jax.eval_shape(lambda: part), lambda: part
@@ -293,9 +294,9 @@ def _part(
 
 
 def compile_timed(function: Any, arguments: tuple, options: dict | None = None) -> tuple[Any, dict[str, Any]]:
-    """(compiled, {"lower_s", "compile_s", "memory": bytes a device}) of a jitted function on abstract arguments.
+    """(compiled, {"lower_s", "compile_s", "memory": bytes per device}) of a jitted function on abstract arguments.
 
-    options: XLA's, for this compilation.
+    options: XLA compiler options.
     """
     start = time.perf_counter()
     lowered = function.lower(*arguments)
@@ -305,7 +306,7 @@ def compile_timed(function: Any, arguments: tuple, options: dict | None = None) 
     memory = {
         "arguments": plan.argument_size_in_bytes,
         "outputs": plan.output_size_in_bytes,
-        "aliased": plan.alias_size_in_bytes,  # outputs that lie where arguments were
+        "aliased": plan.alias_size_in_bytes,  # outputs in the memory of donated arguments
         "temporaries": plan.temp_size_in_bytes,
     }
     memory["peak"] = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
@@ -313,48 +314,48 @@ def compile_timed(function: Any, arguments: tuple, options: dict | None = None) 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What bench and preflight have in common."""
+    """The options that bench and preflight share."""
     config_lib.add_argument(parser)
-    parser.add_argument("--stage", help="the stage, if the config is a recipe")
+    parser.add_argument("--stage", help="the stage of the recipe, if the config is one")
     parser.add_argument("--what", type=_names, metavar="NAMES", help="train, sample or train,sample (default: both)")
-    parser.add_argument("--count", type=int, metavar="N", help="pictures drawn at a time (default: the config's)")
-    parser.add_argument("--cached", action="store_true", help="tokens and latents come with the batch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--count", type=int, metavar="N", help="images per sampling call (default: the config's)")
+    parser.add_argument("--cached", action="store_true", help="use cached tokens or latents instead of encoding images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
 
 
 def _names(text: str) -> tuple[str, ...]:
     given = text.split(",")
     if not set(given) <= set(WHAT):
-        raise argparse.ArgumentTypeError(f"{text!r} is not made of {', '.join(WHAT)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(WHAT)} and {','.join(WHAT)}")
     return tuple(name for name in WHAT if name in given)
 
 
 def chosen(args: argparse.Namespace, overrides: Any) -> tuple[Any, Mapping]:
-    """(the stage that a command line names, all stages)."""
+    """(the config or stage that a command line names, all stages)."""
     return choose(config_lib.load(args.config, overrides), args.stage)
 
 
 def load(args: argparse.Namespace, overrides: Any, devices: Any = None, changes: Mapping | None = None) -> Programs:
-    """The programs that a command line names, with `changes` to the stage ("mesh.fsdp": 16)."""
+    """The programs of the config that a command line names, with `changes` to it ("mesh.fsdp": 16)."""
     config, stages = chosen(args, overrides)
     if args.count is not None and args.count < 1:
-        raise UserError(f"--count {args.count} is not at least 1")
+        raise UserError(f"--count {args.count} must be at least 1")
     with config.unlocked():
         config.update_from_flattened_dict(dict(changes or {}))
     return build(config, stages, devices=devices, count=args.count, cached=args.cached)
 
 
 def writable(path: Path | None) -> Path | None:
-    """`path`, once it is clear that a file can be written there; UserError otherwise."""
+    """`path`, after its folder is created. Raises UserError if no file can be written there."""
     if path is not None:
         folder.make(path.resolve().parent)
         if path.is_dir():
-            raise UserError(f"{path} is a folder, not a file to write")
+            raise UserError(f"--json {path} is a folder: give a file name")
     return path
 
 
 def human(number: float, unit: str = "") -> str:
-    """Three digits and a prefix: 1.23 G."""
+    """A number with three digits and an SI prefix: 1.23 G."""
     scales = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"))
     size, prefix = next((scale for scale in scales if number >= scale[0]), scales[-1])
     return f"{number / size:.3g} {prefix}{unit}".strip()

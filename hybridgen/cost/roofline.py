@@ -1,9 +1,9 @@
-"""The least time that a compiled program can take on a chip, what limits it, and what to change where it does not fit.
+"""A lower bound of the time of a compiled program on a chip, what limits it, and what to change if it does not fit.
 
-Roofline (Williams et al. 2009): the largest of three times, each as if the others were hidden behind it:
-compute, what a device computes (remat's second forward pass included) at the chip's peak; memory, the bytes that the
-compiled program reads and writes at the bandwidth of memory; network, its collectives one after the other, in rings
-over as many links as their mesh axes span. A run takes longer; the order of two programs is mostly right.
+Roofline (Williams et al. 2009): the largest of three times, assuming that they overlap perfectly. Compute: the FLOPs of
+a device (with recomputation by remat) at the chip's peak rate. Memory: the bytes that the compiled program reads and
+writes at the memory bandwidth. Network: its collectives one after the other, as rings over the links of their mesh
+axes. A real run takes longer, but the order of two programs is mostly right.
 """
 
 import math
@@ -15,7 +15,7 @@ from hybridgen.cost import programs
 from hybridgen.cost.chips import Chip
 
 GIB = 2**30
-# bytes through a device's links, in units of a collective's size, for a group that is large
+# bytes through a device's links, in units of a collective's size, for a large group
 TURNS = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0, "ragged-all-to-all": 1.0}
 
 
@@ -30,9 +30,10 @@ def roofline(
     images: int,
     tokens: int,
 ) -> dict[str, Any]:
-    """Times and rates of one program; keys as documented by hybridgen.preflight.
+    """Times and rates of one program; the keys are documented in hybridgen.preflight.
 
-    flops, again: of all devices, without and for remat; memory: bytes a device; images: of a call, of `tokens` each.
+    flops, again: of all devices, without remat and recomputed by it; memory: bytes per device; images: per step or
+    call, of `tokens` each.
     """
     peak, devices = peak_of(chip, dtype), mesh.devices.size
     times = {
@@ -55,19 +56,19 @@ def roofline(
 
 
 def peak_of(chip: Chip, dtype: str) -> float:
-    """FLOP/s in a compute dtype."""
+    """The chip's FLOP/s in a compute dtype."""
     return chip.bfloat16 if dtype == "bfloat16" else chip.float32
 
 
 def seconds(chip: Chip, mesh: jax.sharding.Mesh, entry: dict) -> float:
-    """Time of one kind of collective; 0 where the links are not known (devices that are one machine)."""
+    """Seconds of one kind of collective; 0 if the links are unknown (devices of one CPU)."""
     rate, n = rate_of(chip, mesh, entry["axis"]), entry["group"]
     moved = entry["bytes"] * TURNS.get(entry["kind"], 1.0) * ((n - 1) / n if n > 1 else 1.0)
     return moved / rate if rate else 0.0
 
 
 def rate_of(chip: Chip, mesh: jax.sharding.Mesh, axis: str) -> float | None:
-    """Bytes a second through a device's links along mesh axes ("data+fsdp"): a torus has a pair for each side."""
+    """Bytes/s through a device's links along mesh axes ("data+fsdp"): a torus has a pair of links per axis."""
     names = axis.split("+")
     ring = mesh.devices[tuple(slice(None) if name in names else 0 for name in mesh.axis_names)].reshape(-1)
     tpu = ring[0].platform == "tpu"
@@ -80,7 +81,7 @@ def rate_of(chip: Chip, mesh: jax.sharding.Mesh, axis: str) -> float | None:
 
 
 def changes(built: programs.Programs, name: str, entry: dict, room: float) -> list[str]:
-    """What to change for a program that is over, the first thing first. `entry` as in preflight's report."""
+    """Changes for a program that does not fit, the most effective first. `entry`: of preflight's report."""
     config, mesh = built.experiment.config, built.experiment.mesh
     train = name == "train"
     resident = programs.bytes_each(built.state if train else built.sample_arguments()[0])
@@ -93,22 +94,22 @@ def changes(built: programs.Programs, name: str, entry: dict, room: float) -> li
         after = resident * mesh.shape["fsdp"] / fsdp
         if fsdp > mesh.shape["fsdp"]:
             what = "the state is" if train else "the parameters are"
-            why = f"{what} {resident / GIB:.1f} GiB a device, and would be about {after / GIB:.1f}"
+            why = f"{what} {resident / GIB:.1f} GiB per device, and would be about {after / GIB:.1f}"
             out.append(f"--config.mesh.fsdp={fsdp} --config.mesh.data=-1 ({why})")
         if after > 0.7 * room:
             need = 2 ** math.ceil(math.log2(mesh.devices.size * after / (0.5 * room)))
-            out.append(f"more devices, {need} or so: on these, fully sharded, that is {after / GIB:.1f} GiB a device")
+            out.append(f"more devices, about {need}: on these, fully sharded, it is {after / GIB:.1f} GiB per device")
         if after > room:
-            return out  # no batch is small enough
+            return out  # no batch would be small enough
     if not train:
         count = built.keys.shape[0]
         ways = mesh.devices.size // mesh.shape["tensor"]
         if count > ways:
-            out.append(f"--count {max(count // 2, ways)} (draws {count} at a time)")
+            out.append(f"--count {max(count // 2, ways)} (instead of {count} images per call)")
         return out
     for path, policy in programs.options_named(config.model, "remat").items():
         if policy != "full":
-            out.append(f"--config.{path}=full (is {policy}: activations are kept)")
+            out.append(f"--config.{path}=full (instead of {policy}, which keeps activations)")
     ways = math.prod(mesh.shape[axis] for axis in ("dcn", "data", "fsdp"))
     rows = config.batch // config.accumulate // ways
     if rows > 1:
@@ -116,12 +117,12 @@ def changes(built: programs.Programs, name: str, entry: dict, room: float) -> li
         parts = config.accumulate * fewer
         out.append(f"--config.accumulate={parts} (the same batch in parts), or --config.batch={config.batch // fewer}")
     elif mesh.shape["tensor"] == 1:
-        out.append("--config.mesh.tensor=2 (a device has one row already)")
+        out.append("--config.mesh.tensor=2 (each device has only one row of the batch)")
     return out
 
 
 def _parts(entry: dict, room: float) -> int:
-    """Into how many parts a batch must go so that its temporaries fit beside the arguments: a power of two."""
+    """The number of accumulation steps, a power of two, with which the temporaries fit next to the arguments."""
     memory = entry["memory"]
     if memory is None:
         return 2 ** max(1, math.ceil(math.log2(1 - entry["spare"] / room)))

@@ -1,10 +1,10 @@
-"""Which mesh, remat policy and batch to train with: all estimated, the promising compiled, ranked by their roofline.
+"""Searches mesh, remat policy and batch size: estimates all, compiles the most promising, ranks them by roofline.
 
-Estimates need no compiler. Memory: the state by its shardings, gradients as large as the parameters, and what the
-backward pass keeps, read from the trace of the loss at a batch of its own, one block more where it is computed again.
-Time: the roofline of these, of FLOPs from the trace, and of the collectives that a mesh implies (weights gathered and
-gradients scattered over fsdp, gradients summed over data, activations summed over tensor). What a compilation finds of
-memory corrects the estimates after it.
+Estimates need no compiler. Memory is the state by its shardings, gradients as large as the parameters, and the
+activations that the backward pass keeps, counted in a trace of the loss, plus one block under remat. Time is the
+roofline of FLOPs from the trace, of these bytes, and of the collectives that a mesh implies (all-gather of weights and
+reduce-scatter of gradients over fsdp, all-reduce of gradients over data and of activations over tensor). The memory of
+each compiled program corrects later estimates.
 """
 
 import functools
@@ -21,47 +21,49 @@ from hybridgen.core import meshes, sharding, trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import chips, programs, roofline
 
-POLICIES = ("none", "dots", "full")  # of nn.stack, by how much they keep
-FACTORS = (0.25, 0.5, 1, 2, 4)  # of the config's batch
-COMPILED = 6  # at most
-PATIENCE = 150.0  # seconds after which no other compilation is started
-ROWS = 61  # of the traced batch: a number that no other dimension is a multiple of
+POLICIES = ("none", "dots", "full")  # of nn.stack, in decreasing order of kept activations
+FACTORS = (0.25, 0.5, 1, 2, 4)  # multiples of the config's batch
+COMPILED = 6  # largest number of compilations
+PATIENCE = 150.0  # seconds after which no further compilation starts
+ROWS = 61  # of the traced batch: a number of which no other dimension is a multiple
 GIB = 2**30
 
 
 class Policy(NamedTuple):
-    """What does not depend on mesh and batch, under one remat policy."""
+    """The costs under one remat policy that do not depend on mesh and batch."""
 
     changes: dict[str, str]  # to the config
-    kept: float  # bytes a picture for the backward pass
-    flops: float  # a picture
-    again: float  # a picture, by remat
+    kept: float  # bytes per image for the backward pass
+    flops: float  # per image
+    again: float  # per image, recomputed by remat
     built: programs.Programs
 
 
 class Candidate(NamedTuple):
-    """A way to train, with its estimates."""
+    """A combination of policy, mesh and batch, with its estimates."""
 
     policy: str
     mesh: dict[str, int]
     batch: int
-    memory: float  # bytes a device
-    rate: float  # images/s a device
+    memory: float  # bytes per device
+    rate: float  # images/s per device
 
 
 def search(args: Namespace, overrides: Any, devices: Any, room: float | None, attempt: Callable) -> dict[str, Any]:
-    """The report described by hybridgen.preflight; prints a table. `attempt(built, chip)` compiles a train step.
+    """The report described in hybridgen.preflight; prints a table. `attempt(built, chip)` compiles a training step.
 
-    args, overrides: of the command line; devices: as for programs.build; room: bytes that a program may use on each.
+    args, overrides: of the command line; devices: as for programs.build; room: bytes that a program may use per device.
+    Raises UserError if `room` is None.
     """
     devices = list(jax.devices() if devices is None else devices)
     chip = chips.of(devices[0])
     if room is None:
-        raise UserError("the memory of this device is not known: nothing to search by")
+        raise UserError("--suggest: the memory of this device is unknown: give a --topology")
     policies = dict(_policies(args, overrides, devices))
     batch_size = programs.chosen(args, overrides)[0].batch
     ranked = sorted(_candidates(policies, batch_size, devices, chip, args.slices), key=lambda one: -one.rate)
-    title = f"{len(ranked)} ways to train on {len(devices)} x {devices[0].device_kind} estimated"
+    where = f"{len(devices)} x {devices[0].device_kind}"
+    title = f"estimated {len(ranked)} combinations of mesh, remat and batch on {where}"
     print(title, HEAD, sep="\n", flush=True)
     start, found, scale, over = time.monotonic(), [], dict.fromkeys(POLICIES, 1.0), set()
     for one in ranked:
@@ -78,11 +80,11 @@ def search(args: Namespace, overrides: Any, devices: Any, room: float | None, at
         if entry["memory"]:
             scale[one.policy] = entry["memory"]["peak"] / one.memory
         if not entry["fits"]:
-            over.add(where)  # larger batches of it need not be tried, and smaller ones are rarely better
+            over.add(where)  # larger batches do not fit either, and smaller ones are rarely better
         print(_line(found[-1]), flush=True)
     found.sort(key=lambda entry: (not entry["fits"], -(entry["images_per_s"] or 0.0)))
     best = next((entry for entry in found if entry["fits"]), None)
-    print(f"tried {len(ranked)}, compiled {len(found)}; " + (f"best: {best['options']}" if best else "none fits"))
+    print(f"estimated {len(ranked)}, compiled {len(found)}; " + (f"best: {best['options']}" if best else "none fits"))
     return {
         "device": devices[0].device_kind,
         "devices": len(devices),
@@ -95,7 +97,7 @@ def search(args: Namespace, overrides: Any, devices: Any, room: float | None, at
 
 
 def _policies(args: Namespace, overrides: Any, devices: list) -> Iterator[tuple[str, Policy]]:
-    """(name, policy) for every remat policy that the config can have; "none" alone if it has no such option."""
+    """Yields (name, policy) for every remat policy of the config; only "none" if it has no such option."""
     whole = {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1, "accumulate": 1}
     whole |= {"mesh.dcn": args.slices, "batch": ROWS * len(devices)}
     config, _ = programs.chosen(args, overrides)
@@ -116,14 +118,14 @@ def _policies(args: Namespace, overrides: Any, devices: list) -> Iterator[tuple[
 
 
 def _backward(loss: Callable, trainable: Any, *rest: Any) -> Callable:
-    """The backward pass as JAX holds it: a pytree of all that it keeps."""
+    """The backward pass: a pytree of all arrays that it keeps."""
     return jax.vjp(lambda trainable: loss(trainable, *rest), trainable)[1]
 
 
 def _candidates(
     policies: dict[str, Policy], batch_size: int, devices: list, chip: chips.Chip, slices: int
 ) -> Iterator[Candidate]:
-    """Every shape of the mesh, remat policy and batch (from a quarter to four times what was `asked`) that divides."""
+    """Every valid combination of mesh, remat policy and batch (from a quarter to four times `batch_size`)."""
     base = next(iter(policies.values())).built
     config, inner = base.experiment.config, len(devices) // slices
     heads = math.gcd(*programs.options_named(config.model, "heads").values())
@@ -135,7 +137,7 @@ def _candidates(
         try:
             mesh = meshes.make_mesh(sizes, devices)
             places = sharding.param_shardings(base.state["params"], mesh)
-        except (NotImplementedError, ValueError):  # such a torus has no such shape, or a large parameter stays whole
+        except (NotImplementedError, ValueError):  # no such mesh on this torus, or a large parameter is replicated
             continue
         ways = len(devices) // tensor
         batches = {max(ways, round(batch_size * factor / ways) * ways) for factor in FACTORS}
@@ -147,7 +149,7 @@ def _candidates(
 def _estimate(
     policies: dict[str, Policy], policy: Policy, places: Any, mesh: Any, chip: chips.Chip, batch: int
 ) -> tuple[float, float]:
-    """(bytes a device, images/s a device) of training with a mesh and batch."""
+    """(bytes per device, images/s per device) of training with a mesh and batch."""
     built, fsdp, tensor = policy.built, mesh.shape["fsdp"], mesh.shape["tensor"]
     width = 2 if built.dtype == "bfloat16" else 4
     total = trees.count(built.state["params"])
@@ -192,7 +194,7 @@ def _described(one: Candidate, entry: dict, stage: str | None, changes: dict[str
     } | {name: top[name] for name in ("images_per_s", "limit", "mfu")}
 
 
-HEAD = "mesh                          remat    batch  images/s a device  of peak  limit      memory"
+HEAD = "mesh                          remat    batch    images/s/device      MFU  limit      memory"
 
 
 def _line(entry: dict) -> str:

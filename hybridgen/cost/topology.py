@@ -1,8 +1,8 @@
-"""Devices that are not here, to compile for: TPU slices such as "v5e:16x16", and GPUs such as "h100:8" or "h100:4x8".
+"""Compilation targets that this machine lacks: TPU slices such as "v5e:16x16", GPUs such as "h100:8" or "h100:4x8".
 
-libtpu brings a TPU's compiler, the CUDA plugin of JAX a GPU's; neither needs the chip. XLA for GPUs asks for what its
-heuristics go by (processors, shared memory, cache), which GPUS has from the makers' architecture papers and from what
-drivers report. Kernels are then not tried out, as they are on a GPU, where the fastest of several is taken.
+libtpu has the compiler for TPUs, JAX's CUDA plugin that for GPUs; neither needs the chip. XLA for GPUs needs the
+numbers that its heuristics use (processors, shared memory, cache); GPUS has them from the makers' architecture papers
+and from drivers. Without a GPU there is no autotuning, which selects the fastest of several kernels.
 """
 
 import importlib.util
@@ -20,25 +20,25 @@ KNOWN = (
     "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1, "
     "h100:8, h100:4x8 (also a100, h200, b200)"
 )
-# libtpu is not to look for a TPU, for a metadata server or for another process that has one
+# keep libtpu from looking for a TPU, a metadata server, or another process that uses a TPU
 OFFLINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-USED = 0.9  # of a GPU's memory, by a program that launch/local.sh starts
+USED = 0.9  # share of a GPU's memory that a program started by launch/local.sh may use
 KIB, MIB = 2**10, 2**20
 
 
 class GPU(NamedTuple):
-    """What XLA's heuristics ask of a GPU. Memory in bytes; of the shared memory, what a block may take."""
+    """The numbers of a GPU that XLA's heuristics use. Memory in bytes."""
 
     name: str
     capability: int
     processors: int  # streaming multiprocessors
-    lanes: int  # float32 units of one
-    shared: int
+    lanes: int  # float32 units per multiprocessor
+    shared: int  # shared memory, per block
     cache: int  # L2
     clock: float  # GHz
 
@@ -52,25 +52,29 @@ GPUS = {
 
 
 def describe(name: str, slices: int = 1) -> tuple[list, float]:
-    """(devices to compile for, bytes that a program may use on each) of `slices` topologies such as "v5e:16x16"."""
+    """(devices to compile for, bytes that a program may use on each) of `slices` topologies such as "v5e:16x16".
+
+    Raises UserError for an unknown topology, and if the compiler is not installed.
+    """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     known = {kind: chip for kind, chip in chips.CHIPS.items() if chip.sides or kind in GPUS}
     chip = known.get(found[1]) if found else None
     if chip is None:
         kind = name.partition(":")[0]
-        near = ", whose sides are not such as 16x16" if kind in known else config_lib.hint(kind, known)
-        raise UserError(f"no topology {name!r}{near}; known are {KNOWN}")
+        near = ", whose size is not like 16x16" if kind in known else config_lib.hint(kind, known)
+        raise UserError(f"--topology: no topology {name!r}{near}; known: {KNOWN}")
     sides = [int(side) for side in found[2].split("x")]
     if not chip.sides:
         return _gpus(name, found[1], sides, slices), USED * chip.memory
     if len(sides) != chip.sides:
-        raise UserError(f"topology {name!r} has {len(sides)} sides and {found[1]} has {chip.sides}; known are {KNOWN}")
+        text = f"--topology {name!r} has {len(sides)} axes, but {found[1]} has {chip.sides}"
+        raise UserError(f"{text}; known: {KNOWN}")
     return _slices(name, sides, slices), chip.memory
 
 
 def _slices(name: str, sides: list[int], slices: int) -> list:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for a TPU topology needs libtpu: pip install 'hybridgen[tpu]'")
+        raise UserError("--topology: compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
     for variable, value in OFFLINE.items():
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = {"chips_per_host_bounds": (1,) * 3} if set(sides) == {1} else {}
@@ -78,21 +82,21 @@ def _slices(name: str, sides: list[int], slices: int) -> list:
     try:
         return _devices("tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"no topology {name!r}: {str(error).splitlines()[0]}; known are {KNOWN}") from None
+        raise UserError(f"--topology: no topology {name!r}: {str(error).splitlines()[0]}; known: {KNOWN}") from None
 
 
 def _gpus(name: str, kind: str, sides: list[int], slices: int) -> list:
     if len(sides) > 2 or min(sides) < 1:
-        raise UserError(f"topology {name!r}: GPUs are counted as GPUs, h100:8, or as hosts by GPUs of each, h100:4x8")
+        raise UserError(f"--topology {name!r}: give GPUs as a number, h100:8, or as hosts x GPUs per host, h100:4x8")
     if slices > 1:
-        raise UserError(f"--slices {slices} is for TPUs; hosts of GPUs are in the name, {kind}:{slices}x{sides[-1]}")
+        raise UserError(f"--slices {slices} is for TPUs; for several hosts give --topology {kind}:{slices}x{sides[-1]}")
     hosts, each = (1, *sides)[-2:]
     options = {"topology": f"1x{hosts}x{each}", "target_config": target(GPUS[kind], chips.CHIPS[kind])}
     try:
         return _devices("cuda", topology_name="", **options)
     except NotImplementedError:
-        need = "the CUDA plugin of JAX and cuDNN: pip install 'hybridgen[gpu]'"
-        raise UserError(f"compiling for {name} needs {need}") from None
+        need = "JAX's CUDA plugin and cuDNN: pip install -e '.[gpu]'"
+        raise UserError(f"--topology: compiling for {name} needs {need}") from None
 
 
 def _devices(platform: str, **options: Any) -> list:
@@ -102,7 +106,7 @@ def _devices(platform: str, **options: Any) -> list:
 
 
 def target(gpu: GPU, chip: chips.Chip) -> str:
-    """A GPU as XLA takes it: a stream_executor.GpuTargetConfigProto as text."""
+    """A GPU in XLA's format: a stream_executor.GpuTargetConfigProto as text."""
     numbers = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -117,7 +121,7 @@ def target(gpu: GPU, chip: chips.Chip) -> str:
         "registers_per_block_limit": 2**16,
         "core_count": gpu.processors,
         "fpus_per_core": gpu.lanes,
-        "shared_memory_per_block": 48 * KIB,  # of a kernel that does not ask for more
+        "shared_memory_per_block": 48 * KIB,  # of a kernel that does not request more
         "shared_memory_per_block_optin": gpu.shared,
         "shared_memory_per_core": gpu.shared + KIB,
         "l2_cache_size": gpu.cache,

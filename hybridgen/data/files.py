@@ -1,4 +1,4 @@
-"""Files that are read with a limit, and folders that appear whole or not at all."""
+"""Reading JSON files with a size limit, and writing folders atomically."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ MAX_FILE = 2**26  # bytes
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; UserError if it is missing, damaged or too large."""
+    """The content of a JSON file. Raises UserError if it is missing, damaged or too large."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
@@ -25,27 +25,29 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {str(error)[:100]}") from None
+        raise UserError(f"{path} is not valid JSON: {str(error)[:100]}") from None
 
 
 @contextlib.contextmanager
 def whole_folder(goal: Path) -> Iterator[Path]:
-    """A temporary folder that gets the name `goal` at the end. Nothing stays of work that fails; an end without a
-    chance to clean up leaves the temporary folder, never `goal`. UserError where there is a `goal` already.
+    """Yields a temporary folder that is renamed to `goal` at the end.
+
+    If the work fails, the folder is deleted; if the process is killed, the temporary folder remains, but never `goal`.
+    Raises UserError if `goal` exists already or cannot be written.
     """
     temporary = goal.with_name(f".{goal.name}.{os.getpid()}.tmp")
     if os.path.lexists(goal):
-        raise UserError(f"{goal} is there already: give a new folder")
+        raise UserError(f"{goal} already exists: give a new folder")
     try:
         goal.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of that number
+        shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process with the same pid
         temporary.mkdir(mode=0o700)
     except OSError as error:
-        raise UserError(f"cannot write in {goal.parent}: {error.strerror}") from None
+        raise UserError(f"cannot write to {goal.parent}: {error.strerror}") from None
     try:
         yield temporary
         temporary.rename(goal)
-        handle = os.open(goal.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
+        handle = os.open(goal.parent, os.O_RDONLY)  # the rename is on disk only after fsync of the folder
         try:
             os.fsync(handle)
         finally:

@@ -1,4 +1,4 @@
-"""From a random-access source to batches: a seeded shuffle without state, the rows a host holds, prefetch to a device.
+"""Batches from a random-access source: a stateless seeded shuffle, the rows of this host, prefetching to a device.
 
     source = sources.build(config.data, "train")
     tokenizer = text.build(config.data, source)
@@ -7,17 +7,17 @@
 
 **The data position is a pure function of (seed, step).** Sample number p of a run is row p % batch of global batch
 p // batch; it is read from `order(p)`, a new permutation of the source each epoch. So global batch k holds the same
-samples whatever the number of hosts, workers or restarts, and nothing about data is saved but k and a fingerprint.
-Grain maps k to a batch in threads or worker processes. Its own shuffle is not used: it walks a block of at least 2**16
-indices, which takes 20 us an index for 3,000 records and 10 ms for six, and may change with its version.
+samples for any number of hosts, workers and restarts, and a checkpoint stores only k and a fingerprint of the data.
+Grain maps k to a batch in threads or worker processes. Grain's shuffle is not used: it permutes a block of at least
+2**16 indices, which takes 20 us per index for 3,000 records and 10 ms for six, and may change with its version.
 
 A host batch is a dict of numpy arrays: `id` B uint32, `image` B H W 3 float32 in [-1, 1], `text` B L int32 and
-`text_mask` B L bool (not without a text tokenizer), `label` B int32 (0 where a source has no classes), `broken` B int32
-(-1, or the index of the record that could not be read and was replaced by the next good one; `take_broken` pops it),
-and `valid` B bool when not shuffling. Cached entries (`tokens`, `latent`, ...) come as the records have them; of a
-record with several views, training takes one by the sample's own number, and an evaluation the first.
+`text_mask` B L bool (only with a text tokenizer), `label` B int32 (0 if a source has no classes), `broken` B int32
+(-1, or the index of an unreadable record, which was replaced by the next valid one; `take_broken` pops it), and `valid`
+B bool when not shuffling. Cached entries (`tokens`, `latent`, ...) are passed on unchanged. Of a record with several
+views, training takes a random one, seeded by the sample number, and an evaluation the first.
 
-Letters: B rows this host holds, H W picture, L prompt length.
+Letters: B rows of this host, H W image, L prompt length.
 """
 
 import atexit
@@ -41,8 +41,8 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.shuffle import draw, order
 from hybridgen.data.sources.protocol import Source
 
-TRIES = 100  # broken records in a row before a run is stopped: by then the source itself is wrong
-LINGER = 60  # seconds that a worker process goes on after a SIGTERM
+TRIES = 100  # broken records in a row after which a run is stopped: then the source itself is broken
+LINGER = 60  # seconds that a worker process continues after a SIGTERM
 
 
 def arrange(
@@ -56,11 +56,11 @@ def arrange(
 
 
 def read(source: Source, index: int, own: int | None = None) -> tuple[dict, int]:
-    """-> (item, -1), or the item of the next good index and `index` itself where record `index` is broken.
+    """-> (item, -1); or, if record `index` is broken, (item of the next valid record, `index`).
 
     The rule is fixed (index + 1, + 2, ... modulo the length, or the source's own), so a broken record changes no other
-    sample. own: the sample's own number, which picks the view of a record that has several; None takes the first.
-    UserError after `TRIES` broken records in a row.
+    sample. own: a random number of the sample, which picks the view of a record that has several; None takes the first.
+    Raises UserError after `TRIES` broken records in a row.
     """
     tried, views = min(len(source), TRIES), own is not None and hasattr(source, "view")
     for step in range(tried):
@@ -68,12 +68,12 @@ def read(source: Source, index: int, own: int | None = None) -> tuple[dict, int]
         try:
             return source.view(place, own) if views else source[place], index if step else -1
         except sources.BrokenRecord as error:
-            last = str(error)  # the exception itself would hold this frame, and this frame the exception
-    raise UserError(f"{tried} records in a row cannot be read, from {source.name(index)} on; the last one: {last}")
+            last = str(error)  # not the exception, which would make a reference cycle with this frame
+    raise UserError(f"{tried} records in a row cannot be read, from {source.name(index)} on; the last error: {last}")
 
 
 def examples(source: Source, indices: Iterable[int]) -> list[dict]:
-    """The items of some indices as they are (`image` H W 3 uint8, `text`, `scene`, ...), with `index` and `broken`."""
+    """The items of some indices, unbatched (`image` H W 3 uint8, `text`, `scene`, ...), with `index` and `broken`."""
     out = []
     for index in indices:
         item, broken = read(source, int(index))
@@ -82,7 +82,7 @@ def examples(source: Source, indices: Iterable[int]) -> list[dict]:
 
 
 class _HostBatch:
-    """k -> the rows of global batch k that this host holds. Picklable: worker processes get a copy."""
+    """k -> this host's rows of global batch k. Picklable: worker processes get a copy."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class _HostBatch:
             "label": np.asarray(label, np.int32),
             "broken": np.asarray(broken, np.int32),
         }
-        # pictures stay uint8 until they have left the worker: a quarter of the bytes to hand over
+        # images stay uint8 in the worker: a quarter of the bytes to transfer
         out |= {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
         if self.tokenizer:
             ids, mask = zip(*(self.tokenizer.encode(text) for text in texts), strict=True)
@@ -125,9 +125,9 @@ class _HostBatch:
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Runs first in each worker process: signals to the whole group are the parent's to answer, none outlives it.
+    """Runs first in each worker process: ignores signals that the parent handles, and exits with the parent.
 
-    A scheduler's SIGTERM reaches workers too; the parent still needs batches until all hosts have agreed where to save.
+    A scheduler's SIGTERM reaches workers too; the parent still needs batches until all hosts agree on the step to save.
     """
     parent, deadline = os.getppid(), [float("inf")]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -155,31 +155,33 @@ def batches(
     threads: int = 1,
     ahead: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Host batches from global batch `start` on: without end, shuffled anew each epoch; or, with shuffle=False, one
-    sequential pass whose last batch is filled up from the start of the source, with a `valid` B bool to tell.
+    """Host batches from global batch `start` on, endless and shuffled in each epoch.
 
-    batch: rows of the *global* batch; rows: those that this process holds, and only they are read (default all).
-    workers: processes that prepare batches (they re-import `__main__`: guard it); 0 reads in `threads` threads of this
-    process (0: none, in the caller's own). ahead: batches each of them prepares in advance.
-    Close the returned generator, or let `prefetch` do it.
+    With shuffle=False, one sequential pass; its last batch is filled up with the first records, and `valid` B bool is
+    False for these.
+
+    batch: rows of the *global* batch; rows: those of this process, the only ones that are read (default: all).
+    workers: processes that prepare batches (they re-import `__main__`: guard it); 0 uses `threads` threads of this
+    process (0: the caller's thread). ahead: batches that each prepares in advance.
+    Close the returned generator, or let `prefetch` do it. Raises UserError for rows or numbers out of range.
     """
     rows = range(batch) if rows is None else list(rows)
     if batch < 1 or len(rows) < 1 or not all(0 <= row < batch for row in rows):
-        raise UserError(f"rows {list(rows)[:8]} do not lie in a global batch of {batch}")
+        raise UserError(f"rows {list(rows)[:8]} are not within 0 and {batch - 1}, those of a global batch of {batch}")
     if start < 0 or workers < 0 or threads < 0 or ahead < 0:
-        raise UserError(f"start, workers, threads and ahead must not be negative: {(start, workers, threads, ahead)}")
+        raise UserError(f"start, workers, threads and ahead must be at least 0: {(start, workers, threads, ahead)}")
     if not 1 <= len(source) < 2**31:
-        raise UserError(f"a source must have 1 to 2**31 - 1 records, this one has {len(source)}")
+        raise UserError(f"the data source has {len(source)} records, but must have 1 to 2**31 - 1")
     once = source.batches_once(batch) if hasattr(source, "batches_once") else -(-len(source) // batch)
     stop = sys.maxsize // batch - 1 if shuffle else once
     data = grain.MapDataset.range(min(start, stop), stop)
     data = data.map(_HostBatch(source, tokenizer, batch, seed, rows, shuffle, flip))
-    # a thread without a place to put its batch would wait
+    # a thread without a free buffer would wait
     data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads)))
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads its absl flags when it starts a worker; we have none of our own
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts a worker; this program has none
             flags.FLAGS.mark_as_parsed()
-        # Through pipes, not shared memory: a container often has 64 MB of it, and dies on using more.
+        # through pipes, not shared memory: containers often have only 64 MB of it and crash if they use more
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         data = grain.experimental.WithOptionsIterDataset(data, options)
         data = data.mp_prefetch(
@@ -198,12 +200,12 @@ def _closing(data: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
 
 
 def take_broken(batch: dict[str, np.ndarray]) -> list[int]:
-    """Pops `broken` off a host batch -> the indices of the records replaced in it, to be counted and named."""
+    """Pops `broken` from a host batch -> the indices of the records that were replaced, to be logged."""
     return [int(index) for index in batch.pop("broken") if index >= 0]
 
 
 def plain(value: Any) -> Any:
-    """Config values -> JSON types, so that a fingerprint compares equal after a trip through a file."""
+    """Config values -> JSON types, so that a fingerprint compares equal after it was written and read."""
     if hasattr(value, "items"):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, range)):
@@ -214,9 +216,9 @@ def plain(value: Any) -> Any:
 def fingerprint(
     data_config: Mapping[str, Any], source: Source, text: text_lib.Tokenizer | None, *, batch: int, seed: int
 ) -> dict:
-    """Plain values of everything that decides which sample is where and what is in it.
+    """Plain values of everything that determines the order and content of the samples.
 
-    Not in it: workers and threads, which change nothing, and the path of a folder, which may move (its records are).
+    It excludes workers and threads, which do not matter, and the path of a folder, which may move (its records matter).
     """
     return plain(
         {
@@ -230,11 +232,11 @@ def fingerprint(
 
 
 def prefetch(iterator: Iterator, put: Callable, depth: int = 2) -> "Prefetch":
-    """Iterates over put(item) for the items of `iterator`, up to `depth` of them made ahead in a background thread.
+    """Iterates over put(item) for the items of `iterator`; a background thread prepares up to `depth` of them ahead.
 
-    put: moves a host batch to the device (jax.device_put, or make_array_from_process_local_data). What the loader or
-    put raises is raised to the consumer, after the batches before it. `close()` (or leaving a `with`) stops the thread
-    and closes the iterator; without it the thread ends with the returned object, or with the interpreter.
+    put: moves a host batch to the device (jax.device_put, or make_array_from_process_local_data). Exceptions of the
+    loader or of put are raised to the consumer, after the batches before them. `close()` (or leaving a `with`) stops
+    the thread and closes the iterator; without it the thread ends with the returned object, or with the interpreter.
     """
     return Prefetch(iterator, put, depth)
 
@@ -279,7 +281,7 @@ class Prefetch:
 
 
 def _fill(iterator: Iterator, put: Callable, out: queue.Queue, stop: threading.Event) -> None:
-    """The background thread. It holds no reference to the `prefetch` object, which may thus be collected."""
+    """The background thread. It has no reference to the `Prefetch` object, so that it can be garbage-collected."""
 
     def offer(pair) -> None:
         while not stop.is_set():
@@ -295,7 +297,7 @@ def _fill(iterator: Iterator, put: Callable, out: queue.Queue, stop: threading.E
             offer((put(item), None))
         else:
             offer((None, StopIteration()))
-    except BaseException as error:  # whatever it is, the consumer must see it, not a thread that went away
+    except BaseException as error:  # any error must reach the consumer
         offer((None, error))
     finally:
         if hasattr(iterator, "close"):

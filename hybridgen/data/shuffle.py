@@ -1,4 +1,4 @@
-"""Seeded random numbers and permutations without state: every one is a function of (seed, position).
+"""Stateless seeded random numbers and permutations: each is a function of (seed, position).
 
 Letters: N positions.
 """
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele et al. 2014): uint64 -> well-spread uint64, of any shape."""
+    """SplitMix64 (Steele et al. 2014): a hash of uint64 to uint64, of any shape."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -15,16 +15,16 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def draw(seed: int, stream: int, positions: np.ndarray) -> np.ndarray:
-    """N uint64: one random number for each of N positions, the same whoever draws it."""
+    """N uint64: one random number for each of N positions, a function of (seed, stream, position)."""
     key = _mix(_mix(np.asarray([seed % 2**64], np.uint64)) + np.uint64(stream))
     return _mix(key + np.asarray(positions).astype(np.uint64))
 
 
 def order(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """N sample numbers -> N indices below `length`: in each epoch a new permutation of them all.
+    """N sample numbers -> N indices below `length`, a new permutation of all indices in each epoch.
 
-    A Feistel network over the fewest bits that hold an index, walked until it lands on one (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains"): nothing is stored, and an epoch may be as long as it likes.
+    A Feistel network over the fewest bits that can hold an index, with cycle walking until the result is below `length`
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It stores nothing, so epochs may have any length.
     """
     epoch, index = np.divmod(np.asarray(positions, np.int64), length)
     bits = max(1, (length - 1).bit_length())

@@ -1,8 +1,7 @@
-"""What happens to a picture between its file and the batch: small functions, uint8 until the last moment.
+"""Image transforms between file and batch; images stay uint8 until the batch is complete.
 
-`cover`, `square` and `flatten` work on a PIL picture (one read from a file, before its pixels are unpacked), `flip` and
-`crops` on one H W 3 array, `to_float` and `to_uint8` on arrays of any leading shape: a batch is turned into floats at
-once.
+`cover`, `square` and `flatten` take a PIL image (opened, but not decoded yet), `flip` and `crops` one H W 3 array,
+`to_float` and `to_uint8` arrays of any leading shape, such as a whole batch.
 """
 
 import numpy as np
@@ -12,9 +11,9 @@ WHITE = (255, 255, 255)
 
 
 def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """A picture in any mode -> RGB; transparency is composited on `background`, EXIF rotation applied."""
+    """An image in any mode -> RGB; composites transparency on `background` and applies EXIF rotation."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greys: PIL would clip them to white
+    if image.mode.startswith("I"):  # 16-bit greyscale, which PIL would clip to white
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65_535) // 257).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -23,7 +22,7 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Ima
 
 
 def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Scaled so that it just covers, centre crop -> H W 3 uint8 (one resampling: the crop is its source box)."""
+    """Scales an image to cover height x width and crops the centre, in one resampling -> H W 3 uint8."""
     wide, high = image.size
     least = min(wide * height, high * width)
     side, up = max(least // height, 1), max(least // width, 1)  # box of the crop
@@ -34,12 +33,12 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """Shorter side to `resolution`, centre crop -> R R 3 uint8."""
+    """Scales the shorter side to `resolution` and crops the centre -> R R 3 uint8."""
     return cover(image, resolution, resolution)
 
 
 def crops(image: np.ndarray, resolution: int) -> np.ndarray:
-    """H W 3 -> 5 R R 3: the four corners and the centre."""
+    """H W 3 -> 5 R R 3: crops of the four corners and the centre."""
     down, right = image.shape[0] - resolution, image.shape[1] - resolution
     corners = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
     return np.stack([image[top : top + resolution, left : left + resolution] for top, left in corners])

@@ -1,9 +1,8 @@
-"""Distances of drawn pictures from a reference, on the features of a pretrained network.
+"""Distances of generated images to a reference (FID, KID, precision and recall), on features of a pretrained network.
 
-The network is a run of a family with `encode(image) -> features b d` and a model that says its `feature_width`:
-`hybridgen convert` makes one of efficientnet_lite0 or inception_v3. The reference is a split of the run's own data, a
-folder of pictures, or a reference file of ADM. Pictures of both sides are rounded to 8 bits before the network sees
-them: what is compared is what would be in a file.
+The network is a run of a family with `encode(image) -> features b d` and a model with a `feature_width`; `hybridgen
+convert` imports efficientnet_lite0 and inception_v3. The reference is a split of the run's own data, a folder of
+images, or a reference file of ADM. All images are rounded to 8 bits before the network, as if read from PNG files.
 """
 
 import dataclasses
@@ -24,16 +23,16 @@ from hybridgen.runs import experiment, reading
 from hybridgen.runs.restore import Loaded
 
 SPLITS = ("train", "validation", "holdout")
-LEAST = 2 * (prdc.COVERED + 1)  # pictures of a side
-MOST = 10_000  # of whose features pairs are taken: by the square of it grow the time of KD, precision and recall
+LEAST = 2 * (prdc.COVERED + 1)  # smallest number of images of either set
+MOST = 10_000  # largest number of features that are compared in pairs: KD, precision and recall take quadratic time
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """`compare(images) -> {"fd", "kd", ...}` of `images [n, H, W, 3]`, floats in [-1, 1].
 
-    encode: uint8 pictures -> features `[b, d]`. known: mean and covariance, where a file gives them. pictures: the
-    reference, uint8 batches.
+    encode: uint8 images -> features `[b, d]`. known: mean and covariance of the reference, if a file has them.
+    pictures: the reference, as uint8 batches.
     """
 
     encode: Callable[[np.ndarray], np.ndarray]
@@ -45,7 +44,7 @@ class Comparison:
     pictures: Callable[[], Iterator[np.ndarray]] | None
 
     def __call__(self, images: np.ndarray, label: str) -> dict[str, Any]:
-        """`label` is for the progress line."""
+        """{"pictures", "fd", "kd", ...} of images `[n, H, W, 3]`; `label`: of the progress line."""
         starts = range(0, len(images), self.batch)
         clean = np.nan_to_num(images, nan=-1.0)
         batches = (transforms.to_uint8(clean[start : start + self.batch]) for start in starts)
@@ -60,7 +59,7 @@ class Comparison:
 
     @functools.cached_property
     def _reference(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """(mean, root of the covariance, features or None): a file's statistics go before those of its pictures."""
+        """(mean, root of the covariance, features or None); a file's statistics take precedence over its images."""
         known = (self.known[0], fid.root(self.known[1])) if self.known else ()
         if self.pictures is None:
             return *known, None
@@ -92,32 +91,32 @@ def build(
     against: str | None = None,
     most: int | None = None,
 ) -> Comparison:
-    """The comparison of `count` pictures with `most` of the reference `against`, on the network of the run `features`.
+    """The comparison of `count` images with `most` of the reference `against`, on the network of the run `features`.
 
-    Without a reference it is the split "train"; without `most`, `count`. `splits` are those that are measured: a
-    reference that is one of them begins behind the pictures that are drawn.
-    Raises UserError for what cannot be compared, before anything is computed.
+    The default reference is the split "train", the default of `most` is `count`. `splits`: those that are evaluated; if
+    the reference is one of them, it starts after the evaluated images. Raises UserError for a network or reference that
+    cannot be used, before anything is computed.
     """
     against, most = "train" if against is None else against, count if most is None else most
     for name, value in (("count", count), ("reference-count", most)):
         if value < LEAST:
-            raise UserError(f"distances need at least {LEAST} pictures, --{name} is {value}")
+            raise UserError(f"--{name} {value}: distances need at least {LEAST} images")
     batch = meshes.padded(loaded.mesh, batch)
     run = reading.load(reading.find_run(features, None))
     width = getattr(run.part.model, "feature_width", 0)
     if not width:
-        raise UserError(f"{features} is a run of {run.part.family}, not of a network of features")
+        raise UserError(f"--features {features} is a run of {run.part.family}, not of a feature network")
     start = count if against in splits else 0
     known, pictures, used = _opened(loaded.config.data, against, start, most, batch, width)
     if pictures is not None and used < LEAST:
-        raise UserError(f"the reference {against!r} has {used} pictures to compare with, distances need {LEAST}")
+        raise UserError(f"--reference {against} has {used} usable images, but distances need at least {LEAST}")
     about = {"features": run.part.family, "digest": run.digest, "reference": against, "reference_pictures": used}
     about |= {"statistics": known is not None, "pairs_of_at_most": MOST}
     return Comparison(_encoder(run.part, loaded, batch), width, batch, seed, about, known, pictures)
 
 
 def _encoder(part: Any, loaded: Loaded, batch: int) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 pictures, at most `batch` -> features as numpy, over all devices; the last rows are padded."""
+    """A function: uint8 images -> features as numpy, `batch` at a time over all devices; the last batch is padded."""
     placed = placement.put(part, experiment.part_shardings(part, loaded.mesh))
     program = jax.jit(lambda part, image: part.call("encode", image))
 
@@ -130,7 +129,7 @@ def _encoder(part: Any, loaded: Loaded, batch: int) -> Callable[[np.ndarray], np
 
 
 def _opened(data: Any, against: str, first: int, most: int, batch: int, width: int) -> tuple:
-    """(statistics or None, pictures or None, how many pictures) of a reference; of a split from picture `first` on."""
+    """(statistics or None, images or None, number of images) of a reference; a split starts at image `first`."""
     if against in SPLITS:
         source = sources.build(data, against)
     elif Path(against).is_dir():
@@ -141,11 +140,11 @@ def _opened(data: Any, against: str, first: int, most: int, batch: int, width: i
         file = reference.open_reference(Path(against))
         if file.statistics is not None and len(file.statistics[0]) != width:
             wide = len(file.statistics[0])
-            raise UserError(f"{against} has statistics of {wide} features, the network has {width}")
+            raise UserError(f"--reference {against} has statistics of {wide} features, but the network has {width}")
         used = min(most, file.count)
         return file.statistics, (lambda: file.pictures(used, batch)) if used else None, used
     else:
-        raise UserError(f"no reference {against!r}: neither a file nor a folder, nor one of {', '.join(SPLITS)}")
+        raise UserError(f"--reference {against!r} is neither a file nor a folder nor one of {', '.join(SPLITS)}")
     used = max(0, min(most, len(source) - first))
 
     def pictures() -> Iterator[np.ndarray]:
@@ -157,11 +156,11 @@ def _opened(data: Any, against: str, first: int, most: int, batch: int, width: i
 
 
 def table(report: dict) -> list[str]:
-    """Lines of Markdown: the distances in a report, a row a set of pictures; nothing if it has none."""
+    """Lines of Markdown: the distances of a report, one row per set of images; empty if it has none."""
     if "distances" not in report:
         return []
     about = report["distances"]
-    head = ("split", "pictures", "of", "FD", "KD x 1000", "precision", "recall", "density", "coverage")
+    head = ("split", "images", "count", "FD", "KD x 1000", "precision", "recall", "density", "coverage")
     lines = [f"## Distances on {about['features']}", ""]
     lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for split, kinds in report["splits"].items():
@@ -172,6 +171,6 @@ def table(report: dict) -> list[str]:
                 cells += [f"{found[share]:.3f}" for share in head[5:]]
             lines.append(f"| {' | '.join(cells + [''] * (len(head) - len(cells)))} |")
     count = about["reference_pictures"]
-    what = ["its statistics (FD)"] * about["statistics"] + [f"{count} pictures of it"] * (count > 0)
-    last = "The true pictures are the floor: nothing drawn can be expected to come nearer."
+    what = ["its statistics (FD)"] * about["statistics"] + [f"{count} of its images"] * (count > 0)
+    last = "The real images are the floor: generated images are not expected to be closer to the reference."
     return [*lines, "", f"Reference: {about['reference']}, {' and '.join(what)}. {last}", ""]

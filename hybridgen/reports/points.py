@@ -1,12 +1,12 @@
-"""One table of a recipe's points, each a tokenizer and a prior on it: what their runs logged and reported.
+"""A table that compares several points, each a tokenizer and a prior on it, from the logs and reports of their runs.
 
 A stage of a recipe: {"compare": {NAME: {"tokenizer": run, "prior": run, "pictures": (evaluations,)}}, "split": name}.
-Nothing is computed anew. A point that is not measured yet is named below the table.
+Nothing is computed again. Points without results are listed below the table.
 
-The size of the code in bits is tokens times log2 of the codebook, or the mean divergence of a KL autoencoder. A prior
-on tokens is measured in nats a token and, as that depends on how many there are, a picture; in bits a picture it
-compares with the size of the code. One on latents is a diffusion: its loss is an error a value, which compares with
-neither.
+The code size in bits is the number of tokens times log2 of the codebook size, or the mean KL divergence of a KL
+autoencoder. The loss of a prior on tokens is given in nats per token and, since this depends on the number of tokens,
+per image; in bits per image it can be compared with the code size. A prior on latents is a diffusion model, whose loss
+is a squared error per value and cannot be compared with either.
 """
 
 import json
@@ -23,17 +23,17 @@ from hybridgen.core.errors import UserError
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.reading import find_run
 
-HEAD = ("point", "code, bits", "perplexity, of the codebook", "PSNR", "right, reconstructed", "prior's loss")
-HEAD += ("nats a picture", "bits a picture", "right, from captions", "by objects")
+HEAD = ("point", "code, bits", "perplexity / codebook size", "PSNR", "correct, reconstructed", "prior's loss")
+HEAD += ("nats per image", "bits per image", "correct, from captions", "by objects")
 
 
 def runs(point: Any) -> tuple[str, ...]:
-    """What a point names: its runs, and the folders of its evaluations."""
+    """The paths that a point names: its runs, and the folders of its evaluations."""
     return (point.tokenizer, point.prior, *point.pictures)
 
 
 def check(stage: Any, known: Collection[str]) -> None:
-    """Raises UserError if a point names what is no stage of the recipe, `known`."""
+    """Raises UserError if a point names a stage that is not in `known`, the stages of the recipe."""
     for name, point in stage.compare.items():
         for other in (Path(path).name for path in runs(point)):
             if other not in known:
@@ -41,7 +41,7 @@ def check(stage: Any, known: Collection[str]) -> None:
 
 
 def stage(config: Any, place: Path) -> None:
-    """Writes table.json and table.md into `place` and prints the table. UserError if no point is measured."""
+    """Writes table.json and table.md into `place` and prints the table. Raises UserError if no point has results."""
     points, missing = {}, {}
     for name, point in config.compare.items():
         try:
@@ -49,7 +49,7 @@ def stage(config: Any, place: Path) -> None:
         except UserError as error:
             missing[name] = str(error)
     if not points:
-        raise UserError(f"there is nothing to compare yet: {next(iter(missing.values()), 'no points')}")
+        raise UserError(f"no point has results yet: {next(iter(missing.values()), 'there are no points')}")
     points = dict(sorted(points.items(), key=lambda item: _size(item[1])))
     text = markdown(points, list(missing))
     if jax.process_index() == 0:
@@ -61,7 +61,7 @@ def stage(config: Any, place: Path) -> None:
 
 
 def measured(point: Any, split: str, place: Path) -> dict[str, Any]:
-    """A point's numbers, as found in its runs. Raises UserError for what is not there yet."""
+    """The numbers of a point, from its runs. Raises UserError if a result is missing."""
     tokenizer, prior = (find_run(point[role], place) for role in ("tokenizer", "prior"))
     model = config_lib.read(prior / "config.json").model
     of_tokenizer, of_prior = last_evaluation(tokenizer), last_evaluation(prior)
@@ -81,12 +81,12 @@ def measured(point: Any, split: str, place: Path) -> dict[str, Any]:
 
 
 def _size(point: Mapping) -> tuple:
-    """What rows are sorted by: codes before latents, then places, then what a place may say."""
+    """The sort key of rows: tokens before latents, then by number of positions, then by codes or channels."""
     return "error" in point, point.get("tokens", point.get("places")), point.get("codes", point.get("values"))
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    """The last line of a run's log that has an evaluation."""
+    """The last evaluation in a run's log, with its step. Raises UserError if there is none."""
     log = run / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for line in reversed([json.loads(line) for line in lines if '"eval/' in line]):
@@ -95,13 +95,13 @@ def last_evaluation(run: Path) -> dict[str, Any]:
 
 
 def pictures(folder: Path, split: str) -> dict[str, Any]:
-    """Shares of right pictures, with their standard errors, PSNR and perplexity in an evaluation's report."""
+    """Shares of correct images with their standard errors, PSNR and perplexity, from an evaluation's report."""
     file = folder / "report.json"
     if not file.is_file():
-        raise UserError(f"no report in {folder} yet")
+        raise UserError(f"{folder} has no report yet")
     report, out = run_folder.read_json(file), {}
     if split not in report["splits"]:
-        raise UserError(f"the report in {folder} is not of the split {split!r}, but of {', '.join(report['splits'])}")
+        raise UserError(f"the report in {folder} has no split {split!r}, only {', '.join(report['splits'])}")
     for kind, drawn in report["splits"][split].items():
         name = "drawn" if kind == "from captions" else "reconstructed"
         if "render" not in drawn:
@@ -120,7 +120,7 @@ def pictures(folder: Path, split: str) -> dict[str, Any]:
 
 
 def markdown(points: Mapping[str, Mapping], missing: Sequence[str]) -> str:
-    """The table, and what is not in it."""
+    """The table in Markdown, with a list of the missing points."""
     lines = [_row(HEAD), _row(["---"] * len(HEAD))]
     for name, point in points.items():
         known = [
@@ -129,7 +129,7 @@ def markdown(points: Mapping[str, Mapping], missing: Sequence[str]) -> str:
             (100 * point["perplexity"] if "perplexity" in point else None, "{:.0f} %"),
             (point.get("psnr"), "{:.1f}"),
             (point.get("reconstructed"), "{}"),
-            *([(point["nats_a_token"], "{:.2f} a token")] if "codes" in point else [(point["error"], "({:.3f})")]),
+            *([(point["nats_a_token"], "{:.2f} per token")] if "codes" in point else [(point["error"], "({:.3f})")]),
             (point.get("nats_a_picture"), "{:.1f}"),
             (point.get("bits_a_picture"), "{:.1f}"),
             (point.get("drawn"), "{}"),
@@ -137,8 +137,9 @@ def markdown(points: Mapping[str, Mapping], missing: Sequence[str]) -> str:
         ]
         lines.append(_row("" if value is None else form.format(_share(value)) for value, form in known))
     if any("error" in point for point in points.values()):
-        lines += ["", "In brackets: squared error a value, of a diffusion on latents. It does not compare with nats."]
-    lines += ["", f"Not measured yet: {', '.join(missing)}."] if missing else []
+        text = "In brackets: squared error per value of a diffusion model on latents, not comparable with nats."
+        lines += ["", text]
+    lines += ["", f"No results yet: {', '.join(missing)}."] if missing else []
     return "\n".join([*lines, ""])
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints: Orbax for the arrays, and what it lacks: digests, a marker that counts, fall-back, a fingerprint.
+"""Checkpoints: Orbax stores the arrays; this file adds digests, a commit marker, fallback to older steps.
 
     <directory>/<step>/model/         params, ema, extra (Orbax): all that sampling or another run's `init_from` reads
-    <directory>/<step>/training/      the rest of the state: optimiser, step, health (Orbax)
+    <directory>/<step>/training/      the rest of the state: optimizer, step, health (Orbax)
     <directory>/<step>/about/         the run's fingerprint and the caller's `meta`, as JSON
-    <directory>/<step>/manifest.json  size and SHA-256 of every file; written last: only then the step exists
+    <directory>/<step>/manifest.json  size and SHA-256 of every file; written last, it commits the step
 
-Orbax keeps no checksum over array data and takes an empty folder for a step; so nothing is read here that does not fit
-its manifest (manifest.py). Orbax's CheckpointManager is not used: it lists and deletes by markers of its own, this file
-by manifests only. Whoever saves holds the run folder's lock (rundir.py).
+Orbax has no checksum over array data and accepts an empty folder as a step. Here a step is read only if it matches its
+manifest (manifest.py). Orbax's CheckpointManager is not used: it lists and deletes steps by its own markers, this file
+by manifests only. A process that saves must hold the lock of the run folder (folder.py).
 """
 
 import contextlib
@@ -33,21 +33,21 @@ from hybridgen.runs import fingerprint as fingerprint_lib
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs import manifest, upgrades
 
-MODEL = ("params", "ema", "extra")  # the branches of a state that lie in `model/`
+MODEL = ("params", "ema", "extra")  # the branches of a state that are stored in `model/`
 
 
 class SaveError(RuntimeError):
-    """A save did not finish (disk full, for instance). The earlier checkpoints are as they were."""
+    """A save failed, for instance because the disk is full. The earlier checkpoints are intact."""
 
 
 class Checkpointer:
-    """Saves and restores the steps of one directory. Close it (or use `with`): a program's end cuts a save in flight.
+    """Saves and restores the steps of one directory. Close it (or use `with`): an exit of the program ends a save.
 
     Args:
-      directory: created if missing (UserError if that cannot be).
-      keep: how many of the newest steps stay; `keep_every`: steps that divide by it stay for good (0: none).
-      fingerprint: plain nested dict saved with each step: what must be the same when a run goes on.
-      read_only: for reading another run's parameters: makes, cleans and deletes nothing, and verifies `model/` only.
+      directory: created if missing (UserError if that fails).
+      keep: how many of the newest steps to keep; `keep_every`: multiples of it are never deleted (0: none).
+      fingerprint: plain nested dict saved with each step: the values that must be equal when a run resumes.
+      read_only: to read another run's parameters: creates and deletes nothing, and verifies `model/` only.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class Checkpointer:
         read_only: bool = False,
     ):
         if keep < 1:
-            raise UserError(f"keep {keep} checkpoints: at least 1 must stay")
+            raise UserError(f"checkpoint.keep is {keep}: at least 1 checkpoint must be kept")
         self.directory = Path(directory).absolute()
         self.keep, self.keep_every, self.read_only = keep, keep_every, read_only
         self.fingerprint = dict(fingerprint or {})
         self._thread: threading.Thread | None = None
         self._failure: SaveError | None = None
-        self._scope = ("model/", "about/") if read_only else ("",)  # prefixes of the files that must be good
+        self._scope = ("model/", "about/") if read_only else ("",)  # prefixes of the files that are verified
         self._verified: set[int] = set()
         self._rejected: set[int] = set()
-        self._turns = itertools.count()  # the same in every process: names for what they exchange
+        self._turns = itertools.count()  # equal in all processes: numbers the messages that they exchange
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         if not read_only:
             run_folder.make(self.directory)
@@ -85,11 +85,11 @@ class Checkpointer:
     # ---- saving
 
     def save(self, step: int, state: Mapping, meta: Mapping | None = None, sound: bool = True) -> bool:
-        """Starts saving `state` (nested dict of arrays) as `step`; False if that step is there already.
+        """Starts saving `state` (nested dict of arrays) as `step`; False if that step exists already.
 
-        sound: a run may go back to it and on another way; the newest such step stays, whatever came after it.
-        Returns when the arrays may be donated; waits for the save before it. Raises SaveError, once, if this save
-        cannot start or an earlier one failed in the background; calling again then tries this step.
+        sound: a rollback may restore this step; the newest sound step is never deleted.
+        Waits for the previous save, and returns when the arrays may be donated. Raises SaveError, once, if this save
+        cannot start or an earlier one failed in the background; a second call then tries again to save this step.
         """
         if self.read_only:
             raise ValueError(f"{self.directory} was opened read_only")
@@ -100,9 +100,9 @@ class Checkpointer:
         items["about"] = ocp.args.JsonSave({"fingerprint": self.fingerprint, "meta": dict(meta or {}), "sound": sound})
         turn, failure = next(self._turns), None
         try:
-            # force: what is there under this name did not verify
+            # force: overwrite, since an existing folder of this name did not verify
             self._orbax.save(self._folder(step), args=ocp.args.Composite(**items), force=True)
-        except Exception as error:  # whatever it is, the caller decides whether the run goes on
+        except Exception as error:  # reported as SaveError: the caller decides whether training continues
             failure = error
         if problem := _anyone(f"save/{turn}/start", failure):
             raise self._failed(step, problem) from failure
@@ -125,18 +125,18 @@ class Checkpointer:
             raise failure
 
     def close(self) -> None:
-        """As `wait_until_saved`, and lets go of Orbax's threads."""
+        """Calls `wait_until_saved` and ends Orbax's threads."""
         try:
             self.wait_until_saved()
         finally:
             self._orbax.close()
 
     def _finish(self, step: int, turn: int) -> None:
-        """In the background: when Orbax is done, the manifests; then, never before, older steps may go."""
+        """In the background: waits for Orbax, writes the manifests, and only then deletes older steps."""
         failure = None
         try:
             self._orbax.wait_until_finished()
-        except BaseException as error:  # handed to the caller's next save or wait_until_saved
+        except BaseException as error:  # raised by the caller's next save or wait_until_saved
             failure = error
         try:
             problem = _anyone(f"save/{turn}/written", failure)  # also: the files of all processes are final
@@ -157,13 +157,13 @@ class Checkpointer:
             self._retain(step)
 
     def _failed(self, step: int, error: BaseException | str) -> SaveError:
-        """Clears what a failed save left behind. A fresh Orbax, since the old one would raise this error again."""
+        """Deletes the files of a failed save. Creates a new Orbax checkpointer: the old one raises the error again."""
         with contextlib.suppress(Exception):
             self._orbax.close()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._saved.discard(step)
         self._remove(step)
-        for _ in range(20):  # writes still under way bring the folder back: the next save must not find them in it
+        for _ in range(20):  # pending writes can recreate the folder, where the next save would find their files
             self._sweep()
             time.sleep(0.5)
             if not self._leftovers():
@@ -177,9 +177,9 @@ class Checkpointer:
         return SaveError(f"checkpoint {step} was not saved: {text}")
 
     def _retain(self, saved: int) -> None:
-        """Deletes what is older than the newest `keep` steps, by number (clocks may go back), but never `saved`.
+        """Deletes steps older than the newest `keep`, by number (a clock may be set back), but never `saved`.
 
-        Nor the newest sound step: of a run that goes bad, more may be saved before that is seen.
+        It keeps the newest sound step too: bad steps are detected late, so a few unsound steps may follow it.
         """
         good = [step for step in self._folders() if step not in self._rejected and self._marked(step)]
         kept = {saved, next(filter(self._sound, reversed(good)), saved), *good[-self.keep :]}
@@ -191,17 +191,17 @@ class Checkpointer:
     def _sound(self, step: int) -> bool:
         try:
             return run_folder.read_json(self._folder(step) / "about" / "metadata").get("sound", True)
-        except (UserError, AttributeError):  # damaged meanwhile
+        except (UserError, AttributeError):  # damaged after it was saved
             return False
 
     def _remove(self, step: int) -> None:
         if jax.process_index() != 0:
             return
-        manifest.remove(self._folder(step))  # first: half a step must not look whole
+        manifest.remove(self._folder(step))  # first: a partly deleted step must not look complete
         shutil.rmtree(self._folder(step), ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Removes what saves left that were killed or failed."""
+        """Removes the temporary folders of killed or failed saves."""
         if jax.process_index() == 0:
             for leftover in self._leftovers():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -209,40 +209,40 @@ class Checkpointer:
     def _leftovers(self) -> list[Path]:
         return list(self.directory.glob("*.orbax-checkpoint-tmp*"))
 
-    # ---- which steps are good
+    # ---- which steps are valid
 
     def verify(self, step: int) -> list[str]:
-        """What is wrong with a step: one line a fault, naming the file; empty if every byte is as it was written."""
+        """The faults of a step, one line each, starting with the file; empty if all files match the manifest."""
         problems = manifest.faults(self._folder(step), step, self._scope)
-        if jax.process_count() > 1:  # all must come to the same answer
+        if jax.process_count() > 1:  # all processes must get the same answer
             total = int(multihost_utils.process_allgather(np.int32(len(problems))).sum())
             problems += [f"{total - len(problems)} faults found by other processes"] if total > len(problems) else []
         (self._verified.discard if problems else self._verified.add)(step)
         return problems
 
     def good_steps(self) -> list[int]:
-        """Steps that verify, in order. Reads all of them."""
+        """The valid steps, in order. Reads all files of all steps."""
         return [step for step in self._folders() if not self.verify(step)]
 
     def newest_good(self, report: Callable[[str], Any] = print) -> int | None:
-        """The newest step that verifies, or None; each newer one is named to `report` with its bad file."""
+        """The newest valid step, or None; `report` gets one line for each newer step, with its faulty file."""
         self.wait_until_saved()
         for step in reversed(self._folders()):
             problems = self.verify(step)
             if not problems:
                 return step
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            report(f"checkpoint {step} in {self.directory} is not used: {problems[0]}{more}")
+            report(f"warning: checkpoint {step} in {self.directory} is damaged and not used: {problems[0]}{more}")
             self._rejected.add(step)
             self._saved.discard(step)
         return None
 
     def drop_after(self, most: int) -> int | None:
-        """Deletes the steps beyond `most`; the newest good one that is left, or None."""
+        """Deletes the steps after `most`; returns the newest valid step that is left, or None."""
         self.wait_until_saved()
         for step in [step for step in self._folders() if step > most]:
             self._remove(step)
-        # by number, in every process alike: another one may find the folders gone already
+        # by number, so that all processes agree: another process may have deleted the folders already
         self._saved = {step for step in self._saved if step <= most}
         self._verified = {step for step in self._verified if step <= most}
         self._rejected = {step for step in self._rejected if step <= most}
@@ -268,14 +268,14 @@ class Checkpointer:
     # ---- restoring
 
     def restore(self, step: int, abstract: Mapping) -> dict:
-        """The state of `step` as `abstract` says: nested dict of ShapeDtypeStructs (with shardings, or on one device).
+        """The state of `step`. `abstract`: nested dict of ShapeDtypeStructs (with shardings; without, on one device).
 
-        Raises UserError if the step does not verify, or naming the keys if it holds another tree, shapes or dtypes.
+        Raises UserError if the step is damaged, or if its tree, shapes or dtypes differ (the message names the keys).
         """
         if self.read_only:
-            raise ValueError(f"{self.directory} was opened read_only: restore_params")
+            raise ValueError(f"{self.directory} was opened read_only: use restore_params")
         self._check(step)
-        # an item without arrays is not on disk
+        # an item without arrays is not stored
         has = {name: {} for name, branch in abstract.items() if not jax.tree.leaves(branch)}
         for item in ("model", "training"):
             has |= self._metadata(step, item)
@@ -291,10 +291,10 @@ class Checkpointer:
         subtree: str = "",
         place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     ) -> dict:
-        """Parts of a step without reading the rest: {"params", "ema", "extra"}, or what lies at `subtree` ("params/x").
+        """The model of a step without the rest: {"params", "ema", "extra"}, or the branch `subtree` ("params/x").
 
-        Leaves are numpy arrays, or jax arrays with the sharding `place(path, shape)`. Raises UserError if there is no
-        such subtree or the step does not verify.
+        Leaves are numpy arrays, or JAX arrays with the sharding `place(path, shape)`. Raises UserError if the step has
+        no such subtree or is damaged.
         """
         self._check(step)
         tree = self._metadata(step, "model")
@@ -302,7 +302,7 @@ class Checkpointer:
         wanted: Any = tree
         for name in names:
             if not isinstance(wanted, Mapping) or name not in wanted:
-                raise UserError(f"checkpoint {self._folder(step)} has no {subtree!r}; at the top: {', '.join(tree)}")
+                raise UserError(f"checkpoint {self._folder(step)} has no {subtree!r}; top level: {', '.join(tree)}")
             wanted = wanted[name]
 
         def leaf(path: tuple, meta: Any) -> Any:
@@ -325,11 +325,11 @@ class Checkpointer:
         return self._about(step)["meta"]
 
     def check_fingerprint(self, step: int, allow: Collection[str] = ()) -> None:
-        """Raises UserError naming every key, but for `allow`, in which a step's fingerprint is not this run's."""
+        """Raises UserError if a step's fingerprint differs from this run's in other keys than `allow`; names them."""
         fingerprint_lib.check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)
 
     def check_model(self, step: int, config: Mapping) -> None:
-        """Raises UserError naming the keys in which this config's model is not the one that a step was saved with."""
+        """Raises UserError if the config's model differs from the one that the step was saved with; names the keys."""
         if saved := self._about(step)["fingerprint"].get("config"):
             fingerprint_lib.check_model(f"checkpoint {self._folder(step)}", saved, config)
 
@@ -337,7 +337,7 @@ class Checkpointer:
         self._check(step)
         about = run_folder.read_json(self._folder(step) / "about" / "metadata")
         config = about["fingerprint"].get("config", {})
-        if {"family", "model"} <= set(config):  # an earlier version's, as they are called today
+        if {"family", "model"} <= set(config):  # convert options of an earlier version
             config["family"], config["model"] = upgrades.renewed(config["family"], config["model"])
         return about
 
@@ -346,15 +346,15 @@ class Checkpointer:
         if step in self._verified:
             return
         if step not in (steps := self._folders()):
-            raise UserError(f"no checkpoint {step} in {self.directory}; there are: {steps or 'none'}")
+            raise UserError(f"no checkpoint {step} in {self.directory}; it has: {steps or 'none'}")
         problems = self.verify(step)
         if problems:
-            raise UserError(f"checkpoint {self._folder(step)} cannot be used: {problems[0]}")
+            raise UserError(f"checkpoint {self._folder(step)} is damaged: {problems[0]}")
 
     def _metadata(self, step: int, item: str) -> dict:
         folder = self._folder(step) / item
         if not folder.is_dir():
-            return {}  # had no arrays
+            return {}  # an item without arrays is not stored
         return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
 
     def _read(self, step: int, item: str, wanted: Mapping, numpy: bool = False) -> dict:
@@ -371,7 +371,7 @@ class Checkpointer:
 
 
 def _anyone(name: str, failure: BaseException | None) -> str:
-    """What went wrong in this process or in another one, which all of them learn; "" if nothing did."""
+    """The error of this process or of another one, the same text in all processes; "" if there is none."""
     reports = distributed.exchange(name, describe_error(failure) if failure else "")
     return next((f"process {i}: {text}" if len(reports) > 1 else text for i, text in enumerate(reports) if text), "")
 
@@ -382,14 +382,14 @@ def describe_error(error: BaseException) -> str:
 
 
 def _items(state: Mapping) -> dict[str, dict]:
-    """A state as it is laid out on disk; an item without arrays is left out, Orbax takes none."""
+    """A state as it is stored; an item without arrays is left out, since Orbax does not accept it."""
     model = {name: branch for name, branch in state.items() if name in MODEL}
     training = {name: branch for name, branch in state.items() if name not in MODEL}
     return {item: tree for item, tree in (("model", model), ("training", training)) if jax.tree.leaves(tree)}
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 of a tree of arrays: paths, shapes, dtypes and bytes. The same wherever the arrays live."""
+    """SHA-256 of a tree of arrays: paths, shapes, dtypes and bytes. It does not depend on device or sharding."""
     total = hashlib.sha256()
     for path, leaf in sorted((jax.tree_util.keystr(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)):
         array = np.ascontiguousarray(leaf)

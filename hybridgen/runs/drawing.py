@@ -1,7 +1,7 @@
-"""Drawing pictures from a model: one jitted program of one shape, any number of pictures, each from its own key.
+"""Sampling images from a model: one jitted program per shape, any number of images, each from its own key.
 
-Picture i of a seed has the key fold_in(step_key(seed, 0, "sample"), i): it is the same whatever the batch it is drawn
-in. Batches are padded to the compiled shape. Options are those of `config.sample.options`, checked here.
+Image number i of a seed has the key fold_in(step_key(seed, 0, "sample"), i), so it does not depend on the batch size.
+Batches are padded to the compiled shape. The options are those of `config.sample.options`, which are checked here.
 """
 
 import argparse
@@ -29,35 +29,35 @@ Known = Mapping[str, Mapping[str, Option]]  # group -> name -> option
 
 
 def known_options(family: ModuleType, model: Any, parts: Mapping[str, Part]) -> Known:
-    """The sampling options of a model: its family's, and those of the models within it and of its parts."""
+    """The sampling options of a model: those of its family, of the models within it and of its parts."""
     within = [find(member.family) for member in contract.members(family, model).values()]
     return contract.options_of([family, *within, *(find(part.family) for part in parts.values())])
 
 
 def checked(options: Mapping, known: Known, partial: bool = False) -> dict[str, dict[str, Any]]:
-    """Options {group: {name: value}} as plain data, each as its family takes it; UserError for one that none has.
+    """Options {group: {name: value}} as plain data, checked and converted. Raises UserError for an unknown option.
 
-    `guidance` with its `guidance_schedule` becomes a schedule, which ends at the share `guidance_until` of the way.
-    partial: not all families are known yet, so that a group may be of one of the others.
+    `guidance` with its `guidance_schedule` becomes a schedule over the first share `guidance_until` of the tokens.
+    partial: not all families are known yet, so unknown groups pass.
     """
     out: dict[str, dict[str, Any]] = {}
     for group, values in options.items():
         if group not in known or not hasattr(values, "items"):
             if partial and hasattr(values, "items"):
                 continue
-            raise UserError(f"unknown option {group!r}; known are {_listed(known)}")
+            raise UserError(f"unknown option {group!r}; known options: {_listed(known)}")
         for name in values:
             if name not in known[group]:
-                raise UserError(f"unknown option {f'{group}.{name}'!r}; known are {_listed(known)}")
+                raise UserError(f"unknown option {f'{group}.{name}'!r}; known options: {_listed(known)}")
         ready = {name: known[group][name].checked(f"{group}.{name}", value) for name, value in values.items()}
         out[group] = guidance.scheduled(ready)
     return out
 
 
 def check_config(config: Any, folder: Path | None, stages: Mapping[str, Any]) -> None:
-    """Raises UserError for a sampling option of a config that neither its family nor those of its parts have.
+    """Raises UserError for a sampling option of a config that neither its family nor the families of its parts have.
 
-    A part is a run, seen from `folder`, or a stage of a recipe; the options of one that is neither yet pass.
+    A part is a run, relative to `folder`, or a stage of a recipe. If a part does not exist yet, unknown groups pass.
     """
     names, partial = list(reading.families(config)), False
     for path in config.parts.values():
@@ -78,7 +78,7 @@ def _listed(known: Known) -> str:
 
 
 def flags(known: Known) -> dict[str, str]:
-    """{what a user calls an option: where it is in `config.sample.options`}; of two by one name, the first has it."""
+    """{name on the command line: path in `config.sample.options`}; of two options with one name the first keeps it."""
     found: dict[str, str] = {}
     for group, options in known.items():
         for name, option in options.items():
@@ -90,9 +90,9 @@ def flags(known: Known) -> dict[str, str]:
 def sampler(
     family: Any, model: Any, options: Mapping, parts: Mapping[str, Part], shape: Shape | None = None
 ) -> Callable:
-    """The jitted program: (params, extra, parts, cond, keys) -> {"image", ...}; `shape`: another than the model's.
+    """The jitted sampling program: (params, extra, parts, cond, keys) -> {"image", ...}.
 
-    parts: those that it will be given, of which only the families are read here.
+    parts: only their families are read here; shape: (height, width) of the images, if not the model's own.
     """
     ready = checked(options, known_options(family, model, parts))
 
@@ -105,15 +105,15 @@ def sampler(
 
 
 def keys_for(seed: int, ids: np.ndarray) -> jax.Array:
-    """Keys of pictures number `ids [b]` of a seed."""
+    """Keys of the images with the numbers `ids [b]` of a seed."""
     return rng.sample_keys(rng.step_key(jax.random.key(seed), 0, "sample"), ids)
 
 
 def draw_all(draw: Callable, cond: Mapping[str, np.ndarray], seed: int, batch: int, put: Callable) -> Iterator[dict]:
-    """Draws a picture for every row of `cond`, `batch` at a time: yields dicts of numpy arrays, padding cut off.
+    """Generates an image for every row of `cond`, `batch` at a time; yields dicts of numpy arrays without padding.
 
-    `draw(cond, keys)` is a compiled program, `put` places host arrays on the mesh. Picture i of `seed` is row i. With
-    several processes all of them draw together, and each gets all pictures.
+    `draw(cond, keys)` is a compiled program, `put` places host arrays on the mesh. Row i gives image i of `seed`. With
+    several processes all of them take part, and each gets all images.
     """
     count = len(next(iter(cond.values())))
     for start in range(0, count, batch):
@@ -126,18 +126,18 @@ def draw_all(draw: Callable, cond: Mapping[str, np.ndarray], seed: int, batch: i
 
 
 def key_data(seed: int, ids: np.ndarray) -> np.ndarray:
-    """`keys_for` as plain numbers, which can be placed as any row of a batch."""
+    """`keys_for` as integers, which can be sharded like any entry of a batch."""
     return np.asarray(jax.random.key_data(keys_for(seed, ids)))
 
 
 def text_cond(text: Any, prompts: list[str]) -> dict[str, np.ndarray]:
-    """Prompts as model input; raises UserError for one that is empty, too long or has unknown words."""
+    """Prompts as model input. Raises UserError for a prompt that is empty or too long or has unknown words."""
     ids, masks = zip(*(text.encode(prompt, strict=True) for prompt in prompts), strict=True)
     return {"text": np.stack(ids), "text_mask": np.stack(masks)}
 
 
 def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
-    """state -> a captioned sheet of pictures for the first validation batch, original on the left of each."""
+    """(params, extra) -> a grid of images for the first validation batch, with their references and captions."""
     config = experiment.config
     source = sources.build(config.data, "validation")
     count = meshes.padded(experiment.mesh, min(count, len(source)))
@@ -163,18 +163,19 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(arguments, changes to the sampling options) of a command line that names a run, `--run`.
+    """(arguments, changes to the sampling options) of a command line with `--run`.
 
-    The options are those of the run's families, so `--run RUN --help` shows them.
+    The sampling options are those of the run's families: `--run RUN --help` lists them.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser.add_argument("--checkpoint", type=int, metavar="N", help="step to draw from (default: the newest good one)")
+    text = "training step of the checkpoint to load (default: the newest valid one)"
+    parser.add_argument("--checkpoint", type=int, metavar="N", help=text)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run")
     run = first.parse_known_args(argv)[0].run
     if not run:
-        parser.epilog = "Further options are those of the run's model: `--run RUN --help` shows them."
-        return parser.parse_args(argv), {}  # refuses: --run is required
+        parser.epilog = "A run's model has further sampling options: `--run RUN --help` lists them."
+        return parser.parse_args(argv), {}  # raises, since --run is required
     known = contract.options_of(map(find, reading.families_of(reading.find_run(run, None))))
     paths = flags(known)
     group = parser.add_argument_group("sampling options of this run")
@@ -194,7 +195,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for a count, a batch or a seed out of range."""
+    """Raises UserError for a --count, --batch or --seed out of range."""
     for name in ("count", "batch", "seed"):
         check_number(name, getattr(args, name), "--")
 

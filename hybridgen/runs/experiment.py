@@ -1,8 +1,8 @@
-"""What a config means on this machine: family, model, parts, text tokenizer and mesh.
+"""Builds a config on this machine: family, model, parts, text tokenizer and mesh.
 
-Parts are runs: `config.parts = {"tokenizer": "../tokenizer"}`, relative to the run folder or to where one stands. They
-are loaded, verified to fit each other and the data, the model's options are resolved from them, and their arrays are
-placed on the mesh.
+Parts are runs: `config.parts = {"tokenizer": "../tokenizer"}`, relative to the run folder or to the current folder.
+They are loaded and checked against each other and the data, the model's "auto" options are resolved from them, and
+their arrays are placed on the mesh.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from hybridgen.runs.reading import Run
 
 
 class Experiment(NamedTuple):
-    """What a config means here."""
+    """A config with everything that is built from it, except data and state."""
 
     config: Any
     family: ModuleType
-    options: dict[str, Any]  # of the model: `config.model` with no "auto" left
-    model: Any  # what the family builds of them
+    options: dict[str, Any]  # of the model: `config.model` with all "auto" resolved
+    model: Any  # built by the family from these options
     parts: dict[str, Part]
     digests: dict[str, str]  # of the parts
     text: Any  # the text tokenizer, or None
@@ -39,9 +39,10 @@ class Experiment(NamedTuple):
 
 
 def build(config: Any, folder: Path | None = None, source: Any = None, text: Any = None) -> Experiment:
-    """Everything of a config but its state and data. `text`: the run's own text tokenizer, if it is known already.
+    """Builds everything of a config except its data and state. `text`: the run's own text tokenizer, if there is one.
 
-    Otherwise it is that of the parts that read text, and if none does it is made from `source` as the config says.
+    Otherwise the text tokenizer is that of the parts that read text, or a new one for `source` by the config. Raises
+    UserError for parts that are missing or do not fit.
     """
     mesh = meshes.make_mesh(config.mesh)
     runs = load(config, folder)
@@ -62,13 +63,13 @@ def load(config: Any, folder: Path | None) -> dict[str, Run]:
 
 
 def verify(config: Any, runs: Mapping[str, Run], source: Any = None) -> None:
-    """Raises UserError where parts do not fit each other or the data, or arrays of a bundle do not fit its model."""
+    """Raises UserError if parts do not fit each other or the data, or arrays of a bundle do not fit its model."""
     seen: dict[str, str] = {}
     for name, run in runs.items():
         for other, digest in run.part_digests.items():
             if seen.setdefault(other, digest) != digest:
                 path = config.parts[name]
-                raise UserError(f"the parts were trained with different {other}s: {path} does not fit the others")
+                raise UserError(f"part {name!r} ({path}) was trained with another {other} than the other parts")
     digests = {name: run.digest for name, run in runs.items()}
     if source is not None:
         sources.fits(source, digests)
@@ -85,24 +86,24 @@ def verify(config: Any, runs: Mapping[str, Run], source: Any = None) -> None:
 def resolve(
     config: Any, parts: Mapping[str, Part], text: Any, source: Any = None
 ) -> tuple[ModuleType, Any, dict[str, Any]]:
-    """(family, model, its options) of a config: what is "auto" is what the data and the parts say."""
+    """(family, model, its options) of a config, with "auto" options resolved from the data and the parts."""
     family = find(config.family)
     options = config_lib.resolve(config.model, context(config.data, parts, text, source))
     model = family.build(options)
     for shape in getattr(source, "shapes", ()):
-        for_shape(family, model, parts, shape)  # refused before anything is compiled
+        for_shape(family, model, parts, shape)  # raises UserError before anything is compiled
     return family, model, options
 
 
 def place(parts: Mapping[str, Part], mesh: Mesh) -> dict[str, Part]:
-    """Parts with their arrays on the mesh."""
+    """The parts with their arrays placed on the mesh."""
     return {name: placement.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
 
 
 def read_by(runs: Mapping[str, Run], data: Any) -> Any:
-    """The text tokenizer of the parts that read text, or None. Raises UserError where they read it differently.
+    """The text tokenizer of the parts that read text, or None. Raises UserError if they have different ones.
 
-    A tower that has no longest text reads as much as the other parts do, or as `data.text.length` says.
+    A text encoder without a length limit reads as many tokens as the other parts, or `data.text.length`.
     """
     texts = {name: run.text for name, run in runs.items() if run.text and _reads(name, run)}
     if "text" in texts and not hasattr(runs["text"].part.model, "length"):
@@ -110,23 +111,23 @@ def read_by(runs: Mapping[str, Run], data: Any) -> Any:
         lengths += [data["text"].get("length", 0)] if data.get("text") else []
         texts["text"] = text_lib.resized(texts["text"], next(filter(None, lengths), texts["text"].length))
     if len({text_lib.digest(text) for text in texts.values()}) > 1:
-        raise UserError(f"the parts {' and '.join(texts)} read text differently: they were trained on other captions")
+        raise UserError(f"the parts {' and '.join(texts)} read text differently: train them on the same captions")
     return next(iter(texts.values()), None)
 
 
 def _reads(name: str, run: Run) -> bool:
-    """Whether a part reads text: it is a tower, has one of its own, or was trained with one."""
+    """Whether a part reads text: it is a text encoder, contains one, or was trained with one."""
     return name == "text" or contract.inputs(find(run.part.family), run.part.model).text or "text" in run.part_digests
 
 
 def part_shardings(part: Part, mesh: Mesh) -> Part:
-    """Where a part's arrays lie: parameters by the table, everything else on every device."""
+    """The shardings of a part's arrays: parameters by PARAM_RULES, `extra` replicated."""
     everywhere = jax.tree.map(lambda _: placement.replicated(mesh), part.extra)
     return dataclasses.replace(part, params=sharding.param_shardings(part.params, mesh), extra=everywhere)
 
 
 def context(data: Any, parts: Mapping[str, Part], text: Any, source: Any = None) -> dict[str, Any]:
-    """What "auto" may stand for in a model's options."""
+    """The values of "auto" in a model's options, by name."""
     known: dict[str, Any] = {"resolution": data.resolution, "classes": len(getattr(source, "class_names", ()))}
     if text is not None:
         known |= {"text_vocab": text.vocab_size, "text_length": text.length}

@@ -1,11 +1,12 @@
-"""The run folder: made for its owner only, locked by one trainer; JSON files that are whole or absent; a soft stop.
+"""The run folder: creation with access for its owner only, a lock, atomic JSON files, and stopping by signals.
 
     make(folder)
     with lock(folder), Signals() as signals:
         while not signals.requested: ...
 
-The lock is the operating system's (`flock` on `lock.json`), so it goes with its process, however that ends; the file
-only says who holds it. SIGTERM and the first Ctrl-C set `signals.requested`; the loop saves and ends by itself.
+The lock is one of the operating system (`flock` on `lock.json`), which is released when its process ends, however that
+happens; the content of the file only names the holder. SIGTERM and the first Ctrl-C set `signals.requested`; the
+training loop then saves and returns.
 """
 
 import contextlib
@@ -32,9 +33,9 @@ URL = re.compile(r"[a-zA-Z][\w+.-]+:/")  # a Path writes gs://bucket as gs:/buck
 
 
 def make(folder: Path) -> Path:
-    """Creates `folder` (mode 0700) and its parents. Raises UserError if it cannot be made or written in."""
+    """Creates `folder` (mode 0700) and its parents. Raises UserError if it cannot be created or written to."""
     if URL.match(str(folder)):
-        raise UserError(f"{folder} is not a path on a file system; mount the bucket (gcsfuse) and give its path")
+        raise UserError(f"{folder} is not a path on a file system: mount the bucket (gcsfuse) and give that path")
     folder = Path(folder)
     try:
         if not folder.is_dir():
@@ -43,12 +44,12 @@ def make(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot create the folder {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write in the folder {folder}: permission denied")
+        raise UserError(f"cannot write to the folder {folder}: permission denied")
     return folder
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Writes `obj` so that `path` is the old file or the whole new one, also after a power cut."""
+    """Writes `obj` atomically: `path` is the old file or the complete new one, also after a power failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
@@ -59,7 +60,7 @@ def write_json(path: Path, obj: Any) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename is on disk only after fsync of the folder
     try:
         os.fsync(folder)
     finally:
@@ -72,19 +73,19 @@ def read_json(path: Path) -> Any:
         with Path(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_JSON:
-                raise UserError(f"{path} has {size} bytes, at most {MAX_JSON} are read")
+                raise UserError(f"{path} has {size} bytes; the limit is {MAX_JSON}")
             return json.loads(file.read(size))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds the run folder for this run (process 0 of it). Raises UserError naming host and pid of who has it."""
+    """Locks the run folder for this run (in process 0). Raises UserError with host and pid of another holder."""
     if jax.process_index() != 0:
         yield
         return
@@ -96,7 +97,7 @@ def lock(folder: Path) -> Iterator[None]:
         os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while still locked: the next one makes a new file
+        path.unlink(missing_ok=True)  # before the lock is released: the next holder creates a new file
         os.close(handle)
 
 
@@ -113,7 +114,7 @@ def _acquire(path: Path) -> int:
         except BlockingIOError:
             if not _abandoned(path):
                 raise UserError(_in_use(path)) from None
-            path.unlink(missing_ok=True)  # a worker of a dead trainer still has the old file open
+            path.unlink(missing_ok=True)  # a worker process of a dead trainer still has the old file open
         except BaseException:
             os.close(handle)
             raise
@@ -121,7 +122,7 @@ def _acquire(path: Path) -> int:
 
 
 def _same_file(handle: int, path: Path) -> bool:
-    """Whether `path` is still the file that was opened: the last holder may have removed it in between."""
+    """Whether `path` is still the file that was opened; its last holder may have deleted it meanwhile."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -132,7 +133,7 @@ def _holder(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        return {}  # being written at this moment
+        return {}  # another process is writing it
 
 
 def _abandoned(path: Path) -> bool:
@@ -175,7 +176,7 @@ class Signals:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        # not print: the signal may have come in the middle of one
+        # not print, which is not reentrant: the signal may interrupt a print
         text = f"{signal.Signals(number).name}: saving and stopping; a second Ctrl-C stops at once without saving\n"
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())

@@ -1,7 +1,7 @@
-"""Official weights to a run folder and back: where the tables of weights/ meet the models.
+"""Imports official weights into a run folder, and exports a run folder as official weights, by the tables of weights/.
 
-A run folder made so is like one that training wrote, at step 0: it can be a part of another config, the start of one
-(`init_from`), sampled and evaluated. `official.json` in it keeps source and official config for the way back.
+An imported run folder is like a trained one at step 0: it can be used as a part of another config or in `init_from`,
+sampled and evaluated. Its `official.json` records the source and the official config, for the export.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from hybridgen.runs import folder as run_folder
 from hybridgen.runs import manifest, reading
 from hybridgen.weights import rules, safetensors, tables
 
-PROMPT = 512  # positions of a prompt, where a model does not say fewer
+PROMPT = 512  # positions of a prompt, unless the model has fewer
 
 
 class Target(NamedTuple):
-    """A plan with its model built: `shapes` {path: ShapeDtypeStruct} of all arrays, params and extra."""
+    """A plan with its model; `shapes`: {path: ShapeDtypeStruct} of all arrays, params and extra."""
 
     plan: tables.Plan
     family: ModuleType
@@ -39,13 +39,13 @@ class Target(NamedTuple):
 
     @property
     def official(self) -> dict[str, Any]:
-        """The shapes of what official tensors make; the rest, such as counts of use, starts at zero."""
+        """The shapes of the arrays that official tensors provide; others, such as usage counts, start at zero."""
         made = [path for path in self.shapes if any(rule.fields(path) is not None for rule in self.plan.rules)]
         return {path: spec for path, spec in self.shapes.items() if path in made or path.startswith("params/")}
 
 
 def target(plan: tables.Plan) -> Target:
-    """The model of a plan, without arrays. Raises UserError for a config that makes none."""
+    """The model of a plan, without arrays. Raises UserError for an invalid config."""
     family = find(plan.family)
     specs = {name: jax.ShapeDtypeStruct((1, *shape), np.float32) for name, shape in plan.inputs.items()}
     model = family.build(plan.model)
@@ -59,7 +59,7 @@ def target(plan: tables.Plan) -> Target:
 
 
 def load(source: tables.Source, config: Mapping[str, Any], weights: Mapping[str, Any]) -> tuple[Target, dict]:
-    """(the model, its arrays {"params", "extra"}) of official tensors; see `rules.load` for what is refused."""
+    """(the model, its arrays {"params", "extra"}) from official tensors. Raises the UserErrors of `rules.load`."""
     tensors = tables.rooted(weights, source.about.roots)
     goal = target(source.plan(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
     arrays = rules.load(tensors, goal.plan.rules, goal.official, goal.plan.dropped)
@@ -68,7 +68,7 @@ def load(source: tables.Source, config: Mapping[str, Any], weights: Mapping[str,
 
 
 def part(goal: Target, arrays: Mapping[str, Any]) -> Part:
-    """The component that imported arrays make."""
+    """The part of a model with imported arrays."""
     return Part(arrays["params"], arrays["extra"], goal.plan.family, goal.model)
 
 
@@ -76,7 +76,7 @@ def part(goal: Target, arrays: Mapping[str, Any]) -> Part:
 
 
 def read_config(about: tables.About, given: str | None, where: Path) -> dict[str, Any]:
-    """The official config: a preset's, a file's, or of the file beside the weights. Raises UserError."""
+    """The official config: of a preset, a file, or config.json in the folder of the weights. Raises UserError."""
     if given in about.presets:
         return dict(about.presets[given])
     if given is None:
@@ -87,17 +87,18 @@ def read_config(about: tables.About, given: str | None, where: Path) -> dict[str
             presets = f" or one of the presets {', '.join(about.presets)}" if about.presets else ""
             raise UserError(f"no {given}: give --config FILE{presets}")
     elif not Path(given).is_file():
-        raise UserError(f"no config {given!r}: neither a file nor a preset ({', '.join(about.presets) or 'none'})")
+        presets = ", ".join(about.presets) or "none"
+        raise UserError(f"--config: no config {given!r}: it is neither a file nor a preset (presets: {presets})")
     config = run_folder.read_json(Path(given))
     if not isinstance(config, dict):
-        raise UserError(f"{given} is not a config: it holds no mapping")
+        raise UserError(f"{given} is not a config: it is not a JSON object")
     return config
 
 
 def run_config(plan: tables.Plan, parts: Mapping[str, reading.Run], places: Mapping[str, str]) -> dict[str, Any]:
-    """The config of a run folder: what reading it back asks for. `places`: of the parts, as seen from that folder."""
+    """The config of a run folder, with the entries that reading it needs. `places`: relative paths of the parts."""
     data = {"source": "shapes", "options": {}, "flip": False, "workers": 0, "threads": 1}
-    sizes = plan.inputs.get("image", (32,))  # what reads text alone is asked for none
+    sizes = plan.inputs.get("image", (32,))  # a text model has no image size
     side = parts["tokenizer"].config.data.resolution if "tokenizer" in parts else sizes[0]
     data["resolution"] = side
     sample = {"every": 0, "count": 16, "options": dict(plan.sample)}
@@ -106,7 +107,7 @@ def run_config(plan: tables.Plan, parts: Mapping[str, reading.Run], places: Mapp
 
 
 def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, reading.Run]:
-    """The runs that a model is to be used with. Raises UserError for one that it cannot read."""
+    """The runs given as parts. Raises UserError for a part that does not fit the model."""
     parts = {name: reading.load(reading.find_run(str(path), None)) for name, path in given.items()}
     model = goal.model
     if "tokenizer" in parts and hasattr(model, "vocab"):
@@ -115,27 +116,27 @@ def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, reading.Run
             ours, theirs = getattr(model, name), getattr(other, name, None)
             if (tuple(theirs or ()) if name == "grid" else theirs) != ours:
                 where = given["tokenizer"]
-                raise UserError(f"the model has the {name} {ours}, the tokenizer in {where} has {theirs}")
+                raise UserError(f"--part tokenizer={where} has the {name} {theirs}, but the model has {ours}")
     if "text" in parts:
         text, tower, where = parts["text"].text, parts["text"].part.model, given["text"]
         length, width = getattr(model, "text_length", 0), getattr(model, "text_width", 0)
         if text is None:
-            raise UserError(f"the text tower in {where} has no text tokenizer (text.json): convert it with --text")
+            raise UserError(f"--part text={where} has no text tokenizer (text.json): convert it with --text FOLDER")
         if length and text.length != length and hasattr(tower, "length"):
-            raise UserError(f"the model reads {length} text positions, the tower in {where} gives {text.length}")
+            raise UserError(f"--part text={where} has {text.length} text positions, but the model reads {length}")
         if width and tower.width != width:
-            raise UserError(f"the model reads text features of width {width}, the tower in {where} gives {tower.width}")
+            raise UserError(f"--part text={where} has features of width {tower.width}, not {width} as the model reads")
     return parts
 
 
 def read_text(goal: Target, parts: Mapping[str, reading.Run], folder: Path | None, required: bool) -> Any:
-    """The text tokenizer of a run, or None: that in `folder` of a text model, or that of the tower among its parts.
+    """The text tokenizer of a run, or None: of a text model that in `folder`, otherwise that of its text encoder.
 
-    Raises UserError for one that was `asked` for and cannot be had; otherwise it is said.
+    Raises UserError if it is `required` and cannot be read; if it is not required, this prints the reason.
     """
     if "text" not in contract.roles(goal.family):
         if required:
-            raise UserError(f"--text is for text models, and this is a {goal.plan.family}: give its tower by --part")
+            raise UserError(f"--text is for text models, not for {goal.plan.family}: use --part text=RUN")
         length = getattr(goal.model, "text_length", 0)
         return text_lib.resized(parts["text"].text, length) if "text" in parts and length else None
     try:
@@ -143,15 +144,15 @@ def read_text(goal: Target, parts: Mapping[str, reading.Run], folder: Path | Non
     except UserError as error:
         if required:
             raise
-        print(f"this run cannot read prompts yet, only ids: {error}")
+        print(f"warning: without a text tokenizer this run reads token ids only, no prompts: {error}")
         return None
 
 
 def _fitting(model: Any, folder: Path, length: int) -> Published:
-    """The tokenizer in a folder. Raises UserError where its ids are more than the model's."""
+    """The text tokenizer in a folder. Raises UserError if it has more ids than the model's vocabulary."""
     text, vocab = Published.read(str(folder), length), getattr(model, "text_vocab", 0) or model.vocab
     if text.vocab_size > vocab:
-        raise UserError(f"the tokenizer in {folder} has {text.vocab_size} ids, the model {vocab}")
+        raise UserError(f"the text tokenizer in {folder} has {text.vocab_size} ids, but the model has {vocab}")
     return text
 
 
@@ -164,13 +165,13 @@ def write_run(
     text: Path | None = None,
     required: bool = False,
 ) -> int:
-    """Imports into a new run folder, with the runs `given` as parts; the number of parameters.
+    """Imports into a new run folder, with the runs `given` as parts; returns the number of parameters.
 
-    text: where the text tokenizer of a text model may be, and must be if it is `asked` for. Nothing is left of a run
-    that could not be made.
+    text: folder of the text tokenizer of a text model; `required`: fail if there is none. Raises UserError, and then
+    leaves no files behind.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: give a new folder")
+        raise UserError(f"{folder} already exists: give a new folder")
     goal, arrays = load(source, config, weights)
     parts = read_parts(goal, given or {})
     reader = read_text(goal, parts, text, required)
@@ -198,17 +199,17 @@ def write_run(
 
 
 def _save(folder: Path, arrays: dict, parts: Mapping[str, str]) -> int:
-    """Step 0 as checkpoint.py lays it out, emptying `arrays`; the number of parameters. parts: digests.
+    """Writes step 0 in the layout of checkpoint.py and empties `arrays`; returns the number of parameters.
 
-    That one copies everything before it writes, so that training may go on meanwhile. This one writes a part at a time:
-    the file is in memory once.
+    parts: digests. Unlike checkpoint.py, which copies all arrays before it writes so that training can continue, this
+    writes one array after the other, so the weights are in memory only once.
     """
     flat = {"params": trees.flatten(arrays.pop("params")), "extra": trees.flatten(arrays.pop("extra"))}
     count = sum(leaf.size for leaf in flat["params"].values())
     cpu = jax.devices("cpu")[0]
     for branch in flat.values():
         for path in branch:
-            branch[path] = jax.device_put(branch[path], cpu)  # Orbax bounds what it copies of jax's arrays only
+            branch[path] = jax.device_put(branch[path], cpu)  # Orbax limits its copies for JAX arrays only
     tree = {name: trees.unflatten(branch) for name, branch in flat.items()}
     about = ocp.args.JsonSave({"fingerprint": {}, "meta": {"parts": dict(parts)}, "sound": True})
     handlers = {"model": ocp.PyTreeCheckpointHandler(save_concurrent_gb=1), "about": ocp.JsonCheckpointHandler()}
@@ -219,30 +220,30 @@ def _save(folder: Path, arrays: dict, parts: Mapping[str, str]) -> int:
 
 
 def write_official(source: tables.Source, folder: Path, given: str | None, out: Path) -> int:
-    """Exports a run's parameters (averaged ones, if it has some) as safetensors; the number of tensors."""
+    """Exports a run's parameters (EMA parameters, if any) as safetensors; returns the number of tensors."""
     if out.suffix != ".safetensors" or out.exists():
-        raise UserError(f"{out} is {'there already' if out.exists() else 'not the name of a safetensors file'}")
+        raise UserError(f"{out} {'already exists' if out.exists() else 'is not the name of a .safetensors file'}")
     goal = target(source.plan(*_official(source, folder, given)))
     run = read_run(folder)
     for path, spec in goal.official.items():
         if path not in run or run[path].shape != spec.shape:
             shape = f"of shape {list(run[path].shape)}" if path in run else "missing"
-            raise UserError(f"{folder} is no model of that config: {path!r} is {shape}, {list(spec.shape)} is expected")
+            raise UserError(f"{folder} does not fit the config: {path!r} is {shape}, expected is {list(spec.shape)}")
     if odd := sorted(path for path in run if path.startswith("params/") and path not in goal.official):
-        raise UserError(f"{folder} is no model of that config: {odd[0]!r} has no place in it")
+        raise UserError(f"{folder} does not fit the config: {odd[0]!r} is not a parameter of its model")
     tensors = rules.export({path: run[path] for path in goal.official}, goal.plan.rules)
     safetensors.write(out, tensors, {"format": "pt"})
     return len(tensors)
 
 
 def read_run(folder: Path) -> dict[str, np.ndarray]:
-    """The newest good arrays of a run, {"params/..": array, "extra/..": array}. Raises UserError if there are none."""
+    """The newest valid arrays of a run, {"params/..": array, "extra/..": array}. Raises UserError if there are none."""
     flat = trees.flatten(reading.saved_arrays(folder)[0])
-    return {path: leaf for path, leaf in flat.items() if not path.startswith("params/disc/")}  # a judge of training
+    return {path: leaf for path, leaf in flat.items() if not path.startswith("params/disc/")}  # the discriminator
 
 
 def _official(source: tables.Source, folder: Path, given: str | None) -> tuple[Mapping, Mapping]:
-    """(official config, shapes of the official tensors) of a run; of one that was not imported the shapes are {}."""
+    """(official config, shapes of the official tensors) of a run; the shapes are {} for a run that was not imported."""
     kept = run_folder.read_json(folder / "official.json") if (folder / "official.json").is_file() else {}
     shapes = kept.get("shapes", {}) if isinstance(kept, dict) else {}
     if given is not None:

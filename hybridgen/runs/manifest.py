@@ -1,8 +1,9 @@
-"""Manifests: size and SHA-256 of every file of a folder, written last. A folder that does not fit its own is not used.
+"""Manifests: size and SHA-256 of every file of a folder, written last. A folder that does not match its manifest is
+not used.
 
-`manifest.json` is {"step", "processes", "files": {name: [bytes, sha256]}, "digest"}; `digest` is over the rest, so that
-a manifest that was damaged itself is seen. With several processes each writes the share of the files it digested,
-process p > 0 as `manifest.<p>.json`, and the folder is whole when all are there.
+`manifest.json` is {"step", "processes", "files": {name: [bytes, sha256]}, "digest"}; `digest` is over the other
+entries, to detect a damaged manifest. With several processes each lists the files that it hashed, process p > 0 in
+`manifest.<p>.json`, and the folder is complete when all manifests exist.
 """
 
 import hashlib
@@ -19,11 +20,11 @@ from hybridgen.runs import folder as run_folder
 
 
 class Damaged(Exception):
-    """A manifest is missing or damaged: its message begins with the file's name."""
+    """A manifest is missing or damaged; the message starts with the file's name."""
 
 
 def write(folder: Path, step: int) -> None:
-    """Digests this process' share of `folder` and writes its manifest. All files must be final, for every process."""
+    """Hashes this process' share of `folder` and writes its manifest. All processes must have written their files."""
     process, processes = jax.process_index(), jax.process_count()
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_manifest(folder, path))
     names = [path.relative_to(folder).as_posix() for path in paths][process::processes]
@@ -33,13 +34,13 @@ def write(folder: Path, step: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """From here on `folder` does not verify. Goes before the files when a step is deleted."""
+    """Deletes the manifests, so that `folder` is no longer valid; called before the files of a step are deleted."""
     for path in folder.glob("manifest*.json"):
         path.unlink(missing_ok=True)
 
 
 def read(folder: Path, step: int) -> dict[str, list]:
-    """{file: [bytes, SHA-256]} of a folder. Raises Damaged."""
+    """{file: [bytes, SHA-256]} of a folder. Raises Damaged for a missing or damaged manifest."""
     files: dict[str, list] = {}
     process, processes = 0, 1
     while process < processes:
@@ -48,11 +49,11 @@ def read(folder: Path, step: int) -> dict[str, list]:
             body = json.loads((folder / name).read_text())
             digest = body.pop("digest")
             if digest != _digest(body) or body["step"] != step:
-                raise Damaged(f"{name}: damaged, its digest or step differs")
+                raise Damaged(f"{name}: damaged, its digest or step is wrong")
             processes = body["processes"]
             files |= _listed(body["files"])
         except FileNotFoundError:
-            raise Damaged(f"{name}: missing, so the save was cut short") from None
+            raise Damaged(f"{name}: missing, so the save was not completed") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"{name}: unreadable, {type(error).__name__}") from None
         process += 1
@@ -60,7 +61,7 @@ def read(folder: Path, step: int) -> dict[str, list]:
 
 
 def faults(folder: Path, step: int, prefixes: tuple[str, ...] = ("",)) -> list[str]:
-    """What is wrong with this process' share of the files below `prefixes`: a line a fault, beginning with its file."""
+    """The faults in this process' share of the files below `prefixes`: one line each, starting with the file."""
     try:
         files = read(folder, step)
     except Damaged as error:
@@ -72,7 +73,7 @@ def faults(folder: Path, step: int, prefixes: tuple[str, ...] = ("",)) -> list[s
 
 
 def _listed(files: dict) -> dict[str, list]:
-    """The files of a manifest. ValueError for a name that leads out of its folder: the list may be somebody else's."""
+    """The files of a manifest. Raises ValueError for a path that leads out of the folder, which may be untrusted."""
     for name, (size, digest) in files.items():
         if {"", "..", "."} & {*name.split("/")} or not isinstance(size, int) or not isinstance(digest, str):
             raise ValueError(f"a file {name!r} of {size} bytes")
@@ -80,20 +81,20 @@ def _listed(files: dict) -> dict[str, list]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read piece by piece."""
+    """SHA-256 of a file as a hex string; reads it in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fault(path: Path, size: int, digest: str) -> str:
-    """What is wrong with a file, or ""."""
+    """The fault of a file, or ""."""
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would block for ever, a device never end
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe could block forever, reading a device never ends
             return "not a regular file"
         if found.st_size != size:
             return f"{found.st_size} bytes instead of {size}"
-        return "" if sha256(path) == digest else "its digest differs"
+        return "" if sha256(path) == digest else "its SHA-256 differs"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
@@ -105,7 +106,7 @@ def _name(process: int) -> str:
 
 
 def _is_manifest(folder: Path, path: Path) -> bool:
-    """Also one that another process is writing at this moment."""
+    """Whether a file is a manifest, or one that another process is still writing."""
     return path.parent == folder and path.name.lstrip(".").startswith("manifest.")
 
 

@@ -1,7 +1,7 @@
-"""How a run or a bundle is read back: its config, its arrays, and the text tokenizer that it read with.
+"""Reads a run folder or a bundle: its config, arrays and text tokenizer.
 
-A run folder holds `config.json` (resolved: no "auto" left), `text.json` (the text tokenizer), `checkpoints/` and logs.
-A bundle (runs/bundle.py) is read wherever a run is.
+A run folder has `config.json` (with all "auto" resolved), `text.json` (the text tokenizer), `checkpoints/` and logs. A
+bundle (runs/bundle.py) can be used in place of a run folder.
 """
 
 import os
@@ -24,7 +24,7 @@ from hybridgen.runs.folder import read_json
 
 
 class Run(NamedTuple):
-    """A run as read back for inference."""
+    """A run as read for inference."""
 
     config: Any
     part: Part
@@ -32,12 +32,12 @@ class Run(NamedTuple):
     digest: str
     part_digests: dict[str, str]
     step: int
-    bundled: bool  # not from a run folder, but from a bundle, which may be anybody's
+    bundled: bool  # read from a bundle, which may be untrusted
     folder: Path
 
 
 def find_run(path: str, folder: Path | None) -> Path:
-    """The run that a config or a command line names. Raises UserError if there is none."""
+    """The folder of a run: `path` relative to `folder`, or to the current folder. Raises UserError if it is no run."""
     places = [Path(os.path.normpath(place)) for place in ([folder / path] if folder else []) + [Path(path)]]
     for place in places:
         if (place / "config.json").is_file():
@@ -46,20 +46,20 @@ def find_run(path: str, folder: Path | None) -> Path:
 
 
 def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
-    """The newest good checkpoint of a run (or the one at `step`), averaged parameters where there are some."""
+    """A run at its newest valid checkpoint (or at `step`), with EMA parameters if there are any. Raises UserError."""
     bundled = bundle.at(folder)
-    made = bundle.read(folder) if bundled else None  # verifies its files before anything else is made of them
+    made = bundle.read(folder) if bundled else None  # first: this verifies the files of the bundle
     config = read_config(folder)
     model = _model(config, folder)
     if made and step not in (None, made.step):
-        raise UserError(f"the bundle {folder} is of step {made.step}, there is no {step} in it")
+        raise UserError(f"--checkpoint {step}: the bundle {folder} has step {made.step} only")
     arrays, part_digests, found = made or saved_arrays(folder, step, config, report)
     part = Part(arrays["params"], arrays["extra"], config.family, model)
     text_file = folder / "text.json"
     text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
     options = config.data.get("options")
     if hasattr(options, "items") and sources.BUCKETS in options:
-        config = config.copy_and_resolve_references()  # what it is compared with, or cached, is square
+        config = config.copy_and_resolve_references()  # evaluation and caching use square images
         with config.unlocked():
             del config.data.options[sources.BUCKETS]
     return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder)
@@ -68,11 +68,12 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
 def saved_arrays(
     folder: Path, step: int | None = None, config: Any = None, report: Any = print
 ) -> tuple[dict, dict[str, str], int]:
-    """(arrays {"params", "extra"}, digests of the parts, step) of a run folder, which must be those of `config`."""
+    """(arrays {"params", "extra"}, digests of the parts, step) of a run folder. Raises UserError if the checkpoint was
+    saved with another model than `config`'s, and if no checkpoint is valid."""
     saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
     found = saved.newest_good(report) if step is None else step
     if found is None:
-        raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}")
+        raise UserError(f"no usable checkpoint in {folder / 'checkpoints'}: nothing was saved, or all are damaged")
     if config is not None:
         saved.check_model(found, config_lib.plain(config))
     state = saved.restore_params(found)
@@ -83,17 +84,17 @@ def saved_arrays(
 
 
 def inference_params(params: Any, ema: Any) -> dict:
-    """Parameters to sample with: the average where there is one, and what has none as it is."""
+    """Parameters for sampling: the EMA where there is one, otherwise the parameters themselves."""
     flat = trees.flatten(params) | trees.flatten(ema)
     return trees.unflatten(flat)
 
 
 def read_config(folder: Path) -> Any:
-    """The config of a run or a bundle, in today's options. Raises UserError for one that is none, or leads out."""
+    """The config of a run or bundle, converted to current options. Raises UserError if it is invalid or unsafe."""
     config = upgrades.upgraded(config_lib.read(folder / "config.json"))
     for name in ("model", "data", "mesh", "parts", "sample"):
         if not hasattr(config.get(name), "items"):
-            raise UserError(f"{folder / 'config.json'} is not the config of a run: it has no group {name!r}")
+            raise UserError(f"{folder / 'config.json'} is not the config of a run: it has no {name!r}")
     if bundle.at(folder):
         check_families(config, folder)
         bundle.check_parts(folder, config.parts)
@@ -101,7 +102,7 @@ def read_config(folder: Path) -> Any:
 
 
 def families(config: Mapping) -> Iterator[str]:
-    """The families that a config names: its own, and those of members within its model."""
+    """The families that a config names: its own, and those of the members of its model."""
     if isinstance(config.get("family"), str):
         yield config["family"]
     yield from _members(config.get("model", {}))
@@ -115,25 +116,26 @@ def _members(model: Mapping) -> Iterator[str]:
 
 
 def families_of(folder: Path) -> list[str]:
-    """The families of a run and of its parts, which have none of their own, by their configs alone."""
+    """The families of a run and of its parts, from their configs alone."""
     config = read_config(folder)
     parts = [read_config(find_run(path, folder)) for path in config.parts.values()]
     return [family for one in (config, *parts) for family in families(one)]
 
 
 def check_families(config: Any, folder: Path) -> None:
-    """Raises UserError for a family outside of hybridgen in a bundle, which may be anybody's: no code is imported."""
+    """Raises UserError if a bundle, which may be untrusted, names code outside hybridgen: nothing of it is imported."""
     for family in families(config):
         if family not in sys.modules and not file_of(family).is_file():
-            what = f"the family {family!r}: import that module first, if you trust it"
-            raise UserError(f"the bundle {folder} is of {what}")
+            what = f"the family {family!r}, which is not part of hybridgen: if you trust it, import that module first"
+            raise UserError(f"the bundle {folder} has {what}")
     module = str(config.get("data", {}).get("source", "")).rpartition(".")[0]
     if module and module not in sys.modules:
-        raise UserError(f"the bundle {folder} has data of {module!r}: import that module first, if you trust it")
+        what = f"the data source module {module!r}: if you trust it, import that module first"
+        raise UserError(f"the bundle {folder} has {what}")
 
 
 def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution: int) -> None:
-    """Raises UserError naming an array of a bundle that the model of its config does not have, or in another shape."""
+    """Raises UserError if an array of a bundle is missing, unknown or has another shape than its model's; names it."""
     specs = {"image": jax.ShapeDtypeStruct((1, resolution, resolution, 3), np.float32)}
     try:
         wanted = jax.eval_shape(lambda key: find(part.family).init(part.model, key, specs, parts), jax.random.key(0))
@@ -144,25 +146,27 @@ def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution
         raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
     has, wants = trees.flatten({"params": part.params, "extra": part.extra}), trees.flatten(wanted)
     for path in sorted(has.keys() | wants.keys()):
-        found, right = (tree[path].shape if path in tree else "nothing" for tree in (has, wants))
+        found, right = (tree[path].shape if path in tree else "missing" for tree in (has, wants))
         if found != right:
-            raise UserError(f"the weights of {folder} do not fit its config: {path} is {found} and is to be {right}")
+            raise UserError(f"the weights of {folder} do not fit its config: {path} is {found}, expected: {right}")
 
 
 def _model(config: Any, folder: Path) -> Any:
-    """The model of a run that is read back. Raises UserError for a config that does not make one."""
+    """The model of a run. Raises UserError for a config that does not describe a model."""
     try:
         return find(config.family).build(config_lib.resolve(config.model, {}))
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # the file may be anybody's
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # the file may be untrusted
         text = f"{type(error).__name__}: {error}"[:300]
         raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
 
 
 def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
-    """Subtrees of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}, and the `extra` of a
-    run that is taken whole (a codebook, for instance), or None."""
+    """({path: parameters}, extra) of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}.
+
+    `extra`: of a run that initializes all parameters (with a codebook, for instance), or None.
+    """
     found, extra = {}, None
     for prefix, where in config.init_from.items():
         path, _, inside = where.partition(":")

@@ -1,4 +1,4 @@
-"""A run ready to draw: its model and parts on this machine's devices, and its drawing program."""
+"""Loads a run for sampling: its model and parts on this machine's devices, and its sampling program."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,46 +20,46 @@ from hybridgen.runs.reading import check_arrays, load
 
 
 class Loaded(NamedTuple):
-    """A run ready to draw: `draw(cond, keys)` is one jitted program, `put` places host arrays on the mesh."""
+    """A run loaded for sampling: `draw(cond, keys)` is one jitted program, `put` places host arrays on the mesh."""
 
     config: Any
     text: Any
     mesh: Mesh
     step: int
     draw: Callable
-    drawer: Any  # changes to the sampling options, and the shape of pictures if it is another -> another `draw`
+    drawer: Any  # (changes to the sampling options, shape of the images or None) -> another `draw`
     put: Any
     tokenizer: Part | None
     encode: Any  # images -> tokens, compiled
-    draws: bool  # pictures: text towers and networks of features do not
-    plans: bool  # draws tokens of its own
-    reads: bool  # text
-    classes: int  # 0: takes no label
-    flags: dict[str, str]  # sampling options by what a user calls them -> where they are in the config
-    shapes: tuple[Shape, ...]  # of the pictures that it was trained on, where they had several
+    draws: bool  # generates images: text encoders and feature networks do not
+    plans: bool  # generates tokens with a prior
+    reads: bool  # takes text
+    classes: int  # number of classes; 0: takes no label
+    flags: dict[str, str]  # sampling options: name on the command line -> path in the config
+    shapes: tuple[Shape, ...]  # of the images that it was trained on, if several
 
     @property
     def generates(self) -> bool:
-        """Whether it draws from a caption or a class alone."""
+        """Whether it generates images from a caption or class alone, without reference images."""
         return self.plans or ((self.reads or self.classes > 0) and self.tokenizer is None)
 
     def tokens(self, images: Any, batch: int) -> np.ndarray:
-        """Tokens `[b, n]` of pictures `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
+        """Tokens `[b, n]` of images `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
         run = placement.by_batches(lambda given: self.encode(given["image"]), {"image": images}, batch, self.mesh)
         return np.concatenate(list(run))
 
 
 def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -> Loaded:
-    """A run with its parts, at its newest good step or at `step`.
+    """Loads a run with its parts, at its newest valid step or at `step`.
 
-    `changes` replace sampling options ("prior.guidance": 3.0).
+    `changes` override sampling options ("prior.guidance": 3.0). Raises UserError for a run or option that is invalid.
     """
     run = load(folder, step)
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
         try:
             meshes.make_mesh(config.mesh)
-        except UserError:  # trained on another machine
+        except UserError:  # the mesh of another machine
             config.mesh = type(config.mesh)({"data": -1})
         _change(config.sample.options, changes)
     experiment = build(config, folder, text=run.text)
@@ -67,7 +67,7 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         check_arrays(folder, run.part, experiment.parts, config.data.resolution)
         for name, digest in run.part_digests.items():
             if experiment.digests.get(name) != digest:
-                raise UserError(f"the part {name!r} is not the one that the bundle {folder} was made with")
+                raise UserError(f"part {name!r} is not the one that the bundle {folder} was made with")
     own = placement.put(run.part, part_shardings(run.part, experiment.mesh))
 
     def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
@@ -103,24 +103,24 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
 
 
 def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:
-    """The shapes that a run says it was trained on. UserError for what is none: the file may be anybody's."""
+    """The shapes in a run's config that it was trained on. Raises UserError for invalid ones, as in untrusted files."""
     for pair in found if isinstance(found, tuple) else (found,):
         numbers = isinstance(pair, tuple) and [type(side) for side in pair] == [int, int]
         if not numbers or not 1 <= min(pair) <= max(pair) <= LARGEST:
-            text = f"{str(pair)[:80]!a}, which is no height and width from 1 to {LARGEST}"
+            text = f"{str(pair)[:80]!a}, not a height and width from 1 to {LARGEST}"
             raise UserError(f"{folder / 'config.json'} is not the config of a run: data.shapes has {text}")
     return found
 
 
 def _change(options: Any, changes: Mapping[str, Any]) -> None:
-    """Sets "decoder.steps" and the like; a group that the family's options do not have is refused."""
+    """Sets options such as "decoder.steps". Raises UserError for a group that the run does not have."""
     for name, value in changes.items():
         *path, last = name.split(".")
         node = options
         for group in path:
             if group not in node:
                 raise UserError(
-                    f"this run has no {group!r} to set {last!r} of; its options are {', '.join(options) or 'none'}"
+                    f"{name}: this run has no option group {group!r}; its groups are {', '.join(options) or 'none'}"
                 )
             node = node[group]
         with node.unlocked(), node.ignore_type():

@@ -1,4 +1,4 @@
-"""From a config's data to batches on the mesh: each process reads the rows that its own devices hold."""
+"""Batches of a config's data on the mesh: each process reads only the rows that its own devices hold."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from hybridgen.training.logging import Writer
 
 
 def reader(experiment: Experiment) -> tuple[Callable, Callable]:
-    """(`stream(source, start)`: iterator of this process's rows of each batch, `put`: rows -> arrays on the mesh)."""
+    """(`stream(source, start)`: iterator over this process's rows of each batch, `put`: rows -> arrays on the mesh)."""
     config, mesh = experiment.config, experiment.mesh
     rows = placement.local_rows(mesh, config.batch)
 
@@ -30,16 +30,16 @@ def reader(experiment: Experiment) -> tuple[Callable, Callable]:
 
 
 def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Callable:
-    """`batches(start)`: context of an iterator over the training batches from number `start` on, on the mesh.
+    """`batches(start)`: a context manager of an iterator over the training batches on the mesh, from `start` on.
 
-    They are made ahead; each record that had to be replaced is named once, when its first batch is taken.
+    Batches are prefetched. Each broken record is logged once, when the first batch in which it was replaced is used.
     """
 
     def ready(pair: tuple[dict, list[int]]) -> tuple[dict, list[int]]:
         return put(pair[0]), pair[1]
 
     def taken(pairs: Iterator, start: int) -> Iterator[dict]:
-        # what the log has of before is known, also where it was written by an earlier start
+        # records that are already in the log, also of an earlier start of the run
         known = {text.rpartition(" (number ")[0] for text in writer.notes("broken_record")}
         for step, (batch, broken) in enumerate(pairs, start + 1):
             for name in dict.fromkeys(source.name(index) for index in broken):
@@ -58,7 +58,7 @@ def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Ca
 
 
 class Feed:
-    """The training batches by number: made ahead in order, and opened anew where the run jumps."""
+    """The training batches by number: prefetched in order, and opened again when the run jumps to another step."""
 
     def __init__(self, batches: Callable):
         self._batches, self._next = batches, None
@@ -81,7 +81,7 @@ class Feed:
 
 
 def evaluation(compiled: Callable, experiment: Experiment, stream: Callable, put: Callable) -> Callable:
-    """state -> weighted means of the metrics over `config.eval.batches` batches of the validation split."""
+    """A function: state -> weighted means of the metrics over `config.eval.batches` validation batches."""
 
     def evaluate(state: dict) -> dict[str, float]:
         source = sources.build(experiment.config.data, "validation")

@@ -1,14 +1,14 @@
-"""Metrics of a run for a person (stdout, with ETA), for programs (`metrics.jsonl`), for TensorBoard; where time went.
+"""Logs the metrics of a run to stdout (with ETA), `metrics.jsonl` and TensorBoard, and the run's time to `time.json`.
 
     with Writer(folder, start_step=0, total_steps=1000, every=50, batch=64) as writer:
         with writer.time("step"):
             state, report = step(...)
-        writer.step(i, report)         # report: {name: scalar jax array}, read only when a line is due
+        writer.step(i, report)         # report: {name: scalar JAX array}, read only when a line is due
 
-A line of `metrics.jsonl` is {"step": N, name: number, ...}: what was measured at, or consumed by, step N. A writer that
-starts at step N drops what is beyond N, so that a resumed run logs nothing twice. Only process 0 writes.
+A line of `metrics.jsonl` is {"step": N, name: number, ...}, measured at step N or on its batch. A writer that starts at
+step N deletes later lines, so that a resumed run logs nothing twice. Only process 0 writes.
 
-`time.json` is the account of a run's time, over its starts: [{"from": step, "to": step, "seconds": {bucket: s}}, ...].
+`time.json` lists where the time went, per start of the run: [{"from": step, "to": step, "seconds": {bucket: s}}, ...].
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from hybridgen.core.errors import UserError
 
 
 class Timer:
-    """Wall time by bucket. Buckets may nest: the inner time is the inner bucket's, so that all sum to the whole."""
+    """Wall time by bucket. Buckets may nest: inner time counts for the inner bucket only, so they sum to the total."""
 
     def __init__(self) -> None:
         self._started = self._since = time.perf_counter()
@@ -54,27 +54,27 @@ class Timer:
         self._since = now
 
     def mark(self, bucket: str, step: int) -> None:
-        """Remembers what `bucket` holds at `step`: what comes after may be lost."""
+        """Records the time of `bucket` at `step`, after which it may be lost by a rollback."""
         self._charge()
         self._marks[bucket, step] = self._seconds.get(bucket, 0.0)
 
     def lose(self, bucket: str, step: int) -> None:
-        """What `bucket` took since it was marked at `step` (or since the start) becomes "lost"."""
+        """Moves the time of `bucket` since its mark at `step` (or since the start) to "lost"."""
         self._charge()
         lost = self._seconds.get(bucket, 0.0) - self._marks.get((bucket, step), 0.0)
         self._seconds[bucket] = self._seconds.get(bucket, 0.0) - lost
         self._seconds["lost"] = self._seconds.get("lost", 0.0) + lost
 
     def report(self) -> dict[str, float]:
-        """Seconds by bucket, "other" being what was in none, and "total", their sum."""
+        """Seconds by bucket; "other": outside all buckets; "total": the sum."""
         self._charge()
         return dict(self._seconds) | {"total": self._since - self._started}
 
 
 class Writer:
-    """Logs to `folder`. `every`: steps between lines; `batch`: samples a step, for their rate; `label`: what runs.
+    """Logs to `folder`. `every`: steps between lines; `batch`: samples per step, for the rate; `label`: of the lines.
 
-    `timer` may be one that was started earlier, so that building and restoring are in the account too.
+    `timer` may have been started earlier, to include building and restoring.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class Writer:
         self._open(start_step)
 
     def _open(self, step: int) -> None:
-        """Starts behind `step`: what the logs say of later steps is not so any more."""
-        self._last: tuple[int, float] | None = None  # step and time of the line before
+        """Opens the logs after `step` and deletes the entries of later steps."""
+        self._last: tuple[int, float] | None = None  # step and time of the previous line
         if self._active:
             path = self.folder / "metrics.jsonl"
             cut_back(path, step)
@@ -112,7 +112,7 @@ class Writer:
                 self._board = Board(self.folder / "tensorboard", step + 1)
 
     def rewind(self, step: int) -> None:
-        """Goes back to `step`: drops what was logged beyond it, and counts the time of those steps as lost."""
+        """Goes back to `step`: deletes the entries of later steps, and counts their time as lost."""
         self.timer.lose("step", step)
         self._to = step
         with self._lock:
@@ -128,13 +128,13 @@ class Writer:
 
     @contextlib.contextmanager
     def _trouble(self) -> Iterator[None]:
-        """A log that cannot be written (the disk is full) is told of once, and does not end the run."""
+        """Reports once that a log cannot be written (full disk, for instance); the run continues."""
         try:
             yield
         except OSError as error:
             if not self._troubled:
                 self._troubled = True
-                text = f"the logs in {self.folder} are not written: {error.strerror}; the run goes on"
+                text = f"warning: cannot write the logs in {self.folder}: {error.strerror}; the run continues"
                 print(f"{self.label}: {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Writer":
@@ -145,18 +145,18 @@ class Writer:
 
     @contextlib.contextmanager
     def time(self, bucket: str) -> Iterator[None]:
-        """Charges the time within to `bucket`; the first "step" goes to "compile", which takes most of it."""
+        """Counts the time inside for `bucket`; the first "step" counts as "compile", which takes most of it."""
         if bucket == "step" and not self._stepped:
             self._stepped, bucket = True, "compile"
         with self.timer.time(bucket):
             yield
 
     def step(self, step: int, report: Mapping[str, Any]) -> None:
-        """Logs a training step if one is due. `report` holds scalars; reading them waits for that step to finish."""
+        """Logs a training step if a line is due. Reading the scalars of `report` waits for the step to finish."""
         self._to = step
         if step % self.every and step != self.total:
             if self._last is None:
-                self._last = (step, time.perf_counter())  # after the first step: compilation is no step time
+                self._last = (step, time.perf_counter())  # after the first step, to exclude compilation
             return
         with self.timer.time("step"):
             values = _numbers(report)
@@ -173,19 +173,19 @@ class Writer:
             self._account()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Logs numbers measured at `step`, such as an evaluation's, with a line of their own."""
+        """Logs numbers measured at `step`, such as an evaluation's, and prints them as a line."""
         numbers = _numbers(values)
         self._log(step, numbers)
         self.line(f"{self.label} {step}/{self.total}  " + "  ".join(f"{k} {_short(v)}" for k, v in numbers.items()))
 
     def note(self, step: int, name: str, text: str) -> None:
-        """Logs something that happened to the batch that `step` consumed. Any thread may call this."""
+        """Logs an event of `step`, with a `name` and a `text`, and prints it. Any thread may call this."""
         self._write({"step": step, "note": name, "text": text})
         line = f"{self.label} {step}/{self.total}  {name}: {text}"
         self.line(line) if self._active else print(f"process {jax.process_index()}: {line}", file=sys.stderr)
 
     def notes(self, name: str) -> list[str]:
-        """The texts of what was noted under this name, and is in the log, in their order."""
+        """The texts of all notes with this name in the log, in order."""
         path = self.folder / "metrics.jsonl"
         if not self._active or not path.exists():
             return []
@@ -194,10 +194,10 @@ class Writer:
         return [str(entry.get("text")) for entry in entries if entry.get("note") == name]
 
     def image(self, step: int, name: str, picture: np.ndarray) -> Path | None:
-        """Writes a picture (H W 3 uint8) as `images/<name>-<step>.png` and to TensorBoard; its path."""
+        """Writes an image (H W 3 uint8) as `images/<name>-<step>.png` and to TensorBoard; returns its path."""
         picture = np.asarray(picture)
         if picture.dtype != np.uint8 or picture.ndim != 3:
-            raise ValueError(f"picture {name!r} is {picture.dtype}{list(picture.shape)}, not uint8[H, W, 3]")
+            raise ValueError(f"image {name!r} is {picture.dtype}{list(picture.shape)}, but must be uint8[H, W, 3]")
         if not self._active:
             return None
         from PIL import Image
@@ -211,12 +211,12 @@ class Writer:
         return path
 
     def line(self, text: str) -> None:
-        """Prints a line for a person, on process 0."""
+        """Prints a line, in process 0 only."""
         if self._active:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Reports where the time went, and ends the files."""
+        """Closes the files and prints where the time went."""
         if self._file is None:
             return
         with self._lock:
@@ -226,10 +226,10 @@ class Writer:
         total = times.pop("total")
         parts = sorted(times.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{name} {_duration(s)} ({s / max(total, 1e-9):.0%})" for name, s in parts)
-        self.line(f"{self.label}: {_duration(total)} in all: {shares}")
+        self.line(f"{self.label}: {_duration(total)} in total: {shares}")
 
     def _account(self) -> None:
-        """Writes where the time of this start went, behind those before it."""
+        """Writes time.json: the entries of earlier starts and that of this one."""
         if not self._active:
             return
         seconds = {name: round(s, 4) for name, s in self.timer.report().items() if name != "total"}
@@ -239,7 +239,7 @@ class Writer:
         self._accounted = time.perf_counter()
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
-        # JSON knows no nan and no inf: they are written as strings, which float() reads
+        # JSON has no nan and inf: they are written as strings, which float() reads
         plain = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         self._write({"step": step} | plain)
         if self._board:
@@ -249,14 +249,14 @@ class Writer:
     def _write(self, entry: dict) -> None:
         if self._active:
             with self._lock, self._trouble():
-                if self._file:  # a reader thread may be late
+                if self._file:  # a reader thread may log after close
                     self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 class Board:
     """An event file for TensorBoard, written in the caller's thread.
 
-    tensorboardX's own writer does it in a thread that ends on a full disk, and then the run waits for it for ever.
+    tensorboardX's writer uses a thread, which ends on a full disk, and the run would then wait for it forever.
     """
 
     def __init__(self, folder: Path, purge: int):
@@ -264,10 +264,10 @@ class Board:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._event, self._summary = proto.event_pb2.Event, summary
-        name = f".{os.getpid()}.{time.monotonic_ns()}"  # two within a second
+        name = f".{os.getpid()}.{time.monotonic_ns()}"  # unique also within a second
         self._file = event_file_writer.EventsWriter(str(folder / "events"), name)
         self._flushed = time.monotonic()
-        # what an earlier file has from step `purge` on is no more
+        # TensorBoard then ignores entries of earlier files from step `purge` on
         self._add(purge, session_log=proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -288,7 +288,7 @@ class Board:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the entries of a JSONL log that are beyond `step`, or half written. Keeps the order of the rest."""
+    """Deletes the entries of a JSONL log that are after `step` or incomplete; keeps the others in order."""
     if not path.exists():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
@@ -298,7 +298,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def accounts(path: Path, step: int) -> list[dict]:
-    """The entries of a `time.json`, for a run that goes on from `step`: what steps beyond it took is lost."""
+    """The entries of a `time.json`, for a run that resumes at `step`: the time of later steps counts as lost."""
     try:
         entries = json.loads(path.read_text())
         for entry in entries:
@@ -309,7 +309,7 @@ def accounts(path: Path, step: int) -> list[dict]:
                 seconds |= {"step": seconds.get("step", 0.0) - lost, "lost": seconds.get("lost", 0.0) + lost}
         return list(entries)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return []  # there is none, or it is damaged: it is only a report
+        return []  # missing or damaged; the file is only informative
 
 
 def _replace(path: Path, text: str) -> None:
@@ -326,11 +326,11 @@ def _step_of(line: str) -> float:
 
 
 def _numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Waits for all the scalars in one transfer."""
+    """The scalars as floats, read in one transfer. Raises UserError for a metric that is not a scalar."""
     values = jax.device_get(dict(report))
     for name, value in values.items():
         if np.size(value) != 1:
-            raise UserError(f"metric {name!r} has shape {np.shape(value)}; a metric is one number")
+            raise UserError(f"metric {name!r} has shape {np.shape(value)}; a metric must be a scalar")
     return {name: float(np.asarray(value).reshape(())) for name, value in values.items()}
 
 

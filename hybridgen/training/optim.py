@@ -1,15 +1,15 @@
-"""Optimisers: groups of parameters by path, each with its own optimiser, schedule, clip and decay.
+"""Optimizers: groups of parameters by path, each with its own optimizer, schedule, gradient clipping and weight decay.
 
     config.optim = {kind, lr, schedule, warmup, final, clip, decay, decay_on, b1, b2, eps, groups: {name: {match, ...}}}
 
-A group's `match` is a path pattern; what it does not set is as in `config.optim`. A parameter may match one group only;
-those that match none form the group "rest". Decay follows `decay_on`, a path pattern: layers are stacked, so rank says
-nothing. It is decoupled, p * (1 - lr * decay) for every kind. The state is packed into nested dicts of arrays, so that
-checkpoints hold no Python classes.
+A group's `match` is a path pattern; entries that it does not set are those of `config.optim`. A parameter may match one
+group only; parameters without a group form the group "rest". Weight decay applies to the paths that match `decay_on`
+(not by rank: layers are stacked). It is decoupled, p * (1 - lr * decay), for every kind. The state is packed into
+nested dicts of arrays, so that checkpoints contain no Python classes.
 
-`kind: "muon"` (Jordan 2024) takes the hidden matrices by `MATRICES`, also by path, and leaves the rest to AdamW with
-the group's b1, b2 and eps. Its updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that
-both halves go by one `lr` and one `decay`: those of an AdamW run serve as they are.
+`kind: "muon"` (Jordan 2024) uses Muon for the hidden matrices (`MATRICES`, also by path), and AdamW with the group's
+b1, b2 and eps for the rest. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so
+both use one `lr` and one `decay`, and those of an AdamW run can be used unchanged.
 """
 
 import math
@@ -28,14 +28,14 @@ from hybridgen.core.errors import UserError
 KINDS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
 
-MOMENTUM = 0.95  # Muon's own, Nesterov's form
-RMS = 0.2  # of an update of Muon: about that of AdamW's
+MOMENTUM = 0.95  # Nesterov momentum of Muon
+RMS = 0.2  # of Muon's updates: about that of AdamW's
 
-# path pattern -> (axes in, axes out) of Muon's matrices, counted from the end; what is in neither stacks matrices
-# (layers; queries, keys and values; gate and value). Queries, keys and values are made orthogonal apart: as one matrix
-# the largest of the three would set the scale of all. No entry: AdamW. So are tables, heads and the first and last
-# layer of a network, which are no maps between hidden states, and modulations, which all see one vector of the time
-# and the class: a batch shows few directions of it, and the rest, blown up to the same size, is noise.
+# path pattern -> (input axes, output axes) of Muon's matrices, counted from the end; other axes stack matrices (layers;
+# queries, keys and values; gate and value). Queries, keys and values are orthogonalized separately: as one matrix, the
+# largest of the three would set the scale of all. Parameters without an entry use AdamW: embedding tables, heads, and
+# the first and last layer of a network, which are no maps between hidden states; and modulations, whose input is one
+# vector of time and class: a batch has few directions of it, and Muon would scale up the noise in the others.
 MATRICES: tuple[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
     (r"attention/(qkv|kv|q)/kernel$", ((-4,), (-3, -1))),  # d h g+2 k
     (r"attention/out/kernel$", ((-4, -3, -2), (-1,))),  # h g k d
@@ -47,14 +47,14 @@ MATRICES: tuple[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
 
 
 def build(config: Mapping, steps: int, params: Mapping) -> optax.GradientTransformation:
-    """Optimiser for `params` (a nested dict, only its paths count) over `steps` updates.
+    """Optimizer for `params` (a nested dict, of which only the paths are used) over `steps` updates.
 
-    Raises UserError for a pattern that matches nothing, or two groups for one parameter.
+    Raises UserError for a pattern that matches nothing, and for a parameter in two groups.
     """
     rest = {name: config[name] for name in config if name != "groups"}
     own = dict(config.get("groups", {}))
     if "rest" in own:
-        raise UserError("optim.groups: 'rest' is what no group matches; set that in optim itself")
+        raise UserError("optim.groups.rest: 'rest' names the parameters without a group; set their options in optim")
     match = {name: _pattern(f"groups.{name}.match", group) for name, group in own.items()}
     groups = {"rest": rest} | {name: rest | dict(group) for name, group in own.items()}
     decay_on = {
@@ -62,17 +62,17 @@ def build(config: Mapping, steps: int, params: Mapping) -> optax.GradientTransfo
         for name, group in groups.items()
     }
     labels = {path: _label(path, match) for path in trees.flatten(params)}
-    if labels:  # an assembled model trains nothing
+    if labels:  # an assembled model has no trained parameters
         _check_use(groups, labels, decay_on)
     chains = {name: _chain(group, steps, decay_on[name]) for name, group in groups.items()}
     return optax.multi_transform(chains, trees.unflatten(labels))
 
 
 def _pattern(key: str, group: Mapping) -> re.Pattern:
-    """The compiled entry of a group that `key` ends in."""
+    """The compiled pattern of a group's entry; `key`: its path in `optim`. Raises UserError if it is invalid."""
     text = group.get(key.rpartition(".")[2])
     if not isinstance(text, str):
-        raise UserError(f"optim.{key} is {text!r}, it must be a pattern of parameter paths")
+        raise UserError(f"optim.{key} is {text!r}, but must be a pattern of parameter paths")
     try:
         return re.compile(text)
     except re.error as error:
@@ -82,17 +82,17 @@ def _pattern(key: str, group: Mapping) -> re.Pattern:
 def _label(path: str, match: Mapping[str, re.Pattern]) -> str:
     found = [name for name, pattern in match.items() if pattern.search(path)]
     if len(found) > 1:
-        raise UserError(f"parameter {path!r} matches the optimiser groups {' and '.join(found)}")
+        raise UserError(f"optim.groups: parameter {path!r} matches two groups, {' and '.join(found)}")
     return found[0] if found else "rest"
 
 
 def _check_use(groups: Mapping, labels: Mapping[str, str], decay_on: Mapping[str, re.Pattern]) -> None:
-    """Raises UserError for a group without a parameter, and for a `decay_on` that decays none of all its groups'."""
-    some = f"a path is {next(iter(labels))!r}, for instance"
+    """Raises UserError for a group without parameters, and for a `decay_on` that matches no parameter of its groups."""
+    some = f"an example of a path is {next(iter(labels))!r}"
     for name, group in groups.items():
         if name not in ("rest", *labels.values()):
             raise UserError(f"optim.groups.{name}.match {group['match']!r} matches no trained parameter; {some}")
-    users: dict[re.Pattern, list[str]] = {}  # most groups inherit the pattern: one of norms only has nothing to decay
+    users: dict[re.Pattern, list[str]] = {}  # by pattern: a group of norms may inherit it and decay nothing
     for name, pattern in decay_on.items():
         if groups[name]["decay"] and name in labels.values():
             users.setdefault(pattern, []).append(name)
@@ -103,7 +103,7 @@ def _check_use(groups: Mapping, labels: Mapping[str, str], decay_on: Mapping[str
 
 
 def schedule(group: Mapping, steps: int) -> optax.Schedule:
-    """Linear warm-up to `lr` over `warmup` updates, then constant, or cosine / linear down to `final` * lr."""
+    """Linear warmup to `lr` over `warmup` updates, then constant, or cosine or linear decay to `final` * lr."""
     lr, warmup, final = group["lr"], min(group["warmup"], steps), group["final"]
     rest = max(steps - warmup, 1)
     after = {
@@ -113,7 +113,7 @@ def schedule(group: Mapping, steps: int) -> optax.Schedule:
     }
     if group["schedule"] not in after:
         raise UserError(f"optim.schedule {group['schedule']!r} is not one of {', '.join(SCHEDULES)}")
-    # the first update has count 0: start at lr / warmup, not at zero
+    # the first update has count 0: warmup starts at lr / warmup, not at zero
     rise = optax.linear_schedule(lr / max(warmup, 1), lr, max(warmup - 1, 1))
     return optax.join_schedules([rise, after[group["schedule"]]()], [warmup])
 
@@ -128,7 +128,7 @@ def _chain(group: Mapping, steps: int, decay_on: re.Pattern) -> optax.GradientTr
         rule = _adamw(group, rate, decays)
     elif group["kind"] == "adafactor":
         rule = optax.adafactor(rate)
-        if group["decay"]:  # optax's own is not multiplied by the rate: 0.1 would take a tenth of a parameter a step
+        if group["decay"]:  # optax's own decay is not multiplied by the rate: 0.1 would be a tenth per step
             rule = optax.chain(rule, optax.add_decayed_weights(lambda count: -group["decay"] * rate(count), decays))
     elif group["kind"] == "muon":
         rule = _muon(group, rate, decays)
@@ -143,7 +143,7 @@ def _adamw(group: Mapping, rate: optax.Schedule, decays: Any) -> optax.GradientT
 
 
 def _muon(group: Mapping, rate: optax.Schedule, decays: Any) -> optax.GradientTransformation:
-    """Not `optax.contrib.muon` but its first half: the other there is Nesterov's Adam, whose decay knows no paths."""
+    """The Muon part of `optax.contrib.muon` with our AdamW: the other part there is NAdam, without decay by path."""
 
     def axes(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: _matrix(_name(path)), tree)
@@ -168,7 +168,7 @@ def _muon(group: Mapping, rate: optax.Schedule, decays: Any) -> optax.GradientTr
 
 
 def _matrix(path: str) -> MuonDimensionNumbers | None:
-    """Which axes of a parameter are Muon's matrix; None for what AdamW takes."""
+    """The axes of a parameter that form Muon's matrix; None if it uses AdamW."""
     return next((MuonDimensionNumbers(*axes) for pattern, axes in MATRICES if re.search(pattern, path)), None)
 
 
@@ -178,13 +178,13 @@ def _name(path: tuple) -> str:
 
 
 def pack(state: Any) -> dict:
-    """Optimiser state -> nested dict of its arrays, by path."""
+    """Optimizer state -> nested dict of its arrays, by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return trees.unflatten({_name(path): leaf for path, leaf in leaves})
 
 
 def unpack(rule: optax.GradientTransformation, params: Mapping, packed: Mapping) -> Any:
-    """Inverse of `pack`, for the optimiser and parameters that it came from."""
+    """Inverse of `pack`, for the same optimizer and parameters."""
     shape = jax.eval_shape(rule.init, params)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shape)
     flat = trees.flatten(packed)
@@ -192,7 +192,7 @@ def unpack(rule: optax.GradientTransformation, params: Mapping, packed: Mapping)
 
 
 def ema(average: Mapping, params: Mapping, decay: float, count: jax.Array) -> Any:
-    """Moving average of parameters; early on it averages over fewer steps: decay is at most (1 + n) / (10 + n)."""
+    """EMA of parameters after `count` = n good steps. The decay is at most (1 + n) / (10 + n), for a short start."""
     n = count.astype(jnp.float32)
     rate = jnp.minimum(decay, (1 + n) / (10 + n))
     return jax.tree.map(lambda a, p: a + (1 - rate).astype(a.dtype) * (p.astype(a.dtype) - a), average, params)

@@ -1,4 +1,4 @@
-"""Traces of a few steps, for a profiler: open the folder with TensorBoard or xprof."""
+"""Profiler traces of a few steps: open the folder with TensorBoard or xprof."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 
 
 class ProfileWindow:
-    """A trace of `steps` steps from step `first` on, in `folder`; `at` goes before each step. Leaving it ends it."""
+    """Traces `steps` steps from step `first` on into `folder`; call `at` before each step. Exit ends the trace."""
 
     def __init__(self, folder: Path, first: int, steps: int):
         self.folder, self.first, self.last = folder, first, first + steps
@@ -20,7 +20,7 @@ class ProfileWindow:
         self._stop()
 
     def at(self, step: int, before: Any) -> None:
-        """Starts or ends the trace, if it is time; `before`: arrays of the step before, which belongs into it."""
+        """Starts or ends the trace, if due; `before`: arrays of the previous step, which belongs into the trace."""
         if self.first <= step < self.last and not self._open:
             jax.profiler.start_trace(str(self.folder))
             self._open = True

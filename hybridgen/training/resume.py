@@ -1,4 +1,4 @@
-"""How a run begins or goes on: the state it starts from, and what must be as it was when that state was saved."""
+"""Starts or resumes a run: its first state, and the fingerprint that must match the checkpoint's."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -23,9 +23,9 @@ from hybridgen.training import state as state_lib
 def checked(
     config: Any, source: Callable = sources.build, folder: Path | None = None, stages: Mapping[str, Any] | None = None
 ) -> Any:
-    """The training data of a config, `source(config.data, split)`. stages: those of its recipe, whose runs are parts.
+    """The training data of a config, `source(config.data, split)`. stages: of its recipe, whose runs may be parts.
 
-    Raises UserError, before any work, for what a run would stumble over later.
+    Raises UserError, before any work, for a family, mesh, batch, option or data set that cannot be used.
     """
     find(config.family)
     meshes.check_batch(meshes.make_mesh(config.mesh), config.batch, config.accumulate)
@@ -45,7 +45,7 @@ def beginning(
     timer: logging.Timer,
     step: int | None,
 ) -> dict:
-    """The state of a checkpoint, or (step None) of a new run, with what `init_from` names."""
+    """The state of checkpoint `step`, or for None of a new run, with the parameters that `init_from` names."""
     config = experiment.config
     with timer.time("restore" if step is not None else "init"), jax.set_mesh(experiment.mesh):
         if step is not None:
@@ -58,10 +58,10 @@ def beginning(
 
 
 def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:
-    """(the config with no "auto" left, what must be the same when the run is resumed), as plain data."""
+    """(the config with all "auto" resolved, the fingerprint that must match when the run resumes), as plain data."""
     resolved = config_lib.plain(config) | {"model": config_lib.plain(experiment.options)}
     if hasattr(source, "occurring"):
-        resolved["data"]["shapes"] = config_lib.plain(source.occurring(config.batch, True))  # what was trained
+        resolved["data"]["shapes"] = config_lib.plain(source.occurring(config.batch, True))  # the trained shapes
     return resolved, {
         "config": {name: resolved[name] for name in resolved if name not in NOT_FINGERPRINTED},
         "data": pipeline.fingerprint(config.data, source, experiment.text, batch=config.batch, seed=config.seed),
@@ -70,25 +70,27 @@ def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, d
 
 
 def allowed(words: str, runs: list[tuple[Any, Path]]) -> tuple[str, ...]:
-    """The keys of `--allow KEY,...`. UserError for one that no run (config, folder) has."""
+    """The keys of `--allow KEY,...`. Raises UserError for a key that no run (config, folder) has."""
     wanted, keys = tuple(filter(None, words.split(","))), set(DATA)
     for config, folder in runs:
         keys |= {f"config.{key}" for key in config_lib.flatten(config) if key.split(".")[0] not in NOT_FINGERPRINTED}
         keys |= {f"data.source.options.{name}" for name in config_lib.flatten(config.data.get("options", {}))}
         keys |= {f"parts.{name}" for name in config.parts}
         for file in sorted(folder.glob("checkpoints/*/about/metadata")) if wanted else ():
-            with contextlib.suppress(UserError, AttributeError):  # a damaged one is told of when it is read
+            with contextlib.suppress(UserError, AttributeError):  # damage is reported when the checkpoint is read
                 keys |= set(config_lib.flatten(run_folder.read_json(file).get("fingerprint", {})))
     groups = ("config", "data", "parts")
     for word in wanted:
         if word not in groups and not any(key == word or key.startswith(f"{word}.") for key in keys):
             near = config_lib.hint(word, [*keys, *groups])
-            raise UserError(f"--allow {word!r} is no key{near} (keys, or groups of them: {', '.join(sorted(keys))})")
+            raise UserError(
+                f"--allow {word!r} is not a key{near} (keys: {', '.join(sorted(keys))}; groups: {', '.join(groups)})"
+            )
     return wanted
 
 
-# of the fingerprint of data, besides options
+# keys of the data's fingerprint, besides its options
 DATA = tuple(f"data.{name}" for name in ("batch", "seed", "flip", "text.kind", "text.length", "text.digest"))
 DATA += tuple(f"data.source.{name}" for name in ("kind", "length", "resolution", "records", "encoders"))
-# what may differ when a run is resumed: it changes neither the samples nor the arithmetic of a step
+# config entries that may differ when a run resumes: they change neither the samples nor the arithmetic of a step
 NOT_FINGERPRINTED = ("parts", "init_from", "mesh", "log", "eval", "sample", "checkpoint", "profile", "data", "health")

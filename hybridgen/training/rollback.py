@@ -1,7 +1,7 @@
-"""Batches that a run skips for good: where it went bad, it goes back to a checkpoint and on behind them.
+"""Rollback: after several bad steps in a row, a run restores an earlier checkpoint and skips the bad batches for good.
 
-`skipped.json` of the run folder lists the intervals [first, end); `config.health.skip` may name some beforehand. With
-the same intervals from the start, a run ends in the same bits as one that found them by itself.
+`skipped.json` in the run folder lists the skipped intervals [first, end); `config.health.skip` may list more. A run
+that is given these intervals from the start gets the same state, bit for bit, as the run that detected them.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from hybridgen.runs import folder as run_folder
 
 
 def jump(state: dict, step: jax.Array) -> dict:
-    """The state at a later step, whose batches it has not seen: they count as skipped."""
+    """The state at a later `step`; the batches in between count as skipped."""
     health = state["health"]
     health = health | {"skipped": health["skipped"] + step - state["step"], "streak": jnp.zeros_like(health["streak"])}
     return state | {"step": step, "health": health}
 
 
 def end_of_skip(skipped: list, step: int, steps: int) -> int | None:
-    """The end, at most `steps`, of the skipped intervals [first, end) that `step` lies in; None if in none."""
+    """The end, at most `steps`, of the skipped intervals [first, end) that contain `step`; None if none does."""
     here = step
     while ends := [min(end, steps) for first, end in skipped if first <= here < min(end, steps)]:
         here = max(ends)
@@ -33,20 +33,20 @@ def end_of_skip(skipped: list, step: int, steps: int) -> int | None:
 
 
 def roll_back(job: Any, end: int) -> tuple[dict, int]:
-    """From bad steps up to `end` to the newest checkpoint before them; the batches from there to `end` are skipped.
+    """Restores the newest checkpoint before the bad steps up to `end`; skips the batches from there to `end`.
 
-    Raises UserError where this happens too often: then what is wrong is not in a few batches.
+    Returns (state, step). Raises UserError after `health.rollbacks` rollbacks: then the cause is not a few batches.
     """
     health, writer = job.experiment.config.health, job.writer
     if len(job.skipped) - len(health.skip) >= health.rollbacks:
         raise UserError(
             f"{health.streak} bad steps in a row up to step {end}, and {health.rollbacks} intervals were skipped "
-            "before: see config.health, the learning rate and the data"
+            "before (config.health.rollbacks): lower the learning rate or check the data"
         )
     with job.doing(end, "restore"):
-        with contextlib.suppress(checkpoint.SaveError):  # older steps are there
+        with contextlib.suppress(checkpoint.SaveError):  # an older step is restored anyway
             job.saved.wait_until_saved()
-        start = job.saved.drop_after(end - health.streak)  # before the list says so: cut short, it happens again
+        start = job.saved.drop_after(end - health.streak)  # before the list is written: if interrupted, it runs again
         first = start or 0
         job.skipped.append((first, end))
         if jax.process_index() == 0:
@@ -61,7 +61,7 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
 
 
 def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
-    """What config and run folder say is skipped, config first. Raises UserError for what is no list of intervals."""
+    """The skipped intervals of the config, then of the run folder. Raises UserError for an invalid interval."""
     file = folder / "skipped.json"
     found = run_folder.read_json(file) if file.is_file() else []
     named = [("health.skip", pair) for pair in config.health.skip]
@@ -69,5 +69,5 @@ def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
     for where, pair in named:
         numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, int) for x in pair)
         if not numbers or not 0 <= pair[0] < pair[1]:
-            raise UserError(f"{where}: {pair!r} is no interval (first, end) of steps")
+            raise UserError(f"{where}: {pair!r} is not an interval (first, end) of steps, with 0 <= first < end")
     return [(first, end) for _, (first, end) in named]

@@ -1,8 +1,7 @@
-"""Training on pictures of several shapes (data/sources/buckets.py).
+"""Training on images of several shapes (data/sources/buckets.py).
 
-There is one executable a shape, and all are compiled before the first step.
-
-XLA compiles for shapes: a step that meets a new one would wait for a compilation, amid the run and on every host.
+XLA compiles one executable per shape. All are compiled before the first step, so that no later step waits for a
+compilation, on every host.
 """
 
 import time
@@ -16,9 +15,9 @@ from hybridgen.models.contract import Shape
 
 
 class Shaped:
-    """Train step and evaluation, jitted programs of (state, batch, parts); the first step compiles both for all shapes.
+    """The training step and evaluation, jitted programs of (state, batch, parts), compiled for all shapes at first use.
 
-    trained, seen: the shapes that they meet. beat: called before each compilation; say: told what was compiled.
+    trained, seen: the shapes of training and of evaluation. beat: called before each compilation; say: prints a line.
     """
 
     def __init__(self, programs: tuple, trained: list[Shape], seen: list[Shape], beat: Callable, say: Callable):
@@ -26,13 +25,13 @@ class Shaped:
         self._compiled: dict[tuple[int, Shape], Any] = {}
 
     def step(self, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
-        """A train step."""
+        """One training step; the first call compiles all programs."""
         if not self._compiled:
             self._compile(state, batch, parts)
         return self._compiled[0, batch["image"].shape[1:3]](state, batch, parts)
 
     def evaluate(self, state: dict, batch: dict, parts: Any) -> dict:
-        """Metrics of a batch of an evaluation, which is after a step."""
+        """Metrics of an evaluation batch; call it only after a step."""
         return self._compiled[1, batch["image"].shape[1:3]](state, batch, parts)
 
     def _compile(self, state: dict, batch: dict, parts: Any) -> None:
@@ -48,11 +47,11 @@ class Shaped:
         sizes = ", ".join("{} x {}".format(*shape) for shape in trained)
         also = f" and the evaluation for {len(seen)}" * bool(seen)
         seconds = time.monotonic() - started
-        self._say(f"compiled the step for {len(trained)} shapes ({sizes}){also} in {seconds:.0f} s")
+        self._say(f"compiled the training step for {len(trained)} shapes ({sizes}){also} in {seconds:.0f} s")
 
 
 def shaped(config: Any, source: Any, programs: tuple[Any, Any], beat: Callable, say: Callable) -> tuple[Any, Any]:
-    """`programs` (train step, evaluation) for all shapes of the data; as they are where there is only one."""
+    """`programs` (training step, evaluation) for all shapes of the data; unchanged if there is only one."""
     if not hasattr(source, "occurring"):
         return programs
     seen = sources.build(config.data, "validation").occurring(config.batch, False) if config.eval.every else []

@@ -1,8 +1,9 @@
-"""The training state and how it is created: sharded from the start, frozen parameters kept out of the optimiser.
+"""The training state and its creation: sharded from the start, without optimizer state for frozen parameters.
 
-`{"step", "params", "opt", "ema", "extra", "health"}`, nested dicts of arrays. `step` counts batches consumed; the
-optimiser counts updates applied. `opt` and `ema` cover trainable parameters only. `health`: `skipped` steps so far,
-`streak` of consecutive bad steps, `norm`, the moving average of the log gradient norm, over `count` good steps.
+The state is `{"step", "params", "opt", "ema", "extra", "health"}`, nested dicts of arrays. `step` counts the batches so
+far; the optimizer counts its own updates. `opt` and `ema` cover trainable parameters only. `health` has the number of
+`skipped` steps so far, the `streak` of consecutive bad steps, and `norm`, the moving average of the log gradient norm
+over `count` good steps.
 """
 
 import re
@@ -19,14 +20,14 @@ from hybridgen.training import optim
 
 
 class Trainable(NamedTuple):
-    """Which parameters train, and which are averaged: ordered (pattern, bool) rules over paths."""
+    """Which parameters are trained and which have an EMA: ordered (pattern, bool) rules over paths."""
 
     rules: tuple[tuple[str, bool], ...]
-    no_ema: str  # pattern of what is left out of the average (discriminators)
-    decay: float  # 0: no average
+    no_ema: str  # pattern of parameters without an EMA (discriminators)
+    decay: float  # of the EMA; 0: no EMA
 
     def check(self, params: Any) -> None:
-        """Raises UserError for a pattern that is none, or that no parameter matches."""
+        """Raises UserError for a pattern that is no regular expression, or that matches no parameter."""
         paths = trees.flatten(params)
         for pattern, _ in self.rules:
             try:
@@ -34,14 +35,15 @@ class Trainable(NamedTuple):
                     continue
             except re.error as error:
                 raise UserError(f"trainable: {pattern!r} is not a regular expression: {error}") from None
-            raise UserError(f"trainable: {pattern!r} matches no parameter; there are {', '.join(list(paths)[:3])}, ...")
+            some = ", ".join(list(paths)[:3])
+            raise UserError(f"trainable: {pattern!r} matches no parameter; parameters are {some}, ...")
 
     def split(self, params: Any) -> tuple[dict, dict]:
         """(trainable, frozen), nested."""
         return trees.split(params, lambda path: bool(trees.first_match(path, self.rules, True)))
 
     def averaged(self, trainable: Any) -> dict:
-        """The part of the trainable parameters that has a moving average."""
+        """The trainable parameters that have an EMA."""
         if not self.decay:
             return {}
         kept, _ = trees.split(trainable, lambda path: not (self.no_ema and re.search(self.no_ema, path)))
@@ -49,7 +51,7 @@ class Trainable(NamedTuple):
 
 
 def trainable_of(config: Any) -> Trainable:
-    """A config's rules of what trains and what is averaged."""
+    """A config's rules for trained parameters and the EMA."""
     return Trainable(
         tuple((str(pattern), bool(value)) for pattern, value in config.trainable),
         config.ema.skip,
@@ -58,7 +60,7 @@ def trainable_of(config: Any) -> Trainable:
 
 
 def initial(arrays: dict, rule: optax.GradientTransformation, which: Trainable, frozen_dtype: str) -> dict:
-    """The state at step 0 from `init`'s arrays {"params", "extra"}."""
+    """The state at step 0, from the arrays {"params", "extra"} of a family's `init`."""
     trainable, frozen = which.split(arrays["params"])
     frozen = jax.tree.map(lambda x: x.astype(frozen_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, frozen)
     return {
@@ -77,7 +79,7 @@ def initial(arrays: dict, rule: optax.GradientTransformation, which: Trainable, 
 
 
 def shardings(state: Any, mesh: Mesh) -> Any:
-    """Shardings of a state: parameters and what mirrors them by the table, everything else replicated."""
+    """Shardings of a state: parameters, EMA and optimizer state by PARAM_RULES, everything else replicated."""
     everywhere = placement.replicated(mesh)
     rest = {name: jax.tree.map(lambda _: everywhere, state[name]) for name in ("step", "extra", "health")}
     return rest | {
@@ -88,9 +90,9 @@ def shardings(state: Any, mesh: Mesh) -> Any:
 
 
 def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict, Any]:
-    """(abstract state with shardings, function that makes the real one on the mesh).
+    """(abstract state with shardings, function that creates the state on the mesh).
 
-    `rule_of(trainable)` builds the optimiser once the parameters' paths are known.
+    `rule_of(trainable)` builds the optimizer, which depends on the paths of the parameters.
     """
     family, model, parts, mesh = experiment.family, experiment.model, experiment.parts, experiment.mesh
     which = trainable_of(experiment.config)
@@ -109,9 +111,9 @@ def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict,
 
 
 def start_from(state: dict, sources: dict[str, Any], which: Trainable, extra: Any = None) -> dict:
-    """Replaces named subtrees of fresh parameters by earlier ones: {"path/of/subtree" or "": arrays}; and `extra`.
+    """Replaces subtrees of new parameters by those of other runs: {"path/of/subtree" or "": arrays}; and `extra`.
 
-    The average starts there too; the optimiser stays fresh. Raises UserError where trees or shapes differ.
+    The EMA starts with the same values; the optimizer state stays new. Raises UserError if trees or shapes differ.
     """
     params = state["params"]
     for prefix, arrays in sources.items():
@@ -122,18 +124,19 @@ def start_from(state: dict, sources: dict[str, Any], which: Trainable, extra: An
 
 
 def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
-    """`tree` with its subtree `prefix` ("": all of it) taken from `arrays`, in the tree's dtypes and places."""
+    """`tree` with its subtree `prefix` ("": all) taken from `arrays`, with the tree's dtypes and shardings."""
     flat = trees.flatten(tree)
     here = {path for path in flat if not prefix or path.startswith(f"{prefix}/")}
     given = {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in trees.flatten(arrays).items()}
     if not prefix and not any(path.startswith("disc/") for path in given):
-        here = {path for path in here if not path.startswith("disc/")}  # imported: its judge starts anew
+        here = {path for path in here if not path.startswith("disc/")}  # imported weights have no discriminator
     if odd := sorted(here ^ set(given)):
-        raise UserError(f"init_from[{prefix!r}]: {len(odd)} arrays stand on one side only, such as {odd[0]!r}")
+        where = "the run to initialize from" if odd[0] in given else "this model"
+        raise UserError(f"init_from[{prefix!r}]: {len(odd)} arrays do not match; {odd[0]!r} is in {where} only")
     for path, leaf in given.items():
         target = flat[path]
         if leaf.shape != target.shape:
-            raise UserError(f"init_from: {path!r} has shape {leaf.shape} and is to have {target.shape}")
+            raise UserError(f"init_from: {path!r} has shape {leaf.shape}, but this model has {target.shape}")
         flat[path] = placement.put(jnp.asarray(leaf, target.dtype), target.sharding)
     return trees.unflatten(flat)
 

@@ -1,4 +1,4 @@
-"""Notices that a process hangs: its stacks, who is behind, and exit code 42, so that a supervisor starts all again."""
+"""Detects that a process hangs: prints its stacks and the stragglers, and exits with code 42 for a restart."""
 
 import contextlib
 import faulthandler
@@ -14,26 +14,25 @@ import jax
 from hybridgen.core import distributed
 
 HUNG = 42  # exit code of a process that made no progress
-START = 600.0  # seconds that tracing and compiling may take, however short the time-out
+START = 600.0  # seconds that tracing and compiling may take, even if the timeout is shorter
 COMPILING = tuple(f"/jax/_src/{file}.py" for file in ("compiler", "interpreters/mlir", "interpreters/partial_eval"))
-WARM, SLOWER = 3, 3.0  # steps that may be in flight while the others compile, and how much slower than here they may
+WARM, SLOWER = 3, 3.0  # first steps, during which other processes may compile this many times longer than this one
 
 
 class Watchdog:
-    """Ends the process with code 42 and all its stacks when nothing was `beat` for `timeout` seconds (0: never).
+    """Prints all stacks and exits with code 42 if `beat` was not called for `timeout` seconds (0: never).
 
-    Compiling is progress, for ten minutes at most; before the first steps are done, others are waited for a few times
-    as long as it took here.
-    With several processes it says who is behind: each tells the others where it is.
+    Compiling counts as progress for at most ten minutes. In the first steps the timeout is extended, since other
+    processes may compile longer. With several processes it reports the stragglers: each process shares its position.
     """
 
     def __init__(self, timeout: float):
         self.timeout = timeout
         self._where = 0, "start"
         self._first_step, self._starting, self._compiled = None, True, 0.0
-        self._first: list | None = None  # what process 0 has said of itself
+        self._first: list | None = None  # the status of process 0
         self._ended = threading.Event()
-        # telling is a thread of its own: where process 0 has stopped, it waits
+        # statuses are shared in a thread of their own, which blocks if process 0 has stopped
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._tell)]
 
     def __enter__(self) -> "Watchdog":
@@ -51,7 +50,7 @@ class Watchdog:
                 thread.join(timeout=5)
 
     def beat(self, step: int, doing: str) -> None:
-        """Says that work goes on: `doing` begins, at `step`."""
+        """Reports progress: `doing` begins, at `step`."""
         self._first_step = step if self._first_step is None else self._first_step
         self._starting = self._starting and step < self._first_step + WARM
         self._where, self._since = (step, doing), time.monotonic()
@@ -68,7 +67,7 @@ class Watchdog:
                 self._end(now - self._since)
 
     def _compiles(self) -> bool:
-        """Whether the thread that works traces or compiles."""
+        """Whether the training thread is tracing or compiling."""
         frame = sys._current_frames().get(self._thread)
         while frame is not None and not frame.f_code.co_filename.endswith(COMPILING):
             frame = frame.f_back
@@ -91,11 +90,11 @@ class Watchdog:
         if jax.process_count() > 1:
             for line in self._stragglers():
                 print(line, file=sys.stderr, flush=True)
-            time.sleep(2.0)  # the first to go takes the others along: let them print theirs
+            time.sleep(2.0)  # the first exit ends the other processes too: let them print their stacks
         os._exit(HUNG)
 
     def _stragglers(self) -> list[str]:
-        """Lines that say who is behind; the others' words lie with process 0, which may be the one that has stopped."""
+        """Lines that name the stragglers; the statuses are stored in process 0, which may have stopped itself."""
         where: dict[int, list] = {}
 
         def ask() -> None:
@@ -109,21 +108,21 @@ class Watchdog:
         if where:
             return behind(where, time.time() - max(self.timeout / 2, 2.0))
         host, pid = self._first[3:5] if self._first else ("unknown", "unknown")
-        return [f"straggler: process 0 on host {host} (pid {pid}), where the others meet, does not answer"]
+        return [f"straggler: process 0 on host {host} (pid {pid}), the coordinator, does not answer"]
 
 
 def behind(where: dict[int, list], lately: float) -> list[str]:
-    """Who holds the others up, a line each, from {process: [step, doing, seconds, host, pid, when it said so]}.
+    """The stragglers, one line each, from {process: [step, doing, seconds, host, pid, time of this status]}.
 
-    Those that have said nothing since `lately`; or else those of the lowest step and, among them, those that wait for
-    nobody (a "step" is where processes wait for each other).
+    These are the processes without a status since `lately`; or else those at the lowest step and, among them, those
+    outside a "step", in which processes wait for each other.
     """
     silent = {i: status for i, status in where.items() if status[5] < lately}
     least = min((step for step, *_ in where.values()), default=0)
     late = {i: status for i, status in where.items() if status[0] == least}
     late = silent or {i: status for i, status in late.items() if status[1] != "step"} or late
     if len(late) == len(where):
-        return [f"all {len(where)} processes are at step {least}: none is behind the others"]
+        return [f"all {len(where)} processes are at step {least}: there is no straggler"]
     return [
         f"straggler: process {i} on host {host} (pid {pid}), "
         + ("silent since " if i in silent else "")

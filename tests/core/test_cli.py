@@ -1,4 +1,4 @@
-"""What bad input gets: one line on stderr that names it, exit code 2, no traceback, and nothing half-written."""
+"""Bad input gives one line on stderr that names it, exit code 2, no traceback, and no partial files."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SMALL = f"{ROOT}/{VQ},model.channels=(16,),model.attention=False"  # soon compil
 
 
 def refused(main, *words: object) -> str:
-    """Runs a command that is to be refused: its message, one line."""
+    """Runs a command that must fail; returns its message of one line."""
     with pytest.raises(UserError) as error:
         main([str(word) for word in words])
     assert "\n" not in str(error.value)
@@ -96,7 +96,7 @@ def start(module: str, *words: object) -> subprocess.Popen:
         (PRIOR, "sample.options.prior.guidance=-1", "prior.guidance -1.0 is not within 0.0 and 100.0"),
         (PRIOR, "sample.options.prior.guidance_schedule=steep", "'steep' is not one of constant"),
         (JOINT, "sample.options.decoder.steps=0", "decoder.steps 0 is not within 1 and 1000"),
-        (VQ, "health.skip=((4,4),)", "health.skip: (4, 4) is no interval"),
+        (VQ, "health.skip=((4,4),)", "health.skip: (4, 4) is not an interval"),
         (VQ, "health.streak=0", "config key 'health.streak' 0 is not within 1 and"),
         (VQ, "health.spike=-1", "config key 'health.spike' -1.0 is not within 0.0 and"),
         (VQ, "checkpoint.keep_every=-1", "config key 'checkpoint.keep_every' -1 is not within 0 and"),
@@ -113,7 +113,7 @@ def test_a_config_that_cannot_be_trained(config, override, says, tmp_path):
 
 
 def test_a_sampling_option_without_a_value(tmp_path):
-    """Also where it comes from a file."""
+    """Also if it comes from a file."""
     file = tmp_path / "mine.py"
     file.write_text("from configs.ar import raster\n\n\ndef get_config(_):\n    config = raster.get_config('tiny')\n")
     with file.open("a") as lines:
@@ -152,7 +152,7 @@ def test_what_stages_share_is_set_for_all_or_for_one(turn):
 
 
 def test_where_none_is_a_word():
-    """`none` names a quantiser; of a data source's options it is nothing."""
+    """`none` is the name of a quantizer, but the empty value of a data source's option."""
     assert config_lib.load(f"{ROOT / VQ}", ["model.quantizer.kind=none"]).model.quantizer.kind == "none"
     for text, value in (("none", None), ("caption", "caption"), ("('en', 'zh')", ("en", "zh")), ("'none'", "none")):
         stages = config_lib.load(f"{ROOT / FOLDER}", [f"stages.prior.data.options.text_key={text}", "path=12"]).stages
@@ -239,7 +239,7 @@ def test_runs_that_are_damaged(tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
-    """Neither where the config was changed under it, nor where it was put into another run."""
+    """Neither if the config was changed, nor if the checkpoint was copied into another run."""
     tokenizer, prior = (tiny_run(f"configs/{name}.py").folder for name in ("tokenizers/vq", "ar/raster"))
     run = shutil.copytree(prior, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     words = ["--run", run, "--out", tmp_path / "out"]
     for main, more in ((sample.main, ["--prompt", "a red circle"]), (evaluate.main, [])):
-        assert "is of another config: model.width was 64 and is 128" in refused(main, *words, *more)
+        assert "has another config: model.width was 64 and is 128" in refused(main, *words, *more)
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(tokenizer / "checkpoints", run / "checkpoints")
     assert 'family was "tokenizers.vq" and is "ar.raster"; model.attention was' in refused(evaluate.main, *words)
@@ -264,10 +264,10 @@ def test_a_checkpoint_of_another_config_is_not_drawn_from(tiny_run, tmp_path):
         (["--prompt", "  "], "the prompt is empty"),
         (["--prompt", "a red circle", "--prompt", ""], "the prompt is empty"),
         (["--prompt", "a red circel"], "does not know the word 'circel'; the nearest known word is 'circle'"),
-        (["--prompt", " ".join(["a red circle"] * 99)], "the prompt has 297 tokens, this model reads at most 16"),
+        (["--prompt", " ".join(["a red circle"] * 99)], "the prompt has 297 tokens, but this model reads at most 16"),
         ([], "no prompt: give --prompt TEXT, --prompts FILE or"),
-        (["--prompts", "nowhere.txt"], "no file of prompts 'nowhere.txt'"),
-        (["--prompts", __file__.replace("tests/core/test_cli.py", "hybridgen")], "no file of prompts"),
+        (["--prompts", "nowhere.txt"], "--prompts: no such file 'nowhere.txt'"),
+        (["--prompts", __file__.replace("tests/core/test_cli.py", "hybridgen")], "--prompts: no such file"),
         (["--prompt", "a red circle", "--guidance", "-1"], "prior.guidance -1.0 is not within 0.0 and 100.0"),
         (["--prompt", "a red circle", "--guidance", "nan"], "prior.guidance nan is not within"),
         (["--prompt", "a red circle", "--guidance", "strong"], "argument --guidance: invalid float value: 'strong'"),
@@ -335,7 +335,7 @@ def test_a_file_of_prompts_that_is_not_text(tiny_run, tmp_path):
     assert str(tmp_path / "prompts") in message and not (tmp_path / "out").exists()
     (tmp_path / "prompts").write_text("\n \n")
     message = refused(sample.main, "--run", run, "--prompts", tmp_path / "prompts", "--out", tmp_path / "out")
-    assert message == f"no prompt in {tmp_path / 'prompts'}: it takes one a line"
+    assert message == f"--prompts {tmp_path / 'prompts'} has no prompts: write one per line"
 
 
 # ---- as a process
@@ -382,7 +382,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
     assert "SIGINT: saving and stopping" in err
     stopped = int(err.split("stopped at step ")[1].split(";")[0])
-    assert stopped >= 2 and "the same command goes on from there" in err
+    assert stopped >= 2 and "run the same command again to resume" in err
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == str(stopped) and (saved / "manifest.json").is_file()
 

@@ -1,4 +1,4 @@
-"""Processes find each other, name who is missing, agree, and say who is behind. Whole trainings: test_hosts.py."""
+"""Processes connect, name missing processes, agree, and report stragglers. Whole trainings are in test_hosts.py."""
 
 import argparse
 import json
@@ -171,7 +171,7 @@ def test_a_task_of_slurm_has_the_gpus_of_its_node(tasks, explicit, shown):
 
 
 def test_under_slurm_the_missing_are_named_too(monkeypatch, capfd):
-    """With the command as it was given: there are no numbers in it."""
+    """The message has the command as given, which contains no process numbers."""
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
     given = SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "3", "JAX_COORDINATOR_PORT": str(port)}
@@ -221,7 +221,7 @@ def test_alone_it_agrees_with_itself():
 
 
 def test_a_name_may_be_used_again(monkeypatch):
-    """As by the stages of a recipe, each with saves of its own; the service takes a key once."""
+    """Stages of a recipe reuse names, but the coordination service accepts each key once."""
     message: dict[str, str] = {f"hybridgen/stage/{turn}/1": f"other {turn}" for turn in (1, 2)}
 
     class Service:
@@ -260,11 +260,11 @@ def test_the_straggler_is_named(where, late):
     lines = watchdog.behind(where, lately=90.0)
     named = [i for i in where if any(f"process {i} on host tpu-7 (pid 4242)" in line for line in lines)]
     assert named == late
-    assert late or "none is behind" in lines[0]
+    assert late or "there is no straggler" in lines[0]
 
 
 def test_places_of_several_processes(monkeypatch):
-    """What `put` lays out piece by piece, as with several processes, is what device_put lays out."""
+    """`put` for several processes, which places each piece, gives the same as device_put."""
     mesh = meshes.make_mesh({"data": -1})
     tree = {"a": np.arange(24.0).reshape(8, 3), "b": np.int32(7)}
     places = {"a": placement.batch_sharding(mesh), "b": placement.replicated(mesh)}
@@ -287,7 +287,7 @@ def test_places_of_several_processes(monkeypatch):
     ],
 )
 def test_compiling_is_no_hang(file, steps, ends, monkeypatch):
-    """However short the time-out; but what takes ten minutes is one."""
+    """Even with a short timeout; but a compilation of ten minutes is a hang."""
     work = busy(0.7, file)
     ended = []
     monkeypatch.setattr(watchdog.Watchdog, "_end", lambda self, still: ended.append(still))

@@ -1,4 +1,4 @@
-"""Large blocks of a program that computes on the CPU stay with it; where anything else is asked for, nothing is set."""
+"""On a CPU, large memory blocks are kept by the process; with another platform or setting nothing is changed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Several processes on this machine train, stop, break and go on as one program would."""
+"""Several processes on this machine train, stop, fail and resume as one program would."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ def free_address() -> str:
 
 
 def together(count: int, *line: str) -> list[subprocess.CompletedProcess]:
-    """A script in `count` processes that train as one; all must end well."""
+    """Runs a script in `count` processes of one training; all must succeed."""
     address = free_address()
     started = [
         subprocess.Popen(
@@ -80,7 +80,7 @@ STEPS, EVERY = 90, 25
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> dict[str, str]:
-    """Settings with which the processes of this file compile a program once."""
+    """Settings of a shared compile cache for the processes of this file."""
     least = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     return environment(JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("cache")), **least)
 
@@ -112,7 +112,7 @@ def whole(tmp_path_factory, cache) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("reported", [(1,), (0, 1)])
 def test_sigterm_to_one_or_both(whole, cache, tmp_path, reported):
-    """A checkpoint at the last finished step, and no step twice."""
+    """There is a checkpoint at the last finished step, and no step runs twice."""
     processes = pair(tmp_path, cache)
     wait_for(lambda: logged(tmp_path) >= 10, "no steps")
     requested = time.monotonic()
@@ -131,7 +131,7 @@ def test_sigterm_to_one_or_both(whole, cache, tmp_path, reported):
 
 @pytest.fixture(scope="module")
 def broken_off(tmp_path_factory, cache) -> tuple[Path, Path]:
-    """(a run of one process on one device, the same that broke off after its first checkpoint)."""
+    """(a run of one process on one device, the same run stopped after its first checkpoint)."""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "off")]
     ends(start(folders[0], words(STEPS, EVERY), None, **cache))
     ends(start(folders[1], words(STEPS, EVERY), {"fail": EVERY + 10}, **cache), 1)
@@ -149,7 +149,7 @@ ELSEWHERE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ELSEWHERE)
 def test_a_run_goes_on_elsewhere(broken_off, cache, tmp_path, where):
-    """Every array as it was saved, bit for bit, however it lies now; then the same samples, in their order."""
+    """Every array is restored bit for bit with any sharding, followed by the same samples in the same order."""
     one, off = broken_off
     folder, more = shutil.copytree(off, tmp_path / "run"), [f"--config.{word}" for word in ELSEWHERE[where]]
     what = {"begun": True, "fail": EVERY + 6}

@@ -1,4 +1,4 @@
-"""Several processes draw and measure together what one does: each picture once, the same but for rounding."""
+"""Several processes sample and evaluate together as one does: each image once, equal up to rounding."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PRIOR = "configs/ar/raster.py"
 
 
 def run(count: int, module: str, *words: str) -> None:
-    """A command in `count` processes; all must end well."""
+    """Runs a command in `count` processes; all must succeed."""
     settings = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + QUICK, "JAX_PLATFORMS": "cpu"}
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"

@@ -1,8 +1,8 @@
-"""Who may import whom: the layers of the design, checked over the syntax tree of every file.
+"""Checks the allowed imports between packages, by the syntax tree of every file.
 
 `core` <- `nn`, `sampling`, `data`, `weights` <- `models` <- `runs` <- `training`, `reports`, `cost`, `replays` <- the
 commands. Data and weights never see a model; evals are functions on arrays; only hybrid and unified models know other
-families. There is no circle, none hidden by an import inside a function.
+families. There are no import cycles, also none through imports inside functions.
 """
 
 import ast
@@ -54,7 +54,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every dotted name that a file imports; of `from a import b` both readings, `a.b` being a module or not."""
+    """All dotted names that a file imports; for `from a import b` both `a` and `a.b`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -68,7 +68,7 @@ def within(name: str, *folders: str) -> bool:
 
 
 def layer(module: str) -> str | None:
-    """The entry of `ALLOWED` that speaks of a module."""
+    """The entry of `ALLOWED` for a module."""
     return max((entry for entry in ALLOWED if within(module, entry)), key=len, default=None)
 
 
@@ -104,7 +104,7 @@ def test_imports_follow_the_design():
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import each other, directly or by way of others (Tarjan 1972)."""
+    """The import cycles: groups of modules that import each other, directly or indirectly (Tarjan 1972)."""
     number: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -148,7 +148,7 @@ def test_a_circle_is_found():
 
 
 def test_what_is_imported_is_declared():
-    """What is imported is a dependency in pyproject.toml, not something that came along with another."""
+    """Every imported package is a direct dependency in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[<>=]", item)[0].lower().replace("-", "_") for item in project["dependencies"]}
     called = {"PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint", "tensorboardX": "tensorboardx"}

@@ -1,4 +1,4 @@
-"""What would multiply with more systems is kept small: fields of modules, files at the top, private words, guesses."""
+"""Limits that keep the code small as systems are added: fields per module, top-level files, private words, guesses."""
 
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ def fields_of(kind: type) -> list[str]:
 
 
 def test_no_module_has_many_fields():
-    """An option that only another system sets is another system."""
+    """A module that needs more options should be two modules."""
     kinds = {
         kind
         for module in (*modules_in(models), *modules_in(layers))
@@ -55,7 +55,7 @@ def test_few_files_at_the_top():
 
 
 def bound(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, name) of every identifier that a file gives to something: functions, classes, parameters, variables."""
+    """(line, name) of every identifier that a file defines: functions, classes, parameters, variables."""
     for node in ast.walk(tree):
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
@@ -93,7 +93,7 @@ GUESSES = re.compile(r"(hasattr|getattr)\((\w+\.)*(family\b|find\()|family\)?\.(
 
 
 def test_what_a_family_can_do_is_declared():
-    """Outside the contract itself nothing looks whether a family has a function, or reads its name."""
+    """Only the contract module checks whether a family has a function, or reads its name."""
     found = []
     for path in ROOT.glob("hybridgen/**/*.py"):
         if path.name == "contract.py" or path.parent.name == "upgrades":
@@ -165,7 +165,7 @@ def test_every_family_has_a_config_or_is_a_frozen_part(family):
 
 
 def test_old_names_of_families_are_known():
-    """An upgrade is of a family that there was, and gives one that there is."""
+    """Every upgrade converts a former family to an existing one."""
     for module in pkgutil.iter_modules(upgrades.__path__):
         found = importlib.import_module(f"{upgrades.__name__}.{module.name}")
         assert callable(found.upgrade)

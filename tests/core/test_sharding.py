@@ -1,7 +1,7 @@
-"""Meshes: the same numbers on 1, 2, 4 and 8 devices, parameters really cut, and in words what does not fit.
+"""Meshes: equal results on 1, 2, 4 and 8 devices, parameters that are really sharded, and clear errors.
 
-Several devices are a process of their own (sharded_cases.py) with eight host devices. The complete product of systems,
-meshes and precisions is slow; a selection of it is not.
+Cases with several devices run in a separate process (sharded_cases.py) with eight host devices. The full product of
+systems, meshes and precisions is marked slow; a selection of it is not.
 """
 
 import json
@@ -70,7 +70,7 @@ def check(found: list[dict], tolerance: float, exact: float) -> None:
 
 
 def cut(found: dict, *groups: str) -> dict[str, float]:
-    """Share of each array of these groups of the state that one device holds."""
+    """The share of each array (of these groups of the state) on one device."""
     return {
         path: np.prod(part) / np.prod(whole)
         for path, (whole, part) in found["shards"].items()
@@ -83,7 +83,7 @@ def cut(found: dict, *groups: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_a_moving_codebook_is_merged_over_devices():
-    """`extra` is learned without gradients: sums over tokens, wherever the tokens lie; dead codes are reborn alike."""
+    """`extra` is updated by sums over the tokens of all devices; dead codes are reset identically."""
     one, many = found = on("moving", "float64", 10, ONE, {"dcn": 2, "data": 2, "fsdp": 2})
     check(found, 1e-9, 1e-9)
     assert {"extra/count", "extra/codebook", "extra/total"} <= set(many["final"])
@@ -93,7 +93,7 @@ def test_a_moving_codebook_is_merged_over_devices():
 
 @pytest.mark.slow
 def test_a_masked_loss_on_every_mesh():
-    """Also where microbatches, which weigh differently, are cut over devices again."""
+    """Also with microbatches of different weights, which are sharded again."""
     meshes = (ONE, *MESHES["float32"], *MESHES["float64"])
     whole = on("toy", "float64", 50, *meshes)
     by_parts = on("toy", "float64", 50, *meshes[::2], accumulate=2)
@@ -118,7 +118,7 @@ def test_every_system_on_every_mesh(name, dtype, steps, tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["prior", "decoder"])
 def test_heads_that_do_not_divide(name):
-    """Their kernels are divided by head width, and the numbers are the same."""
+    """Their kernels are sharded by head width, with equal results."""
     one, many = found = on(name, "float64", 10, ONE, {"fsdp": 2, "tensor": 4}, heads=2)
     check(found, 1e-9, 1e-7)
     shares = cut(many, "params/blocks/layers/attention/")
@@ -159,7 +159,7 @@ def check_cuts(found: dict) -> None:
 
 @pytest.mark.slow
 def test_a_prior_on_eight_devices_is_the_prior_on_one_and_is_cut():
-    """Parameters, moments and average, so that a device holds a part of them, and the same losses."""
+    """Parameters, optimizer moments and EMA are sharded, with equal losses."""
     one, many = found = on("prior", "float32", 10, ONE, MIXED)
     check(found, 1e-5, 1e-2)
     check_cuts(many)
@@ -184,7 +184,7 @@ def test_rows_of_a_batch_are_cut_and_so_is_the_work():
 
 
 def test_a_kernel_is_not_gathered_over_tensor_where_its_product_is_smaller():
-    """Of few rows none is, also where heads do not divide; adaLN's never is, also of many rows."""
+    """With few rows no kernel is gathered, also if heads do not divide; adaLN's never is, also with many rows."""
     (found,) = on("gathers", "float32", 0, {"data": 2, "tensor": 4})
     width, heads = 64, 64  # kernels: qkv 64 x 192, mlp 64 x 2 x 96, out 64 x 64, modulation 64 x 6 x 64
     assert found["step"] <= 2 * heads  # queries of the two rows of a device
@@ -195,7 +195,7 @@ def test_a_kernel_is_not_gathered_over_tensor_where_its_product_is_smaller():
 
 
 def abstract(**sizes) -> AbstractMesh:
-    """A mesh of no devices."""
+    """A mesh without real devices."""
     shape = tuple(sizes.get(axis, 1) for axis in meshes.MESH_AXES)
     return AbstractMesh(shape, meshes.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
@@ -261,7 +261,7 @@ PODS = (abstract(fsdp=16), abstract(fsdp=4, tensor=4))
 
 
 def misplaced(params: dict) -> list[str]:
-    """Large parameters that are whole on every device of a pod, and matrices of blocks that `tensor` does not divide.
+    """Large parameters that are replicated on a pod, and block matrices that are not sharded over `tensor`.
 
     params: arrays or their shapes, nested. A ValueError for a parameter without a rule.
     """

@@ -1,4 +1,4 @@
-"""The house style, as far as a program can tell: sizes, docstrings, names, and no trace of anybody's machine."""
+"""The code style, as far as a program can check it: sizes, docstrings, names, and no local paths."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def test_no_function_is_long():
 
 
 def test_every_public_name_is_documented():
-    """Modules say what they do, and so do public functions and classes of the package."""
+    """Modules, public functions and public classes of the package have docstrings."""
     bare = []
     for path in tracked("*.py"):
         tree = tree_of(path)

@@ -1,4 +1,4 @@
-"""The judge of `shapes`: fair to true pictures, strict with wrong ones, graded with noise and blur."""
+"""The evaluator of `shapes`: accepts correct images, rejects wrong ones, and degrades gradually with noise and blur."""
 
 import copy
 import time
@@ -43,7 +43,7 @@ def test_true_pictures_are_all_right(name):
 
 
 def test_it_reads_what_was_drawn():
-    """Background, shape, colour, place and radius come back as they are in the scene."""
+    """It reads the scene's background, shapes, colours, positions and radii."""
     images, scenes = draw(100, 64, **FULL)
     for image, scene in zip(images, scenes, strict=True):
         seen = read(image)
@@ -88,7 +88,7 @@ def other(names, name):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_each_attribute_fails_alone(number):
-    """The picture differs from its scene in one attribute of one object: that attribute is wrong, and no other."""
+    """If an image differs from its scene in one attribute of one object, only that attribute is wrong."""
     images, scenes = draw(60, objects=(number,), sizes=("small", "large"), backgrounds=BACKGROUNDS)
     for image, scene in zip(images, scenes, strict=True):
         assert not wrong(image, scene)
@@ -160,7 +160,7 @@ def test_touching_objects_of_different_colours_are_two(resolution):
 
 
 def test_a_shapeless_blob_has_no_shape():
-    """Blobs of the right colour, area and place: rough ones are no shape at all, and no blob is right by default."""
+    """Blobs of the right colour, area and position have no shape if they are rough, and are never right by default."""
     rng = np.random.default_rng(0)
     seen, verdict_ = [], []
     for _ in range(60):
@@ -310,7 +310,7 @@ def test_bad_pictures_are_named():
 
 
 def test_speed():
-    """Loose: machines are busy. Printed with -s."""
+    """A loose bound, since machines are busy; -s prints the speed."""
     images, scenes = draw(150)
     judge(images[0], scenes[0])
     start = time.process_time()

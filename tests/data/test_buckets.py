@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: every batch of one shape, batch k a function of (seed, k), each record once an epoch."""
+"""Aspect-ratio buckets: every batch has one shape, batch k is a function of (seed, k), each record once per epoch."""
 
 import json
 
@@ -16,7 +16,7 @@ SIZES = [(40, 40)] * 9 + [(60, 30)] * 7 + [(30, 60)] * 5 + [(90, 10)]  # width, 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """22 pictures of three shapes and an odd one, picture i of the grey i; number 3 is broken."""
+    """22 images of three shapes and one of another shape; image i has the grey level i, image 3 is broken."""
     folder = tmp_path_factory.mktemp("pictures")
     for i, size in enumerate(SIZES):
         Image.new("RGB", size, (i, i, i)).save(folder / f"{i:02d}.png")
@@ -36,7 +36,7 @@ def take(data, count, start=0, **options):
 
 
 def numbers(batch):
-    """The pictures of a batch; a broken one counts as itself."""
+    """The numbers of the images of a batch; a broken one counts as itself."""
     greys = np.rint((batch["image"][:, 5, 5, 0] + 1) * 127.5).astype(int)
     return [int(broken) if broken >= 0 else int(grey) for grey, broken in zip(greys, batch["broken"], strict=True)]
 
@@ -69,7 +69,7 @@ def test_every_batch_is_of_one_shape_and_pictures_fill_it(data):
 
 
 def test_an_epoch_has_each_record_at_most_once(data):
-    """5 + 8 + 9 records in batches of 4: 1 + 2 + 2 batches, and the rest is another one in each epoch."""
+    """5 + 8 + 9 records in batches of 4 give 1 + 2 + 2 batches; the left-over records differ between epochs."""
     left_out = []
     for epoch in range(8):
         seen = [i for batch in take(data, 5, start=5 * epoch) for i in numbers(batch)]
@@ -95,7 +95,7 @@ def test_a_sequential_pass_sees_all(data):
 
 
 def test_the_largest_shape_alone(data):
-    """What bench and preflight compile for: batches of any size are of that shape."""
+    """The shape that bench and preflight compile for, for batches of any size."""
     source = sources.build(data, "train")
     assert source.occurring(4, True) == source.shapes and source.occurring(8, True) == [(16, 16), (12, 20)]
     only = buckets.largest(source, 4)
@@ -119,8 +119,8 @@ def test_what_is_refused(data, tmp_path):
     other = {**data, "options": data["options"] | {"buckets": str(path)}}
     for changes, says in (
         ({"resolution": 32}, "resolution 32.*resolution 16"),
-        ({"shapes": 3}, "no table"),
-        ({"splits": {}}, "no table.*'train'"),
+        ({"shapes": 3}, "is not a table of buckets"),
+        ({"splits": {}}, "is not a table of buckets with the split 'train'"),
         ({"format": 9}, "other records"),
         ({"shapes": [[16, 16]]}, "other records"),
     ):

@@ -1,4 +1,4 @@
-"""Cached entries are those of the frozen model, bit for bit, in every view; a cache of another model is refused."""
+"""Cached entries equal the frozen model's outputs bit for bit, in every view; a cache of another model is refused."""
 
 import json
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ def flipped(tokenizer, tmp_path_factory):
 
 
 def test_tokens_are_the_tokenizers(flipped, encode):
-    """As an online run with flips sees them: the same pictures, captions and tokens, in the same order."""
+    """An online run with flips has the same images, captions and tokens in the same order."""
     for one, two in zip(batches(DATA, flip=True), batches(flipped), strict=True):
         assert two["tokens"].dtype == np.int32 and len(np.unique(two["tokens"])) > 4
         np.testing.assert_array_equal(two["tokens"], encode(one["image"]))
@@ -128,7 +128,7 @@ def test_latents_are_drawn_by_the_samples_number(tmp_path):
 
 
 def test_text_features(tmp_path):
-    """Of as many captions as are asked for; a batch has the features of the caption that it has."""
+    """Of the requested number of captions; a batch has the features of its caption."""
     tower = tiny.part("text.transformer", {"vocab": 80, "length": 5, "width": 8, "depth": 1, "heads": 2})
     reader = text.Words(text.words_of(sources.build(DATA, "train")), 5)
     with pytest.raises(UserError, match="no text tokenizer"):
@@ -144,7 +144,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
     data = cached(tmp_path, tokenizer, "of the first")
     source = sources.build(data, "train")
     sources.fits(source, {"tokenizer": "of the first", "text": "any"})
-    with pytest.raises(UserError, match="of the first.*another"):
+    with pytest.raises(UserError, match="has the digest another, .*made with of the first"):
         sources.fits(source, {"tokenizer": "another"})
     message = pipeline.fingerprint(data, source, None, batch=8, seed=0)["source"]
     assert message["encoders"] == {"tokens": "of the first"}
@@ -153,7 +153,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
         cached(tmp_path, tokenizer, "another")
     with pytest.raises(UserError, match="cache is .*views.*one.*flip"):
         cached(tmp_path, tokenizer, "of the first", views="flip")
-    with pytest.raises(UserError, match="cached entries already"):
+    with pytest.raises(UserError, match="already hold cached entries"):
         cached(tmp_path / "again", tokenizer, data=data)
     with pytest.raises(UserError, match="--views flip"):
         sources.build({**data, "flip": True}, "train")

@@ -18,7 +18,7 @@ NAMES = {"en": "face {}", "zh": "脸{}"}
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Four packages with 30 concepts, one with a selector, one with a skin tone, one without a Chinese name."""
+    """Four packages with 30 concepts: one with a variation selector, one with a skin tone, one without Chinese."""
     root = tmp_path_factory.mktemp("packages")
     drawn = [*CONCEPTS, "2764-fe0f", "1f44b-1f3fb", "1f9ff"]
     for vendor in ("google", "twitter"):
@@ -114,6 +114,6 @@ def test_what_is_missing_is_named(packages, tmp_path, capsys):
         emoji.build(tmp_path / "some", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert emoji.main(["--packages", str(packages), "--out", str(tmp_path / "out")]) == 0
-    assert "62 pictures" in capsys.readouterr().out
-    with pytest.raises(UserError, match="there already"):
+    assert "wrote 62 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="already exists"):
         emoji.build(packages, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A folder of pictures, honest or hostile: what is read, what is refused, and that one bad record harms no other."""
+"""Folders of images, also hostile ones: what is read, what is refused, and that a bad record affects no other."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def read(path, **options):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and holds no pixels to speak of."""
+    """A PNG header that claims a size, with almost no pixel data."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -188,9 +188,9 @@ def test_pictures_without_metadata(tmp_path):
 
 
 def test_missing_empty_and_wrong(tmp_path):
-    with pytest.raises(UserError, match="no folder of pictures at .*nowhere"):
+    with pytest.raises(UserError, match="no folder of images at .*nowhere"):
         read(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no picture.*0 records"):
+    with pytest.raises(UserError, match="no usable image.*0 records"):
         read(tmp_path)
     metadata(tmp_path, [b"[]", b"nonsense"])
     with pytest.raises(UserError, match="2 of them broken; metadata.jsonl line 1: a JSON list"):
@@ -236,7 +236,7 @@ def test_pixel_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
     opened = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(args) or original(*args, **kwargs))
-    assert "100000 x 100000 pixels, at most 10000" in refusal(source, 0)
+    assert "100000 x 100000 pixels; max_pixels is 10000" in refusal(source, 0)
     assert "0 x 7" in refusal(source, 1)
     assert "16384 x 16384" in refusal(source, 2)
     assert "101 x 100" in refusal(source, 3)
@@ -264,8 +264,8 @@ def test_files_that_are_not_what_they_say(tmp_path):
     reasons = {source.name(i): refusal(source, i) for i in range(len(source)) if source.name(i) != "ok.png"}
     assert len(reasons) == len(names)
     assert "truncated" in reasons["cut.jpg"] and "truncated" in reasons["cut.png"]
-    assert "not a picture in PNG, JPEG, WEBP" in reasons["tiff.png"] and "No such file" in reasons["missing.png"]
-    assert "cut off" in reasons["header.jpg"] and "60000 bytes, at most 50000" in reasons["long.png"]
+    assert "not an image in PNG, JPEG, WEBP" in reasons["tiff.png"] and "No such file" in reasons["missing.png"]
+    assert "cut off" in reasons["header.jpg"] and "60000 bytes; max_bytes is 50000" in reasons["long.png"]
     assert all("not a regular file" in reasons[name] for name in ("pipe.png", "dir.png"))
 
 

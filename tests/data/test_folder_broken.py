@@ -1,4 +1,4 @@
-"""A broken record of a folder among good ones: replaced by a fixed rule, and no other sample changes."""
+"""A broken record in a folder is replaced by a fixed rule, and no other sample changes."""
 
 import gc
 import sys

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares in every window, a function of (seed, position), each record once an epoch of its source."""
+"""Mixtures: exact shares in every window, a function of (seed, position), each record once per epoch of its source."""
 
 import itertools
 
@@ -115,7 +115,7 @@ def test_from_a_config():
         ({}, "empty"),
         ({"a": 3}, "a is 3"),
         ({"a": SHAPES | {"wieght": 1}}, "'wieght'.*'weight'"),
-        ({"a": {"source": "mixture"}}, "no mixture"),
+        ({"a": {"source": "mixture"}}, "a source other than mixture"),
         ({"a": SHAPES | {"weight": 0}}, "'a' is 0"),
         ({"a": SHAPES | {"weight": 1.000001}, "b": SHAPES}, "round them"),
         ({"a": {"source": "shape"}}, "sources.a.source 'shape'"),

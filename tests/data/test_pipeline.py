@@ -1,4 +1,4 @@
-"""The data position is a pure function of (seed, step), whatever hosts, workers and restarts; prefetch ends well."""
+"""The data position is a pure function of (seed, step), for any hosts, workers and restarts; prefetch ends cleanly."""
 
 import json
 import multiprocessing
@@ -146,7 +146,7 @@ def test_threads_change_nothing(options, caplog):
 
 @pytest.mark.slow
 def test_worker_processes_change_nothing():
-    """Also: their exceptions arrive as they are, and closing ends them."""
+    """Their exceptions also arrive unchanged, and closing ends them."""
     source = Numbers(bad={3})
     assert all(same(one, two) for one, two in zip(take(9, source), take(9, source, workers=2), strict=True))
     assert not multiprocessing.active_children()
@@ -237,7 +237,7 @@ def test_fingerprint_survives_json_and_names_what_differs():
     assert json.loads(json.dumps(base)) == base == fingerprint(workers=3, threads=2)
     check_fingerprint(base, fingerprint())
     for changes, says in (
-        ({"batch": 16}, "batch was 8 and is 16 .--allow batch."),
+        ({"batch": 16}, "batch was 8 and is 16 .to resume nevertheless: --allow batch."),
         ({"resolution": 32}, "source.resolution was 16 and is 32"),
         ({"options": {"objects": (1, 2), "size": 50}}, r"source.options.objects was \[1\] and is \[1, 2\]"),
         ({"text": {"kind": "words", "length": 9}, "flip": True, "seed": 1}, "flip,seed,text.digest,text.length"),

@@ -1,4 +1,4 @@
-"""Batches ahead of the step: in order, on the device, and every thread and process ends."""
+"""Prefetched batches arrive in order and on the device, and every thread and process ends."""
 
 import os
 import signal
@@ -135,7 +135,7 @@ def script(tmp_path, fail, workers):
 
 
 def test_a_program_that_fails_exits_with_its_traceback(tmp_path):
-    """An exception past a prefetch that nobody closed: a traceback and code 1, no abort and no hang."""
+    """An exception with an unclosed prefetch gives a traceback and exit code 1, no abort and no hang."""
     program = script(tmp_path, fail=True, workers=0)
     _, errors = program.communicate(timeout=60)
     assert program.returncode == 1 and errors.strip().endswith("RuntimeError: in the loop")
@@ -144,7 +144,7 @@ def test_a_program_that_fails_exits_with_its_traceback(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_worker_processes_end_with_the_program(tmp_path, signum):
-    """Ctrl-C and SIGTERM reach the whole process group: the program decides. SIGKILL: no worker lives on."""
+    """Ctrl-C and SIGTERM reach the whole process group, but the program decides; after SIGKILL no worker remains."""
     program = script(tmp_path, fail=False, workers=2)
     try:
         assert program.stdout.readline() == "running\n"

@@ -1,4 +1,4 @@
-"""ArrayRecord sets: read back they are their source, sample for sample; damage is named, replaced or refused."""
+"""ArrayRecord data sets give the same samples as their source; damage is named, replaced or refused."""
 
 import json
 import pickle
@@ -100,7 +100,7 @@ def test_nothing_half_written_has_the_name(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     written(tmp_path, SHAPES)
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         written(tmp_path, SHAPES)
 
 
@@ -111,16 +111,16 @@ def cut(path):
 @pytest.mark.parametrize(
     "harm, says",
     [
-        (lambda path: cut(path / "00001.arrayrecord"), "bytes, .* were written"),
+        (lambda path: cut(path / "00001.arrayrecord"), "is damaged: it has .* bytes instead of"),
         (lambda path: (path / "00002.arrayrecord").unlink(), "'00002.arrayrecord'"),
-        (lambda path: (path / "index.json").write_text("{"), "not JSON"),
+        (lambda path: (path / "index.json").write_text("{"), "is not valid JSON"),
         (lambda path: (path / "index.json").unlink(), r"no records of the split 'train'.*none"),
-        (lambda path: edit(path, format=2), "format 2, .* reads 1"),
+        (lambda path: edit(path, format=2), "has the format 2; supported is 1"),
         (lambda path: edit(path, count=41), "damaged.*41"),
         (lambda path: edit(path, shards=[{"file": "../x", "count": 40, "bytes": 1}]), "damaged"),
         (lambda path: edit(path, fields={"image": {"dtype": "png", "shape": [1, 16, 16]}}), "damaged"),
         (lambda path: edit(path, fields={"x": {"dtype": "O", "shape": [1]}}), "damaged"),
-        (lambda path: edit(path, resolution=32), "at 32, data.resolution is 16"),
+        (lambda path: edit(path, resolution=32), "data.resolution is 16, but the records in .* have 32"),
     ],
 )
 def test_what_is_refused(tmp_path, harm, says):
@@ -136,7 +136,7 @@ def edit(path, **changes):
 
 
 def test_a_hostile_record_is_only_broken():
-    """Every cut and every changed byte of a record gives an item or a `BrokenRecord`, nothing else."""
+    """Any truncated or changed record gives an item or a `BrokenRecord`, nothing else."""
     item = {"text": "a", "image": np.zeros((1, 4, 4, 3), np.uint8), "tokens": np.arange(6, dtype=np.uint16)[None]}
     fields = records.fields_of(item)
     data = records.encode(item, fields)

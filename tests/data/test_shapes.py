@@ -50,7 +50,7 @@ def test_a_record_depends_on_seed_split_and_index_only():
 
 
 def test_pictures_are_the_same_on_every_machine():
-    """The checksum was recorded once: a change of the random stream or of the drawing makes old runs unrepeatable."""
+    """Compares a recorded checksum: a change of the random stream or the rendering makes old runs irreproducible."""
     source = Shapes(**FULL)
     records = [source[i] for i in range(64)]
     scene = zlib.crc32(json.dumps([r["scene"] for r in records]).encode())
@@ -89,7 +89,7 @@ def test_small_kinds_share_descriptions_but_not_scenes():
 
 
 def test_every_choice_of_options_has_validation_scenes():
-    """Choices whose words all have even numbers, which a sum modulo eight might leave out."""
+    """Selections whose words all have even indices, for which a sum modulo eight might never be zero."""
     for number in (1, 2, 3):
         options = dict(shapes=tuple(SHAPES)[::2], colours=COLOURS[1::2], objects=(number,))
         found = {description(s) for s in scenes(300, split="validation", **options)}
@@ -182,7 +182,7 @@ def test_options_choose_what_is_drawn():
 
 
 def test_drawing_is_the_shape_at_any_resolution():
-    """Area of the soft mask: the same wherever the object lies between pixels, and the circle's is pi r^2."""
+    """The area of the soft mask does not depend on subpixel position, and the circle's is pi r^2."""
     for shape in SHAPES:
         exact = coverage(shape, 0.5, 0.5, 0.4, 512)[0].sum() / 512**2 / 0.4**2
         for resolution, slack in ((32, 0.09), (64, 0.04), (256, 0.01)):
@@ -367,7 +367,7 @@ def test_the_words_cover_the_tables():
         (dict(size_jitter=-0.1), "-0.1"),
         (dict(backgrounds=("red",)), "red"),
         (dict(shapes=("circle",), colours=("red", "blue"), objects=(1, 3)), "1 x 2"),
-        (dict(split="holdout", shapes=("circle",), colours=("red", "blue")), "held out"),
+        (dict(split="holdout", shapes=("circle",), colours=("red", "blue")), "the split 'holdout' is empty"),
     ],
 )
 def test_bad_options_are_named(options, word):
@@ -376,7 +376,7 @@ def test_bad_options_are_named(options, word):
 
 
 def test_speed():
-    """Five times as many on an idle machine, and by the time of this process. Printed with -s."""
+    """An idle machine is five times as fast; measured in CPU time; -s prints the speed."""
     source = Shapes()
     source[0]
     start = time.process_time()

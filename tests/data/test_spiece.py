@@ -1,6 +1,6 @@
-"""T5's `spiece.model`: the ids of the tokenizer.json that says the same, and what is refused.
+"""T5's `spiece.model` gives the same ids as the equivalent tokenizer.json; damaged files are refused.
 
-The file is written here from the recorded tokenizer of T5, by the format's own rules.
+The file is written here from the recorded tokenizer of T5, in the format's encoding.
 """
 
 import base64
@@ -67,14 +67,14 @@ def test_ids_are_those_of_the_recorded_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (of_t5(trainer={3: 2}), "model type 2 is not built, only Unigram"),
-        (of_t5(normaliser={3: 0}), "keeps spaces or begins without one"),
-        (of_t5(kinds={5: 4}), "pieces of the user's own"),
-        (of_t5(trainer={42: 9999}), "is no model of SentencePiece: IndexError"),
-        (of_t5()[:-5], "is no model of SentencePiece: .*cut off"),
-        (field(1, 7), "is no model of SentencePiece: TypeError"),
-        (b"\xff" * 12, "is no model of SentencePiece: .*ten bytes"),
-        (b"", "is no model of SentencePiece"),
+        (of_t5(trainer={3: 2}), "model type 2 is not supported, only Unigram"),
+        (of_t5(normaliser={3: 0}), "keeps extra spaces or adds no dummy prefix"),
+        (of_t5(kinds={5: 4}), "user-defined symbols are not supported"),
+        (of_t5(trainer={42: 9999}), "is not a SentencePiece model: IndexError"),
+        (of_t5()[:-5], "is not a SentencePiece model: .*cut off"),
+        (field(1, 7), "is not a SentencePiece model: TypeError"),
+        (b"\xff" * 12, "is not a SentencePiece model: .*ten bytes"),
+        (b"", "is not a SentencePiece model"),
     ],
 )
 def test_what_is_damaged_or_not_built_is_refused(tmp_path, data, says):

@@ -1,4 +1,4 @@
-"""Folders that somebody hostile filled, of pictures and of runs: no hang, no memory, one line; and what the code keeps.
+"""Hostile folders of images and runs are refused in one line, without a hang and with little memory.
 
 More of folders of pictures is in test_folder.py, of files of weights in test_untrusted.py.
 """
@@ -73,7 +73,7 @@ def test_metadata_that_is_no_file_of_the_folder(tmp_path):
         (os.mkfifo, "is not a file"),
         (os.mkdir, "is not a file"),
         (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
-        (lambda path: path.symlink_to(tmp_path / "metadata.jsonl"), "a link out of the folder"),
+        (lambda path: path.symlink_to(tmp_path / "metadata.jsonl"), "is a link to a file outside the folder"),
     ]:
         path = tmp_path / "a" / "metadata.jsonl"
         make(path)
@@ -82,7 +82,7 @@ def test_metadata_that_is_no_file_of_the_folder(tmp_path):
 
 
 def test_pictures_that_swell_or_never_end(tmp_path):
-    """A head that is all padding, chunks that unpack to gigabytes, a link to a device."""
+    """A header of padding only, chunks that decompress to gigabytes, a link to a device."""
     (tmp_path / "padding.jpg").write_bytes(b"\xff\xd8" + b"\xff" * 2**24)
     (tmp_path / "segments.jpg").write_bytes(b"\xff\xd8" + b"\xff\xfe\x00\x02" * 2**22)
 
@@ -163,7 +163,7 @@ def test_the_json_of_a_run_of_somebody(tmp_path):
     path = tmp_path / "text.json"
     for raw in (b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe\xff", b"9" * 5000, b"{"):
         path.write_bytes(raw)
-        assert "is not JSON" in refused(run_folder.read_json, path)
+        assert "is not valid JSON" in refused(run_folder.read_json, path)
     os.truncate(path, 2**33)
     assert "bytes" in refused(run_folder.read_json, path, megabytes=80)
     deep = json.loads("[" * 500 + "]" * 500)
@@ -183,7 +183,7 @@ def test_the_json_of_a_run_of_somebody(tmp_path):
 
 
 def test_a_manifest_of_somebody(tmp_path):
-    """Its own digest is right, as anybody can make it."""
+    """A forged manifest has a correct digest."""
     step = tmp_path / "0"
     (step / "model").mkdir(parents=True)
     os.mkfifo(step / "model" / "pipe")
@@ -207,7 +207,7 @@ def test_a_manifest_of_somebody(tmp_path):
 
 
 def test_only_the_converter_opens_pickles():
-    """What trains and samples reads safetensors or Orbax; no other module could unpickle if it wanted to."""
+    """Training and sampling read safetensors or Orbax; no other module imports anything that can unpickle."""
     names = {"pickle", "_pickle", "pickletools", "torch", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
     files = [path for top in ("hybridgen", "configs") for path in sorted((ROOT / top).rglob("*.py"))]
     found = {}
@@ -228,7 +228,7 @@ def test_only_the_converter_opens_pickles():
 
 
 def test_the_compile_cache_is_its_owners(tmp_path, monkeypatch):
-    """Where the environment names one; what is there already stays as it is, and a bucket is none of our folders."""
+    """If the environment names a folder, it is created private; an existing one, and a bucket, are not changed."""
     for module, name in ((hostmemory, "keep"), (quiet, "failed_saves")):  # they are for the whole process
         monkeypatch.setattr(module, name, lambda: None)
     old = os.umask(0)
@@ -250,7 +250,7 @@ def test_the_compile_cache_is_its_owners(tmp_path, monkeypatch):
 
 
 def test_folders_are_their_owners(tmp_path):
-    """Run folders and those of checkpoints; and whatever sets a compilation cache makes its folder so."""
+    """Folders of runs, checkpoints and compile caches are created with access for their owner only."""
     old = os.umask(0)
     try:
         run = run_folder.make(tmp_path / "run")

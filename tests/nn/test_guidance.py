@@ -1,4 +1,4 @@
-"""Guidance: weight 1 is the conditional branch bit for bit, terms mean what they say, nothing useless is computed."""
+"""Guidance: scale 1 is the conditional branch bit for bit, terms act as documented, unused branches are not run."""
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ DECODER = ["--config", "configs/diffusion/dit.py:tiny", "--config.parts.tokenize
     ids=["prior", "decoder"],
 )
 def test_nothing_is_sent_to_combine_branches(arguments, tmp_path):
-    """Four devices draw sixteen pictures: each has both branches of its own four, and asks the others for nothing."""
+    """Four devices sample sixteen images: each has both branches of its own four, without communication."""
     code, report, _ = run(tmp_path, *arguments, "--topology", "v5e:2x2", "--what", "sample")
     assert code == 0, report
     assert report["mesh"] == {"data": 4} and report["sample"]["collectives"] == []

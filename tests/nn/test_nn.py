@@ -1,4 +1,4 @@
-"""Theorems about the shared layers: cached = uncached, scan = loop, masks and gradients against the plain form.
+"""Properties of the shared layers: cached = uncached, scan = loop, masks and gradients equal plain implementations.
 
 Letters: b batch, t query positions, s key positions, d width, h key heads, g queries per key head, k head width.
 """

@@ -1,5 +1,5 @@
-"""Lookup-free quantisation, codes drawn by cosine, and the entropies that keep codebooks in use, against what defines
-them.
+"""Lookup-free quantization, codes sampled by cosine, and entropies that keep codebooks in use, compared with their
+definitions.
 
 Letters: n tokens, d bits, v = 2^d codes.
 """
@@ -68,7 +68,7 @@ def test_the_entropies_are_those_of_all_codes(temperature):
 
 
 def test_soft_codes_by_distance_have_the_entropies_of_their_softmax():
-    """What a gradient codebook and drawn codes are kept in use by: a token is sure, the batch is not."""
+    """The entropy terms of gradient codebooks and sampled codes: low per token, high over the batch."""
     sure, even = -1e3 * jnp.eye(8), jnp.zeros((8, 8))  # of logits' negatives: each token its own code; all alike
     assert float(codebook.distance_entropy(sure, 1.0)) == pytest.approx(-np.log(8), abs=1e-3)
     assert float(codebook.distance_entropy(even, 1.0)) == pytest.approx(0, abs=1e-3)
@@ -132,7 +132,7 @@ def test_a_tokenizer_of_signs_encodes_embeds_and_decodes():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_expected_code_by_cosines_moves_as_the_output_does(temperature):
-    """On a circle of many codes, by the Bessel functions of the sharpness: nearly straight-through, whatever it is."""
+    """With many codes on a circle, by Bessel functions of the sharpness: nearly straight-through for any sharpness."""
     turn = 2 * jnp.pi * jnp.arange(256) / 256
     codes, z = jnp.stack([jnp.cos(turn), jnp.sin(turn)], -1), jnp.asarray([0.6, 0.8])
 
@@ -154,7 +154,7 @@ def test_the_temperature_falls_from_its_first_step_to_its_last():
 
 
 def test_codes_drawn_by_cosine_are_distinct_from_the_first_step():
-    """A fresh map's scores are alike beside the noise; cosines point at the nearest codes, and all of them learn."""
+    """Initial logits of a linear map are small beside the noise; cosines select the nearest codes, and all learn."""
     image, doubt = jnp.asarray(tiny.batch(16)["image"]), {}
 
     def loss(params, part):
@@ -185,7 +185,7 @@ def test_codes_drawn_by_cosine_are_distinct_from_the_first_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lfq", "vq"])
 def test_entropies_keep_the_codes_in_use(name):
-    """Some steps on a few pictures: with them more codes are used than without, and most."""
+    """After some steps on a few images, more codes are in use with the terms than without, and most of them."""
     used, image = {}, jnp.asarray(tiny.batch(64)["image"])
     for entropy in (0.0, 0.2):
         changes = {"entropy": entropy} | ({"revive_below": 0.0} if name == "vq" else {})
@@ -228,7 +228,7 @@ def test_options_that_make_no_quantiser_are_refused_in_a_line(case):
 
 @pytest.mark.parametrize("kind", quantizers.kinds())
 def test_every_kind_keeps_the_interface(kind):
-    """Of its defaults: hashable, and `encode`, `codes`, `loss` and `merge` fit together."""
+    """With default options it is hashable, and `encode`, `codes`, `loss` and `merge` are consistent."""
     quantizer = quantizers.build({"kind": kind})
     assert quantizer == quantizers.build({"kind": kind}) and hash(quantizer) == hash(quantizers.build({"kind": kind}))
     params, extra = quantizer.init(jax.random.key(0))

@@ -14,7 +14,7 @@ def keys_of(ids):
 
 
 def kept_by_numpy(row, temperature, top_k, top_p):
-    """The definition, on one row in float64: the set of tokens that stay."""
+    """The set of tokens that are kept, by definition, for one row in float64."""
     row = np.float64(np.float32(row) / np.float32(temperature))
     keep = np.ones(len(row), bool)
     if top_k:
@@ -107,7 +107,7 @@ TABLE = jax.random.normal(jax.random.key(11), (V, V)) * 2
 
 
 def chain(cache, token):
-    """A Markov chain with a memory: the cache counts the calls and sums the tokens, and both sway the logits."""
+    """A Markov chain with memory: the logits depend on the number of calls and the sum of tokens in the cache."""
     calls, total = cache
     calls, total = calls + 1, total + token
     return TABLE[token] + jnp.sin(total + calls)[:, None] * TABLE[0], (calls, total)
@@ -121,7 +121,7 @@ def begin(branches=1):
 
 
 def by_hand(rows, options, scale=None):
-    """The same for some pictures, one position after another in Python, each branch by itself."""
+    """The same for some images, by a Python loop over positions, with separate branches."""
     pick = jnp.array(rows)
     cache, logits = begin()
     cache, logits = (cache[0], cache[1][pick]), logits[pick]

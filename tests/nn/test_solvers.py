@@ -95,7 +95,7 @@ def test_parameterisations_round_trip(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_parameterisations_at_the_ends(name):
-    """Where one of x and eps cannot be known the other still is, and nothing explodes, even off the truth."""
+    """Where x or eps is undetermined the other is still correct, and results stay finite for wrong predictions too."""
     level = SCHEDULES[name](jnp.array([0.0, 1.0]))
     x, eps, wrong = (jax.random.normal(key, (2, 50)) for key in jax.random.split(jax.random.key(0), 3))
     x_t = schedules.noised(level, x, eps)
@@ -167,7 +167,7 @@ def test_from_noise_to_clean(solver, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 def test_exact_on_one_picture(solver, schedule):
-    """Told the true x and eps, any grid, however coarse, ends at alpha x + sigma eps."""
+    """With the true x and eps, any grid ends exactly at alpha x + sigma eps."""
     x, eps = (jax.random.normal(key, (2, 5)) for key in jax.random.split(jax.random.key(3)))
     levels = SCHEDULES[schedule](np.array([1.0, 0.8, 0.35, 0.3]))
     start = schedules.noised(schedules.Level(*(a[0] for a in levels)), x, eps)
@@ -214,7 +214,7 @@ STOCHASTIC = {
 
 @pytest.mark.parametrize("name, schedule", [*((name, "flow") for name in STOCHASTIC), ("ddpm", "scaled_linear")])
 def test_ancestral_marginals(name, schedule):
-    """Told the true x, after any number of steps x_s is N(alpha x, sigma^2): what defines these samplers."""
+    """With the true x, x_s is N(alpha x, sigma^2) after any number of steps, which defines these samplers."""
     levels = SCHEDULES[schedule](np.array([1.0, 0.7, 0.65, 0.4]))
     start = jax.random.normal(jax.random.key(1), (400, 100)) * levels.sigma[0] + levels.alpha[0] * MU
 

@@ -1,4 +1,4 @@
-"""The Python API: it draws what the command draws, refuses what that refuses, and importing it costs nothing."""
+"""The Python API generates the same images as the command, refuses the same input, and imports fast."""
 
 import subprocess
 import sys
@@ -71,16 +71,16 @@ def test_what_it_is_and_what_it_refuses(run, model, tmp_path):
     assert model.step == saved_runs.STEP and model.config.family == "hybrid.cascade"
     assert model.config.sample.options.decoder.steps == 2  # options of a call change nothing
     for says, words, options in (
-        ("nothing to draw", [], {}),
-        ("nothing to draw", [[]], {}),
+        ("no prompt and no label", [], {}),
+        ("no prompt and no label", [[]], {}),
         ("does not know the word 'cirle'; the nearest known word is 'circle'", ["a small red cirle"], {}),
         ("the prompt is empty", [" "], {}),
-        ("a prompt is text, not int", [[3]], {}),
+        ("the prompt must be a string, not int", [[3]], {}),
         ("takes no --label", [PROMPTS], {"labels": [0, 1]}),
         ("2 prompts and 1 labels", [PROMPTS], {"labels": 0}),
-        ("unknown option 'guidence'; known are guidance", [PROMPTS], {"guidence": 2.0}),
+        ("unknown option 'guidence'; known options: guidance", [PROMPTS], {"guidence": 2.0}),
         ("prior.guidance 'high' is not within", [PROMPTS], {"guidance": "high"}),
-        ("options are numbers and names", [PROMPTS], {"guidance": [2.0]}),
+        ("options must be numbers or strings", [PROMPTS], {"guidance": [2.0]}),
         ("decoder.solver 'magic' is not one of", [PROMPTS], {"solver": "magic"}),
         ("count 0 is not within 1 and", [PROMPTS], {"count": 0}),
         ("seed -1 is not within 0 and", [PROMPTS], {"seed": -1}),

@@ -1,4 +1,4 @@
-"""Bundles: what a run draws they draw, anywhere; what is stored narrower is as near as it can be; strangers' files."""
+"""Bundles generate the same images as their run; narrow dtypes are within rounding; untrusted files are refused."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory) -> Path:
-    """A bundle of the cascade; not to be changed."""
+    """A bundle of the cascade; tests must not change it."""
     out = tmp_path_factory.mktemp("bundles") / "whole"
     assert export.main([str(run), str(out)]) == 0
     return out
@@ -41,7 +41,7 @@ def whole(run, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
-    """One to be changed."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
@@ -61,7 +61,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_bundle_draws_what_its_run_draws(run, copy, tmp_path, monkeypatch):
-    """Bit for bit, from another place, through the command; and it says so in its own config."""
+    """The images are equal bit for bit, from another folder, through the command."""
     monkeypatch.chdir(tmp_path)  # nothing stands where the runs' relative paths lead
     for name, folder in (("one", run), ("two", copy)):
         words = ["--run", str(folder), "--prompt", saved_runs.PROMPT, "--out", str(tmp_path / name)]
@@ -77,7 +77,7 @@ def test_a_bundle_draws_what_its_run_draws(run, copy, tmp_path, monkeypatch):
 
 
 def test_a_bundle_stands_where_a_run_does(run, whole):
-    """As a part, with the digest that the run has, as the start of another run, and as what a bundle is made of."""
+    """It can be a part, with the same digest as the run, the start of another run, and the source of a bundle."""
     for name in ("tokenizer", "prior", "decoder"):
         one, two = reading.load(run.parent / name), reading.load(whole / "parts" / name)
         assert two.digest == one.digest and two.part_digests == one.part_digests and two.step == saved_runs.STEP
@@ -139,12 +139,12 @@ def test_int8_is_within_half_a_step_of_its_block(tmp_path):
 
 def test_what_a_dtype_does_not_hold_is_refused(tmp_path):
     big = np.full((64, 64), 70_000, np.float32)
-    assert "params/a/kernel reaches 7e+04, more than float16 holds" in refused(stored, tmp_path, big, "float16")
+    assert "--dtype float16 overflows: params/a/kernel reaches 7e+04" in refused(stored, tmp_path, big, "float16")
     assert "not finite" in refused(stored, tmp_path, big * np.inf, "int8")
 
 
 def test_a_narrow_bundle_knows_its_parts(run, tmp_path):
-    """Its parts are told by the digests of what is read back, not of what they were; bfloat16 parameters may be so."""
+    """Parts are identified by the digests of their arrays as read back, not of the original ones."""
     export.export(run, tmp_path / "small", "bfloat16")
     loaded = restore.restore(tmp_path / "small", {})
     assert loaded.step == saved_runs.STEP
@@ -154,7 +154,7 @@ def test_a_narrow_bundle_knows_its_parts(run, tmp_path):
 
 
 def test_a_small_cascade_is_small_in_int8(tmp_path):
-    """README's cascade with a narrower prior, in numbers as large as any, with its text and configs: under 5 MB."""
+    """The README's cascade with a narrower prior and random numbers, with text and configs, takes less than 5 MB."""
     config, draw = config_lib.load(f"{ROOT}/configs/recipes/shapes.py:cpu"), np.random.default_rng(0)
     config.stages.prior.model.update(width=128, heads=2)
     for stage in ("tokenizer", "prior", "decoder"):
@@ -172,7 +172,7 @@ def test_a_small_cascade_is_small_in_int8(tmp_path):
 
 
 def test_every_damaged_file_is_named(copy):
-    """A bit of any file of it, a shorter or a missing one, one that came later: no array is read."""
+    """A flipped bit, a truncated, missing or added file is detected before any array is read."""
     for folder in (copy, copy / "parts/prior"):
         names = [name for name in (*bundle.OWN, "manifest.json") if (folder / name).exists()]
         assert len(names) == 5
@@ -193,7 +193,7 @@ def test_every_damaged_file_is_named(copy):
 
 
 def test_a_part_of_another_bundle_is_refused(copy, run, tmp_path):
-    """Good files, but not those that this prior and this decoder learned from."""
+    """Its files are valid, but not those that prior and decoder were trained with."""
     other = saved_runs.save(tmp_path / "tokenizer", "tokenizers.vq", tiny.FSQ, {}, 50)
     shutil.rmtree(copy / "parts/tokenizer")
     export.export(other, copy / "parts/tokenizer")
@@ -217,17 +217,17 @@ def sealed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("config.json", {"parts": {"tokenizer": "/etc"}}, "which is not in it"),
-        ("config.json", {"parts": {"tokenizer": "parts/../../secret"}}, "which is not in it"),
-        ("config.json", {"parts": {"tokenizer": "../.."}}, "which is not in it"),
-        ("config.json", {"parts": {"tokenizer": ["x"]}}, "which is not in it"),
+        ("config.json", {"parts": {"tokenizer": "/etc"}}, "is outside the bundle"),
+        ("config.json", {"parts": {"tokenizer": "parts/../../secret"}}, "is outside the bundle"),
+        ("config.json", {"parts": {"tokenizer": "../.."}}, "is outside the bundle"),
+        ("config.json", {"parts": {"tokenizer": ["x"]}}, "is outside the bundle"),
         ("config.json", {"family": "os.path"}, "'os.path' is not a family"),
         ("config.json", {"model": {"mode": "soft", "prior": "{"}}, "does not describe a model"),
-        ("bundle.json", {"format": 2}, "is of the format '2', 1 is read here"),
-        ("bundle.json", {"format": "x" * 10_000}, "is of the format"),
-        ("bundle.json", {"step": "7"}, "does not describe a bundle"),
-        ("bundle.json", {"parts": {"prior": 3}}, "does not describe a bundle"),
-        ("bundle.json", {"parts": {"prior": "0" * 64}}, "the part 'prior' is not the one that the bundle"),
+        ("bundle.json", {"format": 2}, "has the format '2'; supported is 1"),
+        ("bundle.json", {"format": "x" * 10_000}, "has the format"),
+        ("bundle.json", {"step": "7"}, "has no valid `step` and `parts`"),
+        ("bundle.json", {"parts": {"prior": 3}}, "has no valid `step` and `parts`"),
+        ("bundle.json", {"parts": {"prior": "0" * 64}}, "part 'prior' is not the one that the bundle"),
     ],
 )
 def test_the_json_of_a_stranger(copy, name, changes, says):
@@ -247,13 +247,13 @@ def test_the_weights_of_a_stranger(copy):
         sealed(folder)
         return refused(restore.restore, copy, {})
 
-    assert "params/null_plan is (1, 2) and is to be (1, 32)" in says(good | {name: small})
-    assert "params/more is (1, 2) and is to be nothing" in says(good | {"params/more": small})
-    assert "params/null_plan is nothing" in says({key: value for key, value in good.items() if key != name})
+    assert "params/null_plan is (1, 2), expected: (1, 32)" in says(good | {name: small})
+    assert "params/more is (1, 2), expected: missing" in says(good | {"params/more": small})
+    assert "params/null_plan is missing" in says({key: value for key, value in good.items() if key != name})
     for bad in ("opt/mu", "params", "params//x", "params/null_plan/x", "/params/x", "../x"):
-        assert "which is no array of a run" in says(good | {bad: small})
-    assert "of no tensor" in says(good | {"params/x.scale": small}, "int8")
-    assert "its scales do not fit" in says(good | {f"{name}.scale": np.zeros((1,), np.float32)}, "int8")
+        assert "which is not an array of a run" in says(good | {bad: small})
+    assert "without their tensor" in says(good | {"params/x.scale": small}, "int8")
+    assert "its scales, float32[1], do not match" in says(good | {f"{name}.scale": np.zeros((1,), np.float32)}, "int8")
     (folder / "weights.safetensors").unlink()
     os.mkfifo(folder / "weights.safetensors")
     assert "weights.safetensors" in refused(restore.restore, copy, {})
@@ -263,17 +263,17 @@ def test_the_weights_of_a_stranger(copy):
 
 
 def test_what_cannot_be_exported(run, whole, tmp_path):
-    """Nothing is left of it."""
-    assert "is there already" in refused(export.export, run, whole)
+    """The export is refused and leaves no files."""
+    assert "already exists" in refused(export.export, run, whole)
     assert "'half' is not one of float32, float16" in refused(export.export, run, tmp_path / "x", "half")
     assert "no checkpoint 3" in refused(export.export, run, tmp_path / "x", step=3)
-    assert "is of step 7, there is no 3" in refused(export.export, whole, tmp_path / "x", step=3)
+    assert "has step 7 only" in refused(export.export, whole, tmp_path / "x", step=3)
     runs = Path(shutil.copytree(run.parent, tmp_path / "runs"))
     shutil.rmtree(runs / "tokenizer")
     assert "no run in '../tokenizer'" in refused(export.export, runs / "cascade", tmp_path / "x")
     saved_runs.save(runs / "tokenizer", "tokenizers.vq", tiny.FSQ, {}, 50)
     message = refused(export.export, runs / "cascade", tmp_path / "x")
-    assert "the part 'tokenizer' in" in message and "is not the one that" in message
+    assert "part 'tokenizer': " in message and "is not the run that" in message
     config = json.loads((runs / "prior/config.json").read_text()) | {"parts": {"tokenizer": "../prior"}}
     (runs / "prior/config.json").write_text(json.dumps(config))
     assert "is a part of itself" in refused(export.export, runs / "prior", tmp_path / "x")

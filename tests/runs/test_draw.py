@@ -1,4 +1,4 @@
-"""Drawing from runs: on several devices, from classes, with every option of guidance, and how it is reported."""
+"""Sampling from runs: on several devices, from classes, with every option of guidance, and the evaluation report."""
 
 import json
 import os
@@ -76,8 +76,8 @@ def test_a_class_conditional_prior_without_captions(tmp_path, capsys):
     assert sample.main([*words, "--label", "0", "--label", "2", "--count", "2"]) == 0
     assert "4 pictures" in capsys.readouterr().out and len(list((tmp_path / "out").glob("0*.png"))) == 4
     for wrong, says in (
-        (["--label", "3"], "takes a class: --label 0 to 2, and was given 3"),
-        (["--label", "-1"], "and was given -1"),
+        (["--label", "3"], "takes a class: --label 0 to 2, not 3"),
+        (["--label", "-1"], "--label 0 to 2, not -1"),
         (["--prompt", "red"], "takes no prompts"),
         ([], "no prompt: give --prompt"),
     ):
@@ -110,7 +110,7 @@ def test_guidance_is_a_scale_a_schedule_or_several_scales():
         ({"decoder": {"guidance": {"plan": -1.0}}}, "decoder.guidance.plan -1.0 is not within"),
         ({"prior": {"guidance": None}}, "prior.guidance None is not within"),
         ({"prior": {"guidance": 2.0, "guidance_schedule": "steep"}}, "'steep' is not one of"),
-        ({"decoder": {"size": 3}}, "unknown option 'decoder.size'; known are prior.guidance, "),
+        ({"decoder": {"size": 3}}, "unknown option 'decoder.size'; known options: prior.guidance, "),
         ({"prior": 3}, "unknown option 'prior'"),
         ({"other": {"guidance": 2.0}}, "unknown option 'other'"),
     ):
@@ -120,7 +120,7 @@ def test_guidance_is_a_scale_a_schedule_or_several_scales():
 
 
 def test_render_and_draft_are_compared_picture_by_picture():
-    """Equal means may hide that one is right where the other is wrong."""
+    """Equal means may hide differences between individual images."""
     right = {"render": [True, True, False, True], "draft": [True, False, True, True]}
     psnr = {"render": [30.0, 31.0, 28.0, 33.0], "draft": [29.0, 30.0, 29.0, 30.0]}
     one, other = ({"right": np.array(right[name]), "psnr": np.array(psnr[name])} for name in ("render", "draft"))

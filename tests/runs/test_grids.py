@@ -1,4 +1,4 @@
-"""Grids of the official schedulers: known numbers, and every option of the official classes walks to a finite end."""
+"""Timestep grids of the official schedulers: known numbers, and finite for all options of the official classes."""
 
 import json
 from pathlib import Path

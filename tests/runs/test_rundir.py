@@ -1,4 +1,4 @@
-"""The run folder: one trainer at a time, files whole or absent, signals that ask instead of kill."""
+"""The run folder: one trainer at a time, atomic files, and signals that request a stop."""
 
 import json
 import os
@@ -129,7 +129,7 @@ def test_the_folder_is_the_owners(tmp_path):
 @pytest.mark.parametrize("main", [train.main, recipe.main])
 def test_an_empty_path_is_no_run_folder(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--workdir: it is empty"):
+    with pytest.raises(UserError, match="--workdir: the path is empty"):
         main(["--config", "configs/tokenizers/vq.py:tiny", "--workdir="])
 
 
@@ -161,5 +161,5 @@ def test_json_is_whole_or_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot read"):
         run_folder.read_json(tmp_path / "none.json")
     path.write_text('{"a": ')
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="is not valid JSON"):
         run_folder.read_json(path)

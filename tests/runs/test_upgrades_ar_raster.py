@@ -1,4 +1,4 @@
-"""Runs of `ar.raster` as it was, one family for three systems: each is read as the family that it is today."""
+"""Runs of the former `ar.raster`, one family for three systems, are read as the current families."""
 
 import dataclasses
 import json
@@ -57,6 +57,6 @@ def test_what_no_system_is_like_is_refused_with_the_command():
         CAPTION | {"prefix_mask": True},
         CODES | {"hidden": 5},
     ):
-        with pytest.raises(UserError, match="none of today's; official weights are imported anew by hybridgen convert"):
+        with pytest.raises(UserError, match="no longer supported; import official weights again: hybridgen convert"):
             upgrade(old)
     assert upgrade(OURS | {"a_new_one": 1}) is None  # refused where it is built

@@ -1,4 +1,4 @@
-"""Runs of the former `diffusion.dit`: their options as those of the family that their network is now."""
+"""Runs of the former `diffusion.dit` are read with the options of the current families."""
 
 import json
 from types import SimpleNamespace
@@ -99,7 +99,7 @@ def test_the_published_config_with_what_was_left_out():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_no_family_has_is_refused(change, message):
-    with pytest.raises(UserError, match=f"an earlier diffusion.dit with {message}"):
+    with pytest.raises(UserError, match=f"^diffusion.dit with {message}"):
         diffusion_dit.upgrade(OURS | change if len(change) < 4 else change)
 
 

@@ -1,4 +1,4 @@
-"""Model options of the last layout of tokenizers become those of the families and quantisers that there are now."""
+"""Former options of tokenizers are converted to those of the current families and quantizers."""
 
 import pytest
 import tiny

@@ -1,6 +1,6 @@
-"""The cascade: which mode carries a gradient, whose plan the decoder sees, and one program from text to picture.
+"""The cascade: which modes carry a gradient, whose tokens the decoder sees, and one program from text to image.
 
-The role test at the end runs over PRIORS x DECODERS: a family that joins is added there.
+The role test at the end runs over PRIORS x DECODERS: add new families there.
 
 Letters: b pictures, n tokens, v codes, l text positions.
 """
@@ -79,7 +79,7 @@ def graded(mode):
 
 @pytest.mark.parametrize("mode", cascade.COUPLINGS)
 def test_which_modes_carry_a_gradient_to_the_prior(mode):
-    """With the prior's own loss left out, what remains is what the decoder's error says of the prior."""
+    """Without the prior's own loss, its gradient comes from the decoder's loss only."""
     part, run = graded(mode)
     (scalar, metrics), grads = run(part.params)
     assert float(scalar) == float(metrics["render"]) and largest(grads["decoder"]) > 1e-4

@@ -1,6 +1,6 @@
 """Every config: at `tiny` it trains, its loss falls and it samples the right shape; every parameter of it has a place.
 
-A new file in configs/ is found by itself. Parts come from one tiny tokenizer, trained once (conftest.py).
+New files in configs/ are found automatically. Parts come from one tiny tokenizer, trained once (conftest.py).
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Official weights to run folders and back, by the command; bad input is one line, exit code 2, and nothing written."""
+"""Official weights to run folders and back, by the command; bad input gives one line, exit code 2 and no files."""
 
 import json
 import subprocess
@@ -87,7 +87,7 @@ def dropped(state, name):
 
 
 def refused(capsys, tmp_path, message, *args):
-    """One line that says so, exit code 2, nothing written."""
+    """It prints one line with the reason, exits with code 2 and writes nothing."""
     before = sorted(tmp_path.rglob("*"))
     code, reported = run(capsys, *args)
     assert code == 2 and message in reported and reported.count("\n") == 1, reported
@@ -134,11 +134,11 @@ def test_files_that_cannot_be_read(tmp_path, capsys, state):
     refused(capsys, tmp_path, "is not a valid safetensors file", "sd_kl_vae", folder, tmp_path / "run")
     (folder / "w.safetensors").write_bytes(whole)
     refused(capsys, tmp_path, "unknown source 'dall_e'; it must be one of", "dall_e", folder, tmp_path / "run")
-    refused(capsys, tmp_path, "three things are asked for", "sd_kl_vae", folder)
+    refused(capsys, tmp_path, "three arguments are needed", "sd_kl_vae", folder)
     refused(capsys, tmp_path, "no config 'sd9'", "sd_kl_vae", folder, tmp_path / "run", "--config", "sd9")
-    refused(capsys, tmp_path, "is there already", "sd_kl_vae", folder, folder)
+    refused(capsys, tmp_path, "already exists", "sd_kl_vae", folder, folder)
     (folder / "config.json").write_text("[1]")
-    refused(capsys, tmp_path, "holds no mapping", "sd_kl_vae", folder, tmp_path / "run")
+    refused(capsys, tmp_path, "is not a JSON object", "sd_kl_vae", folder, tmp_path / "run")
     (folder / "config.json").unlink()
     refused(capsys, tmp_path, "presets SD, SDXL, SD3, Flux", "sd_kl_vae", folder, tmp_path / "run")
     # a checkpoint of another size than its config
@@ -150,9 +150,9 @@ def test_exports_that_cannot_be(tmp_path, capsys):
     assert run(capsys, "sd_kl_vae", GOLDEN / "sd_kl_vae", tmp_path / "run")[0] == 0
     made, out = tmp_path / "run", tmp_path / "out.safetensors"
     refused(capsys, tmp_path, "was imported from sd_kl_vae", "llamagen_vq", made, out, "--export")
-    message = "is no model of that config"
+    message = "does not fit the config: "
     refused(capsys, tmp_path, message, "llamagen_vq", made, out, "--export", "--config", "VQ-16")
-    refused(capsys, tmp_path, "not the name of a safetensors", "sd_kl_vae", made, tmp_path / "o", "--export")
+    refused(capsys, tmp_path, "is not the name of a .safetensors", "sd_kl_vae", made, tmp_path / "o", "--export")
     (made / "official.json").unlink()
     refused(capsys, tmp_path, "was not imported", "sd_kl_vae", made, out, "--export")
 

@@ -1,4 +1,4 @@
-"""The DiT decoder: what is dropped is ignored, the draft is where it starts, any grid of the plan.
+"""The DiT decoder: dropped conditions are ignored, the draft is the starting point, any token grid works.
 
 Letters: b pictures, H W picture, n tokens.
 """
@@ -254,7 +254,7 @@ def test_text_and_plan_are_guided_apart():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_renders(solver):
-    """Alone or in company; with one step it lands on the prediction from pure noise."""
+    """Alone or combined; with one step the result is the prediction from pure noise."""
     part = decoder(draft=False)
     cond, keys, draw = dit.conditioning(part.model, batch_of(), parts_of()), keys_of(), drawer(part)
     run = jax.jit(lambda cond, keys: draw(cond, keys, solver=solver))

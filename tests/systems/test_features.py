@@ -1,4 +1,4 @@
-"""Networks of features: computed as the official code does, converted both ways; and a run measured on one."""
+"""Feature networks: equal to the official code, converted both ways; and a run evaluated with one."""
 
 import json
 import zlib
@@ -304,13 +304,13 @@ def _bytes(images):
         (["--reference", "train"], "--reference needs --features"),
         (["--reference-count", "9"], "--reference-count needs --features"),
         (["--features", "nowhere"], "no run in 'nowhere'"),
-        (["--features", "VQ"], "is a run of tokenizers.vq, not of a network of features"),
-        (["--features", "LITE", "--count", "8"], "distances need at least 12 pictures, --count is 8"),
-        (["--features", "LITE", "--reference-count", "3"], "at least 12 pictures, --reference-count is 3"),
-        (["--features", "LITE", "--reference", "trian"], "no reference 'trian': neither a file nor a folder, nor"),
-        (["--features", "LITE", "--reference", "EMPTY"], "has no picture"),
-        (["--features", "LITE", "--reference", "NARROW"], "has statistics of 2 features, the network has 1280"),
-        (["--features", "LITE", "--reference", "FEW"], "has 4 pictures to compare with, distances need 12"),
+        (["--features", "VQ"], "is a run of tokenizers.vq, not of a feature network"),
+        (["--features", "LITE", "--count", "8"], "--count 8: distances need at least 12 images"),
+        (["--features", "LITE", "--reference-count", "3"], "--reference-count 3: distances need at least 12 images"),
+        (["--features", "LITE", "--reference", "trian"], "'trian' is neither a file nor a folder nor one of train"),
+        (["--features", "LITE", "--reference", "EMPTY"], "has no usable image"),
+        (["--features", "LITE", "--reference", "NARROW"], "has statistics of 2 features, but the network has 1280"),
+        (["--features", "LITE", "--reference", "FEW"], "has 4 usable images, but distances need at least 12"),
         (["--features", "LITE", "--reference", __file__], "test_features.py is not a valid reference file"),
     ],
 )
@@ -327,7 +327,7 @@ def test_distances_that_cannot_be_taken(words, says, tiny_run, lite, tmp_path):
 
 
 def test_a_network_of_features_is_measured_by_nothing(lite, tmp_path):
-    with pytest.raises(UserError, match="features.efficientnet draws no pictures"):
+    with pytest.raises(UserError, match="a features.efficientnet run generates no images"):
         evaluate.main(["--run", str(lite), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists() and config_lib.read(lite / "config.json").family == "features.efficientnet"
     assert {path.split("/")[-1] for path in trees.flatten(restore(lite, {}).config.model.to_dict())} >= {"classes"}

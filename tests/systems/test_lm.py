@@ -1,4 +1,4 @@
-"""The causal language model: cached is uncached for any chunks and any padding; it learns the captions' grammar."""
+"""The causal language model: cached equals uncached for any chunks and padding; it learns the captions' grammar."""
 
 import functools
 

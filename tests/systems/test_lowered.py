@@ -1,6 +1,6 @@
-"""A refactoring changes no program: what every system computes, as text, and its parameters are as they were recorded.
+"""A refactoring changes no program: the lowered programs and parameters of every system equal the recorded ones.
 
-Where a change to the arithmetic is meant, say so in the commit and record anew: `python tests/lowered.py record`.
+If a change of the arithmetic is intended, state it in the commit and record again: `python tests/lowered.py record`.
 """
 
 import json

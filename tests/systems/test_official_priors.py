@@ -204,7 +204,7 @@ def test_from_a_class_to_pictures(place, capsys):
     folder, vocab = place
     weights, config = checkpoint_of(folder, vocab)
     assert run_convert("llamagen_gpt", weights, folder / "no", "--config", config, "--part", "tokenizer") == 2
-    assert "--part takes NAME=RUN" in capsys.readouterr().err
+    assert "is not NAME=RUN, each name once" in capsys.readouterr().err
     part = f"tokenizer={folder / 'vq'}"
     assert run_convert("llamagen_gpt", weights, folder / "gpt", "--config", config, "--part", part) == 0
     draw = ["--run", str(folder / "gpt"), "--label", "3", "--label", "1", "--count", "2", "--out", str(folder / "out")]
@@ -216,7 +216,7 @@ def test_from_a_class_to_pictures(place, capsys):
         sample.main([*draw, "--label", "5"])
     other = checkpoint_of(folder, vocab + 1)
     assert run_convert("llamagen_gpt", other[0], folder / "odd", "--config", other[1], "--part", part) == 2
-    assert f"the model has the vocab {vocab + 1}, the tokenizer in" in capsys.readouterr().err
+    assert f"has the vocab {vocab}, but the model has {vocab + 1}" in capsys.readouterr().err
     assert not (folder / "odd").exists()
 
 
@@ -240,9 +240,9 @@ def test_from_a_text_to_pictures(place, capsys):
     capsys.readouterr()
     weights, config = checkpoint_of(folder, vocab, **changes | {"caption_dim": 16})
     assert run_convert("llamagen_gpt", weights, folder / "narrow", "--config", config, *parts) == 2
-    assert "the model reads text features of width 16, the tower in" in capsys.readouterr().err
+    assert ", not 16 as the model reads" in capsys.readouterr().err
     assert run_convert("llamagen_gpt", weights, folder / "no", "--config", config, "--text", folder / "flan") == 2
-    assert "--text is for text models, and this is a ar.llamagen" in capsys.readouterr().err
+    assert "--text is for text models, not for ar.llamagen" in capsys.readouterr().err
     assert not (folder / "no").exists()
 
 
@@ -267,7 +267,7 @@ def test_a_tower_of_one_length_is_read_at_that(place, capsys):
     capsys.readouterr()
     weights, config = checkpoint_of(folder, vocab, **changes | {"cls_token_num": 5})
     assert run_convert("llamagen_gpt", weights, folder / "short", "--config", config, *parts) == 2
-    assert "the model reads 5 text positions, the tower in" in capsys.readouterr().err
+    assert "text positions, but the model reads 5" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- conditions, guidance, training

@@ -1,4 +1,4 @@
-"""A family and a data source of one's own, in a package outside of hybridgen: examples/own_package, by the commands."""
+"""A family and a data source in a package outside of hybridgen (examples/own_package), used by the commands."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Latents that a diffusion model trains on: drawn from the autoencoder's Gaussian by a sample's own key, or its mean.
+"""Latents for diffusion training: sampled from the autoencoder's Gaussian with the sample's key, or its mean.
 
 Letters: b pictures, h w grid, d channels of the latent.
 """

@@ -1,4 +1,4 @@
-"""The raster prior: cached is uncached, the past does not see the future, a picture depends on its own key only."""
+"""The raster prior: cached equals uncached, attention is causal, an image depends on its own key only."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The rule engine: names, views, stacks; every fault is one line that names the tensor; nothing is in memory twice."""
+"""The rule engine: names, views, stacks; every error is one line that names the tensor; no tensor is copied twice."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""A prior on the features of a text tower, as LlamaGen from text, in a cascade: T5, its tokenizer, prior, decoder.
+"""A prior on features of a text encoder (as text-conditional LlamaGen) in a cascade: T5, tokenizer, prior, decoder.
 
 The tower is an imported T5 with a published tokenizer, so that nothing here reads text in any other way.
 """

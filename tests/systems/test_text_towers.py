@@ -1,4 +1,4 @@
-"""Text models of official classes: sizes, the way back, what is refused, and what the roles give."""
+"""Text models of official classes: sizes, export, refused input, and the functions of their roles."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ LLAMA = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "n
 
 def test_a_text_model_draws_no_pictures(tmp_path):
     assert convert.main(["llama_lm", str(GOLDEN / "llama_lm"), str(tmp_path / "run")]) == 0
-    with pytest.raises(UserError, match="a text.lm run draws no pictures"):
+    with pytest.raises(UserError, match="a text.lm run generates no images"):
         sample.main(["--run", str(tmp_path / "run"), "--prompt", "a circle", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -90,13 +90,13 @@ def test_by_command_to_a_run_and_back(name, tmp_path):
 
 
 def test_the_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(tmp_path, capsys):
-    """What cannot be read is said, and refused where it was asked for."""
+    """An unreadable tokenizer is reported, and refused if it was requested by --text."""
     folders = {name: str(GOLDEN / "tokenizers" / name) for name in ("t5", "gpt2")}
     run = [str(GOLDEN / "t5_encoder"), str(tmp_path / "run")]
     assert convert.main(["t5_encoder", *run]) == 0 and not (tmp_path / "run" / "text.json").exists()
-    assert "this run cannot read prompts yet, only ids: no tokenizer in" in capsys.readouterr().out
+    assert "this run reads token ids only, no prompts: no tokenizer in" in capsys.readouterr().out
     run[1] = str(tmp_path / "new")
-    for folder, message in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, the model 99")):
+    for folder, message in ((str(tmp_path), "no tokenizer in"), (folders["gpt2"], "ids, but the model has 99")):
         with pytest.raises(UserError, match=message):
             convert.main(["t5_encoder", *run, "--text", folder])
         assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""The tokenizer: codes are what is decoded, gradients go straight through, codebooks learn and stay alive."""
+"""The tokenizer: the decoder sees the codes, straight-through gradients, codebooks learn and stay in use."""
 
 import dataclasses
 import functools
@@ -238,7 +238,7 @@ def test_sums_are_those_of_each_code_without_a_matrix_of_tokens_by_codes():
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("n", [64, 4096, 400_000])
 def test_candidates_are_outputs_and_not_means(n, parts):
-    """However many tokens there are and however many microbatches they come in."""
+    """For any number of tokens and microbatches."""
     draw = np.random.default_rng(n)
     z, u = draw.normal(size=(n, 3)).astype(np.float32), draw.uniform(size=n).astype(np.float32)
     each = [vq_ema.candidates(jnp.asarray(z[i::parts]), jnp.asarray(u[i::parts]), 1024) for i in range(parts)]
@@ -282,7 +282,7 @@ def test_accumulated_is_a_large_batch_for_a_moving_codebook():
 
 
 def test_a_fresh_codebook_is_at_the_data_after_a_step():
-    """Nothing is counted that was not seen: codes with tokens are their mean, the others are reborn or wait."""
+    """Codes with tokens are the mean of these tokens; the others are reset or unchanged."""
     quantizer = vq_ema.Quantizer(64, 3, l2=False)
     extra = quantizer.init(jax.random.key(0))[1]
     assert all(float(jnp.abs(extra[name]).max()) == 0 for name in ("use", "count", "total"))

@@ -1,4 +1,4 @@
-"""Files that somebody hostile wrote: refused in one line, at once, without memory, and nothing of them is run."""
+"""Hostile files are refused in one line, at once and with little memory, and nothing in them is executed."""
 
 import io
 import json
@@ -219,7 +219,7 @@ def test_pickles_of_nonsense(tmp_path, value, says):
 
 
 def test_shared_lists_do_not_multiply(tmp_path):
-    """A kilobyte that stands for 2^60 values, and lists that are handed over again and again."""
+    """A kilobyte that expands to 2^60 values, and lists that are shared many times."""
     laughs = b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(20))
     path = torchfile.save(tmp_path / "w.pt", {"a": Raw(b"](NNeq\x000" + laughs + b"h\x14")})
     start = time.process_time()
@@ -231,7 +231,7 @@ def test_shared_lists_do_not_multiply(tmp_path):
 
 
 def test_work_is_counted():
-    """Seconds at most, in proportion to the limit and not to the file."""
+    """Reading takes seconds at most, by the limit and not by the file."""
     start = time.process_time()
     with pytest.raises(Exception, match=f"more than {pickles.MAX_STEPS} steps"):
         pickles.read(io.BytesIO(b"\x80\x02" + b"N" * 3 * pickles.MAX_STEPS + b"."), lambda key: key)

@@ -1,4 +1,4 @@
-"""Recorded outputs are reproduced, all of them; a changed weight or number is found; bad folders are refused."""
+"""All recorded outputs are reproduced; a changed weight or number is detected; bad folders are refused."""
 
 import json
 import shutil
@@ -207,12 +207,12 @@ def test_bad_folders(tmp_path, capsys):
     folder = copied(tmp_path, "sched_ddim", config=scheduler)
     refused("clip.scheduler has the key 'churn', which is not supported", capsys, "sched_ddim", folder)
     (folder / "config.json").write_text("[]")
-    refused("holds no mapping", capsys, "sched_ddim", folder)
+    refused("config.json is not a JSON object", capsys, "sched_ddim", folder)
     shutil.copy(GOLDEN / "sched_ddim" / "config.json", folder)
     (folder / "io.npz").write_bytes((folder / "io.npz").read_bytes()[:-40])
-    refused("is not a good file of arrays", capsys, "sched_ddim", folder)
+    refused("is not a valid .npz file of arrays", capsys, "sched_ddim", folder)
     np.savez(folder / "io.npz", x=np.asarray([{}], object))
-    refused("is not a good file of arrays", capsys, "sched_ddim", folder)
+    refused("is not a valid .npz file of arrays", capsys, "sched_ddim", folder)
 
 
 def test_no_array_is_left_out(tmp_path, capsys):

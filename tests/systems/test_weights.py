@@ -1,4 +1,4 @@
-"""Weights files are read lazily, exactly, and written as the official library writes them."""
+"""Weights files are read lazily and exactly, and written byte for byte like the official library."""
 
 import argparse
 import json

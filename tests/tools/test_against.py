@@ -1,4 +1,4 @@
-"""The twin in PyTorch computes what ours does: logits, cached logits and training; and what has no twin is refused."""
+"""The PyTorch twin equals our prior in logits, cached logits and training; configs without a twin are refused."""
 
 import json
 import sys
@@ -86,12 +86,12 @@ def build(path, *overrides):
 
 def test_what_has_no_twin_is_refused(monkeypatch):
     for built, says in (
-        (build("configs/diffusion/dit.py:tiny"), "a twin of ar.raster, and none of diffusion.dit"),
-        (build("configs/ar/raster.py:tiny", "model.dtype=bfloat16"), "model.dtype is bfloat16, the twin's is float32"),
-        (build("configs/ar/raster.py:tiny", "optim.kind=muon"), "optim.kind is muon, the twin's is adamw"),
+        (build("configs/diffusion/dit.py:tiny"), "supports the family ar.raster, not diffusion.dit"),
+        (build("configs/ar/raster.py:tiny", "model.dtype=bfloat16"), "model.dtype is bfloat16, but must be float32"),
+        (build("configs/ar/raster.py:tiny", "optim.kind=muon"), "optim.kind is muon, but must be adamw"),
     ):
         with pytest.raises(UserError, match=says):
             against.check(built)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="needs PyTorch, of the extra dev"):
+    with pytest.raises(UserError, match="needs PyTorch: pip install"):
         against.find_torch()

@@ -1,4 +1,4 @@
-"""Bench on a tiny config: what it reports must hang together, and what it cannot do it says."""
+"""Bench on a tiny config: its report must be consistent, and unsupported input is refused."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_the_report_of_training_and_sampling(tmp_path, capsys):
         assert 0 < entry["warm_compile_s"] < entry["lower_s"] + entry["compile_s"]
         assert f"\n{name} " in shown
     waits = report["train"]["input"]
-    assert waits["steps"] == 3 and 0 <= waits["stall"] < 1 and "fed by the loader" in shown
+    assert waits["steps"] == 3 and 0 <= waits["stall"] < 1 and "with the data loader: waits" in shown
     decode = report["sample"]["decode"]
     assert decode["steps"] == 15 and 0 < decode["copy_fraction"] and decode["bandwidth_fraction"] is None
     assert decode["tokens_per_s"] == pytest.approx(16 * 3 / decode["seconds"]["median"])
@@ -130,7 +130,7 @@ def test_of_several_shapes_the_largest_is_compiled(tmp_path, capsys):
     words += [f"--config.data.options.buckets={tmp_path / 'table'}", "--json", str(tmp_path / "report.json")]
     assert bench.main([*words, "--steps", "1", "--what", "train"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["shape"] == [20, 12] and "pictures of 20 x 12, the largest of several" in capsys.readouterr().out
+    assert report["shape"] == [20, 12] and "images of 20 x 12, the largest of several" in capsys.readouterr().out
     assert report["train"]["tokens_per_s"] == pytest.approx(15 * report["train"]["images_per_s"])  # a 5 x 3 grid
     assert preflight.main(words) == 0
     assert json.loads((tmp_path / "report.json").read_text())["shape"] == [20, 12]

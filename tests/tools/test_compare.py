@@ -1,4 +1,4 @@
-"""The table of a recipe's points: its numbers are those of the runs; the points of the sweep are what they say."""
+"""The comparison table of a recipe has the numbers of the runs; the points of the sweep match their names."""
 
 import json
 import math
@@ -61,21 +61,21 @@ def test_the_table_has_the_numbers_of_the_runs(points, tmp_path, capsys):
     text = (tmp_path / "table" / "table.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {len(points_lib.HEAD)}
-    assert rows[2] == ["8x512", "72", "50 %", "20.5", "75.0 % (s.e. 6.2)", "1.50 a token", "12.0", "17.3",
+    assert rows[2] == ["8x512", "72", "50 %", "20.5", "75.0 % (s.e. 6.2)", "1.50 per token", "12.0", "17.3",
                        "25.0 % (s.e. 6.2)", "1: 100.0 %"]  # fmt: skip
     assert rows[3][:8] == ["16x8", "20", "", "31.0", "75.0 % (s.e. 6.2)", "(0.125)", "", ""]
     assert rows[3][8:] == ["25.0 % (s.e. 6.2)", "1: 100.0 %"]
-    assert "does not compare with nats" in text and "Not measured" not in text and text in capsys.readouterr().out
+    assert "not comparable with nats" in text and "No results yet" not in text and text in capsys.readouterr().out
 
 
 def test_a_point_that_is_not_measured_is_named(points, tmp_path):
     (tmp_path / "drawn" / "report.json").unlink()
     points_lib.stage(points, tmp_path / "table")
     table = json.loads((tmp_path / "table" / "table.json").read_text())
-    assert list(table["points"]) == ["16x8"] and "no report in" in table["missing"]["8x512"]
-    assert "\nNot measured yet: 8x512.\n" in (tmp_path / "table" / "table.md").read_text()
+    assert list(table["points"]) == ["16x8"] and "has no report yet" in table["missing"]["8x512"]
+    assert "\nNo results yet: 8x512.\n" in (tmp_path / "table" / "table.md").read_text()
     (tmp_path / "diffusion" / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
-    with pytest.raises(UserError, match="there is nothing to compare yet: .*diffusion has logged no evaluation yet"):
+    with pytest.raises(UserError, match="no point has results yet: .*diffusion has logged no evaluation yet"):
         points_lib.stage(points, tmp_path / "table")
 
 

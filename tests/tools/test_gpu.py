@@ -1,4 +1,4 @@
-"""What NVIDIA's GPUs need: masks as cuDNN takes them, and programs compiled for GPUs that are not here.
+"""NVIDIA GPUs: masks in cuDNN's form, and programs compiled for GPUs that this machine lacks.
 
 The compilations need the extra `gpu`: JAX's CUDA plugin and cuDNN, and no GPU.
 """
@@ -100,7 +100,7 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
         raise NotImplementedError(f"topology not implemented for {platform}")
 
     monkeypatch.setattr(topology, "_devices", missing)
-    with pytest.raises(UserError, match=r"hybridgen\[gpu\]"):
+    with pytest.raises(UserError, match=r"'\.\[gpu\]'"):
         topology.describe("h100:8")
 
 

@@ -112,7 +112,7 @@ def test_a_killed_process_restarts_all(tmp_path):
     code, out, err = run.ends()
     starts = [line for line in run.lines() if line[0] != "w"]
     assert code == 0 and sorted(line[0] for line in starts) == ["0", "0", "1", "1"]
-    assert "process 1 ended with code 137" in err and "restart 1 of 10" in err
+    assert "process 1 exited with code 137" in err and "restart 1 of 10" in err
     assert sorted(set(out.splitlines())) == ["[0] out of 0", "[1] out of 1"]
     ports = [re.search(r"--coordinator 127\.0\.0\.1:(\d+) --num-processes 2 --process-id \d$", x[3]) for x in starts]
     assert all(ports) and len({port[1] for port in ports}) == 2  # one a round
@@ -181,8 +181,8 @@ def test_gpus_are_shared_out(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--processes", "0"], "--processes takes at least 1, and was given 0"),
-        (["--restarts=many"], "--restarts takes a number, and was given 'many'"),
+        (["--processes", "0"], "--processes is 0, but must be at least 1"),
+        (["--restarts=many"], "--restarts takes a number, not 'many'"),
         (["--processes=3"], "2 GPUs do not divide over 3 processes"),
     ],
 )
@@ -323,7 +323,7 @@ def test_a_tpu_vm_that_is_preempted_comes_again(cloud, tmp_path):
     shutil.rmtree(tmp_path / "hybridgen", ignore_errors=True)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "prior is SUSPENDED: again from the newest checkpoint" in out
+    assert "prior is SUSPENDED: restarting from the newest checkpoint" in out
     calls = [line.split()[3] for line in (tmp_path / "record.calls").read_text().splitlines()]
     assert calls.count("create") == 2 and calls.count("delete") == 1
 

@@ -302,7 +302,7 @@ def test_unknown_flags_are_dropped_with_a_warning(monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=mine")
     chosen = launch.flags("h100")
     assert chosen == {"XLA_FLAGS": [f"--{flag}" for flag in table]}
-    assert capsys.readouterr().err == "warning: this XLA does not know --xla_made_up=true: dropped\n"
+    assert capsys.readouterr().err == "warning: this XLA does not accept --xla_made_up=true: it is left out\n"
     (line,) = launch.exports(chosen).splitlines()
     assert shlex.split(line) == ["export", "XLA_FLAGS=" + " ".join([*chosen["XLA_FLAGS"], "--xla_dump_to=mine"])]
 
@@ -315,7 +315,7 @@ def test_libtpu_knows_the_flags(chip, monkeypatch, capsys):
     table = launch.CHIPS[chip]
     monkeypatch.setitem(launch.CHIPS, chip, table | {"xla_tpu_made_up=true": "to be dropped"})
     assert launch.flags(chip) == {"LIBTPU_INIT_ARGS": [f"--{flag}" for flag in table]}
-    assert "does not know --xla_tpu_made_up=true" in capsys.readouterr().err
+    assert "does not accept --xla_tpu_made_up=true" in capsys.readouterr().err
 
 
 def test_flags_that_cannot_be_checked_are_left_alone(monkeypatch, capsys):
@@ -330,24 +330,24 @@ def test_flags_that_cannot_be_checked_are_left_alone(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--on", "gk"], "unknown target 'gk'; did you mean 'gke'?"),
-        (["--flags", "v5"], "unknown chip 'v5'; did you mean 'v5p'?"),
-        ([*GKE, *RUN, "--type", "v5e-256"], "unknown slice 'v5e-256'; did you mean 'v5litepod-256'?"),
+        (["--on", "gk"], "--on: unknown target 'gk'; did you mean 'gke'?"),
+        (["--flags", "v5"], "--flags: unknown chip 'v5'; did you mean 'v5p'?"),
+        ([*GKE, *RUN, "--type", "v5e-256"], "--type: unknown slice 'v5e-256'; did you mean 'v5litepod-256'?"),
         (["--on", "gke", *RUN], "--on gke needs --type, --image, --bucket"),
         (["--on", "slurm"], "--on slurm needs --config, --workdir"),
-        (["--on", "slurm", "--zone", "z", *RUN], "--zone is not for --on slurm; it takes --name, --nodes, --restarts"),
-        (["--on", "slurm", "--nodes", "0", *RUN], "--nodes '0' is not a number from 1 on"),
-        (["--on", "slurm", "--name", "A b", *RUN], "--name 'A b' is not up to 40 small letters"),
-        ([*GKE, *RUN, "--workdir", "out"], "--workdir out is not under runs/, where the bucket bk is mounted"),
+        (["--on", "slurm", "--zone", "z", *RUN], "--zone does not apply to --on slurm, which takes --name, --nodes"),
+        (["--on", "slurm", "--nodes", "0", *RUN], "--nodes '0' is not a number of at least 1"),
+        (["--on", "slurm", "--name", "A b", *RUN], "--name 'A b' is not a valid name: use up to 40 lower-case letters"),
+        ([*GKE, *RUN, "--workdir", "out"], "--workdir out is not below runs/, where the bucket bk is mounted"),
         ([*GKE, *RUN, "--config.optim.lrr=1"], "did you mean 'optim.lr'?"),
-        ([*GKE, *RUN, "--slices", "2", "--config.mesh.dcn=4"], "'mesh.dcn' 4 is not the number of slices, 2"),
-        ([*GKE, *RUN, "--config.mesh.fsdp=3"], "takes 3 devices, and 1 x v5litepod-256 have 256"),
-        ([*GKE, *RUN, "--config.mesh.data=16"], "takes 16 devices, and 1 x v5litepod-256 have 256"),
+        ([*GKE, *RUN, "--slices", "2", "--config.mesh.dcn=4"], "'mesh.dcn' is 4, but --slices is 2: "),
+        ([*GKE, *RUN, "--config.mesh.fsdp=3"], "needs 3 devices, but 1 x v5litepod-256 have 256"),
+        ([*GKE, *RUN, "--config.mesh.data=16"], "needs 16 devices, but 1 x v5litepod-256 have 256"),
         ([*GKE, *RUN, "--config.batch=64"], "batch 64 in 1 accumulation steps does not divide over 256 data-parallel"),
         ([*GKE, *RUN, "--config.mesh.tensor=4", "--config.accumulate=3"], "does not divide over 64 data-parallel"),
-        ([*GKE, *RUN, "--config", f"{ROOT}/{CONFIG}"], "is not a path in the clone"),
-        (["--on", "local", *RUN[2:4], "--config", "configs/recipes/shapes.py:tiny"], "has no family to train"),
-        (["--on", "tpu_vm", "--type", "v6e-16", "--zone", "z", *RUN], "is another folder on each of 4 hosts"),
+        ([*GKE, *RUN, "--config", f"{ROOT}/{CONFIG}"], "must be a path relative to the clone"),
+        (["--on", "local", *RUN[2:4], "--config", "configs/recipes/shapes.py:tiny"], "shapes.py:tiny has no `family`"),
+        (["--on", "tpu_vm", "--type", "v6e-16", "--zone", "z", *RUN], "is a separate folder on each of the 4 hosts"),
         (["--on", "tpu_vm", "--type", "v6e-8", "--zone", "z", "--do", "stpo"], "did you mean 'stop'?"),
         (["--on", "local", *RUN, "--proceses", "2"], "did you mean '--processes'?"),
     ],
@@ -361,7 +361,7 @@ def test_what_is_refused(words, says, monkeypatch):
 
 def test_elsewhere_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="is not a clone of hybridgen"):
+    with pytest.raises(UserError, match="is not the root of the hybridgen clone"):
         launch.main(["--on", "local", *RUN])
 
 

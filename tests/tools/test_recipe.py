@@ -1,4 +1,4 @@
-"""Recipes: what is wrong is said before anything is trained; what is stopped says how to go on."""
+"""Recipes: errors are reported before any training; a stopped recipe prints how to resume."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def test_what_is_wrong_with_a_later_stage_is_said_before_the_first(override, say
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_evaluation_that_is_stopped_says_how_to_go_on(number, tmp_path, monkeypatch, capsys):
-    """What a recipe does between its trainings is not saved, and soon done again."""
+    """Stages without training are not saved; they are repeated on resume."""
 
     def measure(stage, place):
         os.kill(os.getpid(), number)
@@ -43,5 +43,5 @@ def test_an_evaluation_that_is_stopped_says_how_to_go_on(number, tmp_path, monke
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         recipe.main(["--config", f"{RECIPE},order=('evaluation',)", "--workdir", str(tmp_path)])
-    assert "the same command goes on from what is saved" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

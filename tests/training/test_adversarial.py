@@ -1,4 +1,4 @@
-"""Adversarial terms in one scalar: who learns from what, from when on and how much; before that they cost nothing.
+"""Adversarial loss terms: which network learns from which term, from which step, with which weight; no cost before.
 
 Toy sizes: tokenizers of pictures at 16 and a discriminator of depth 2. The gradient of the loss is compared with
 automatic differentiation of the published formulas.

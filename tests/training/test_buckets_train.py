@@ -1,4 +1,4 @@
-"""Training over aspect-ratio buckets: nothing compiles after the first step; evaluation, resume and sampling hold."""
+"""Training with aspect-ratio buckets: nothing compiles after the first step; evaluation, resume and sampling work."""
 
 import contextlib
 import json
@@ -105,8 +105,10 @@ def watched(settings, folder: Path) -> SimpleNamespace:
 
 @pytest.mark.slow
 def test_nothing_compiles_after_the_first_step(run):
-    """Batches of both shapes, evaluations whose last batches are not full, and saves: all of it was there before."""
-    assert "compiled the step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(run.message)
+    """Batches of both shapes, evaluations with partial last batches, and saves compile nothing new."""
+    assert "compiled the training step for 2 shapes (20 x 12, 12 x 20) and the evaluation for 2 in" in "\n".join(
+        run.message
+    )
     assert run.seen[1] >= 4 and sorted(run.seen) == list(range(1, STEPS + 1))
     assert set(run.seen.values()) == {run.seen[1]}
     (image,) = (run.folder / "images").glob("samples-*.png")
@@ -318,12 +320,12 @@ def test_sample_draws_one_of_the_shapes(prior, tmp_path, capsys):
     assert Image.open(tmp_path / "00001.png").size == (12, 20) and "older" not in capsys.readouterr().err
     assert sample.main(words) == 0  # without --size, the first of the most square ones
     assert Image.open(tmp_path / "00001.png").size == (12, 20)
-    assert f"warning: 2 older pictures are in {tmp_path}" in capsys.readouterr().err
+    assert f"warning: {tmp_path} already has 2 images" in capsys.readouterr().err
     model = hybridgen.load(prior)
     for size in ("20x12", None):  # the same in Python
         drawn = model.sample("a wide one", count=2, size=size)
         np.testing.assert_array_equal(drawn[1], np.asarray(Image.open(tmp_path / "00001.png")))
-    for size, says in (("16x16", "was trained on pictures of 20x12, 12x20"), ("12", "no height and width")):
+    for size, says in (("16x16", "was trained on images of 20x12, 12x20"), ("12", "is not HEIGHTxWIDTH")):
         with pytest.raises(UserError, match=says):
             sample.main([*words, "--size", size])
 
@@ -331,7 +333,7 @@ def test_sample_draws_one_of_the_shapes(prior, tmp_path, capsys):
 def test_a_run_of_one_shape_has_that_size_only(run, prior):
     loaded = SimpleNamespace(shapes=(), config=config.load(f"{tiny.ROOT}/configs/ar/raster.py:tiny"), drawer=None)
     assert sample.shape_of(loaded, "32x32") is None is sample.shape_of(loaded, None)
-    with pytest.raises(UserError, match="--size 32x48: this ar.raster run was trained on pictures of 32x32"):
+    with pytest.raises(UserError, match="--size 32x48: this ar.raster run was trained on images of 32x32"):
         sample.shape_of(loaded, "32x48")
 
 

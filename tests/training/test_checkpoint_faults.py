@@ -1,4 +1,4 @@
-"""Damaged checkpoints: the bad file is named and the newest good step used, whatever was flipped, cut or killed."""
+"""Damaged checkpoints: the bad file is named and the newest valid step is used, for any kind of damage."""
 
 import os
 import random

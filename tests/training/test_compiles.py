@@ -1,4 +1,4 @@
-"""Nothing compiles after the first steps: over training with evaluation, samples and saves, and over drawing."""
+"""Nothing compiles after the first steps, in training with evaluation, samples and saves, and in sampling."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What goes wrong in a run of one process: bad batches, hangs, full disks, changed configs. Several: test_hosts.py."""
+"""Faults in a run of one process: bad batches, hangs, full disks, changed configs. Several processes: test_hosts.py."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from hybridgen.training import rollback
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """The runs here differ in what happens to them, not in their programs."""
+    """The runs of this file have the same programs, so a compile cache is shared."""
     settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
     settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
     before = {name: getattr(jax.config, name) for name in settings}
@@ -44,7 +44,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(name, happenings, steps, every, more...) -> the folder of a run that came to its end, or failed as told."""
+    """run(name, faults, steps, every, more...) -> the folder of a run that finished, or failed as requested."""
     make, look = pipeline.batches, train.look
 
     def go(name: str, what: dict, steps: int, every: int, *more: str, **options) -> Path:
@@ -77,7 +77,7 @@ def skipped_in(folder: Path) -> list:
 
 @pytest.mark.slow
 def test_one_bad_batch_is_counted_and_nothing_else(run):
-    """The run is the one that skips this batch: parameters, average, codebook, optimiser, counts, and the log."""
+    """The run equals one that skips this batch, in parameters, EMA, codebook, optimizer, counters and log."""
     bad = run("bad", {"nan": [6]}, 12, 5)
     skip = run("skip", {}, 12, 5, "health.skip=((6,7),)")
     assert final(bad, 12) == final(skip, 12)
@@ -102,7 +102,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", [case if case == "middle" else pytest.param(case, marks=SLOW) for case in CASES])
 def test_bad_batches_in_a_row_are_rolled_back_over(run, case):
-    """The run after it is that of the same intervals, known from the start and without a fault, bit for bit."""
+    """The run equals, bit for bit, a run without faults that is given the same intervals from the start."""
     what, options, (first, end) = CASES[case]
     bad, steps = run("bad", what, *options), options[0]
     assert skipped_in(bad) == [[first, end]]
@@ -143,7 +143,7 @@ def test_intervals_at_the_end_and_beyond_it(run):
     """What is skipped may begin or end behind the last step; a rule that can never hold is refused."""
     folder = run("run", {}, 6, 5, "health.skip=((4,9),(30,40))")
     assert fault_cases.steps_of(folder) == [1, 2, 3, 4] and newest(folder) == 6
-    with pytest.raises(UserError, match=r"\(4, 4\) is no interval"):
+    with pytest.raises(UserError, match=r"\(4, 4\) is not an interval"):
         run("wrong", {}, 6, 5, "health.skip=((4,4),)")
     with pytest.raises(UserError, match="health.streak"):
         run("wrong", {}, 6, 5, "health.streak=0")
@@ -152,7 +152,7 @@ def test_intervals_at_the_end_and_beyond_it(run):
 @pytest.mark.parametrize("text", ['{"a": 1}', "3", "[[1, 2], 5]", '["12"]', "[[2, 1]]"])
 def test_a_list_of_intervals_that_is_none(tmp_path, text):
     (tmp_path / "skipped.json").write_text(text)
-    with pytest.raises(UserError, match=r"skipped\.json: .* is no interval"):
+    with pytest.raises(UserError, match=r"skipped\.json: .* is not an interval"):
         rollback.intervals(configured(6, 5), tmp_path)
 
 
@@ -217,12 +217,12 @@ def children(pid: int) -> list[int]:
 
 @SLOW
 def test_a_full_disk_is_told_of_and_survived(run, tmp_path):
-    """No file may grow beyond 3,000 bytes for a while: a save fails, and the logs too."""
+    """While no file may exceed 3,000 bytes, a save and the logs fail; then the run continues."""
     options = (60, 10, "checkpoint.keep=9")
     whole = run("whole", {}, *options)
     out, err = ends(fault_cases.start(tmp_path / "run", words(*options), {"full": [18, 37, 3000]}))
     assert re.search(r"^train 30/60  save failed: checkpoint 20 was not saved: .*File too large", out, re.M), out
-    assert len(re.findall("are not written: File too large; the run goes on", err)) == 1
+    assert len(re.findall("cannot write the logs in .*: File too large; the run continues", err)) == 1
     assert "Traceback" not in err and len(err.splitlines()) < 5  # Orbax has one for each write
     with Checkpointer(tmp_path / "run" / "checkpoints", read_only=True) as saved:
         assert saved.good_steps() == [10, 40, 50, 60]
@@ -248,7 +248,7 @@ def test_a_rotten_step_is_fallen_back_from(run, capsys):
     capsys.readouterr()
     run("run", {}, *options)
     out = capsys.readouterr().out
-    assert re.search(rf"checkpoint 12 in \S+ is not used: model/\S*{path.name}: its digest differs", out)
+    assert re.search(rf"checkpoint 12 in \S+ is damaged and not used: model/\S*{path.name}: its SHA-256 differs", out)
     assert "steps 10 to 12" in out and final(folder, 12) == final(whole, 12) and log_of(folder) == log_of(whole)
 
 

@@ -1,4 +1,4 @@
-"""The log holds each step once, in every form; the account of time is complete."""
+"""The log has each step once, in every format; time.json accounts for all time."""
 
 import json
 import math
@@ -190,7 +190,7 @@ def test_a_full_disk_is_told_of_once_and_ends_nothing(tmp_path, capsys):
         writer.step(3, {"loss": 2.0})
     assert [entry["step"] for entry in entries(tmp_path)] == [3]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("are not written: No space left on device; the run goes on")
+    assert "cannot write the logs in " in line and line.endswith(": No space left on device; the run continues")
 
 
 def test_the_first_step_is_compilation(tmp_path):

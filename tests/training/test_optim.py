@@ -1,4 +1,4 @@
-"""Optimisers: groups by path, each with its own rate, schedule, clip and decay; patterns that cannot be meant."""
+"""Optimizers: groups by path, each with its own learning rate, schedule, clipping and decay; invalid patterns."""
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def test_patterns_that_match_nothing_are_refused():
 def test_a_parameter_of_two_groups_is_refused():
     groups = {"one": {"match": "kernel$"}, "two": {"match": "^a/"}}
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
-    with pytest.raises(UserError, match="'a/kernel' matches the optimiser groups one and two"):
+    with pytest.raises(UserError, match="optim.groups: parameter 'a/kernel' matches two groups, one and two"):
         optim.build(ADAM | {"groups": groups}, 10, params)
     with pytest.raises(UserError, match="'sgd' is not one of adamw, adafactor"):
         optim.build(ADAM | {"kind": "sgd"}, 10, params)

@@ -1,4 +1,4 @@
-"""A run that was killed, or goes on from another, is the run that it is to be: bit for bit, or refused in words."""
+"""A killed and resumed run, or one that starts from another, is correct bit for bit, or refused with a message."""
 
 import random
 import re
@@ -107,7 +107,7 @@ def test_init_from_a_run(tmp_path):
     assert tiny.same(part.params["encoder"], fresh.params["encoder"]) and tiny.same(part.extra, fresh.extra)
     with pytest.raises(UserError, match="no subtree 'head'; it has decoder, encoder"):
         begun("bad", {"decoder": "../first:head"})
-    with pytest.raises(UserError, match=r"has shape \(32, 8\) and is to have \(64, 8\)"):
+    with pytest.raises(UserError, match=r"has shape \(32, 8\), but this model has \(64, 8\)"):
         begun("other", {"all": "../first"}, quantizer={"codebook_size": 64})
     for name in ("bad", "other"):
         assert not list((tmp_path / name / "checkpoints").iterdir())

@@ -1,7 +1,7 @@
-"""A prior of one's own, outside of hybridgen: a small transformer over image tokens after a class.
+"""An example of a prior outside of hybridgen: a small class-conditional transformer over image tokens.
 
-It has learned positions and one sampling option that no other prior has: `flatness` mixes an even distribution over all
-tokens into each draw.
+It has learned positions and a sampling option of its own: `flatness` mixes the uniform distribution over all tokens
+into the distribution of each sampled token.
 
 Letters: b batch, n image tokens, t positions of a chunk, d width, v codes.
 """
@@ -27,7 +27,7 @@ prefill, step, score, features = next_token.prefill, next_token.step, next_token
 
 
 class MyPrior(nn.Module):
-    """The sequence is `[class][tokens]`; class number `classes` stands for a dropped one."""
+    """The sequence is `[class][tokens]`; class number `classes` represents a dropped class."""
 
     vocab: int
     grid: tuple[int, int]

@@ -1,4 +1,4 @@
-"""A data source of one's own: pictures of stripes, with a caption and a label."""
+"""An example of a data source outside of hybridgen: images of stripes, with captions and labels."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ NAMES = ("horizontal", "vertical")
 
 
 class Stripes:
-    """Record i is a picture of stripes of the kind `i % 2`; everything is a function of (split, index)."""
+    """Record i is an image of stripes of the kind `i % 2`; everything is a function of (split, index)."""
 
     class_names = NAMES
 
@@ -17,7 +17,7 @@ class Stripes:
         return self.size
 
     def name(self, index: int) -> str:
-        """What messages call a record."""
+        """The name of a record in messages."""
         return f"stripes {index}"
 
     def __getitem__(self, index: int) -> dict:

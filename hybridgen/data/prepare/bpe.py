@@ -1,4 +1,4 @@
-"""Trains a byte-pair encoding (data/text/bpe.py) on the captions of a source.
+"""Trains a byte-pair encoding (data/text/bpe.py) on the captions of a data source.
 
 python -m hybridgen.data.prepare.bpe --config configs/recipes/imagefolder.py:base --size 4096 --out bpe.json
 """
@@ -18,21 +18,23 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = make_parser("data.prepare.bpe", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--stage", help="the stage whose captions are read, if the config is a recipe")
-    parser.add_argument("--size", type=int, default=4096, help="ids, 257 of them padding and bytes (default: 4096)")
+    parser.add_argument("--stage", help="stage whose captions are read, if the config is a recipe")
+    text = "vocabulary size, of which 257 ids are padding and bytes (default: 4096)"
+    parser.add_argument("--size", type=int, default=4096, help=text)
     parser.add_argument(
         "--count",
         type=int,
         default=50_000,
         metavar="N",
-        help="records read of a source that does not list its captions (default: 50000)",
+        help="records that are read if the source has no list of captions (default: 50000)",
     )
-    parser.add_argument("--out", required=True, type=Path, help="a new file, such as bpe.json")
+    parser.add_argument("--out", required=True, type=Path, help="new file, such as bpe.json")
     args, overrides = config_lib.parse(parser, argv)
     if not FIRST <= args.size <= MAX_MERGES or args.count < 1:
-        raise UserError(f"--size {args.size} is not within {FIRST} and {MAX_MERGES}, or --count {args.count} below 1")
+        limits = f"from {FIRST} to {MAX_MERGES}, and --count at least 1"
+        raise UserError(f"--size {args.size}, --count {args.count}: --size must be {limits}")
     if args.out.exists() or not args.out.parent.is_dir():
-        raise UserError(f"{args.out} is there already" if args.out.exists() else f"no folder {args.out.parent}")
+        raise UserError(f"--out {args.out} already exists" if args.out.exists() else f"no folder {args.out.parent}")
     source = sources.build(write.data_of(config_lib.load(args.config, overrides), args.stage), "train")
     items = (source[index] for index in range(min(args.count, len(source))))
     captions = (
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     temporary = args.out.with_name(f".{args.out.name}.tmp")
     temporary.write_text(text + "\n")
     temporary.replace(args.out)
-    print(f"{FIRST + len(merges)} ids in {args.out}")
+    print(f"wrote {FIRST + len(merges)} ids to {args.out}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Writes the table of aspect-ratio buckets of a folder of pictures (data/sources/buckets.py).
+"""Writes the table of aspect-ratio buckets for a folder of images (data/sources/buckets.py).
 
     python -m hybridgen.data.prepare.buckets --config configs/recipes/imagefolder.py --config.path=FOLDER \
         --out buckets.json
@@ -21,25 +21,27 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = make_parser("data.prepare.buckets", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--stage", help="the stage whose folder is read, if the config is a recipe")
-    parser.add_argument("--step", type=int, default=64, metavar="N", help="sides are multiples of it (default: 64)")
-    parser.add_argument("--aspect", type=float, default=2.0, help="longest side over shortest, at most (default: 2)")
+    parser.add_argument("--stage", help="stage whose folder is read, if the config is a recipe")
+    text = "number of which all sides are multiples (default: 64)"
+    parser.add_argument("--step", type=int, default=64, metavar="N", help=text)
+    parser.add_argument("--aspect", type=float, default=2.0, help="largest ratio of the sides (default: 2)")
     parser.add_argument(
         "--least",
         type=int,
         default=256,
         metavar="N",
-        help="records of a bucket, at least; give the batch size or more (default: 256)",
+        help="smallest number of images in a bucket; at least the batch size (default: 256)",
     )
-    parser.add_argument("--out", required=True, type=Path, help="a new file, such as buckets.json")
+    parser.add_argument("--out", required=True, type=Path, help="new file, such as buckets.json")
     args, overrides = config_lib.parse(parser, argv)
     if args.step < 1 or args.least < 1 or not 1 <= args.aspect <= 16:
-        raise UserError(f"--step {args.step} and --least {args.least} are at least 1, --aspect {args.aspect} 1 to 16")
+        given = f"--step {args.step}, --least {args.least}, --aspect {args.aspect}"
+        raise UserError(f"{given}: --step and --least must be at least 1, --aspect from 1 to 16")
     if args.out.exists() or not args.out.parent.is_dir():
-        raise UserError(f"{args.out} is there already" if args.out.exists() else f"no folder {args.out.parent}")
+        raise UserError(f"--out {args.out} already exists" if args.out.exists() else f"no folder {args.out.parent}")
     data = write.data_of(config_lib.load(args.config, overrides), args.stage)
     if data.source != "folder":
-        raise UserError(f"data.source is {data.source!r}: buckets are of a folder, whose pictures have many shapes")
+        raise UserError(f"data.source is {data.source!r}, but only the source 'folder' has buckets")
     options = {name: value for name, value in sources.checked("folder", data.options).items() if name != "buckets"}
     table = build(options, data.resolution, args.step, args.aspect, args.least)
     temporary = args.out.with_name(f".{args.out.name}.tmp")

@@ -1,15 +1,16 @@
-"""A folder of emoji pictures in two drawing styles, with names in English and Chinese, from four npm packages.
+"""Makes a folder of emoji images in two drawing styles, with names in English and Chinese, from four npm packages.
 
     python -m hybridgen.data.prepare.emoji --packages FOLDER --out emoji
 
-FOLDER holds, unpacked (`npm pack NAME@VERSION`, then tar), each in a folder of its own, emoji-datasource-google and
-emoji-datasource-twitter (16.0.0), cldr-annotations-full and cldr-annotations-derived-full (48.2.0). Nothing is
-downloaded here. Licences: Noto Color Emoji is Apache-2.0, Twemoji CC-BY-4.0, the names of CLDR are Unicode-3.0.
+FOLDER must have the unpacked packages (`npm pack NAME@VERSION`, then tar), each in a folder of its own:
+emoji-datasource-google and emoji-datasource-twitter (16.0.0), cldr-annotations-full and cldr-annotations-derived-full
+(48.2.0). This command downloads nothing. Licences: Noto Color Emoji is Apache-2.0, Twemoji CC-BY-4.0, the names of CLDR
+are Unicode-3.0.
 
-Pictures are 64 x 64 on white; those with a skin tone are left out, and so are those without a name in both languages.
-One concept in ten, by a hash, is in validation, in both styles. Lines of metadata are in the order of that hash, both
-styles of a concept together: the first so many, which contact sheets show, are a mixture of everything.
-configs/recipes/emoji.py trains on the folder.
+Images are 64 x 64 on white. Emoji with a skin tone, and those without a name in both languages, are left out. One
+concept in ten, by a hash, is in validation, in both styles. The metadata is sorted by that hash, with the two styles of
+a concept together, so that the first lines, which image grids show, are a random selection. configs/recipes/emoji.py
+trains on the folder.
 """
 
 import hashlib
@@ -25,20 +26,20 @@ from hybridgen.data import transforms
 from hybridgen.data.files import read_json, whole_folder
 from hybridgen.data.sources.folder import header_size
 
-STYLES = {"noto": "google", "twemoji": "twitter"}  # by the name of the package that has them
+STYLES = {"noto": "google", "twemoji": "twitter"}  # style: suffix of its package's name
 TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 LANGUAGES = ("en", "zh")
 SIDE, VALIDATION_PART = 64, 10
 
 
 def find_package(folder: Path, name: str) -> Path:
-    """The unpacked package of that name below `folder`, wherever its package.json is."""
+    """The folder of an unpacked package, up to two levels below `folder`. Raises UserError if there is none."""
     for depth in ("", "*/", "*/*/"):
         for file in sorted(folder.glob(f"{depth}package.json")):
             about = read_json(file)
             if isinstance(about, dict) and about.get("name") == name:
                 return file.parent
-    raise UserError(f"no unpacked package {name!r} in {folder}")
+    raise UserError(f"--packages: {folder} has no unpacked package {name!r}")
 
 
 def names(packages: Path, language: str) -> dict[str, dict]:
@@ -54,7 +55,7 @@ def names(packages: Path, language: str) -> dict[str, dict]:
 
 
 def records(packages: Path) -> tuple[list[dict], dict[str, Path]]:
-    """(lines of metadata in the order of a hash of their concepts, folders of pictures by style)."""
+    """(lines of metadata, sorted by a hash of their concepts; folders of images by style)."""
     folders = {
         style: find_package(packages, f"emoji-datasource-{vendor}") / "img" / vendor / str(SIDE)
         for style, vendor in STYLES.items()
@@ -88,20 +89,21 @@ def _hash(concept: str) -> str:
 
 
 def _named(known: dict[str, dict], points: list[str]) -> dict | None:
-    """The entry of a sequence of code points; CLDR leaves out the selector of the coloured form."""
+    """The entry of a sequence of code points; CLDR omits the variation selector U+FE0F."""
     text = "".join(chr(int(point, 16)) for point in points)
     entry = known.get(text) or known.get(text.replace("\ufe0f", ""))
     return entry if entry and entry.get("tts") else None
 
 
 def build(packages: Path, out: Path) -> int:
-    """Writes the folder; the number of pictures."""
+    """Writes the folder; returns the number of images. Raises UserError if the packages are missing or unexpected."""
     try:
         lines, folders = records(packages)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"a package in {packages} is not what is expected: {type(error).__name__}: {error}") from None
+        text = f"{type(error).__name__}: {error}"
+        raise UserError(f"--packages: a package in {packages} has unexpected content: {text}") from None
     if not lines:
-        raise UserError(f"the packages in {packages} have no pictures of {SIDE} x {SIDE} with names")
+        raise UserError(f"--packages: the packages in {packages} have no {SIDE} x {SIDE} images with names")
     with whole_folder(out) as temporary:
         (temporary / "images").mkdir()
         for line in lines:
@@ -118,9 +120,9 @@ def build(packages: Path, out: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("data.prepare.emoji", __doc__)
     parser.add_argument("--packages", required=True, type=Path, help="folder with the four unpacked packages")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder")
+    parser.add_argument("--out", required=True, type=Path, help="new folder")
     args: Any = parser.parse_args(argv)
-    print(f"{build(args.packages, args.out)} pictures in {args.out}")
+    print(f"wrote {build(args.packages, args.out)} images to {args.out}")
     return 0
 
 

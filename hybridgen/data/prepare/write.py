@@ -1,10 +1,10 @@
-"""Writes any source of pictures into ArrayRecord shards, which the source "records" reads back.
+"""Writes any data source as ArrayRecord shards, which the source "records" reads.
 
     python -m hybridgen.data.prepare.write --config configs/recipes/imagefolder.py:base --config.path=FOLDER \
         --out records
 
-The `data` of a config, or of a stage of a recipe, says what is written, at its resolution. Training from the records is
-training from the source, sample for sample: a broken record is written as what stands in for it, and counted and named.
+The source is the `data` of a config, or of a stage of a recipe; images are stored at its resolution. Training from the
+records gives the same samples as training from the source. A broken record is replaced as in training, and reported.
 """
 
 import concurrent.futures
@@ -24,24 +24,24 @@ from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources import records
 
-NAMED = 20  # broken records that an index names
+NAMED = 20  # largest number of broken records that an index names
 
 
 def data_of(config: Any, stage: str | None) -> Any:
-    """The `data` of a config, or of a stage of a recipe (default: the first that has any)."""
+    """The `data` of a config, or of a stage of a recipe (default: the first with data). Raises UserError."""
     stages = config.get("stages", {})
     if not stages:
         if stage or "data" not in config:
-            raise UserError(f"--stage {stage} is for recipes" if stage else "this config has no data")
+            raise UserError(f"--stage {stage} is for recipes only" if stage else "--config: this config has no `data`")
         return config.data
     known = [name for name in config.order if "data" in stages[name]]
     if stage is not None and stage not in known:
-        raise UserError(f"this recipe has no stage {stage!r} with data{config_lib.hint(stage, known)}")
+        raise UserError(f"--stage: this recipe has no stage {stage!r} with data{config_lib.hint(stage, known)}")
     return stages[stage or known[0]].data
 
 
 def about(data: Mapping, source: Any, split: str, resolution: int | None = None) -> dict[str, Any]:
-    """What an index says of the source that its records come from."""
+    """The entries of an index that describe the source of its records."""
     words = text_lib.words_of(source) if hasattr(source, "captions") or hasattr(source, "languages") else []
     return {
         "split": split,
@@ -54,7 +54,7 @@ def about(data: Mapping, source: Any, split: str, resolution: int | None = None)
 
 
 def read_all(source: Any, threads: int) -> Iterator[tuple[dict, int]]:
-    """(item, the index if it was broken or -1) of every record in order; the item has its own `name`."""
+    """Yields (item with its `name`, the index if it was broken or -1) for every record in order."""
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), 16 * threads):
             part = range(start, min(start + 16 * threads, len(source)))
@@ -65,9 +65,9 @@ def read_all(source: Any, threads: int) -> Iterator[tuple[dict, int]]:
 
 
 def write(data: Mapping, split: str, out: Path, shards: int, threads: int, report: Callable = print) -> dict:
-    """Writes one split of a source; the index of what was written."""
+    """Writes one split of a source; returns the index. Raises UserError for a mixture, or if `out` has the split."""
     if data["source"] == "mixture":
-        raise UserError("a mixture has no records of its own: write its sources one by one, and mix what was written")
+        raise UserError("data.source is 'mixture', which has no records of its own: write each of its sources")
     source, broken = sources.build(data, split), []
     with records.writing(out, split, len(source), shards) as writer:
         for item, bad in tqdm(read_all(source, threads), desc=split, total=len(source), disable=None):
@@ -75,21 +75,21 @@ def write(data: Mapping, split: str, out: Path, shards: int, threads: int, repor
             writer.add(item | arrays)
             broken += [source.name(bad)] if bad >= 0 else []
         index = writer.finish(about(data, source, split) | {"broken": {"count": len(broken), "names": broken[:NAMED]}})
-    report(f"{split}: {index['count']} records in {shards} shards of {out / split}, digest {index['digest']}")
+    report(f"{split}: wrote {index['count']} records to {out / split}, {shards} shards, digest {index['digest']}")
     if broken:
         more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-        report(f"{split}: {len(broken)} broken records, replaced: {', '.join(broken[:NAMED])}{more}")
+        report(f"{split}: replaced {len(broken)} broken records: {', '.join(broken[:NAMED])}{more}")
     return index
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("data.prepare.write", __doc__)
     config_lib.add_argument(parser)
-    parser.add_argument("--stage", help="the stage whose data is written, if the config is a recipe")
-    parser.add_argument("--out", required=True, type=Path, help="folder that gets a folder of records for each split")
+    parser.add_argument("--stage", help="stage whose data is written, if the config is a recipe")
+    parser.add_argument("--out", required=True, type=Path, help="output folder, with one folder of records per split")
     parser.add_argument("--split", default="train,validation", help="comma-separated (default: train,validation)")
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files a split (default: 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="that read and decode")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files per split (default: 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads that read images")
     args, overrides = config_lib.parse(parser, argv)
     for name in ("shards", "threads"):
         if not 1 <= getattr(args, name) <= config_lib.MOST:

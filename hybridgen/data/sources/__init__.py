@@ -1,27 +1,27 @@
-"""Random-access sources of pictures by name, for one split of a config's data.
+"""Random-access data sources by name, for one split of a config's data.
 
     source = build(config.data, "train")
-    len(source); source[3]  ->  {"image": R R 3 uint8, "text": str, ...}; source.name(3) -> what to call that record
+    len(source); source[3]  ->  {"image": R R 3 uint8, "text": str, ...}; source.name(3) -> its name in messages
 
-`config.data`, a plain mapping (its other keys belong to `pipeline` and `text`):
+`config.data` is a plain mapping (its other keys are read by `pipeline` and `text`):
 
     {"source": "shapes", "options": {"objects": (1, 2)}, "resolution": 32, "flip": False, "workers": 0, "threads": 1,
      "text": {"kind": "words", "length": 24}}
     {"source": "folder", "options": {"path": "pictures", "text_key": ("text", "text_zh"), "split_key": "split"}, ...}
-    {"source": "records", "options": {"path": "written"}, ...}   what data.prepare.write or the caching command wrote
+    {"source": "records", "options": {"path": "written"}, ...}   written by data.prepare.write or hybridgen cache
     {"source": "tfds", "options": {"path": "prepared data set", "text_key": "caption"}, ...}
     {"source": "mixture", "options": {"sources": {"a": {"source": ..., "options": ..., "weight": 3}, "b": ...}}, ...}
-    {"source": "my_package.my_source.MySource", "options": {...}, ...}   a class of one's own: see protocol.py
+    {"source": "my_package.my_source.MySource", "options": {...}, ...}   your own class: see protocol.py
 
-With `buckets`, a table of data/sources/buckets.py, in its options a folder has batches of several shapes; a run's
-config.json keeps those that it was trained on as `shapes`.
+With the option `buckets`, a table of data/sources/buckets.py, a folder has batches of several shapes; `shapes` in a
+run's config.json lists those that it was trained on.
 
-A record that cannot be read raises `BrokenRecord`; `pipeline.read` replaces it by a fixed rule. What else a source may
-have: `class_names`, `captions()`, `words` (its vocabulary, counted), `digest()`, `view(index, own)` (a record with
-several views: the one that a sample's own number picks), `arrange(positions, batch, seed, shuffle)` (an order of its
-own), `batches_once(batch)` (how many a sequential pass has), `after(index, step)` (what stands in for a broken record)
-and, where batches have several shapes, `shapes` ((height, width) of each) and `occurring(batch, whole)` (those that
-whole batches, or batches at all, have).
+A record that cannot be read raises `BrokenRecord`; `pipeline.read` replaces it by a fixed rule. Optional members of a
+source are `class_names`, `captions()`, `words` (its vocabulary, by frequency), `digest()`, `view(index, own)` (of a
+record with several views, the one that the random number `own` picks), `arrange(positions, batch, seed, shuffle)` (the
+source's own order), `batches_once(batch)` (the number of batches in a sequential pass) and `after(index, step)` (the
+replacement of a broken record). Sources with batches of several shapes have `shapes` (all (height, width)) and
+`occurring(batch, whole)` (the shapes of whole batches, or of all batches).
 """
 
 import importlib
@@ -48,7 +48,7 @@ KINDS = {"shapes": Shapes, "folder": Folder, "records": Records, "tfds": Tfds, "
 
 
 def build(data_config: Mapping[str, Any], split: str) -> Source:
-    """The source that a config names, for one split; UserError for an unknown source, key, option or split."""
+    """The source that a config names, for one split. Raises UserError for an unknown source, key, option or split."""
     known("data key", data_config.keys(), KEYS)
     for key in ("source", "resolution"):
         if key not in data_config.keys():
@@ -58,8 +58,8 @@ def build(data_config: Mapping[str, Any], split: str) -> Source:
     cached = sorted(encoders(source))
     if cached and data_config.get("flip", False):
         raise UserError(
-            f"data.flip is true, and the records hold {cached[0]!r}, which no flip reaches: "
-            f"cache them with --views flip"
+            f"data.flip is true, but the cached {cached[0]!r} cannot be flipped: set data.flip=false and cache with "
+            f"--views flip"
         )
     return source
 
@@ -76,7 +76,7 @@ def _build(kind: str, options: dict, split: str, resolution: int, where: str):
 
 
 def kind_of(kind: str, where: str = "data.source") -> Callable[..., Source]:
-    """The class of a source by its name, or by "package.module.Class" of one's own. Raises UserError for none."""
+    """The class of a source by its name or as "package.module.Class". Raises UserError if there is none."""
     module, dot, name = kind.rpartition(".") if isinstance(kind, str) else ("", "", "")
     if not dot:
         known(where, [kind], tuple(KINDS))
@@ -90,13 +90,13 @@ def kind_of(kind: str, where: str = "data.source") -> Callable[..., Source]:
 
 
 def checked(kind: str, options: Mapping, where: str = "data") -> dict:
-    """Options as a source takes them; UserError for one that it does not know, or of another type than its default."""
+    """The options of a source, converted. Raises UserError for an unknown option or another type than its default's."""
     takes_of = inspect.signature(kind_of(kind, f"{where}.source")).parameters
     takes = {name: parameter for name, parameter in takes_of.items() if name not in ("split", "resolution")}
     known(f"option of the source {kind!r}:", options, [*takes, *((BUCKETS,) if kind == "folder" else ())])
     if "path" in takes and not options.get("path"):
-        what = {"folder": "the folder of pictures", "records": "the folder of records"}.get(kind, "the data set")
-        raise UserError(f"{where}.options.path is missing: {what}")
+        what = {"folder": "the folder of images", "records": "the folder of records"}.get(kind, "the data set")
+        raise UserError(f"{where}.options.path is missing: give {what}")
     return {
         name: _fitting(f"{where}.options.{name}", value, takes[name]) if name in takes else value
         for name, value in options.items()
@@ -104,7 +104,7 @@ def checked(kind: str, options: Mapping, where: str = "data") -> dict:
 
 
 def _fitting(where: str, value, parameter: inspect.Parameter):
-    """The value of an option, a single one as a tuple where the source takes several."""
+    """The value of an option; a single value becomes a tuple if the source takes several."""
     default, plain = parameter.default, not isinstance(value, bool)
     if isinstance(default, tuple):
         return tuple(value) if isinstance(value, (tuple, list, range)) else (value,)
@@ -113,12 +113,12 @@ def _fitting(where: str, value, parameter: inspect.Parameter):
         int: isinstance(value, int) and plain,
         float: isinstance(value, (int, float)) and plain,
     }
-    if parameter.annotation == int | None:  # whose default, None, shows no type
-        good, such = value is None or fits[int], "a whole number or none"
+    if parameter.annotation == int | None:  # the default None has no type
+        good, such = value is None or fits[int], "an integer or none"
     else:
         good, such = fits.get(type(default), True), f"{type(default).__name__}, such as {default!r}"
     if not good:
-        raise UserError(f"{where} takes {such}, and was given {value!r}")
+        raise UserError(f"{where} takes {such}, not {value!r}")
     return value
 
 
@@ -126,20 +126,20 @@ def _member(name: str, entry, split: str, resolution: int) -> tuple:
     """(source, weight) of one entry of a mixture."""
     where = f"data.options.sources.{name}"
     if not hasattr(entry, "keys"):
-        raise UserError(f"{where} is {entry!r}, not a source with its options")
+        raise UserError(f"{where} is {entry!r}, but must be a mapping with `source`, `options` and `weight`")
     known(f"key of {where}:", entry.keys(), ("source", "options", "weight"))
     if "source" not in entry.keys() or entry["source"] == "mixture":
-        raise UserError(f"{where}.source is {entry.get('source')!r}, it must be a source and no mixture")
+        raise UserError(f"{where}.source is {entry.get('source')!r}, but must be a source other than mixture")
     options = dict(entry.get("options", {}))
     if options.get(BUCKETS):
-        raise UserError(f"{where}.options.{BUCKETS}: a mixture has batches of one shape, buckets are of a folder alone")
+        raise UserError(f"{where}.options.{BUCKETS}: a mixture cannot have buckets, only a source 'folder' alone")
     return _build(entry["source"], options, split, resolution, where), entry.get("weight", 1)
 
 
 def describe(data_config: Mapping[str, Any], source: Source) -> dict:
-    """Plain values that identify a source: kind, options, length, and a digest of its records where it has one.
+    """Plain values that identify a source: kind, options, length, digest of its records, encoders of cached entries.
 
-    Paths are left out: a folder may move. What encoded cached entries is in it.
+    Paths are left out, since a folder may move.
     """
     out = {
         "kind": data_config["source"],
@@ -168,11 +168,11 @@ PARTS = {"tokens": ("tokenizer",), "latent": ("autoencoder", "tokenizer"), "text
 
 
 def fits(source: Source, digests: Mapping[str, str]) -> None:
-    """Raises UserError where a part (`digests`, by name) is not the one that the source's cached entries came from."""
+    """Raises UserError if a part (`digests`, by name) is not the model that made the source's cached entries."""
     for entry, digest in encoders(source).items():
         name = next((name for name in PARTS.get(entry, ()) if name in digests), None)
         if name is not None and digests[name] != digest:
             raise UserError(
-                f"the cached {entry!r} came from a {name} with digest {digest}, and the part {name!r} of "
-                f"this config has {digests[name]}"
+                f"part {name!r} has the digest {digests[name]}, but the cached {entry!r} were made with {digest}: "
+                f"cache them again, or use that part"
             )

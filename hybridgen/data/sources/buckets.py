@@ -1,11 +1,11 @@
-"""Aspect-ratio buckets: pictures of like shape share batches, so that none is cropped to a square (NovelAI 2022; SDXL).
+"""Aspect-ratio buckets: batches of images with similar shapes, without cropping them to squares (NovelAI 2022; SDXL).
 
-data/prepare/buckets.py reads the headers of a folder's pictures and writes an index table: a few shapes of about the
-same area, and which of them each record has. A config then has `data.options.buckets = "buckets.json"`, and every batch
-is of one shape (on a command line: --config.data.options.buckets=buckets.json). Batch k is a function of (seed, k): an
-epoch has floor(n / B) batches of a bucket with n records, in a seeded order, of a seeded permutation of its records;
-what is left over is another rest in each epoch. A sequential pass has all records, the batches of all buckets evenly
-mixed.
+data/prepare/buckets.py reads the headers of a folder's images and writes a table: a few shapes of about the same area,
+and the shape of each record. With `data.options.buckets = "buckets.json"` in a config (on the command line:
+--config.data.options.buckets=buckets.json) every batch has one shape. Batch k is a function of (seed, k): an epoch has
+floor(n / B) batches of a bucket with n records, in a seeded order, from a seeded permutation of its records; the
+records that are left over differ between epochs. A sequential pass has all records, with the batches of all buckets
+evenly mixed.
 
 Letters: B rows of a global batch, N sample numbers, n records of a bucket, m batches of an epoch.
 """
@@ -28,13 +28,13 @@ from hybridgen.data.sources.folder import SPLITS, BrokenRecord, Folder
 from hybridgen.data.sources.protocol import Source
 
 FORMAT = 1
-LARGEST = 4096  # pixels of a side
+LARGEST = 4096  # pixels per side
 
 
 def shapes(resolution: int, step: int, aspect: float) -> list[tuple[int, int]]:
-    """(height, width) multiples of `step` with at most the area of the square, no side over `aspect` times the other.
+    """(height, width), multiples of `step`, with at most the area of the square and a ratio of at most `aspect`.
 
-    For each width the largest height, from tall to wide.
+    For each width the largest height, sorted from tall to wide. Raises UserError if there is none.
     """
     out = set()
     for width in range(step, int(resolution * math.sqrt(aspect)) + step, step):
@@ -42,21 +42,21 @@ def shapes(resolution: int, step: int, aspect: float) -> list[tuple[int, int]]:
         if height and max(height / width, width / height) <= aspect:
             out |= {(height, width), (width, height)}
     if not out:
-        raise UserError(f"no shape of multiples of {step} has the area of {resolution} x {resolution}")
+        raise UserError(f"--step {step}: no shape with sides of multiples of {step} fits the area of {resolution}^2")
     return sorted(out, key=lambda shape: (shape[1] / shape[0], shape))
 
 
 def nearest(sizes: np.ndarray, choice: list[tuple[int, int]]) -> np.ndarray:
-    """Widths and heights `[r, 2]` -> the number of the shape whose aspect ratio is the nearest, in logarithms."""
+    """Widths and heights `[r, 2]` -> number of the shape with the nearest aspect ratio (by its logarithm) `[r]`."""
     wanted = np.log(sizes[:, 0] / sizes[:, 1])
     offered = np.log([width / height for height, width in choice])
     return np.abs(wanted[:, None] - offered).argmin(1)
 
 
 def assign(sizes: np.ndarray, choice: list[tuple[int, int]], least: int) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """(the shapes that at least `least` records have, the number of its shape for each record).
+    """(the shapes with at least `least` records, the number of its shape for each record).
 
-    The rarest shape goes first, and its records to the nearest of the others; one always stays.
+    Removes the rarest shape and reassigns its records until all remaining shapes have enough, or one is left.
     """
     while True:
         found = nearest(sizes, choice)
@@ -67,7 +67,7 @@ def assign(sizes: np.ndarray, choice: list[tuple[int, int]], least: int) -> tupl
 
 
 class Buckets:
-    """A folder whose pictures have the shapes of a table, and whose batches are of one shape each."""
+    """A folder with the image shapes of a table, and with one shape per batch. Raises UserError for a wrong table."""
 
     def __init__(self, source: Folder, path: str, split: str):
         self.source, self.class_names = source, source.class_names
@@ -81,12 +81,12 @@ class Buckets:
             fits = fits and all(0 < side <= LARGEST for shape in self.shapes for side in shape)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} is no table of buckets with the split {split!r}: {type(error).__name__}: {error}"
+                f"{path} is not a table of buckets with the split {split!r}: {type(error).__name__}: {error}"
             ) from None
         if records != source.digest() or resolution != source.resolution or not fits:
             raise UserError(
                 f"{path} is of other records (digest {records}, resolution {resolution}) than the folder "
-                f"(digest {source.digest()}, resolution {source.resolution}): make it anew"
+                f"(digest {source.digest()}, resolution {source.resolution}): make it again"
             )
         self._members = [np.flatnonzero(self._of == number) for number in range(len(self.shapes))]
         described = json.dumps([self.shapes, self._of.tolist()]).encode()
@@ -103,7 +103,7 @@ class Buckets:
         return self.source.name(index)
 
     def captions(self) -> Iterator[str]:
-        """Every caption of this split."""
+        """All captions of this split."""
         return self.source.captions()
 
     def digest(self) -> str:
@@ -111,32 +111,32 @@ class Buckets:
         return f"{self.source.digest()}-{self._digest}"
 
     def after(self, index: int, step: int) -> int:
-        """What stands in for a broken record is of the same bucket."""
+        """The replacement of a broken record, from the same bucket."""
         members = self._members[self._of[index]]
         return int(members[(np.searchsorted(members, index) + step) % len(members)])
 
     def _counts(self, batch: int, whole: bool) -> list[int]:
-        """Batches of each bucket, in an epoch of whole ones or in a pass over all."""
+        """Number of batches of each bucket, in an epoch (`whole` batches) or in a sequential pass."""
         return [len(members) // batch if whole else -(-len(members) // batch) for members in self._members]
 
     def batches_once(self, batch: int) -> int:
-        """How many batches a sequential pass over all records has."""
+        """Number of batches in a sequential pass over all records."""
         return sum(self._counts(batch, False))
 
     def occurring(self, batch: int, whole: bool) -> list[tuple[int, int]]:
-        """The shapes that batches have, in training (whole ones) or in a pass over all."""
+        """The shapes of batches, in training (`whole` batches) or in a sequential pass."""
         counts = self._counts(batch, whole)
         return [shape for shape, count in zip(self.shapes, counts, strict=True) if count]
 
     def _mixed(self, batch: int) -> np.ndarray:
-        """The m batches of a sequential pass as (bucket, number in it) `[m, 2]`: the first few are of all shapes."""
+        """The m batches of a sequential pass as (bucket, number in it) `[m, 2]`, with the shapes evenly mixed."""
         counts = np.asarray(self._counts(batch, False))
         bucket = np.repeat(np.arange(len(counts)), counts)  # m
         inner = np.concatenate([np.arange(count) for count in counts])
         return np.stack([bucket, inner], 1)[np.lexsort((bucket, (inner + 0.5) / counts[bucket]))]
 
     def arrange(self, positions: np.ndarray, batch: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
-        """N sample numbers, all of one global batch -> (N indices, N bool: not yet seen in a sequential pass)."""
+        """N sample numbers of one global batch -> (N indices, N bool: not yet seen in a sequential pass)."""
         positions = np.asarray(positions, np.int64)
         number, rows = int(positions[0]) // batch, positions % batch
         if not shuffle:
@@ -159,7 +159,7 @@ class Buckets:
 
 
 def largest(source: Source, batch: int) -> Source:
-    """A source as it is; of one with buckets the records of the largest shape that a whole batch has, named `shape`."""
+    """A source unchanged; of one with buckets, its records of the largest shape with a whole batch (`shape`)."""
     if not isinstance(source, Buckets):
         return source
     only = copy.copy(source)
@@ -173,7 +173,7 @@ def largest(source: Source, batch: int) -> Source:
 
 
 def build(options: Mapping, resolution: int, step: int, aspect: float, least: int) -> dict:
-    """The table of a folder: shapes by its training split, and the shape of each record of both splits."""
+    """The table for a folder: shapes chosen on its training split, and the shape of each record of both splits."""
     sizes = {}
     for split in SPLITS:
         try:
@@ -181,7 +181,7 @@ def build(options: Mapping, resolution: int, step: int, aspect: float, least: in
         except UserError:
             if split == "train":
                 raise
-            continue  # a folder without validation
+            continue  # there is no validation split
         sizes[split] = (source.digest(), _sizes(source))
     choice, _ = assign(sizes["train"][1], shapes(resolution, step, aspect), least)
     splits = {
@@ -192,7 +192,7 @@ def build(options: Mapping, resolution: int, step: int, aspect: float, least: in
 
 
 def _sizes(source: Folder) -> np.ndarray:
-    """(width, height) of each record `[r, 2]`; a broken one counts as square."""
+    """(width, height) of each record `[r, 2]`; a broken record counts as square."""
     out = np.ones((len(source), 2))
     for index in range(len(source)):
         try:

@@ -1,8 +1,8 @@
-"""Captions of a `shapes` scene, English and Chinese, from a closed vocabulary; no punctuation.
+"""Captions of a `shapes` scene in English and Chinese, from a closed vocabulary and without punctuation.
 
-A caption is a pure function of (scene, language, template number). What it states is fixed by `scene["stated"]`:
-colour, shape and the number of objects always; size, position, relation and background where the scene says so.
-Units: English words are separated by spaces; Chinese is one unit a character (`units`, `vocabulary`).
+A caption is a pure function of (scene, language, template number). It always states colour, shape and the number of
+objects, and, as given by `scene["stated"]`, size, position, relation and background. Units of the vocabulary (`units`,
+`vocabulary`) are English words and single Chinese characters.
 """
 
 import re
@@ -43,7 +43,7 @@ POSITION_WORDS = {  # name: (English phrase, Chinese)
     "bottom": ("at the bottom", "底部"),
     "bottom right": ("in the bottom right", "右下角"),
 }
-RELATION_WORDS = {  # name: (English phrase, the same seen from the other object, its name turned round, Chinese)
+RELATION_WORDS = {  # name: (English phrase, phrase after the other object, inverse relation, Chinese)
     "left of": ("to the left of", "on its left", "right of", "左边"),
     "right of": ("to the right of", "on its right", "left of", "右边"),
     "above": ("above", "above it", "below", "上面"),
@@ -51,8 +51,8 @@ RELATION_WORDS = {  # name: (English phrase, the same seen from the other object
 }
 COUNT_WORDS = {1: ("one", "一"), 2: ("two", "两"), 3: ("three", "三"), 4: ("four", "四")}
 
-# {a} {b} noun phrases, {n} the whole list of objects, {at} place; {rel} relation of a to b, {its} the same from b,
-# {inv} the relation of b to a. The first of each list is the plainest.
+# {a} {b} noun phrases, {n} the list of all objects, {at} position; {rel} relation of a to b, {its} the same as seen
+# from b, {inv} the relation of b to a. The first template of each list is the simplest.
 TEMPLATES = {
     "en": {
         "plain": ("{n}", "a picture of {n}", "there {is} {n}", "{n} can be seen"),
@@ -83,18 +83,18 @@ LANGUAGES = tuple(TEMPLATES)
 
 
 def kind(scene: Mapping[str, Any]) -> str:
-    """Which list of templates a scene takes: "relation", "place" or "plain"."""
+    """The list of templates for a scene: "relation", "place" or "plain"."""
     stated = scene["stated"]
     return "relation" if stated["relation"] else "place" if stated["position"] else "plain"
 
 
 def template_count(scene: Mapping[str, Any], language: str = "en") -> int:
-    """How many paraphrases there are for this scene."""
+    """The number of paraphrases for a scene."""
     return len(TEMPLATES[language][kind(scene)])
 
 
 def _noun(obj, stated, language, number=1):
-    """ "a small red circle", "three small red circles"."""
+    """The noun phrase of an object: "a small red circle", "three small red circles"."""
     size, colour, (plural, chinese) = obj["size"], obj["colour"], SHAPE_WORDS[obj["shape"]]
     if language == "zh":
         return f"{COUNT_WORDS[number][1]}个{SIZE_WORDS[size] if stated['size'] else ''}{COLOUR_WORDS[colour]}{chinese}"
@@ -105,7 +105,7 @@ def _noun(obj, stated, language, number=1):
 
 
 def caption(scene: Mapping[str, Any], language: str = "en", template: int = 0) -> str:
-    """One caption of the scene: `template` counts through the paraphrases of its kind, modulo their number."""
+    """The caption of a scene by paraphrase number `template`, modulo the number of paraphrases."""
     stated, objects, table = scene["stated"], scene["objects"], TEMPLATES[language]
     which = kind(scene)
     form = table[which][template % len(table[which])]
@@ -139,9 +139,9 @@ def units(text: str) -> list[str]:
 
 
 def vocabulary(languages: Iterable[str] = LANGUAGES) -> list[str]:
-    """Every unit that any caption in these languages can have, in a fixed order that no other option changes.
+    """All units of captions in these languages, without repetition, in a fixed order.
 
-    So a model trained on a few shapes can be continued on all of them. No unit comes twice.
+    The order does not depend on other options, so that a model trained on a few shapes can be continued on all.
     """
     english, chinese = [], []
     for name, (plural, zh) in SHAPE_WORDS.items():

@@ -1,9 +1,9 @@
-"""A mixture of sources by weight: which source a sample comes from is a function of its number alone.
+"""A mixture of sources by weight: the source of a sample is a function of the sample number alone.
 
-Weights are made whole numbers with the sum P, and the sources follow each other in a fixed pattern of length P in which
-every prefix has each source as often as its weight says, to within one (Tijdeman 1980, "The chairman assignment
-problem"). So any window of N samples has it N times its share, to within two. Within a source, samples come in its own
-seeded permutations: each record once an epoch of that source.
+Weights are converted to integers with the sum P, and the sources alternate in a fixed pattern of length P. In every
+prefix of the pattern each source occurs as often as its weight requires, to within one (Tijdeman 1980, "The chairman
+assignment problem"), so in any N samples N times its share, to within two. Within a source, samples come in its own
+seeded permutations: each record once per epoch of that source.
 
 Letters: N sample numbers.
 """
@@ -22,13 +22,14 @@ MAX_PERIOD = 100_000
 
 
 class Mixture:
-    """sources: {name: (source, weight)}, in order; an index counts through all of them.
+    """sources: {name: (source, weight)}, in order; indices count the records of all sources in turn.
 
-    An item is that of its source. Classes must be the same in all of them. In a sequential pass each record comes once.
+    Items are those of the sources. All sources must have the same classes and encoders of cached entries; otherwise
+    this raises UserError. A sequential pass has each record once.
     """
 
     def __init__(self, sources: Mapping[str, tuple], *, split: str = "train", resolution: int):
-        del split, resolution  # each source has them
+        del split, resolution  # used by the sources
         if not sources:
             raise UserError("data.options.sources is empty: a mixture needs at least one source")
         self.names, pairs = tuple(sources), tuple(sources.values())
@@ -46,7 +47,7 @@ class Mixture:
         counts = _counts({name: weight for name, (_, weight) in sources.items()})
         self._pattern = np.asarray(_pattern(counts))  # P
         one = np.eye(len(counts), dtype=np.int64)[self._pattern]  # P sources
-        self._before = np.cumsum(one, 0) - one  # how often each came before, in the pattern
+        self._before = np.cumsum(one, 0) - one  # how often each occurred before, in the pattern
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -56,7 +57,7 @@ class Mixture:
         return which, index - self._starts[which]
 
     def name(self, index: int) -> str:
-        """The name of the source, and that of the record in it."""
+        """The name of the source and that of the record in it."""
         which, inner = self._place(index)
         return f"{self.names[which]}: {self.sources[which].name(inner)}"
 
@@ -65,18 +66,18 @@ class Mixture:
         return self.sources[which][inner]
 
     def view(self, index: int, own: int) -> dict:
-        """A record in the view that the sample's own number picks, where its source has several."""
+        """A record in the view that the random number `own` picks, if its source has several."""
         which, inner = self._place(index)
         source = self.sources[which]
         return source.view(inner, own) if hasattr(source, "view") else source[inner]
 
     def after(self, index: int, step: int) -> int:
-        """What stands in for a broken record is of the same source."""
+        """The replacement of a broken record, from the same source."""
         which, inner = self._place(index)
         return self._starts[which] + (inner + step) % len(self.sources[which])
 
     def arrange(self, positions: np.ndarray, batch: int, seed: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
-        """N sample numbers -> (N indices, N bool)."""
+        """N sample numbers -> (N indices, N bool: not yet seen in a sequential pass)."""
         del batch
         positions = np.asarray(positions, np.int64)
         if not shuffle:
@@ -92,7 +93,7 @@ class Mixture:
         return out, np.ones(len(out), bool)
 
     def captions(self) -> Iterator[str]:
-        """Every caption of the sources that list theirs."""
+        """All captions of the sources that list them."""
         for source in self.sources:
             yield from source.captions() if hasattr(source, "captions") else ()
 
@@ -106,30 +107,30 @@ def _encoders(each: Mapping[str, Mapping]) -> dict:
     for name in others:
         if dict(each[name]) != dict(each[first]):
             raise UserError(
-                f"the sources {first!r} and {name!r} hold entries cached by different models: "
+                f"the sources {first!r} and {name!r} have entries cached by different models: "
                 f"{dict(each[first])} and {dict(each[name])}"
             )
     return dict(each[first])
 
 
 def _counts(weights: Mapping[str, float]) -> list[int]:
-    """Weights -> the smallest whole numbers in the same ratio."""
+    """Weights -> the smallest integers in the same ratio. Raises UserError for an invalid weight."""
     parts = []
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
-            raise UserError(f"the weight of the source {name!r} is {weight!r}, it must be a number above 0")
+            raise UserError(f"the weight of the source {name!r} is {weight!r}, but must be a number above 0")
         parts.append(Fraction(repr(weight)))
     share = [part / sum(parts) for part in parts]
     period = np.lcm.reduce([part.denominator for part in share], dtype=object)
     if period > MAX_PERIOD:
         raise UserError(
-            f"the weights {tuple(weights.values())} repeat after {period} samples, at most {MAX_PERIOD}: round them"
+            f"the weights {tuple(weights.values())} repeat after {period} samples, more than {MAX_PERIOD}: round them"
         )
     return [int(part * period) for part in share]
 
 
 def _pattern(counts: list[int]) -> list[int]:
-    """Of the sources whose next turn has come, the one whose turn ends first."""
+    """The source of each sample in a period: of the sources that are due, the one with the earliest deadline."""
     period, taken, out = sum(counts), [0] * len(counts), []
     for place in range(period):
         come = [i for i, count in enumerate(counts) if taken[i] * period < count * (place + 1)]

@@ -1,6 +1,6 @@
-"""The outlines and colours of `shapes`, and a scene's picture: signed distances in a box from -1 to 1, negative inside.
+"""Outlines, colours and rendering of `shapes`. Outlines are signed distances in a box from -1 to 1, negative inside.
 
-Letters: `H W` picture, `h w` box of one object.
+Letters: `H W` image, `h w` box of one object.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ _RGB = {name: np.array(rgb, np.float32) for name, rgb in PALETTE.items()}
 
 
 def _length(x, y):
-    """np.hypot is slower, and its last digit depends on the platform's libm; these operations are exact everywhere."""
+    """Vector length. np.hypot is slower, and its rounding depends on the platform's libm; these operations do not."""
     return np.sqrt(x * x + y * y)
 
 
 def _star(x, y):
-    """Five arms, folded onto half of one by reflections (I. Quilez, "2D distance functions"); then one edge decides."""
+    """Folds five arms onto half of one by reflections (I. Quilez, "2D distance functions"); then one edge is left."""
     x, y = np.abs(x), 0.08 - y
     for side in (1, -1):
         fold = 2 * np.maximum(0.809017 * side * x - 0.587785 * y, 0)
@@ -40,7 +40,7 @@ def _star(x, y):
 
 
 def _heart(x, y):
-    """A square on its corner with half discs on its two upper sides."""
+    """A square standing on its corner, with half discs on its two upper sides."""
     side, half = 1.15, 0.5**0.5
     low, x = side * half, np.abs(x)
     square = (x + np.abs(y - 0.92 + low)) * half - side / 2
@@ -66,7 +66,7 @@ SHAPES = {
 
 
 def coverage(shape: str, x: float, y: float, r: float, resolution: int) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """How much of each pixel an object covers: (h w float32 in [0, 1], its box). All in sides."""
+    """(coverage of each pixel by an object, h w float32 in [0, 1]; its box). x, y, r: in units of the image side."""
     scale, cx, cy = r * resolution, x * resolution, y * resolution
     reach = scale + 1
     left, right = max(int(cx - reach), 0), min(int(cx + reach) + 1, resolution)
@@ -78,7 +78,7 @@ def coverage(shape: str, x: float, y: float, r: float, resolution: int) -> tuple
 
 
 def render(scene: Mapping[str, Any], resolution: int = 32) -> np.ndarray:
-    """Draw a scene: H W 3 uint8. Edges are blended over one pixel."""
+    """Renders a scene -> H W 3 uint8, with edges blended over one pixel."""
     image = np.empty((resolution, resolution, 3), np.uint8)
     image[:] = _RGB[scene["background"]]
     for obj in scene["objects"]:

@@ -1,15 +1,15 @@
-"""The type of a source of pictures: what each of them has. The head of the package lists what else one may have."""
+"""The interface of a data source. The docstring of the package lists its optional methods."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 
 class Source(Protocol):
-    """Records of one split, in any order: `image` H W 3 uint8, `text` and others by name."""
+    """Records of one split: dicts with `image` H W 3 uint8, `text`, and others."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
     def name(self, index: int) -> str:
-        """What to call a record in a message."""
+        """The name of a record in messages."""

@@ -1,13 +1,13 @@
-"""Records in ArrayRecord shards, written once and read at random: pictures, captions, and cached entries of a batch.
+"""Records in ArrayRecord shards with random access: images, captions, and cached batch entries.
 
-    FOLDER/SPLIT/index.json           what the records hold, how many there are in which shard, and their digest
+    FOLDER/SPLIT/index.json           fields of the records, number of records per shard, digest
     FOLDER/SPLIT/00000.arrayrecord    ...
 
 A record is four bytes n (little-endian), n bytes of JSON (`text`, `texts`, `label`, ...; `png`: the sizes of its
-pictures) and the bytes of its arrays in the order of `fields` in the index, pictures as PNG. Every array has a leading
-axis over its views (crops, flips, captions). The folder of a split appears whole, by one rename, or not at all.
+images in bytes), and its arrays in the order of `fields` in the index, images as PNG. Every array has a leading axis of
+views (crops, flips, captions). The folder of a split is written atomically, by a rename.
 
-Letters: k views, H W picture.
+Letters: k views, H W image.
 """
 
 import bisect
@@ -34,8 +34,8 @@ from hybridgen.data.sources.folder import BrokenRecord, header_size, known
 FORMAT, INDEX = 1, "index.json"
 MAX_INDEX = 2**26  # bytes
 MAX_RECORD = 2**28
-PLAIN = ("name", "text", "texts", "label", "scene")  # entries of an item that are no arrays
-# group_size 1: a picture is read, and breaks, by itself; PNGs do not get smaller, tokens do
+PLAIN = ("name", "text", "texts", "label", "scene")  # entries of an item that are not arrays
+# group_size 1: each record is read by itself, and damage affects only one; zstd compresses tokens (PNGs hardly)
 WRITE, READ = "group_size:1,zstd:1", "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -43,7 +43,7 @@ WRITE, READ = "group_size:1,zstd:1", "readahead_buffer_size:0,max_parallelism:0"
 
 
 def fields_of(item: Mapping) -> dict[str, dict]:
-    """What an item's arrays are, {name: {"dtype", "shape"}}; shapes with the leading axis over views."""
+    """The arrays of an item, {name: {"dtype", "shape"}}; shapes include the leading axis of views."""
     return {
         name: {"dtype": "png" if name == "image" else value.dtype.name, "shape": list(value.shape)}
         for name, value in item.items()
@@ -52,11 +52,11 @@ def fields_of(item: Mapping) -> dict[str, dict]:
 
 
 def encode(item: Mapping, fields: Mapping) -> bytes:
-    """An item, its arrays `[k, ...]` as `fields` say, as the bytes of a record."""
+    """The bytes of a record from an item with arrays `[k, ...]`. Raises UserError if these do not match `fields`."""
     head = {name: item[name] for name in PLAIN if name in item}
     found, parts = fields_of(item), []
     if found != dict(fields):
-        raise UserError(f"a record holds {found}, and those before it {dict(fields)}")
+        raise UserError(f"a record has the arrays {found}, but earlier records have {dict(fields)}")
     for name, about in fields.items():
         if about["dtype"] == "png":
             pictures = [_png(picture) for picture in item[name]]
@@ -76,17 +76,17 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def decode(data: bytes, fields: Mapping, view: int) -> dict:
-    """The item in a record, its arrays those of one view, counted modulo the views of each; BrokenRecord if it is none.
+    """The item of a record, with one view of each array (`view` modulo their number). Raises BrokenRecord.
 
-    Numbers come as int32 and float32, as a batch has them; with features of captions, the caption is that of the view.
+    Integers become int32 and floats float32. With features of captions, the caption is that of the view.
     """
     if not 4 <= len(data) <= MAX_RECORD:
-        raise BrokenRecord(f"{len(data)} bytes, no record")
+        raise BrokenRecord(f"{len(data)} bytes are not a record")
     (size,) = struct.unpack_from("<I", data)
     try:
         head = json.loads(data[4 : 4 + size].decode())
     except (ValueError, RecursionError) as error:
-        raise BrokenRecord(f"not JSON: {str(error)[:80]}") from None
+        raise BrokenRecord(f"not valid JSON: {str(error)[:80]}") from None
     item, at = _plain(head), 4 + size
     for name, about in fields.items():
         shape = tuple(about["shape"])
@@ -97,42 +97,42 @@ def decode(data: bytes, fields: Mapping, view: int) -> dict:
         count = math.prod(shape[1:])
         start, at = at + view % shape[0] * count * kind.itemsize, at + shape[0] * count * kind.itemsize
         if at > len(data):
-            raise BrokenRecord(f"{len(data)} bytes, its {name!r} needs {at}")
+            raise BrokenRecord(f"it has {len(data)} bytes, but {name!r} needs {at}")
         array = np.frombuffer(data, kind, count, start).reshape(shape[1:])
         item[name] = array.astype({"b": np.bool_, "f": np.float32}.get(kind.kind, np.int32))
         if name == "text_features" and "texts" in item:
             text = item["texts"][view % shape[0] % len(item["texts"])]
             item |= {"text": text, "texts": (text,)}
     if at != len(data):
-        raise BrokenRecord(f"{len(data)} bytes, its arrays end at {at}")
+        raise BrokenRecord(f"it has {len(data)} bytes, but its arrays end at {at}")
     return item
 
 
 def _plain(head) -> dict:
     """The checked entries of a record's JSON."""
     if not isinstance(head, dict) or not isinstance(head.get("text"), str):
-        raise BrokenRecord("no text")
+        raise BrokenRecord("it has no 'text'")
     item = {name: head[name] for name in PLAIN if name in head}
     texts = head.get("texts", [head["text"]])
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise BrokenRecord("its 'texts' are no texts")
+        raise BrokenRecord("its 'texts' are not a list of texts")
     if type(head.get("label", 0)) is not int:
-        raise BrokenRecord("its 'label' is no whole number")
+        raise BrokenRecord("its 'label' is not an integer")
     return item | ({"texts": tuple(texts)} if "texts" in head else {})
 
 
 def _picture(data: bytes, at: int, sizes, shape: tuple, view: int) -> np.ndarray:
     """-> H W 3 uint8."""
     if not (isinstance(sizes, list) and len(sizes) == shape[0] and all(type(n) is int and n > 0 for n in sizes)):
-        raise BrokenRecord("the sizes of its pictures are wrong")
+        raise BrokenRecord("the sizes of its images ('png') are wrong")
     which = view % shape[0]
     png = data[at + sum(sizes[:which]) : at + sum(sizes[: which + 1])]
     if header_size(png) != (shape[2], shape[1]):
-        raise BrokenRecord(f"a picture of {header_size(png)}, not {(shape[2], shape[1])}")
+        raise BrokenRecord(f"its image has the size {header_size(png)}, not {(shape[2], shape[1])}")
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB"))
-    except Exception as error:  # decoders raise whatever they like on broken data; all of it means one thing
+    except Exception as error:  # decoders raise exceptions of many types for broken data
         raise BrokenRecord(f"{type(error).__name__}: {error}") from None
 
 
@@ -140,11 +140,11 @@ def _picture(data: bytes, at: int, sizes, shape: tuple, view: int) -> np.ndarray
 
 
 class Writer:
-    """Writes `count` records into `shards` files of a folder, in order; `finish` gives the index of them."""
+    """Writes `count` records into `shards` files of a folder, in order; `finish` writes and returns the index."""
 
     def __init__(self, folder: Path, count: int, shards: int):
         if not 1 <= shards <= max(count, 1):
-            raise UserError(f"{shards} shards for {count} records: at least one, and at most one a record")
+            raise UserError(f"--shards {shards} must be from 1 to the number of records, {count}")
         self.folder, self.count = folder, count
         self.ends = [count * (i + 1) // shards for i in range(shards)]
         self.files: list[dict] = []
@@ -152,7 +152,7 @@ class Writer:
         self._written, self._digest, self._open = 0, hashlib.sha256(), None
 
     def add(self, item: Mapping) -> None:
-        """Appends an item whose arrays are `[k, ...]`; all must have the same arrays."""
+        """Appends an item with arrays `[k, ...]`; all items must have the same arrays."""
         if self.fields is None:
             self.fields = fields_of(item)
         data = encode(item, self.fields)
@@ -175,9 +175,9 @@ class Writer:
         self.files.append({"file": path.name, "count": self._written - first, "bytes": path.stat().st_size})
 
     def finish(self, about: Mapping) -> dict:
-        """Writes the index, with `about` in it."""
+        """Writes the index with the entries `about`, and returns it. Raises UserError if records are missing."""
         if self._written != self.count:
-            raise UserError(f"{self._written} records of {self.count} were written")
+            raise UserError(f"only {self._written} of {self.count} records were written")
         described = json.dumps(dict(about), sort_keys=True).encode()
         self._digest.update(described)
         index = {
@@ -196,7 +196,7 @@ class Writer:
 
 @contextlib.contextmanager
 def writing(folder: str | os.PathLike, split: str, count: int, shards: int) -> Iterator[Writer]:
-    """A `Writer` for one split, whose folder gets its name when all is written."""
+    """Yields a `Writer` for one split; its folder is renamed to its final name when all is written."""
     with whole_folder(Path(folder) / split) as temporary:
         yield Writer(temporary, count, shards)
 
@@ -205,7 +205,7 @@ def writing(folder: str | os.PathLike, split: str, count: int, shards: int) -> I
 
 
 def read_index(path: str | os.PathLike, split: str) -> dict:
-    """The checked index of a split. Raises UserError for one that is missing, of another format or damaged."""
+    """The index of a split. Raises UserError if it is missing, damaged or of another format."""
     file = Path(path) / split / INDEX
     try:
         with file.open("rb") as handle:
@@ -217,10 +217,10 @@ def read_index(path: str | os.PathLike, split: str) -> dict:
             f"no records of the split {split!r} in {path} ({error.strerror}; it has {', '.join(splits) or 'none'})"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
+        raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else None
-        raise UserError(f"{file} has the format {found!r}, this program reads {FORMAT}")
+        raise UserError(f"{file} has the format {found!r}; supported is {FORMAT}")
     try:
         _check(index)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -261,21 +261,19 @@ def _check(index: Mapping) -> None:
 
 
 class Records:
-    """Records that data.prepare.write or the caching command wrote, for one split.
+    """Records of one split, written by data.prepare.write or `hybridgen cache`.
 
-    path: the folder that holds a folder a split. Items are those of the source they were written from, with the entries
-    that were cached; of several views, `source[i]` is the first and `view(i, own)` one that `own` picks: its lowest bit
-    whether mirrored, others which crop and which caption. Where a deviation is stored beside a latent, `view` draws.
-    UserError for missing or damaged shards, and for another resolution than was written.
+    path: the folder with one folder per split. Items are those of the original source with the cached entries. Of
+    several views, `source[i]` has the first, and `view(i, own)` the one that the random number `own` picks: its lowest
+    bit selects mirroring, others the crop and the caption. If latents have a standard deviation, `view` samples them.
+    Raises UserError for missing or damaged shards, and for another resolution.
     """
 
     def __init__(self, path: str | os.PathLike, *, split: str = "train", resolution: int):
         self.path = os.path.join(os.path.realpath(path), split)
         index = read_index(path, split)
         if index["resolution"] != resolution:
-            raise UserError(
-                f"the records in {path} are of pictures at {index['resolution']}, data.resolution is {resolution}"
-            )
+            raise UserError(f"data.resolution is {resolution}, but the records in {path} have {index['resolution']}")
         self.class_names, self.words, self.encoders = index["class_names"], index["words"], index["encoders"]
         self._fields, self._digest = index["fields"], index["digest"]
         self._files = [os.path.join(self.path, shard["file"]) for shard in index["shards"]]
@@ -284,7 +282,7 @@ class Records:
         for file, shard in zip(self._files, index["shards"], strict=True):
             known("shard", [shard["file"]], [name for name in os.listdir(self.path) if name != INDEX] or ["none"])
             if os.path.getsize(file) != shard["bytes"]:
-                raise UserError(f"{file} has {os.path.getsize(file)} bytes, {shard['bytes']} were written")
+                raise UserError(f"{file} is damaged: it has {os.path.getsize(file)} bytes instead of {shard['bytes']}")
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
@@ -298,12 +296,12 @@ class Records:
         return self._starts[-1]
 
     def name(self, index: int) -> str:
-        """What to call a record: its number and its shard."""
+        """The name of a record: its number and its shard."""
         shard = bisect.bisect_right(self._starts, index) - 1
         return f"record {index} in {os.path.basename(self._files[shard])}"
 
     def digest(self) -> str:
-        """Digest of all records in order, made when they were written."""
+        """Digest of all records in order, computed when they were written."""
         return self._digest
 
     def _bytes(self, index: int) -> bytes:
@@ -313,7 +311,7 @@ class Records:
                 self._readers[shard] = ArrayRecordReader(self._files[shard], READ)
             reader = self._readers[shard]
         if reader.num_records() != self._counts[shard]:
-            raise RuntimeError(f"its shard holds {reader.num_records()} records, {self._counts[shard]} were written")
+            raise RuntimeError(f"its shard has {reader.num_records()} records instead of {self._counts[shard]}")
         return reader.read([index - self._starts[shard]])[0]
 
     def _item(self, index: int, view: int) -> dict:
@@ -321,7 +319,7 @@ class Records:
             return decode(self._bytes(index), self._fields, view)
         except BrokenRecord as error:
             reason = str(error)
-        except Exception as error:  # ArrayRecord's, over data whose checksum is wrong
+        except Exception as error:  # of ArrayRecord, for a wrong checksum
             reason = f"{type(error).__name__}: {error}"
         raise BrokenRecord(f"{self.name(index)}: {' '.join(reason.split())[:200]}")
 
@@ -331,7 +329,7 @@ class Records:
         return item
 
     def view(self, index: int, own: int) -> dict:
-        """A record in the view that the sample's own number picks."""
+        """A record in the view that the random number `own` picks."""
         item = self._item(index, 2 * (own >> 33) + (own & 1))
         if "latent_std" in item:
             noise = np.random.Generator(np.random.Philox(key=own)).standard_normal(item["latent"].shape, np.float32)

@@ -1,23 +1,23 @@
-"""`shapes`: pictures drawn from a seed, with exact captions and the scene behind each; the embedded data set.
+"""`shapes`: the built-in data set of images generated from a seed, with exact captions and the scene of each image.
 
-A scene is plain JSON data, in parts of the picture's side (x to the right, y down), so it can be drawn at any size:
+A scene is plain JSON data in units of the image side (x to the right, y down), so it can be rendered at any size:
 
     {"objects": [{"shape", "colour", "size", "position", "x", "y", "r"}, ...], "background": "white",
-     "radii": {"small": 0.135, ...},     the nominal radius of every size in use, so that a judge can tell them apart
+     "radii": {"small": 0.135, ...},     the nominal radius of every size in use, for the evaluator
      "stated": {"count": 2, "size": True, "position": None, "relation": "left of", "same": False, "background": False}}
 
-`stated` is what the caption says beyond colour and shape. With a relation, objects[0] stands in it to objects[1].
+`stated` is what the caption states beyond colour and shape. A relation is that of objects[0] to objects[1].
 
-Splits. Everything is a pure function of (seed, split, index): the random stream is SplitMix64 (Steele et al. 2014,
-"Fast splittable pseudorandom number generators") keyed by the three. What is guaranteed:
-- holdout: every picture has a held-out (shape, colour) pair, or a held-out (shape, relation, shape) triple, fixed by
-  `held_out_pair` and `held_out_triple` whatever the seed; train and validation never have one. "b right of a" is the
-  same triple as "a left of b". Each shape, colour and relation by itself does occur in train.
-- validation: its scenes are drawn like train's. A kind of scene is one object, or 2, 3, 4 different ones, or equal
-  ones. Of every kind for which the options leave at least `DIVIDED_FROM` descriptions (sizes, colours, shapes, cell or
-  relation, background; not the jitter), one description in eight, fixed by `in_validation`, is in validation and never
-  in train, whatever the seeds. Kinds with fewer (such as "three green stars", or one object without a cell) share their
-  descriptions; there only the random streams, so the jitter, differ.
+Splits. Everything is a pure function of (seed, split, index), which are the key of the random stream SplitMix64 (Steele
+et al. 2014, "Fast splittable pseudorandom number generators"). Guarantees:
+- holdout: every image has a held-out (shape, colour) pair or a held-out (shape, relation, shape) triple, defined by
+  `held_out_pair` and `held_out_triple` for all seeds; train and validation never have one. "b right of a" is the same
+  triple as "a left of b". Each single shape, colour and relation does occur in train.
+- validation: scenes are sampled as in train. A kind of scene is one object; 2, 3 or 4 different objects; or equal
+  objects. Of every kind with at least `DIVIDED_FROM` descriptions under the options (sizes, colours, shapes, cell or
+  relation, background; without the jitter), one description in eight, chosen by `in_validation`, is in validation and
+  never in train, for all seeds. Kinds with fewer descriptions (such as "three green stars", or one object without a
+  cell) share them between the splits, which then differ only in the random streams and so in the jitter.
 """
 
 import zlib
@@ -38,9 +38,9 @@ POSITIONS = {
         ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
     )
 }
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first one stands
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction of the first object
 SPLITS = ("train", "validation", "holdout")
-MARGIN = 1 / 32  # free at each side of an object's slot: a pixel at 32, so two objects are two pixels apart
+MARGIN = 1 / 32  # free space at each side of an object's slot: one pixel at 32, so objects are two pixels apart
 DIVIDED_FROM, VALIDATION_PART = 500, 8
 
 
@@ -52,7 +52,7 @@ _STEPS = np.arange(1, 33, dtype=np.uint64) * np.uint64(_GAMMA)
 
 
 def _mix(z):
-    """SplitMix64's output function, of a Python int or an array of uint64."""
+    """The output function of SplitMix64, for a Python int or an array of uint64."""
     whole = isinstance(z, int)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> shift)) * factor & _MASK if whole else (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
@@ -60,7 +60,7 @@ def _mix(z):
 
 
 def uniforms(seed: int, split: int, index: int) -> Iterator[float]:
-    """Endless floats in [0, 1), a stream of its own for every (seed, split, index)."""
+    """Yields floats in [0, 1) without end, an independent stream for every (seed, split, index)."""
     key = 0
     for part in (seed, split, index):
         key = _mix((key + part + _GAMMA) & _MASK)
@@ -74,12 +74,12 @@ _INDEX = {name: i for names in (SHAPES, COLOURS, BACKGROUNDS, RADII, POSITIONS) 
 
 
 def held_out_pair(shape: str, colour: str) -> bool:
-    """Is this (shape, colour) pair kept for the hold-out? One colour of each shape is."""
+    """Whether a (shape, colour) pair is held out: one colour of each shape."""
     return _INDEX[colour] == (3 * _INDEX[shape] + 1) % 8
 
 
 def held_out_triple(first: str, relation: str, second: str) -> bool:
-    """Is this (shape, relation, shape) kept for the hold-out? For each shape and axis at most one partner is."""
+    """Whether a (shape, relation, shape) triple is held out: at most one partner for each shape and axis."""
     if relation in ("right of", "below"):
         first, second = second, first
     axis = relation in ("above", "below")
@@ -87,9 +87,9 @@ def held_out_triple(first: str, relation: str, second: str) -> bool:
 
 
 def description(scene: Mapping[str, Any]) -> tuple[str, str | None, str | None, int, tuple[tuple[str, str, str], ...]]:
-    """The scene without jitter: (background, axis, cell, number, ((shape, colour, size), ...)), for the splits.
+    """A scene without jitter: (background, axis, cell, number, ((shape, colour, size), ...)), for the splits.
 
-    "a left of b" and "b right of a" have the same one, as have lists in another order.
+    "a left of b" and "b right of a" have the same description, and so do lists in a different order.
     """
     stated, objects = scene["stated"], scene["objects"]
     looks = [(o["shape"], o["colour"], o["size"]) for o in (objects[:1] if stated["same"] else objects)]
@@ -102,11 +102,11 @@ def description(scene: Mapping[str, Any]) -> tuple[str, str | None, str | None, 
 
 
 def in_validation(scene: Mapping[str, Any]) -> bool:
-    """Does the splitting rule give this scene's description to validation?
+    """Whether a scene's description belongs to validation.
 
-    A weighted sum of the numbers of its words, modulo eight, like a Latin square: so of the scenes with any one word,
-    too, about an eighth is in validation, which a hash would not give where there are only a thousand descriptions.
-    Objects after the first, where there are very many, shift it by a hash.
+    The rule is a weighted sum of the indices of its words, modulo eight, like a Latin square. So about an eighth of the
+    scenes with any given word is in validation too; a hash would not ensure this with only a thousand descriptions.
+    The objects after the first, with their many combinations, add a hash.
     """
     background, axis, cell, _, ((shape, colour, size), *rest) = description(scene)
     total = _INDEX[colour] + 3 * _INDEX[shape] + 5 * _INDEX[size] + _INDEX.get(cell, 0) + _INDEX[background]
@@ -119,16 +119,16 @@ class Shapes:
     """Random-access source: `len(s)`, `s[i] -> {"image": H W 3 uint8, "text": str, "scene": dict}`.
 
     Args:
-      split: "train", "validation" or "holdout"; `size` pictures each.
-      shapes, colours, sizes, positions, relations, backgrounds, languages: names to use (all in the tables above).
-        No positions: one object stands anywhere. No relations: two objects are only listed.
+      split: "train", "validation" or "holdout"; `size` images each.
+      shapes, colours, sizes, positions, relations, backgrounds, languages: names to use (all are in the tables above).
+        Without positions a single object can be anywhere; without relations two objects are only listed.
       objects: numbers of objects, 1 to 4. One has a position, two a relation, three and four are listed.
-      counts: half of the pictures with two or more objects show equal ones ("three green stars").
-      templates: how many paraphrases of each kind to use, from the plainest on; None uses all.
-      state_sizes, state_positions: whether captions name them. A background is named if there are several.
-      jitter: largest random shift of an object, in sides; size_jitter: largest relative change of its radius.
+      counts: half of the images with two or more objects show equal ones ("three green stars").
+      templates: number of paraphrases of each kind, the simplest first; None: all.
+      state_sizes, state_positions: whether captions state them. Backgrounds are stated if there are several.
+      jitter: largest random shift of an object, in image sides; size_jitter: largest relative change of its radius.
 
-    Raises UserError for an unknown name, an empty choice, or a hold-out that the choice leaves empty.
+    Raises UserError for an unknown name, an empty selection, numbers out of range, and an empty holdout split.
     """
 
     def __init__(
@@ -167,10 +167,11 @@ class Shapes:
             _choose(name, given, known, empty)
         if resolution < 16 or size < 1 or (templates is not None and templates < 1):
             raise UserError(
-                f"shapes: resolution >= 16, size >= 1 and templates >= 1, not {resolution}, {size}, {templates}"
+                f"shapes: resolution {resolution}, size {size}, templates {templates}: must be at least 16, 1 and 1"
             )
         if not (0 <= jitter <= 0.25 and 0 <= size_jitter <= 0.08):
-            raise UserError(f"shapes: jitter in [0, 0.25] and size_jitter in [0, 0.08], not {jitter} and {size_jitter}")
+            given = f"jitter {jitter}, size_jitter {size_jitter}"
+            raise UserError(f"shapes: {given}: must be within [0, 0.25] and [0, 0.08]")
         self.split, self.seed, self.size, self.resolution = split, int(seed), size, resolution
         self.sizes, self.positions, self.objects, self.relations = map(tuple, (sizes, positions, objects, relations))
         self.backgrounds, self.languages = tuple(backgrounds), tuple(languages)
@@ -181,9 +182,9 @@ class Shapes:
         self._divide(tuple(shapes), tuple(colours))
 
     def _divide(self, shapes, colours):
-        """Fix which pairs and triples are held out, and which kinds of scene `in_validation` divides."""
+        """Determines the held-out pairs and triples, and the kinds of scene that `in_validation` splits."""
         pairs = [(s, c) for s in shapes for c in colours]
-        # With fewer than three of a kind, holding out would remove a shape or colour from training altogether.
+        # with fewer than three of each, holding out could remove a shape or colour from training entirely
         enough = len(shapes) >= 3 and len(colours) >= 3
         self.held_pairs = [p for p in pairs if enough and held_out_pair(*p)]
         self.pairs = [p for p in pairs if p not in self.held_pairs]
@@ -195,11 +196,12 @@ class Shapes:
             if enough and 2 in self.objects and held_out_triple(a, r, b)
         ]
         if self.split == "holdout" and not (self.held_pairs or self.held_triples):
-            raise UserError(f"shapes: nothing is held out of {len(shapes)} shapes and {len(colours)} colours; use more")
+            few = f"{len(shapes)} shapes and {len(colours)} colours"
+            raise UserError(f"shapes: the split 'holdout' is empty with {few}: use more")
         if max(self.objects) > len(self.pairs):
             raise UserError(
-                f"shapes: {max(self.objects)} different objects need as many shapes and colours, "
-                f"not {len(shapes)} x {len(colours)}"
+                f"shapes: {max(self.objects)} different objects need as many pairs of shape and colour, but "
+                f"{len(shapes)} x {len(colours)} leave {len(self.pairs)}"
             )
         one = len(self.pairs) * len(self.sizes) * len(self.backgrounds)
         self.divided = {
@@ -212,7 +214,7 @@ class Shapes:
         return self.size
 
     def name(self, index: int) -> str:
-        """What to call a picture: its split and number."""
+        """The name of a record: its split and number."""
         return f"{self.split} {index}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -227,12 +229,12 @@ class Shapes:
         }
 
     def scene(self, index: int) -> dict[str, Any]:
-        """The scene of a record without drawing it."""
+        """The scene of a record, without rendering it."""
         return self._scene(index)[0]
 
     def _scene(self, index):
         if not 0 <= index < self.size:
-            raise IndexError(f"record {index} of {self.size}")
+            raise IndexError(f"record {index} is out of range for {self.size} records")
         draw = uniforms(self.seed, SPLITS.index(self.split), int(index)).__next__
         while True:
             scene, kind = self._words(draw)
@@ -241,7 +243,7 @@ class Shapes:
                 return scene, draw
 
     def _words(self, draw):
-        """The discrete part of a scene, and its kind: "count" or the number of objects."""
+        """(the discrete part of a scene, its kind: "count" or the number of objects)."""
         number = _pick(draw, self.objects)
         same = number > 1 and self.counts and draw() < 0.5
         relation = _pick(draw, self.relations) if number == 2 and self.relations and not same else None
@@ -269,7 +271,7 @@ class Shapes:
         return scene, "count" if same else number
 
     def _compose(self, pairs, relation, draw):
-        """Put a held-out pair into `pairs`, or a held-out triple; return the relation."""
+        """Puts a held-out pair or triple into `pairs`; returns the relation."""
         if relation and self.held_triples and (draw() < 0.5 or not self.held_pairs):
             first, relation, second = _pick(draw, self.held_triples)
             pairs[:] = [_pick(draw, [p for p in self.pairs if p[0] == shape]) for shape in (first, second)]
@@ -278,18 +280,18 @@ class Shapes:
         return relation
 
     def _belongs(self, scene, kind):
-        """Is this draw one that the split may show? If not it is drawn again."""
+        """Whether a sampled scene belongs to the split; otherwise it is sampled again."""
         objects, relation = scene["objects"], scene["stated"]["relation"]
         looks = {(o["shape"], o["colour"]) for o in objects}
         if len(looks) < len(objects) and not scene["stated"]["same"]:
-            return False  # two objects that only their place tells apart: no caption could name them
+            return False  # two objects that differ only in position cannot be told apart in a caption
         triple = relation and (objects[0]["shape"], relation, objects[1]["shape"]) in self.held_triples
         if self.split == "holdout":
             return triple or not looks.isdisjoint(self.held_pairs)
         return not triple and (not self.divided[kind] or in_validation(scene) == (self.split == "validation"))
 
     def _place(self, scene, draw):
-        """Give every object x, y and r. Each keeps to a slot of its own, so objects never touch."""
+        """Sets x, y and r of every object. Each stays in its own slot, so objects never touch."""
         objects, stated = scene["objects"], scene["stated"]
         position = objects[0]["position"]
         if len(objects) == 1:
@@ -300,7 +302,7 @@ class Shapes:
         else:
             free = [(x, y, 0.25) for y in (0.25, 0.75) for x in (0.25, 0.75)]
             slots = [free.pop(int(draw() * len(free))) for _ in objects]
-        # At most 0.09 from a cell's centre: the next cell begins at 0.125. One object without a cell goes anywhere.
+        # at most 0.09 from the centre of a cell: the next cell begins at 0.125; an object without a cell is anywhere
         reach = min(self.jitter, 0.09) if position or len(objects) > 1 else 0.5
         for obj, (x, y, half) in zip(objects, slots, strict=True):
             r = min(RADII[obj["size"]] * (1 + self.size_jitter * (2 * draw() - 1)), 0.25 - MARGIN)
@@ -316,7 +318,7 @@ def _pick(draw, items):
 
 
 def _choose(name, given, known, may_be_empty):
-    """Check that `given` is a list of different known names."""
+    """Raises UserError if `given` is not a list of different known names."""
     wrong = [item for item in given if item not in known]
     if wrong or isinstance(given, str) or len(set(given)) < len(given) or not (given or may_be_empty):
         what = f"has no {wrong[0]!r}" if wrong else f"cannot be {given!r}"

@@ -1,7 +1,7 @@
-"""Data sets of TensorFlow Datasets, read at random without TensorFlow.
+"""Data sets of TensorFlow Datasets, with random access and without TensorFlow.
 
-Only what was prepared as ArrayRecord: `tfds.data_source` reads nothing else at random. The package is an extra
-(`pip install 'hybridgen[tfds]'`) and is imported when such a source is built.
+The data set must be prepared as ArrayRecord: `tfds.data_source` supports random access for this format only. The
+package is an extra (`pip install -e '.[tfds]'`) and is imported when such a source is built.
 """
 
 import os
@@ -16,11 +16,11 @@ from hybridgen.data.sources.folder import MAX_TEXT, BrokenRecord, known
 
 
 class Tfds:
-    """path: a prepared data set's folder (with dataset_info.json), or a name such as "mnist:3.0.1" with `data_dir`.
+    """path: folder of a prepared data set (with dataset_info.json), or a name such as "mnist:3.0.1" with `data_dir`.
 
-    image_key, text_key, label_key: the features with the picture, the caption (None: no captions) and the class (None:
-    no classes). splits: pairs of ours and theirs, for data sets whose splits have other names or that want slices,
-    such as (("validation", "train[90%:]"),). Items as those of a folder.
+    image_key, text_key, label_key: the features with the image, the caption (None: no captions) and the class (None: no
+    classes). splits: pairs of our and the data set's split, for other names or slices, such as (("validation",
+    "train[90%:]"),). Items have the entries of a folder's. Raises UserError for a missing data set, split or feature.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Tfds:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise UserError(
-                f"the source 'tfds' needs tensorflow-datasets: pip install 'hybridgen[tfds]' ({error})"
+                f"data.source 'tfds' needs tensorflow-datasets: pip install -e '.[tfds]' ({error})"
             ) from None
         self.resolution, self.image_key, self.text_key, self.label_key = resolution, image_key, text_key, label_key
         theirs = dict(splits).get(split, split)
@@ -50,7 +50,7 @@ class Tfds:
             else:
                 builder = tfds.builder(path, data_dir=data_dir)
                 self._data = tfds.data_source(path, split=theirs, data_dir=data_dir, download=False)
-        except Exception as error:  # of many kinds; what the user can do about it is in the words
+        except Exception as error:  # of many types, with a message for the user
             raise UserError(
                 f"no data set {path!r} with a split {theirs!r}: {' '.join(str(error).split())[:300]}"
             ) from None
@@ -65,15 +65,15 @@ class Tfds:
         return len(self._data)
 
     def name(self, index: int) -> str:
-        """The data set and the number in it."""
+        """The name of a record: the data set and the record's number."""
         return f"{self.identity} number {index}"
 
     def digest(self) -> str:
-        """Name, version and split: what is prepared of a version does not change."""
+        """Name, version and split: a prepared version does not change."""
         return self.identity
 
     def captions(self) -> Iterator[str]:
-        """Every caption; decodes the records, pictures among them."""
+        """All captions; this decodes the records with their images."""
         for index in range(len(self) if self.text_key else 0):
             yield self._text(self._data[index])
 
@@ -91,6 +91,6 @@ class Tfds:
                 "text": self._text(record) if self.text_key else "",
             }
             return item | ({"label": int(record[self.label_key])} if self.label_key else {})
-        except Exception as error:  # decoders raise whatever they like on broken data; all of it means one thing
+        except Exception as error:  # decoders raise exceptions of many types for broken data
             reason = f"{type(error).__name__}: {error}"
         raise BrokenRecord(f"{self.name(index)}: {' '.join(reason.split())[:200]}")

@@ -1,16 +1,16 @@
-"""Prompts as token ids: a word-level vocabulary for small runs, or UTF-8 bytes; fixed length, with a mask.
+"""Text tokenizers: prompts to token ids of a fixed length with a mask.
 
     tokenizer = build({"text": {"kind": "words", "length": 24}}, source)
     ids, mask = tokenizer.encode("a red circle")                  # L int32, L bool
-    tokenizer.encode(prompt, strict=True)                         # for prompts: what does not fit is an error
-    same = from_json(tokenizer.to_json())                         # plain JSON: it travels with a checkpoint
+    tokenizer.encode(prompt, strict=True)                         # for prompts: raises UserError for unknown words, ...
+    same = from_json(tokenizer.to_json())                         # plain JSON, stored with a run
 
-`data.text` of a config: {"kind": "words" | "bytes" | "bpe" | "published", "length": L} with "max_words", the most words
-kept (words), or "path", the file of data.prepare.bpe (bpe) or a folder with a published tokenizer (published).
+`data.text` of a config: {"kind": "words" | "bytes" | "bpe" | "published", "length": L} with "max_words", the largest
+vocabulary (words), or "path", the file of data.prepare.bpe (bpe) or the folder of a published tokenizer (published).
 
-`words`: text is NFKC-normalised and lower-cased, then cut into words of letters (any alphabet), single digits, single
-Chinese / Japanese / Korean characters and single punctuation marks. Ids: 0 padding, 1 unknown, then the vocabulary.
-`bytes`: id 0 padding, id 1 + b for byte b. Both are lossless up to that normalisation: encode(decode(ids)) == ids.
+`words`: text is NFKC-normalized and lower-cased, then split into words of letters (any alphabet), single digits, single
+Chinese, Japanese or Korean characters, and single punctuation marks. Ids: 0 padding, 1 unknown, then the vocabulary.
+`bytes`: id 0 padding, id 1 + b for byte b. Both are lossless up to that normalization: encode(decode(ids)) == ids.
 
 Letters: L the fixed length.
 """
@@ -64,7 +64,7 @@ def split(text: str) -> list[str]:
 
 
 def _join(tokens: list[str]) -> str:
-    """A readable text whose `split` gives the same tokens: a space only where two tokens would run together."""
+    """A readable text whose `split` gives the same tokens, with spaces only where they are needed."""
     out, last = "", ""
     for token in tokens:
         tight = re.match(f"[{_IDEOGRAPH}]", token) and re.match(f"[{_IDEOGRAPH}]", last)
@@ -75,7 +75,7 @@ def _join(tokens: list[str]) -> str:
 
 
 class Words:
-    """Word-level tokenizer over a closed list of words (without the two special ids), most useful first."""
+    """Word-level tokenizer with a closed vocabulary `words` (without the two special ids), the most frequent first."""
 
     kind = "words"
 
@@ -83,13 +83,13 @@ class Words:
         self.words, self.length = tuple(words), checked_length(length)
         self._ids = {word: i + 2 for i, word in enumerate(self.words)}
         if len(self._ids) != len(self.words):
-            raise UserError(f"the vocabulary has {len(self.words)} words, only {len(self._ids)} of them different")
+            raise UserError(f"the vocabulary has {len(self.words)} words, but only {len(self._ids)} different ones")
         self.vocab_size = len(self.words) + 2
 
     def encode(self, text: str, *, strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """-> (ids L int32, mask L bool). Not strict: unknown words become id 1 and what is over L is cut.
+        """-> (ids L int32, mask L bool). Not strict: unknown words become id 1, and tokens after L are cut off.
 
-        strict raises UserError for an empty or over-long prompt and for an unknown word, naming the nearest known one.
+        strict: raises UserError for an empty or too long prompt, and for an unknown word, with the nearest known one.
         """
         if strict:
             check_prompt(text)
@@ -103,7 +103,7 @@ class Words:
         return fit([self._ids.get(token, UNKNOWN) for token in tokens], self.length, "tokens", strict)
 
     def decode(self, ids: ArrayLike) -> str:
-        """ids: any number of ints -> text; padding is left out, an unknown word reads `<unk>`."""
+        """ids: any number of ints -> text, without padding; an unknown word becomes `<unk>`."""
         return _join(["<unk>" if i == UNKNOWN else self.words[i - 2] for i in np.asarray(ids).tolist() if i != PAD])
 
     def to_json(self) -> dict:
@@ -111,7 +111,7 @@ class Words:
 
 
 class Bytes:
-    """UTF-8 bytes: every text of every script, at about one id a Latin letter and three a Chinese character."""
+    """UTF-8 bytes: any text, with one id per Latin letter and about three per Chinese character."""
 
     kind = "bytes"
     vocab_size = 257
@@ -120,16 +120,16 @@ class Bytes:
         self.length = checked_length(length)
 
     def encode(self, text: str, *, strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """-> (ids L int32, mask L bool). Not strict: what is over L bytes is cut, never inside a character."""
+        """-> (ids L int32, mask L bool). Not strict: text after L bytes is cut off, never inside a character."""
         if strict:
             check_prompt(text)
-        data = text.encode("utf-8", "replace")  # a lone surrogate, legal in JSON, has no bytes of its own
+        data = text.encode("utf-8", "replace")  # a lone surrogate, which JSON allows, has no encoding
         if len(data) > self.length and not strict:
             data = data[: self.length].decode("utf-8", "ignore").encode("utf-8")
         return fit([byte + 1 for byte in data], self.length, "bytes", strict)
 
     def decode(self, ids: ArrayLike) -> str:
-        """ids: any number of ints -> text; padding is left out, broken UTF-8 reads as the replacement character."""
+        """ids: any number of ints -> text, without padding; invalid UTF-8 becomes the replacement character."""
         return bytes(i - 1 for i in np.asarray(ids).tolist() if i != PAD).decode("utf-8", "replace")
 
     def to_json(self) -> dict:
@@ -137,11 +137,11 @@ class Bytes:
 
 
 Tokenizer = Words | Bytes | Bpe | Published
-READ = {"bpe": Bpe, "published": Published}  # of files
+READ = {"bpe": Bpe, "published": Published}  # read from files
 
 
 def from_json(data: dict) -> Tokenizer:
-    """The tokenizer that `to_json` described; UserError for anything else."""
+    """The tokenizer of a `to_json` description. Raises UserError for anything else."""
     kind = data.get("kind") if isinstance(data, dict) else None
     if isinstance(kind, str) and kind in READ:
         return READ[kind].from_json(data)
@@ -149,17 +149,17 @@ def from_json(data: dict) -> Tokenizer:
         return Bytes(data.get("length"))
     words = data.get("words") if kind == "words" else None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"not a description of a text tokenizer: {reprlib.repr(data)}")
+        raise UserError(f"text.json does not describe a text tokenizer: {reprlib.repr(data)}")
     return Words(words, data.get("length"))
 
 
 def resized(tokenizer: Tokenizer, length: int) -> Tokenizer:
-    """The same tokenizer for prompts of `length`."""
+    """The same tokenizer with another `length`."""
     return tokenizer if tokenizer.length == length else from_json(tokenizer.to_json() | {"length": length})
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """A short digest of everything that decides which ids a text gets."""
+    """A short digest of everything that determines the ids of a text."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -169,13 +169,14 @@ def count_words(captions: Iterable[str], max_words: int = MAX_WORDS) -> list[str
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]]
 
 
-COUNTED = 10_000  # records whose captions are counted, of a source that does not list them
+COUNTED = 10_000  # records whose captions are counted if the source does not list them
 
 
 def words_of(source: Source, max_words: int = MAX_WORDS) -> list[str]:
-    """The words of a source's captions: the closed vocabulary of `shapes`; those of records, which were counted when
-    they were written; of a mixture, those of its sources in turn; otherwise counted now, where a source does not list
-    its `captions()` in the first records.
+    """The vocabulary of a source's captions, at most `max_words`.
+
+    `shapes` has a closed vocabulary; that of records was counted when they were written; a mixture interleaves those of
+    its sources. Otherwise words are counted in `captions()`, or in the first records if a source has no such method.
     """
     if hasattr(source, "languages"):
         return list(dict.fromkeys(token for unit in vocabulary(source.languages) for token in split(unit)))
@@ -190,10 +191,10 @@ def words_of(source: Source, max_words: int = MAX_WORDS) -> list[str]:
 
 
 def build(data_config: Mapping[str, Any], source: Source | None) -> Tokenizer:
-    """The tokenizer of `data_config["text"]` for a source.
+    """The text tokenizer of `data_config["text"]` for a source.
 
-    The captions of `shapes` have a closed vocabulary. Those of a folder are counted (`source.captions()`: the metadata
-    only, no picture is read): pass the training split.
+    The vocabulary of `words` is that of the source's captions: pass the training split. Raises UserError for an unknown
+    key or kind, and for a file that cannot be read.
     """
     options = dict(data_config["text"])
     kind, length = options.pop("kind", "words"), options.pop("length", 24)
@@ -202,10 +203,10 @@ def build(data_config: Mapping[str, Any], source: Source | None) -> Tokenizer:
         raise UserError(f"unknown key data.text.{next(iter(options))}; known: kind, length, max_words, path")
     if isinstance(kind, str) and kind in READ:
         if not path:
-            raise UserError(f"data.text.path is missing: where the {kind!r} tokenizer is")
+            raise UserError(f"data.text.path is missing: give the path of the {kind!r} tokenizer")
         return READ[kind].read(path, length)
     if kind == "bytes":
         return Bytes(length)
     if kind != "words":
-        raise UserError(f"data.text.kind is {kind!r}, it must be 'words', 'bytes', 'bpe' or 'published'")
+        raise UserError(f"data.text.kind is {kind!r}, but must be 'words', 'bytes', 'bpe' or 'published'")
     return Words(words_of(source, max_words), length)

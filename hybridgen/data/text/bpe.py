@@ -1,9 +1,9 @@
 """Byte-pair encoding over UTF-8 bytes (Sennrich et al. 2016; on bytes, Radford et al. 2019), trained on captions.
 
-After `python -m hybridgen.data.prepare.bpe` a config has `data.text = {"kind": "bpe", "path": "bpe.json", "length":
-L}`. Id 0 is padding, 1 + b is byte b, and each id from 257 on joins two before it. Nothing is normalised: text of any
-script comes back as it was. Merges never reach over the end of a word (a run of letters, up to three digits or
-punctuation marks, with the space before it).
+`python -m hybridgen.data.prepare.bpe` writes the file for `data.text = {"kind": "bpe", "path": "bpe.json", "length":
+L}`. Id 0 is padding, 1 + b is byte b, and each id from 257 on merges two earlier ids. There is no normalization, so any
+text is restored exactly. Merges never cross the end of a word (letters, up to three digits, or punctuation marks, with
+the space before them).
 """
 
 import collections
@@ -20,16 +20,16 @@ from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
 from hybridgen.data.text.prompts import PAD, check_prompt, checked_length, fit
 
-FIRST = 257  # the first id that joins two
+FIRST = 257  # the first id of a merge
 MAX_MERGES, MAX_PIECE, MAX_BYTES = 2**20, 2**12, 2**27
-KEPT, KEPT_LENGTH = 2**16, 64  # words whose ids are remembered, of so many characters at most
+KEPT, KEPT_LENGTH = 2**16, 64  # number of words whose ids are cached, and their largest length in characters
 WORD = re.compile(r" ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+")
 
 
 def merge(symbols: list, ranks: Mapping[tuple, tuple[int, Any]]) -> list:
-    """Joins neighbours, the pair of the lowest rank first and of those the leftmost, until no pair has a rank.
+    """Merges neighbours, the leftmost pair of the lowest rank first, until no pair has a rank.
 
-    ranks: {(left, right): (rank, joined)}. In n log n: a published tokenizer may see a whole prompt as one word.
+    ranks: {(left, right): (rank, merged)}. O(n log n), since some published tokenizers treat a prompt as one word.
     """
     symbols = list(symbols)
     after, before = list(range(1, len(symbols) + 1)), list(range(-1, len(symbols) - 1))
@@ -46,7 +46,7 @@ def merge(symbols: list, ranks: Mapping[tuple, tuple[int, Any]]) -> list:
         _, left, one, two = heapq.heappop(heap)
         right = after[left]
         if symbols[left] != one or right >= len(symbols) or symbols[right] != two:
-            continue  # one of them has been joined with another since
+            continue  # one of them has been merged with another symbol meanwhile
         symbols[left], symbols[right] = ranks[one, two][1], None
         after[left] = after[right]
         if after[right] < len(symbols):
@@ -58,9 +58,9 @@ def merge(symbols: list, ranks: Mapping[tuple, tuple[int, Any]]) -> list:
 
 
 def train(captions: Iterable[str], size: int) -> list[tuple[int, int]]:
-    """The merges of a vocabulary of `size` ids: the most frequent pair first, of equals that of the lowest ids.
+    """The merges of a vocabulary of `size` ids: the most frequent pair first, of equally frequent ones the lowest ids.
 
-    Fewer where no pair is left that occurs twice. The order of the captions does not matter.
+    There are fewer if no pair is left that occurs twice. The order of the captions does not matter.
     """
     counts = collections.Counter(word for caption in captions for word in WORD.findall(caption))
     words = [([byte + 1 for byte in word.encode("utf-8", "replace")], count) for word, count in sorted(counts.items())]
@@ -76,7 +76,7 @@ def train(captions: Iterable[str], size: int) -> list[tuple[int, int]]:
     while heap and FIRST + len(merges) < size:
         count, pair = heapq.heappop(heap)
         if -count != total[pair]:
-            continue  # an older count
+            continue  # an outdated count
         if -count < 2:
             break
         changed = set()
@@ -90,7 +90,7 @@ def train(captions: Iterable[str], size: int) -> list[tuple[int, int]]:
 
 
 def _join(word: tuple[list[int], int], pair: tuple[int, int], joined: int, number: int, total: Any, where: Any) -> set:
-    """Joins a pair in one word, and keeps the counts; the pairs whose count changed."""
+    """Merges a pair in one word and updates the counts; returns the pairs whose count changed."""
     ids, count = word
     old, place = list(ids), 0
     while place < len(ids) - 1:
@@ -106,7 +106,7 @@ def _join(word: tuple[list[int], int], pair: tuple[int, int], joined: int, numbe
 
 
 class Bpe:
-    """The tokenizer of some merges, in order."""
+    """The tokenizer of a list of merges, in order."""
 
     kind = "bpe"
 
@@ -120,7 +120,7 @@ class Bpe:
         self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str, *, strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """-> (ids L int32, mask L bool). Not strict: what is over L is cut."""
+        """-> (ids L int32, mask L bool). Not strict: ids after L are cut off."""
         if strict:
             check_prompt(text)
         ids = [i for word in WORD.findall(text) for i in self._word(word)]
@@ -137,7 +137,7 @@ class Bpe:
         return ids
 
     def decode(self, ids: ArrayLike) -> str:
-        """ids: any number of ints -> text; padding is left out, broken UTF-8 reads as the replacement character."""
+        """ids: any number of ints -> text, without padding; invalid UTF-8 becomes the replacement character."""
         return b"".join(self._bytes[i] for i in np.asarray(ids).tolist() if i != PAD).decode("utf-8", "replace")
 
     def to_json(self) -> dict:
@@ -145,26 +145,26 @@ class Bpe:
 
     @classmethod
     def from_json(cls, data: Mapping) -> "Bpe":
-        """The tokenizer that `to_json` described; UserError for anything else."""
+        """The tokenizer of a `to_json` description. Raises UserError for anything else."""
         merges = data.get("merges")
         if not isinstance(merges, list) or len(merges) > MAX_MERGES:
             raise UserError("not a byte-pair tokenizer: it has no list of merges")
-        long = [1] * FIRST  # bytes of each id: doubled at every merge they would outgrow any memory
+        long = [1] * FIRST  # bytes of each id, limited because merges could double them without end
         for rank, pair in enumerate(merges):
             fine = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int for i in pair)
             if not fine or not all(PAD < i < FIRST + rank for i in pair) or long[pair[0]] + long[pair[1]] > MAX_PIECE:
                 raise UserError(f"not a byte-pair tokenizer: its merge {rank} is {str(pair)[:60]}")
             long.append(long[pair[0]] + long[pair[1]])
         if sum(long) > MAX_BYTES:
-            raise UserError(f"not a byte-pair tokenizer: its pieces have {sum(long)} bytes, at most {MAX_BYTES}")
+            raise UserError(f"not a byte-pair tokenizer: its pieces have {sum(long)} bytes; the limit is {MAX_BYTES}")
         if len({tuple(pair) for pair in merges}) < len(merges):
-            raise UserError("not a byte-pair tokenizer: it has a merge twice")
+            raise UserError("not a byte-pair tokenizer: it has the same merge twice")
         return cls(merges, data.get("length"))
 
     @classmethod
     def read(cls, path: str, length: int) -> "Bpe":
-        """The tokenizer in a file that the command wrote, for prompts of `length`."""
+        """The tokenizer in a file of data.prepare.bpe, for prompts of `length`. Raises UserError for another file."""
         data = read_json(Path(path))
         if not isinstance(data, dict) or data.get("kind") != cls.kind:
-            raise UserError(f"{path} is not a file of data.prepare.bpe")
+            raise UserError(f"data.text.path: {path} is not a file of hybridgen.data.prepare.bpe")
         return cls.from_json(data | {"length": length})

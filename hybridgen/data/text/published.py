@@ -3,9 +3,10 @@
 
     tokenizer = Published.read("FOLDER", length=77)          # data.text = {"kind": "published", "path": "FOLDER", ...}
 
-Read are byte-pair encodings (of bytes, as GPT-2's and Llama 3's; with CLIP's word ends; with Llama's fall-back to
-bytes), Unigram (Kudo 2018; as T5's) and WordPiece (BERT's), with what goes before them: text_steps.py. What a file asks
-for and is not built is refused by name. The whole description travels with a run (`to_json`), as plain JSON.
+Supported are byte-pair encodings (on bytes, as in GPT-2 and Llama 3; with CLIP's word ends; with Llama's byte
+fallback), Unigram (Kudo 2018, as in T5) and WordPiece (BERT), with the normalizers and pre-tokenizers of steps.py.
+Unsupported features of a file raise UserError with their name. The whole description is stored with a run as plain JSON
+(`to_json`).
 """
 
 import re
@@ -23,13 +24,16 @@ from hybridgen.data.text import steps as text_steps
 from hybridgen.data.text.bpe import KEPT, KEPT_LENGTH, merge
 from hybridgen.data.text.prompts import check_prompt, checked_length, fit
 
-UNKNOWN_COST = 10.0  # SentencePiece: what an unknown letter costs more than the rarest piece
+UNKNOWN_COST = 10.0  # SentencePiece: log-probability of an unknown letter below that of the rarest piece
 PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens", "post_processor")
 CLIP_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Published:
-    """A tokenizer as `tokenizer.json` describes it; `about` is that description, `pad` the id that fills up prompts."""
+    """A tokenizer as described by `about`, the content of a `tokenizer.json`; `pad`: the padding id.
+
+    Raises UserError for a description that is invalid or has an unsupported feature.
+    """
 
     kind = "published"
 
@@ -38,12 +42,13 @@ class Published:
         try:
             self._build()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, re.error) as error:
-            raise UserError(f"not a tokenizer that can be read: {type(error).__name__}: {str(error)[:200]}") from None
+            raise UserError(f"cannot read the text tokenizer: {type(error).__name__}: {str(error)[:200]}") from None
         self.vocab_size = 1 + max(self._pieces)
         if type(pad) is not int or not 0 <= pad < self.vocab_size:
             raise UserError(f"the padding id {pad!r} is not within 0 and {self.vocab_size - 1}")
         if len(self._begin) + len(self._end) >= self.length:
-            raise UserError(f"text.length {self.length} has no room beside {len(self._begin) + len(self._end)} marks")
+            marks = len(self._begin) + len(self._end)
+            raise UserError(f"text.length {self.length} must be more than the {marks} special tokens of a prompt")
 
     def _build(self) -> None:
         about = self.about
@@ -52,10 +57,10 @@ class Published:
         self._model, vocab = MODELS[_kind(about["model"], MODELS, "model")](about["model"])
         added = about["added_tokens"] or []
         if wrong := next((one["content"] for one in added if one.get("single_word")), None):
-            raise UserError(f"the added token {wrong!r} asks for single_word, which is not built")
+            raise UserError(f"the added token {wrong!r} has single_word, which is not supported")
         self._pieces = {i: piece for piece, i in vocab.items()} | {one["id"]: one["content"] for one in added}
         if not all(type(i) is int and 0 <= i < 2**24 for i in self._pieces):
-            raise ValueError("an id of the vocabulary is no whole number from 0 on")
+            raise ValueError("an id of the vocabulary is not an integer of at least 0")
         self._special = {one["id"] for one in added if one.get("special")}
         self._added = [
             _finder(
@@ -69,7 +74,7 @@ class Published:
         self._known: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text, without the marks around it."""
+        """The ids of a text, without the special tokens around it."""
         out: list[int] = []
         text, start = text.encode("utf-8", "replace").decode(), True
         for part, token in self._added[0](text):
@@ -92,14 +97,14 @@ class Published:
         return self._known[word]
 
     def encode(self, text: str, *, strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """-> (ids L int32, mask L bool), with the marks around it. Not strict: what is over L is cut before them."""
+        """-> (ids L int32, mask L bool), with special tokens around the text. Not strict: the text is cut to fit L."""
         if strict:
             check_prompt(text)
         marks = {"begin": self._begin, "end": self._end}
         return fit(self.ids(text), self.length, "tokens", strict, pad=self.pad, **marks)
 
     def decode(self, ids: ArrayLike) -> str:
-        """ids: any number of ints -> text; marks and padding are left out."""
+        """ids: any number of ints -> text, without special tokens and padding."""
         left_out = {*self._begin, *self._end, *self._special, self.pad}
         return self._spaces([self._pieces[i] for i in np.asarray(ids).tolist() if i not in left_out])
 
@@ -108,14 +113,14 @@ class Published:
 
     @classmethod
     def from_json(cls, data: Mapping) -> "Published":
-        """The tokenizer that `to_json` described; UserError for anything else."""
+        """The tokenizer of a `to_json` description. Raises UserError for anything else."""
         if not isinstance(data.get("tokenizer"), dict):
             raise UserError("not a published tokenizer: it has no 'tokenizer'")
         return cls(data["tokenizer"], data.get("pad"), data.get("length"))
 
     @classmethod
     def read(cls, path: str, length: int) -> "Published":
-        """The tokenizer in a checkpoint's folder, for prompts of `length`."""
+        """The tokenizer in a checkpoint's folder, for prompts of `length`. Raises UserError if it cannot be read."""
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
             about = read_json(folder / "tokenizer.json")
@@ -127,34 +132,34 @@ class Published:
             files = "neither tokenizer.json nor vocab.json and merges.txt nor spiece.model"
             raise UserError(f"no tokenizer in {path}: it has {files}")
         if not isinstance(about, dict):
-            raise UserError(f"{folder} has no tokenizer: its file is a JSON {type(about).__name__}")
+            raise UserError(f"{folder} has no tokenizer: its file is a JSON {type(about).__name__}, not an object")
         try:
             pad = _pad(folder, about)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"not a tokenizer that can be read: {type(error).__name__}: {str(error)[:200]}") from None
+            raise UserError(f"cannot read the text tokenizer: {type(error).__name__}: {str(error)[:200]}") from None
         return cls(about, pad, length)
 
 
 def _kind(spec: Any, known: Mapping, what: str) -> str:
     kind = spec.get("type") if isinstance(spec, dict) else None
-    if kind is None and isinstance(spec, dict):  # files of the first version do not say it
+    if kind is None and isinstance(spec, dict):  # files of the first version have no type
         kind = "BPE" if "merges" in spec else "Unigram" if isinstance(spec.get("vocab"), list) else None
     if kind not in known:
-        raise UserError(f"the tokenizer's {what} {kind!r} is not built; there are {', '.join(known)}")
+        raise UserError(f"the tokenizer's {what} {kind!r} is not supported; supported are {', '.join(known)}")
     return kind
 
 
 def _extra(file: Path) -> int:
-    """How many extra ids there are behind T5's pieces: what tokenizer_config.json says; else 100."""
+    """The number of extra ids after T5's pieces, from tokenizer_config.json; else 100."""
     config = read_json(file) if file.is_file() else {}
     count = config.get("extra_ids", 100) if isinstance(config, dict) else 100
     if type(count) is not int or not 0 <= count <= 10_000:
-        raise UserError(f"{file}: extra_ids is {str(count)[:40]}, it must be a whole number between 0 and 10000")
+        raise UserError(f"{file}: extra_ids is {str(count)[:40]}, but must be an integer from 0 to 10000")
     return count
 
 
 def _pad(folder: Path, about: Mapping) -> int:
-    """The padding id: what tokenizer_config.json or special_tokens_map.json or tokenizer.json says; else 0."""
+    """The padding id, from tokenizer_config.json, special_tokens_map.json or tokenizer.json; else 0."""
     added = {one["content"]: one["id"] for one in about.get("added_tokens") or [] if isinstance(one, dict)}
     vocab = about.get("model", {}).get("vocab")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -170,17 +175,17 @@ def _pad(folder: Path, about: Mapping) -> int:
     padding = about.get("padding")
     if isinstance(padding, dict) and type(padding.get("pad_id")) is int:
         return padding["pad_id"]
-    # CLIP was trained on prompts that are filled up with its end mark
+    # CLIP was trained on prompts that are padded with its end token
     return about.get("clip_end", 0)
 
 
 def _clip(vocab: Any, merges: Path) -> dict:
-    """What tokenizer.json would say of CLIP's two files (Radford et al. 2021)."""
+    """The description in the format of tokenizer.json of CLIP's two files (Radford et al. 2021)."""
     marks = ("<|startoftext|>", "<|endoftext|>")
     if not isinstance(vocab, dict) or not all(mark in vocab for mark in marks):
         raise UserError(
-            f"{merges.parent} is no tokenizer of CLIP: its vocab.json lacks {marks}; for others, give the "
-            f"folder of a tokenizer.json"
+            f"{merges.parent} has no tokenizer of CLIP: its vocab.json lacks {marks}; for other tokenizers give a "
+            f"folder with tokenizer.json"
         )
     with merges.open(encoding="utf-8") as file:
         lines = [line.rstrip("\n") for line in file]
@@ -204,7 +209,7 @@ def _clip(vocab: Any, merges: Path) -> dict:
 
 
 def _finder(added: list[Mapping], change: Callable) -> Callable[[str], list[tuple[str, int | None]]]:
-    """text -> [(part, None) or (token, its id)]: the added tokens in it, the leftmost and longest first."""
+    """A function: text -> [(part, None) or (added token, its id)]; the leftmost, then longest token first."""
     found = {change(one["content"]): one for one in added}
     found.pop("", None)
     pattern = "|".join(
@@ -227,7 +232,7 @@ def _finder(added: list[Mapping], change: Callable) -> Callable[[str], list[tupl
 
 
 def _marks(spec: Any, vocab: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids before, ids behind) a text."""
+    """(ids before, ids after) a text."""
     kind = spec.get("type") if spec else "ByteLevel"
     if kind == "ByteLevel":
         return (), ()
@@ -237,7 +242,7 @@ def _marks(spec: Any, vocab: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[
         each = [_marks(one, vocab) for one in spec["processors"]]
         return (tuple(i for begin, _ in reversed(each) for i in begin), tuple(i for _, end in each for i in end))
     if kind != "TemplateProcessing":
-        raise UserError(f"the tokenizer's post_processor {kind!r} is not built")
+        raise UserError(f"the tokenizer's post_processor {kind!r} is not supported")
     names = [next(iter(one.items())) for one in spec["single"]]
     place = [name for name, _ in names].index("Sequence")
     ids = [spec["special_tokens"][one["id"]]["ids"] if name == "SpecialToken" else [] for name, one in names]
@@ -249,7 +254,7 @@ def _marks(spec: Any, vocab: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[
 
 def _bpe(spec: Mapping) -> tuple[Callable[[str], list[int]], dict[str, int]]:
     if spec.get("dropout"):
-        raise UserError(f"the tokenizer has a dropout of {spec['dropout']}, which is not built")
+        raise UserError(f"the tokenizer has a dropout of {spec['dropout']}, which is not supported")
     vocab, prefix, suffix = spec["vocab"], spec.get("continuing_subword_prefix") or "", spec.get("end_of_word_suffix")
     pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in spec["merges"]]
     ranks = {}
@@ -304,7 +309,7 @@ def _unigram(spec: Mapping) -> tuple[Callable[[str], list[int]], dict[str, int]]
         while end:
             _, start, i = best[end]
             if i == -1 and parts and parts[-1][1] == -1:
-                parts[-1] = (word[start:end] + parts[-1][0], -1)  # unknown letters in a row are one
+                parts[-1] = (word[start:end] + parts[-1][0], -1)  # consecutive unknown letters are one token
             else:
                 parts.append((word[start:end], i))
             end = start
@@ -313,14 +318,14 @@ def _unigram(spec: Mapping) -> tuple[Callable[[str], list[int]], dict[str, int]]
     def missing(piece: str) -> list[int]:
         ids = _fallback(piece, vocab) if bytewise else None
         if ids is None and unknown is None:
-            raise UserError(f"the tokenizer has no piece for {piece[:20]!r}, and none for what it does not know")
+            raise UserError(f"the tokenizer has no piece for {piece[:20]!r}, and no unknown token")
         return [unknown] if ids is None else ids
 
     return encode, vocab
 
 
 def _wordpiece(spec: Mapping) -> tuple[Callable[[str], list[int]], dict[str, int]]:
-    """The longest piece first (Wu et al. 2016, as BERT has it); a word that is not made of pieces is unknown."""
+    """The longest piece first (Wu et al. 2016, as in BERT); a word that has no split into pieces is unknown."""
     vocab, prefix, most = spec["vocab"], spec["continuing_subword_prefix"], spec["max_input_chars_per_word"]
     unknown = vocab[spec["unk_token"]]
 

@@ -1,7 +1,7 @@
-"""T5's `spiece.model` (SentencePiece; Kudo & Richardson 2018) as the description that `tokenizer.json` would give.
+"""Converts T5's `spiece.model` (SentencePiece; Kudo & Richardson 2018) to the format of tokenizer.json.
 
-The file is a protocol buffer: pieces with scores, how they were trained, and a compiled table of replacements. Read are
-Unigram models; extra ids stand behind the pieces, the last one first, as in checkpoints of T5.
+The file is a protocol buffer with pieces and their scores, the training options, and a compiled table of replacements.
+Only Unigram models are supported. Extra ids follow the pieces, the last one first, as in checkpoints of T5.
 """
 
 import base64
@@ -16,12 +16,12 @@ from hybridgen.data.files import MAX_FILE
 PIECES, TRAINER, NORMALISER = 1, 2, 3  # fields of the file
 MODEL_TYPE, BYTES, UNKNOWN, END, PAD = 3, 35, 40, 42, 43  # of how it was trained
 CHARSMAP, DUMMY, SPACES, ESCAPE = 2, 3, 4, 5  # of the normaliser
-CONTROLS = (2, 3)  # kinds of pieces that stand for no text: the unknown, and marks
+CONTROLS = (2, 3)  # kinds of pieces without text: unknown and control tokens
 UNIGRAM = 1
 
 
 def read(path: Path, extra: int) -> dict[str, Any]:
-    """The description in a file, with so many `extra` ids. Raises UserError for one that is damaged or not built."""
+    """The description of a file, with `extra` extra ids. Raises UserError if the file is damaged or not supported."""
     with path.open("rb") as file:
         data = file.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
@@ -34,16 +34,16 @@ def read(path: Path, extra: int) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error) as error:
-        raise UserError(f"{path} is no model of SentencePiece: {type(error).__name__}: {str(error)[:100]}") from None
+        raise UserError(f"{path} is not a SentencePiece model: {type(error).__name__}: {str(error)[:100]}") from None
 
 
 def _described(pieces: list, trainer: dict, normaliser: dict, extra: int) -> dict[str, Any]:
     if trainer.get(MODEL_TYPE, UNIGRAM) != UNIGRAM:
-        raise UserError(f"SentencePiece's model type {trainer[MODEL_TYPE]} is not built, only Unigram ({UNIGRAM})")
+        raise UserError(f"SentencePiece's model type {trainer[MODEL_TYPE]} is not supported, only Unigram ({UNIGRAM})")
     if not all(normaliser.get(field, 1) for field in (DUMMY, SPACES, ESCAPE)):
-        raise UserError("a SentencePiece model that keeps spaces or begins without one is not built")
-    if any(kind == 4 for _, _, kind in pieces):  # of the user, which nothing divides
-        raise UserError("SentencePiece's pieces of the user's own are not built")
+        raise UserError("a SentencePiece model that keeps extra spaces or adds no dummy prefix is not supported")
+    if any(kind == 4 for _, _, kind in pieces):  # user-defined symbols, which are never split
+        raise UserError("SentencePiece's user-defined symbols are not supported")
     names = [name for name, _, _ in pieces]
     end = trainer.get(END, 2)
     marks = [i for i, (_, _, kind) in enumerate(pieces) if kind in CONTROLS]
@@ -80,7 +80,7 @@ def _piece(data: bytes) -> tuple[str, float, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a message: whole numbers, bytes, and numbers of 32 bits as floats."""
+    """Yields (number, value) of a message's fields: integers, bytes, and floats of 32 or 64 bits."""
     at = 0
     while at < len(data):
         key, at = _whole(data, at)
@@ -102,7 +102,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _whole(data: bytes, at: int) -> tuple[int, int]:
-    """(a number of seven bits a byte, the lowest first; where it ends)."""
+    """(a varint, of seven bits per byte with the lowest first; the offset after it)."""
     value = 0
     for shift in range(0, 70, 7):
         value |= (data[at] & 127) << shift

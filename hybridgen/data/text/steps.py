@@ -1,7 +1,7 @@
-"""What published tokenizers do to a text before their model sees it: normalisers and cuts into words.
+"""Steps of published tokenizers before their model: normalizers and pre-tokenizers, which split a text into words.
 
-`normaliser` and `cutter` make functions of the descriptions in a `tokenizer.json`; a step that is not built is refused
-by name. `spaces` makes the function that puts pieces together again.
+`normaliser` and `cutter` convert the descriptions in a `tokenizer.json` into functions, and raise UserError for an
+unsupported step. `spaces` returns the function that joins pieces to a text.
 """
 
 import base64
@@ -15,19 +15,19 @@ from typing import Any
 
 from hybridgen.core.errors import UserError
 
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece's character for a space
 WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space; Python's \s has more
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f"
 MAX_PATTERN = 2000
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
-Cut = Callable[[str, bool], list[str]]  # (text, whether it begins the prompt) -> words
+Cut = Callable[[str, bool], list[str]]  # (text, whether it starts the prompt) -> words
 
 
 @functools.cache
 def category(name: str) -> str:
-    """The inside of a character class: every code point of a Unicode category ("L", "Lu")."""
+    """The content of a regular expression's character class with all code points of a Unicode category ("L", "Lu")."""
     ranges, first = [], None
     for code in range(sys.maxunicode + 2):
         inside = code <= sys.maxunicode and unicodedata.category(chr(code)).startswith(name)
@@ -37,13 +37,13 @@ def category(name: str) -> str:
             ranges.append(f"\\U{first:08x}-\\U{code - 1:08x}")
             first = None
     if not ranges:
-        raise UserError(f"a pattern of the tokenizer names the category {name!r}, which Unicode does not have")
+        raise UserError(f"a pattern of the tokenizer has the category {name!r}, which Unicode does not define")
     return "".join(ranges)
 
 
 @functools.cache
 def pattern(text: str) -> re.Pattern:
-    r"""A pattern with `\p{L}` and the like for Python. Repeated groups are refused: matching might never end."""
+    r"""A pattern with classes such as `\p{L}` for Python. Refuses repeated groups, whose matching may never end."""
     if len(text) > MAX_PATTERN or re.search(r"\)[*+{]", text):
         raise UserError(f"a pattern of the tokenizer is too long, or repeats a group: {text[:60]!r}")
     out, inside, at = "", False, 0
@@ -66,7 +66,7 @@ def pattern(text: str) -> re.Pattern:
 
 
 def _pattern_of(spec: Mapping) -> re.Pattern:
-    """{"String": text} or {"Regex": text}."""
+    """The pattern of {"String": text} or {"Regex": text}."""
     ((kind, text),) = spec.items()
     return re.compile(re.escape(text)) if kind == "String" else pattern(text)
 
@@ -75,7 +75,7 @@ def _pattern_of(spec: Mapping) -> re.Pattern:
 
 
 def normaliser(spec: Any) -> Callable[[str], str]:
-    """The function that a description of a normaliser (or None) stands for."""
+    """The function of a normalizer's description (or None). Raises UserError for an unsupported one."""
     if spec is None:
         return str
     kind = spec.get("type")
@@ -84,7 +84,7 @@ def normaliser(spec: Any) -> Callable[[str], str]:
         return lambda text: functools.reduce(lambda text, step: step(text), steps, text)
     if kind in ("NFC", "NFD", "NFKC", "NFKD"):
         return functools.partial(unicodedata.normalize, kind)
-    if kind == "Lowercase":  # letter by letter: a sigma at the end of a word is a sigma
+    if kind == "Lowercase":  # letter by letter, so that a final sigma is not treated specially
         return lambda text: "".join(letter.lower() for letter in text)
     if kind == "Replace":
         search, content = _pattern_of(spec["pattern"]), spec["content"]
@@ -101,11 +101,11 @@ def normaliser(spec: Any) -> Callable[[str], str]:
         return functools.partial(_bert, spec)
     if kind == "Precompiled":
         return _charsmap(base64.b64decode(spec["precompiled_charsmap"] or "", validate=True))
-    raise UserError(f"the tokenizer's normalizer {kind!r} is not built")
+    raise UserError(f"the tokenizer's normalizer {kind!r} is not supported")
 
 
 def _bert(spec: Mapping, text: str) -> str:
-    """BERT's: no control characters, spaces around Chinese characters, no accents, lower case."""
+    """BERT's normalizer: no control characters, spaces around Chinese characters, no accents, lower case."""
     if spec.get("clean_text", True):
         kept = (
             " " if re.match(f"[{WHITE}]", letter) else letter
@@ -127,10 +127,10 @@ def _stripped(text: str, left: bool, right: bool) -> str:
 
 
 def _charsmap(data: bytes) -> Callable[[str], str]:
-    """SentencePiece's table of replacements: the longest match at each place.
+    """The function of SentencePiece's table of replacements, which replaces the longest match at each position.
 
-    A double-array trie (Aoe 1989; a unit is a label, a leaf flag and an offset), then the replacements, each ended by a
-    zero byte.
+    The data is a double-array trie (Aoe 1989; a unit is a label, a leaf flag and an offset), followed by the
+    replacements, each terminated by a zero byte.
     """
     if not data:
         return str
@@ -138,13 +138,13 @@ def _charsmap(data: bytes) -> Callable[[str], str]:
     units = struct.unpack_from(f"<{size // 4}I", data, 4)
     strings = data[4 + size :]
     if len(units) < 1 or size % 4 or not strings.endswith(b"\0"):
-        raise ValueError(f"its table of replacements has a trie of {size} bytes and {len(strings)} bytes behind it")
+        raise ValueError(f"its table of replacements has a trie of {size} bytes and {len(strings)} bytes after it")
 
     def offset(unit: int) -> int:
         return (unit >> 10) << ((unit & (1 << 9)) >> 6)
 
     def longest(text: bytes, at: int) -> tuple[int, int | None]:
-        """(bytes matched, where the replacement is)."""
+        """(number of bytes matched, offset of the replacement or None)."""
         place, found, length = offset(units[0]), None, 0
         for count, byte in enumerate(text[at:], 1):
             place ^= byte
@@ -177,7 +177,7 @@ def _charsmap(data: bytes) -> Callable[[str], str]:
 
 
 def cutter(spec: Any) -> Cut:
-    """The function that a description of a pre-tokenizer (or None) stands for: (text, at the start) -> words."""
+    """The function of a pre-tokenizer's description (or None). Raises UserError for an unsupported one."""
     if spec is None:
         return lambda text, start: [text] if text else []
     kind = spec.get("type")
@@ -205,7 +205,7 @@ def cutter(spec: Any) -> Cut:
         "Digits": (r"\p{N}" if spec.get("individual_digits") else r"\p{N}+", "Isolated", False),
     }
     if kind not in simple:
-        raise UserError(f"the tokenizer's pre_tokenizer {kind!r} is not built")
+        raise UserError(f"the tokenizer's pre_tokenizer {kind!r} is not supported")
     text, how, invert = simple[kind]
     search = re.compile(text) if kind == "WhitespaceSplit" else pattern(text)
     return lambda text, start: _split(text, search, how, invert)
@@ -233,9 +233,9 @@ def _split(text: str, search: re.Pattern, how: str, invert: bool) -> list[str]:
     if how == "Isolated":
         return [part for part, _ in parts]
     if how not in ("MergedWithPrevious", "MergedWithNext"):
-        raise UserError(f"the tokenizer cuts with the behavior {how!r}, which is not built")
+        raise UserError(f"the tokenizer splits with the behavior {how!r}, which is not supported")
     out: list[str] = []
-    last = how == "MergedWithNext"  # whether the part before takes this one
+    last = how == "MergedWithNext"  # whether this part joins the previous one
     for part, cut in parts:
         joins = (cut and not last) if how == "MergedWithPrevious" else (last and not cut)
         if out and joins:
@@ -255,7 +255,7 @@ def _metaspace(text: str, mark: str, prepend: bool, whole: bool) -> list[str]:
 
 @functools.cache
 def byte_letters() -> str:
-    """A printable letter for each byte, as GPT-2 writes them: itself, or of the rest the next from 256 on."""
+    """GPT-2's printable letter for each byte: the byte itself if it is printable, else the next letter from 256 on."""
     own = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = iter(range(256, 512))
     return "".join(chr(byte if byte in own else next(rest)) for byte in range(256))
@@ -272,14 +272,14 @@ def _bytewise(text: str, space: bool, words: bool) -> list[str]:
 
 
 def _uses(spec: Any, kind: str) -> bool:
-    """Whether a step of that kind is anywhere in a description."""
+    """Whether a description contains a step of that kind."""
     if isinstance(spec, Mapping):
         return spec.get("type") == kind or any(_uses(one, kind) for one in spec.values())
     return isinstance(spec, list) and any(_uses(one, kind) for one in spec)
 
 
 def spaces(about: Mapping) -> Callable[[list[str]], str]:
-    """The function that makes a text of pieces: of byte letters, or with marks for spaces and names for bytes."""
+    """The function that joins pieces to a text, for byte letters, or for SentencePiece's spaces and byte names."""
     if _uses(about["pre_tokenizer"], "ByteLevel"):
         number = {letter: byte for byte, letter in enumerate(byte_letters())}
         end = about["model"].get("end_of_word_suffix") or ""

@@ -1,11 +1,11 @@
-"""`ar.raster` was one family for three systems, by its option `prefixed`: ours, LlamaGen's, and that of VQGAN."""
+"""Old options of `ar.raster`, one family for three systems by its option `prefixed`: ours, LlamaGen, VQGAN."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from hybridgen.core.errors import UserError
 
-# the options that there were, beside vocab and grid, with their defaults
+# the old options, besides vocab and grid, with their defaults
 SIZES = {"width": 192, "depth": 4, "heads": 3, "kv_heads": None, "hidden": 0, "classes": 0, "cond_length": 1}
 TEXT = {"text_vocab": 0, "text_length": 0, "text_depth": 1, "text_width": 0, "null_length": 0}
 TRAINING = {"drop": 0.1, "dropout": 0.0, "token_dropout": 0.0, "keep": 1.0, "std": 0.0, "zero_head": False}
@@ -28,7 +28,7 @@ def upgrade(model: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """See upgrades/__init__.py."""
     gone = set(DEFAULTS) - set(RASTER) | {"drop"}
     if not gone & set(model) or not set(model) <= {"vocab", "grid", *DEFAULTS}:
-        return None  # of today, or of nobody: refused where it is built
+        return None  # current options, or unknown ones, which the family refuses
     old = DEFAULTS | model
     square = {"prefix_mask": old["prefix_mask"]}  # has no effect on a prefix of one position
     if old["prefixed"] == "start":
@@ -43,12 +43,12 @@ def upgrade(model: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
 
 
 def _kept(old: Mapping[str, Any], names: tuple[str, ...], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The options `names`, as they are called today. UserError where another is neither `fixed` nor the default."""
-    free = ("prefixed", "std", "zero_head")  # which system it is, and how fresh parameters started
+    """The options `names`, renamed. Raises UserError if another has neither its `fixed` nor its default value."""
+    free = ("prefixed", "std", "zero_head")  # the system, and the initialization of new parameters
     for name, value in old.items():
         if name not in (*names, *free) and value != {**DEFAULTS, **fixed}[name]:
             raise UserError(
-                f"a model of ar.raster with {name} {value!r} is none of today's; official weights are imported anew by "
-                "hybridgen convert llamagen_gpt (or taming_gpt) IN OUT"
+                f"ar.raster with {name} {value!r} of an earlier version is no longer supported; import official "
+                "weights again: hybridgen convert llamagen_gpt (or taming_gpt) IN OUT"
             )
     return {RENAMED.get(name, name): value for name, value in old.items() if name in names}

@@ -1,6 +1,6 @@
-"""The options of `diffusion.dit` as it was, one module for every DiT, as those of the three families that it became.
+"""Old options of `diffusion.dit`, which was one family for every DiT, converted to its three successors.
 
-Our DiT keeps its name; the published one is `diffusion.dit_official`, that of diffusers `diffusion.dit_diffusers`.
+Our DiT keeps its name; the original one is `diffusion.dit_official`, that of diffusers `diffusion.dit_diffusers`.
 Arrays keep their paths and shapes.
 """
 
@@ -17,7 +17,7 @@ PROCESS = {
 }
 PROCESS |= {"kind": "prediction_type", "loss_kind": "loss_type"}
 
-# what was not given in a config
+# defaults of the old options
 OLD = {"resolution": 32, "channels": 3, "patch": 4, "width": 192, "depth": 4, "heads": 3, "hidden": 0, "classes": 0}
 OLD |= {"remat": "none", "unroll": 1, "dtype": "float32", "posterior": "mean", "drop_text": 0.1, "outputs": 0}
 OLD |= {"plan_width": 0, "draft": False, "cross": False, "text_vocab": 0, "relative": False}
@@ -28,7 +28,7 @@ BLOCK = {"mlp": "swiglu", "norm": "rms", "norm_eps": 1e-6, "mlp_norm_eps": 0.0, 
 BLOCK |= {"qk_norm": False, "bias": False, "mlp_bias": None, "qkv_bias": True, "scale": 0.0, "dropout": 0.0}
 BLOCK |= {"kv_heads": None}
 
-# what the other two families were made by
+# the values of the old options that the other two families correspond to
 PLAIN = {"rotary": False, "plan_width": 0, "draft": False, "cross": False, "text_vocab": 0, "relative": False}
 OFFICIAL = PLAIN | {"position": "stored", "time_shift": 0.0, "own_embedders": False}
 DIFFUSERS = PLAIN | {"position": "columns", "time_shift": 1.0, "own_embedders": True}
@@ -37,7 +37,7 @@ BLOCK_OPTIONS = ("mlp", "qkv_bias", "mlp_norm_eps", "mlp_norm_affine")  # of a b
 
 
 def upgrade(model: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Options of an earlier commit -> (family, its options); None if they are of today.
+    """Old options -> (family, its options); None if they are current.
 
     Raises UserError for a combination that no family has.
     """
@@ -96,6 +96,6 @@ def _check(source: str, found: dict[str, Any], expected: dict[str, Any]) -> None
 def _refusal(source: str, option: str) -> UserError:
     command = f"hybridgen convert {source} IN OUT"
     return UserError(
-        f"this run is of an earlier diffusion.dit with {option}, a combination that no family has now: "
-        f"import official weights anew ({command}), or train it anew"
+        f"diffusion.dit with {option}, which an earlier version had, is no longer supported: "
+        f"import official weights again ({command}), or train again"
     )

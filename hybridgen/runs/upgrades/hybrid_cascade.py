@@ -1,4 +1,4 @@
-"""Cascades kept the members that are trained in them as JSON texts, and the shape of their pictures as an option."""
+"""Old options of `hybrid.cascade`: jointly trained members as JSON strings, and the image shape as an option."""
 
 import json
 from typing import Any

@@ -1,9 +1,9 @@
-"""Options of `tokenizers.vq` while it was every tokenizer with codes: to vq, vqgan or llamagen_vq and a quantiser's."""
+"""Old options of `tokenizers.vq`, which was one family for all VQ tokenizers, converted to vq, vqgan or llamagen_vq."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# what a kind has of the options that stood beside each other: {name then: name now}
+# quantizer options by kind: {old name: new name}
 USE = {"decay": "decay"}
 SOFT = {"entropy": "entropy", "softness": "softness"} | USE
 ROWS = {"codes": "codebook_size", "width": "width"} | SOFT
@@ -24,7 +24,7 @@ LLAMAGEN = {"stem", "z", "attend", "groups", "decoder_channels"}
 
 
 def upgrade(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """(family, its options) that old ones mean, or None if they are new ones."""
+    """Old options -> (family, its options); None if they are current."""
     kind = model.get("quantizer", "fsq")
     if hasattr(kind, "items") or not MOVED & set(model):
         return None
@@ -32,7 +32,7 @@ def upgrade(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
         kind = "vq_ema" if model.get("moving", True) else "vq_gradient"
     quantizer = {"kind": kind} | {now: model[then] for then, now in KINDS.get(kind, {}).items() if then in model}
     if kind == "vq_ema" and model.get("legacy"):
-        quantizer["commitment"] = 1.0  # the weight that the swap left
+        quantizer["commitment"] = 1.0  # its effective weight with `legacy`, where the two weights were swapped
     rest = {name: value for name, value in model.items() if name not in MOVED}
     if not model.get("residual"):
         return "tokenizers.vq", rest | {"quantizer": quantizer}
@@ -50,7 +50,7 @@ def upgrade(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
 
 
 def _is_llamagen(model: Mapping[str, Any], kind: str, residual: Mapping[str, Any]) -> bool:
-    """Whether options are among those that LlamaGen's tokenizer has: by its losses, and by where it attends."""
+    """Whether options are those of LlamaGen's tokenizer, by its losses and its attention levels."""
     losses = kind == "vq_gradient" and model.get("exact") and not model.get("legacy") and model.get("mse", 1.0) > 0
     soft = not model.get("entropy") or model.get("softness", 0.5) == 0.01
     plain = not model.get("used") and model.get("decay", 0.99) == 0.99 and model.get("attention", True)
