@@ -34,7 +34,7 @@ bench() {
 
 say "kernels"
 # the tests use the CPU unless JAX_PLATFORMS is set
-JAX_PLATFORMS="${JAX_PLATFORMS:-}" "$PYTHON" -m pytest -q -n 0 -p no:cacheprovider -k on_this_device tests/test_gpu.py || failed=$?
+JAX_PLATFORMS="${JAX_PLATFORMS:-}" "$PYTHON" -m pytest -q -n 0 -p no:cacheprovider -k on_this_device tests/tools/test_gpu.py || failed=$?
 
 vq=configs/tokenizers/vq.py:f16
 bench train-prior-1b --config configs/ar/raster.py:1b --what train

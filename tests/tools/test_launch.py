@@ -337,6 +337,7 @@ def test_what_an_accelerator_is_measured_by_goes_on_where_one_fails(tmp_path):
     calls = [line.split() for line in (tmp_path / "record").read_text().splitlines()]
     benches = [call for call in calls if call[:2] == ["-m", "hybridgen.bench"]]
     assert calls[0][:2] == ["-m", "hybridgen.launch"] and calls[1][:2] == ["-m", "pytest"] and len(benches) == 5
+    assert (ROOT / calls[1][-1]).is_file()
     for call in benches:  # what is named is there
         path, overrides = call[call.index("--config") + 1], [x[9:] for x in call if x.startswith("--config.")]
         config.load(f"{ROOT / path}", overrides)
