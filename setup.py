@@ -1,4 +1,4 @@
-"""The packages of the distribution: `hybridgen`, and the folder `configs` as `hybridgen.configs`; see pyproject.toml."""
+"""The packages of the distribution: `hybridgen`, and the folder `configs` as `hybridgen.configs`."""
 
 from setuptools import find_namespace_packages, find_packages, setup
 

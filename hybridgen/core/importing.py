@@ -20,7 +20,7 @@ from typing import Any
 
 from hybridgen.core.errors import UserError
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = "configs"
 LIBRARIES = (str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<")
 
