@@ -71,8 +71,14 @@ def model(built: Any, attributes: Iterable[str]) -> str:
     """What is wrong with the result of `build`; `attributes`: those that its roles need."""
     if built is None:
         return "its build(config) returns None: it must return the model"
-    missing = [name for name in attributes if not hasattr(built, name)]
-    return f"its model has no attribute {missing[0]!r}" if missing else ""
+    for name in attributes:
+        try:
+            getattr(built, name)
+        except AttributeError as error:
+            return f"its model has no attribute {name!r}" + (f": {error}" if hasattr(type(built), name) else "")
+        except Exception as error:
+            return f"its model has no valid {name!r}: {importing.described(error)}"
+    return ""
 
 
 def arrays(out: Any, merges: bool) -> str:

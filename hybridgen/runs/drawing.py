@@ -51,7 +51,7 @@ def checked(options: Mapping, known: Known, partial: bool = False) -> dict[str, 
             raise UserError(f"unknown option {group!r}; known options: {', '.join(_paths(known)) or 'none'}")
         for name in values:
             if name not in known[group]:
-                raise UserError(f"unknown option {f'{group}.{name}'!r}{unknown(f'{group}.{name}', _paths(known))}")
+                raise UserError(f"unknown option {f'{group}.{name}'!r}{unknown(name, known[group], _paths(known))}")
         ready = {}
         for name, value in values.items():
             try:
@@ -97,9 +97,9 @@ def as_flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def unknown(given: str, known: Collection[str]) -> str:
-    """What to say after an unknown name: the nearest known one, or all of them."""
-    return config_lib.hint(given, known) or f"; known options: {', '.join(known) or 'none'}"
+def unknown(given: str, known: Collection[str], every: Collection[str] = ()) -> str:
+    """What to say after an unknown name: the nearest known one; otherwise all of them, or all of `every`."""
+    return config_lib.hint(given, known) or f"; known options: {', '.join(every or known) or 'none'}"
 
 
 def flags(known: Known) -> dict[str, str]:

@@ -66,6 +66,16 @@ class Recurrent(nn.Module):
         return 3 * self.head(hidden)
 
 
+class Unsized:
+    """A model whose length cannot be computed."""
+
+    width = 8
+
+    @property
+    def length(self) -> int:
+        return len(self.width)
+
+
 def recurrent(**changes: object) -> types.ModuleType:
     """A family around it, as a module; `changes` replace its members, None removes one."""
 
@@ -168,6 +178,11 @@ def test_the_flags_of_the_commands_are_known(capsys, monkeypatch):
         ({"build": lambda config: None}, {}, "is not a family: its build(config) returns None"),
         ({"build": lambda config: 3}, {}, "is not a family: its model has no attribute 'width'"),
         (
+            {"build": lambda config: Unsized()},
+            {},
+            "no valid 'length': TypeError: object of type 'int' has no len() (test_",
+        ),
+        (
             {"inputs": None},
             {"vocab": 11},
             "",  # its classes are a default, not an option of the config
@@ -266,7 +281,7 @@ def test_a_value_out_of_range_names_the_flag():
     for group, flag in (("prior", "--top-k"), ("decoder", "--decoder-top-k")):
         with pytest.raises(UserError, match=rf"{group}.top_k 10 is not within 0 and 9 \({flag}\)"):
             drawing.checked({group: {"top_k": 10}}, known)
-    with pytest.raises(UserError, match="unknown option 'prior.topk'; did you mean 'prior.top_k'?"):
+    with pytest.raises(UserError, match="unknown option 'prior.topk'; did you mean 'top_k'?"):
         drawing.checked({"prior": {"topk": 1}}, known)
 
 
