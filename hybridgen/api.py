@@ -111,7 +111,7 @@ class Model:
         """The sampling program with these options for this size. Raises UserError for an unknown option or size."""
         flags = self._loaded.flags
         if odd := sorted(options.keys() - flags.keys()):
-            raise UserError(f"unknown option {odd[0]!r}; known options: {', '.join(flags) or 'none'}")
+            raise UserError(f"unknown option {odd[0]!r}{drawing.unknown(odd[0], flags)}")
         changes = {flags[name]: value for name, value in options.items() if value is not None}
         shape = shape_of(self._loaded, size)
         try:

@@ -1,4 +1,7 @@
-"""`hybridgen COMMAND ...`, the same as `python -m hybridgen.COMMAND ...`. A user error prints one line, exit code 2."""
+"""`hybridgen COMMAND ...`, the same as `python -m hybridgen COMMAND ...` and `python -m hybridgen.COMMAND ...`.
+
+A user error prints one line, exit code 2.
+"""
 
 import argparse
 import contextlib
@@ -11,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from hybridgen.core import hostmemory, quiet
+from hybridgen import __version__
+from hybridgen.core import hostmemory, importing, quiet
 from hybridgen.core.errors import PeerError, UserError
 
 COMMANDS = {
@@ -28,6 +32,8 @@ COMMANDS = {
     "launch": "print or run the commands that train on a machine or a cluster",
 }
 
+WITH_RUNS = tuple(name for name in COMMANDS if name not in ("verify", "launch"))  # these may read bundles
+
 
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     """The parser of a command, described by the first line of `doc`; invalid arguments raise UserError, not usage."""
@@ -37,6 +43,8 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
         raise UserError(f"{message} (see hybridgen {name} --help)")
 
     parser.error = error
+    if name in WITH_RUNS:
+        importing.add_argument(parser)
     return parser
 
 
@@ -79,8 +87,10 @@ def command(main: Callable[[], int]) -> NoReturn:
 def main() -> None:
     """The console script `hybridgen`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print("usage: hybridgen COMMAND [--help] ...\n")
+    if name == "--version":
+        print(f"hybridgen {__version__}")
+    elif name in ("-h", "--help"):
+        print("usage: hybridgen COMMAND [--help] ...   or   hybridgen --version\n")
         print("\n".join(f"  {known:10s} {what}" for known, what in COMMANDS.items()))
     else:
         command(lambda: _module(name).main(sys.argv[2:]))
@@ -92,3 +102,7 @@ def _module(name: str):
         hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
     return importlib.import_module(f"hybridgen.{name}")
+
+
+if __name__ == "__main__":
+    main()

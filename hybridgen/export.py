@@ -8,6 +8,7 @@ The bundle generates the same images as the run and can be used in place of a ru
 runs/bundle.py describes the files.
 """
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ from pathlib import Path
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
+from hybridgen.models import contract
 from hybridgen.runs import bundle, checkpoint
-from hybridgen.runs.reading import find_run, load
+from hybridgen.runs.reading import find_run, load, model_of, outside, trusting
 
 
 def export(folder: Path, out: Path, dtype: str = "float32", step: int | None = None) -> int:
@@ -77,6 +79,19 @@ def _digest(folder: Path) -> str:
     return checkpoint.digest(bundle.read(folder).arrays)
 
 
+def sampling(out: Path) -> str:
+    """A command that samples the bundle `out`; "" if it generates no images."""
+    configs = [config_lib.read(path / "config.json") for path in (out, *sorted(out.glob("parts/*/")))]
+    if {"text", "features", "tokenizer"} & set(contract.roles(contract.find(configs[0].family))):
+        return ""
+    known = [contract.inputs(contract.find(config.family), model_of(config, out)) for config in configs]
+    words = ["hybridgen", "sample", "--run", shlex.quote(str(out))]
+    words += [trusting(module for config in configs for module in outside(config))]
+    words += ['--prompt "TEXT"' if any(one.text for one in known) or "text" in configs[0].parts else ""]
+    words += ["--label 0" if any(one.classes for one in known) else ""]
+    return " ".join(filter(None, words))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("export", __doc__)
     parser.add_argument("run", help="run folder; its parts must be where its config says")
@@ -86,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=int, metavar="N", help="step to export (default: the newest valid one)")
     args = parser.parse_args(argv)
     size = export(find_run(args.run, None), args.out, args.dtype, args.checkpoint)
-    print(f"wrote {size / 1e6:.2f} MB to {args.out}; try: hybridgen sample --run {args.out} --prompt ...")
+    command = sampling(args.out)
+    print(f"wrote {size / 1e6:.2f} MB to {args.out}" + (f"; try: {command}" if command else ""))
     return 0
 
 

@@ -77,6 +77,8 @@ def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]
         raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
     if not loaded.generates:
         raise UserError(f"a {kind} run takes no prompts: give the run of a prior, decoder or cascade")
+    if loaded.plans and loaded.tokenizer is None:
+        raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
     if (text is not None) != loaded.reads:
         raise UserError(f"this {kind} run {'takes a prompt: give --prompt' if loaded.reads else 'takes no prompts'}")
     cond = drawing.text_cond(loaded.text, [text for text, _ in requests]) if loaded.reads else {}

@@ -71,7 +71,7 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
     model, parts = rule.fitted(batch, parts)
 
     def weighted_loss(trainable: Any, batch: dict) -> tuple[jax.Array, tuple]:
-        loss, aux = rule.family.loss(
+        out = rule.family.loss(
             model,
             trees.join(trainable, frozen),
             batch,
@@ -81,6 +81,7 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
             step=state["step"],
             train=True,
         )
+        loss, aux = contract.returned(rule.family, "loss", out)
         weight = jax.lax.stop_gradient(aux["weight"])
         scaled = jax.tree.map(lambda x: x * weight, aux["metrics"] | {"loss": loss})
         return loss * weight, (weight, scaled, aux["extra"])
@@ -146,7 +147,7 @@ def eval_step(rule: Rule, state: dict, batch: dict, parts: Any) -> dict:
     key = rng.step_key(jax.random.key(rule.seed), 0, "eval")
     model, parts = rule.fitted(batch, parts)
     options = {"parts": parts, "extra": state["extra"], "step": state["step"], "train": False}
-    loss, aux = rule.family.loss(model, params, batch, key, **options)
+    loss, aux = contract.returned(rule.family, "loss", rule.family.loss(model, params, batch, key, **options))
     return jax.tree.map(lambda x: x * aux["weight"], aux["metrics"] | {"loss": loss, "weight": 1.0})
 
 

@@ -1,8 +1,8 @@
 """The prior and the data source of my_package: see docs/adding_a_family.md.
 
-    hybridgen train --config examples/own_package/config.py:tokenizer --workdir runs/tokenizer
-    hybridgen train --config examples/own_package/config.py --workdir runs/prior
-    hybridgen sample --run runs/prior --label 1 --flatness 0.1 --out samples
+    hybridgen train --config examples/own_package/config.py:tokenizer --workdir runs/own/tokenizer
+    hybridgen train --config examples/own_package/config.py --workdir runs/own/prior
+    hybridgen sample --run runs/own/prior --label 1 --flatness 0.1 --out samples
 
 All commands need PYTHONPATH=examples/own_package.
 """

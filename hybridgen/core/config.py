@@ -16,17 +16,16 @@ there only.
 import argparse
 import ast
 import difflib
-import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from hybridgen.core import importing
 from hybridgen.core.errors import UserError
 
 AUTO = "auto"
@@ -103,17 +102,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config that `spec` names, with overrides ("optim.lr=3e-4") applied and locked."""
     path, _, arg = spec.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"no config file {path!r}{hint(path, [str(p) for p in Path('configs').rglob('*.py')])}")
+    file = importing.find_config(path)
+    if file is None:
+        known = [str(p) for p in Path("configs").rglob("*.py")]
+        raise UserError(f"no config file {path!r}{hint(path, known)}")
     if file.suffix != ".py":
         raise UserError(f"{path} is not a config: a config is a Python file such as configs/ar/raster.py")
-    root = str(next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent))
-    if root not in sys.path:
-        sys.path.insert(0, root)  # configs import each other as `configs.x`
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = importing.execute(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} is not a config: it has no get_config(variant)")
     variant, settings = split_arg(arg)
@@ -121,6 +116,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         config = module.get_config(variant)
     except ValueError as error:  # configs import nothing of ours, so they cannot raise UserError
         raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: {importing.described(error)}") from error
     override(config, [*settings, *overrides])
     check(config)
     return config.lock()

@@ -79,6 +79,14 @@ def add_rules(*rules: Rule) -> None:
     PARAM_RULES.extend(rule for rule in rules if rule not in PARAM_RULES)
 
 
+def _example(path: str, shape: tuple[int, ...]) -> str:
+    """A rule for a parameter: a matrix is sharded by fsdp, other arrays are replicated."""
+    stacked = "layers" in path.split("/")
+    axes = {0: "", 1: "f", 2: "df", 3: "dnf"}.get(len(shape) - stacked, "dhnkfvpycx"[: len(shape) - stacked])
+    name = "/".join(path.split("/")[-2:])
+    return f'Rule(r"{name}", "{axes}"' + (', fsdp="df")' if len(axes) in (2, 3) else ")")
+
+
 def find_rule(path: str, shape: tuple[int, ...]) -> tuple[Rule, int]:
     """(rule, 1 if the array has a leading layer axis else 0) of a path "prior/blocks/layers/attention/qkv/kernel".
 
@@ -90,6 +98,6 @@ def find_rule(path: str, shape: tuple[int, ...]) -> tuple[Rule, int]:
         if extra in stacked and re.search(f"(^|/)({rule.path})$", path):
             return rule, extra
     raise UserError(
-        f"no sharding rule matches parameter {path!r} of shape {tuple(shape)}: "
-        f"add one to PARAM_RULES in hybridgen/core/param_rules.py, or call add_rules in the file of your family"
+        f"no sharding rule matches parameter {path!r} of shape {tuple(shape)}: in the file of your family call, for "
+        f"example, param_rules.add_rules({_example(path, shape)}) (a family of hybridgen: add it to PARAM_RULES)"
     )

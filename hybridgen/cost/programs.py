@@ -141,15 +141,16 @@ class Decoding(NamedTuple):
     options: dict  # sampling options of the prior
 
 
-def _bytes_of_step(part: Part, cache: dict, guided: int, mesh: jax.sharding.Mesh) -> float:
+def _bytes_of_step(part: Part, cache: Any, guided: int, mesh: jax.sharding.Mesh) -> float:
     """Bytes per device, without embedding tables, which are looked up, and the text encoder, which runs before."""
     flat = trees.flatten(part.params)
     used = [leaf.size for path, leaf in flat.items() if not path.endswith("table") and not path.startswith("text")]
     width = 2 if getattr(part.model, "dtype", "float32") == "bfloat16" else 4
-    length = cache["valid"].shape[1]
-    filled = length - (part.model.length - 1) / 2  # filled positions, on average
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache["k"], cache["v"])))
-    cached_bytes = guided * whole * filled / length
+    stored, filled = cache, 1.0  # a state of a fixed size
+    if isinstance(cache, dict) and {"k", "v", "valid"} <= cache.keys():  # a KV cache
+        length = cache["valid"].shape[1]
+        stored, filled = (cache["k"], cache["v"]), 1 - (part.model.length - 1) / 2 / length  # filled share, on average
+    cached_bytes = guided * filled * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
     return sum(used) * width / mesh.shape["tensor"] + cached_bytes / mesh.devices.size
 
 
@@ -206,7 +207,7 @@ def build(
     parts = {name: part for name, (part, _) in unmade.items()}
     family = find(config.family)
     options = config_lib.resolve(config.model, context(config.data, parts, text, source))
-    model = family.build(options)
+    model = contract.model_of(family, options)
     by_row = placement.batch_sharding(mesh)
     places = {name: part_shardings(part, mesh) for name, part in parts.items()}
     experiment = Experiment(config, family, options, model, _placed(parts, places), {}, text, mesh)
@@ -283,11 +284,11 @@ def _part(
     config = stages.get(Path(path).name) or config_lib.load(path)
     inner = {other: _part(other, where, data, text, specs, stages, {})[0] for other, where in config.parts.items()}
     family = find(config.family)
-    model = family.build(config_lib.resolve(config.model, context(data, inner, text)))
+    model = contract.model_of(family, config_lib.resolve(config.model, context(data, inner, text)))
 
     def fresh() -> Part:
         key = rng.step_key(jax.random.key(config.seed), 0, "init")
-        arrays = family.init(model, key, specs, inner)
+        arrays = contract.returned(family, "init", family.init(model, key, specs, inner))
         return Part(arrays["params"], arrays["extra"], config.family, model)
 
     return jax.eval_shape(fresh), jax.jit(fresh)

@@ -13,10 +13,7 @@ the config that uses the prior, and have the digest of the one that the prior wa
 
 import dataclasses
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +21,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hybridgen.core import importing
 from hybridgen.core.errors import UserError
+from hybridgen.models import checks
 
 PACKAGE = "hybridgen.models"
 
@@ -92,6 +91,8 @@ ROLES = {
     "generator": Role({}),  # generates pictures by itself and is not a part of another model
 }
 
+CONDITIONED = {"prior", "decoder", "generator"}  # roles that may read captions or classes
+
 
 class Option(NamedTuple):
     """A sampling option of a family, an entry of its `OPTIONS`.
@@ -109,14 +110,20 @@ class Option(NamedTuple):
     by_condition: bool = False
     flag: str = ""
 
+    @property
+    def range(self) -> str:
+        """The allowed values in words."""
+        if isinstance(self.default, str):
+            return f"one of {', '.join(self.choices)}" if self.choices else "a text"
+        return f"{self.low} to {self.high}"
+
     def checked(self, where: str, value: Any) -> Any:
         """`value`, converted to the option's type. Raises UserError, which begins with `where`, if it is invalid."""
         if self.by_condition and hasattr(value, "items"):
             return {name: self.checked(f"{where}.{name}", scale) for name, scale in value.items()}
         if isinstance(self.default, str):
-            kinds = f"one of {', '.join(self.choices)}" if self.choices else "a text"
             if not isinstance(value, str) or (self.choices and value not in self.choices):
-                raise UserError(f"{where} {value!r} is not {kinds}")
+                raise UserError(f"{where} {value!r} is not {self.range}")
             return value
         if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
             raise UserError(f"{where} {value!r} is not within {self.low} and {self.high}")
@@ -141,7 +148,7 @@ class Member(NamedTuple):
         """The member described by {"family", "model": its options}, as in a config; `changes` override options."""
         options = {**described["model"], **changes}  # from JSON, tuples are lists
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-        return cls(described["family"], find(described["family"]).build(options))
+        return cls(described["family"], model_of(find(described["family"]), options))
 
 
 # ---------------------------------------------------------------- families by name
@@ -150,31 +157,49 @@ class Member(NamedTuple):
 @functools.cache
 def find(family: str) -> ModuleType:
     """The module of a family by its dotted name. Raises UserError if there is none or it breaks the contract."""
-    try:
-        module = importlib.import_module(f"{PACKAGE}.{family}")
-    except ModuleNotFoundError as error:
-        if not f"{PACKAGE}.{family}".startswith(error.name or "?"):
-            raise  # the family was found, but a module that it imports is missing
-        module = _outside(family)
+    module = importing.module(f"{PACKAGE}.{family}", "family") or importing.module(family, "family")
+    if module is None:
+        file = f"hybridgen/models/{family.replace('.', '/')}.py"
+        missing = f"no family {family!r}: there is no {file if file.isprintable() else 'such file'}"
+        raise UserError(f"{missing}, and Python finds no module {family!r} (is its folder in PYTHONPATH?)")
     if problems := faults(module):
         raise UserError(f"{family!r} is not a family: {problems[0]}")
     return module
 
 
-def _outside(family: str) -> ModuleType:
-    """A module outside this package: installed, or in the current folder."""
-    file = f"hybridgen/models/{family.replace('.', '/')}.py"
-    missing = f"no family {family!r}: there is no {file if file.isprintable() else 'such file'}"
-    if not all(part.isidentifier() for part in family.split(".")):
-        raise UserError(missing)
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+def model_of(family: ModuleType, options: Mapping[str, Any]) -> Any:
+    """The model of a family with these options. Raises UserError for an unknown or missing option, and if the model
+    does not have what the family's roles need."""
+    name = repr(named(family))
     try:
-        return importlib.import_module(family)
-    except ModuleNotFoundError as error:
-        if not family.startswith(error.name or "?"):
-            raise
-        raise UserError(f"{missing}, and Python finds no module {family!r} (is its folder in PYTHONPATH?)") from None
+        model = family.build(options)
+    except TypeError as error:
+        if fault := checks.unknown_option(error, family, options):
+            raise UserError(f"{name} {fault}") from error
+        raise
+    wanted = [attribute for role in roles(family) for attribute in ROLES[role].attributes]
+    if fault := checks.model(model, wanted):
+        raise UserError(f"{name} is not a family: {fault}")
+    if CONDITIONED & set(roles(family)):
+        known = inputs(family, model)
+        for option, declared in (("text_vocab", known.text), ("classes", known.classes)):
+            if options.get(option) and not declared:
+                says = "text=True" if option == "text_vocab" else "classes=model.classes"
+                raise UserError(
+                    f"{name} has the option {option} {options[option]}, but does not declare that it reads "
+                    f"{'captions' if option == 'text_vocab' else 'classes'}: define inputs(model) -> Inputs({says})"
+                )
+    return model
+
+
+def returned(family: ModuleType, name: str, out: Any) -> Any:
+    """`out`, which the family's function `name` returned: "init", "loss", "decoder_loss" or "sample".
+
+    Raises UserError if it is not what the contract says. Called while a program is traced, it costs nothing.
+    """
+    if fault := checks.RESULTS[name](out, optional(family, "merge") is not None):
+        raise UserError(f"{named(family)!r} is not a family: {name} {fault}")
+    return out
 
 
 def file_of(family: str) -> Path:
@@ -208,23 +233,9 @@ def faults(family: ModuleType) -> list[str]:
         function = getattr(family, name, None)
         if not callable(function):
             out.append(f"it has no function {name}({', '.join(parameters.split())})")
-        elif fault := _signature(function, parameters.split()):
+        elif fault := checks.parameters(function, parameters.split()):
             out.append(f"{name} has the parameters ({', '.join(inspect.signature(function).parameters)}), {fault}")
-    groups = getattr(family, "OPTIONS", {})
-    good = isinstance(groups, Mapping) and all(isinstance(group, Mapping) for group in groups.values())
-    if not good or not all(isinstance(option, Option) for group in groups.values() for option in group.values()):
-        out.append("its OPTIONS are not {group: {name: Option}}")
-    return out
-
-
-def _signature(function: Callable, wanted: list[str]) -> str:
-    """How a function's parameters differ from `wanted` and its order, or ""; additional ones need defaults."""
-    given = inspect.signature(function).parameters
-    plain = [name for name, parameter in given.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    if plain[: len(wanted)] != wanted:
-        return f"but needs ({', '.join(wanted)})"
-    more = [name for name in plain[len(wanted) :] if given[name].default is inspect.Parameter.empty]
-    return f"of which {more[0]!r} needs a default" if more else ""
+    return [*out, *checks.options(getattr(family, "OPTIONS", {}), Option)]
 
 
 def optional(family: ModuleType, name: str) -> Callable | None:

@@ -5,9 +5,10 @@ Batches are padded to the compiled shape. The options are those of `config.sampl
 """
 
 import argparse
+import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import meshes, placement, rng
+from hybridgen.core import importing, meshes, placement, rng
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.evals.sheet import sheet
@@ -35,21 +36,28 @@ def known_options(family: ModuleType, model: Any, parts: Mapping[str, Part]) -> 
 
 
 def checked(options: Mapping, known: Known, partial: bool = False) -> dict[str, dict[str, Any]]:
-    """Options {group: {name: value}} as plain data, checked and converted. Raises UserError for an unknown option.
+    """Options {group: {name: value}} as plain data, checked and converted. Raises UserError for an unknown option or a
+    value out of range, with the option's name on the command line.
 
     `guidance` with its `guidance_schedule` becomes a schedule over the first share `guidance_until` of the tokens.
     partial: not all families are known yet, so unknown groups pass.
     """
     out: dict[str, dict[str, Any]] = {}
+    names = {path: flag for flag, path in flags(known).items()}
     for group, values in options.items():
         if group not in known or not hasattr(values, "items"):
             if partial and hasattr(values, "items"):
                 continue
-            raise UserError(f"unknown option {group!r}; known options: {_listed(known)}")
+            raise UserError(f"unknown option {group!r}; known options: {', '.join(_paths(known)) or 'none'}")
         for name in values:
             if name not in known[group]:
-                raise UserError(f"unknown option {f'{group}.{name}'!r}; known options: {_listed(known)}")
-        ready = {name: known[group][name].checked(f"{group}.{name}", value) for name, value in values.items()}
+                raise UserError(f"unknown option {f'{group}.{name}'!r}{unknown(name, known[group], _paths(known))}")
+        ready = {}
+        for name, value in values.items():
+            try:
+                ready[name] = known[group][name].checked(f"{group}.{name}", value)
+            except UserError as error:
+                raise UserError(f"{error} ({as_flag(names[f'{group}.{name}'])})") from None
         out[group] = guidance.scheduled(ready)
     return out
 
@@ -70,11 +78,28 @@ def check_config(config: Any, folder: Path | None, stages: Mapping[str, Any]) ->
             )
         except UserError:
             partial = True
-    checked(config.sample.options, contract.options_of(map(find, names)), partial)
+    known = contract.options_of(map(find, names))
+    if strange := [group for group in config.sample.options if group not in known and not partial]:
+        others = " nor a family of its parts" if config.parts else ""
+        raise UserError(
+            f"config.sample.options has the group {strange[0]!r}, but {'neither ' if others else ''}{config.family!r}"
+            f"{others} declares {'any' if others else 'no'} OPTIONS for it (groups: {', '.join(known) or 'none'})"
+        )
+    checked(config.sample.options, known, partial)
 
 
-def _listed(known: Known) -> str:
-    return ", ".join(f"{group}.{name}" for group, options in known.items() for name in options) or "none"
+def _paths(known: Known) -> list[str]:
+    return [f"{group}.{name}" for group, options in known.items() for name in options]
+
+
+def as_flag(name: str) -> str:
+    """ "top_k" -> "--top-k"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def unknown(given: str, known: Collection[str], every: Collection[str] = ()) -> str:
+    """What to say after an unknown name: the nearest known one; otherwise all of them, or all of `every`."""
+    return config_lib.hint(given, known) or f"; known options: {', '.join(every or known) or 'none'}"
 
 
 def flags(known: Known) -> dict[str, str]:
@@ -96,10 +121,19 @@ def sampler(
     """
     ready = checked(options, known_options(family, model, parts))
 
+    role = contract.roles(family)
+    may_lack = "text" in role or ("prior" in role and "tokenizer" not in parts)  # an image
+
     @jax.jit
     def draw(params: Any, extra: Any, parts: Any, cond: dict, keys: jax.Array) -> dict[str, jax.Array]:
         fitted, parts = for_shape(family, model, parts, shape) if shape else (model, parts)
-        return family.sample(fitted, params, cond, keys, parts=parts, extra=extra, options=ready)
+        out = family.sample(fitted, params, cond, keys, parts=parts, extra=extra, options=ready)
+        contract.returned(family, "sample", out)
+        if "image" not in out and not may_lack:
+            raise UserError(
+                f"{contract.named(family)!r} is not a family: sample returns {', '.join(out)} without 'image'"
+            )
+        return out
 
     return draw
 
@@ -172,24 +206,31 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     parser.add_argument("--checkpoint", type=int, metavar="N", help=text)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run")
+    importing.add_argument(first)  # before the families of the run are imported
+    first.error = parser.error
     run = first.parse_known_args(argv)[0].run
     if not run:
         parser.epilog = "A run's model has further sampling options: `--run RUN --help` lists them."
         return parser.parse_args(argv), {}  # raises, since --run is required
-    known = contract.options_of(map(find, reading.families_of(reading.find_run(run, None))))
-    paths = flags(known)
+    folder = reading.find_run(run, None)
+    known = contract.options_of(map(find, reading.families_of(folder)))
+    paths, own = flags(known), config_lib.flatten(reading.read_config(folder).sample.options)
     group = parser.add_argument_group("sampling options of this run")
     for flag, path in paths.items():
         section, _, name = path.partition(".")
         option = known[section][name]
-        kind = str if isinstance(option.default, str) else type(option.default)
-        which = f" (one of {', '.join(option.choices)})" if option.choices else ""
-        text = f"{option.meaning}{which}".replace("%", "%%")
-        group.add_argument(f"--{flag.replace('_', '-')}", dest=f"option:{path}", type=kind, metavar="X", help=text)
+        text = f"{option.meaning}; {option.range}; default {own.get(path, option.default)!r}".replace("%", "%%")
+        kind = type(option.default)
+        group.add_argument(as_flag(flag), dest=f"option:{path}", type=kind, metavar="X", help=text)
     args, others = parser.parse_known_args(argv)
     if others:
-        names = ", ".join(f"--{flag.replace('_', '-')}" for flag in paths) or "none"
-        raise UserError(f"unrecognized arguments: {' '.join(others)}; the sampling options of this run are {names}")
+        flagged = [name[2:] for action in parser._actions for name in action.option_strings if name[:2] == "--"]
+        near = difflib.get_close_matches(others[0].partition("=")[0].lstrip("-"), flagged, 1, 0.5)
+        advice = f"; did you mean --{near[0]}?" if near else ""
+        names = ", ".join(map(as_flag, paths)) or "none"
+        raise UserError(
+            f"unrecognized arguments: {' '.join(others)}{advice}; the sampling options of this run are {names}"
+        )
     given = {path: getattr(args, f"option:{path}") for path in paths.values()}
     return args, {path: value for path, value in given.items() if value is not None}
 

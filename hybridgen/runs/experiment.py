@@ -89,7 +89,7 @@ def resolve(
     """(family, model, its options) of a config, with "auto" options resolved from the data and the parts."""
     family = find(config.family)
     options = config_lib.resolve(config.model, context(config.data, parts, text, source))
-    model = family.build(options)
+    model = contract.model_of(family, options)
     for shape in getattr(source, "shapes", ()):
         for_shape(family, model, parts, shape)  # raises UserError before anything is compiled
     return family, model, options

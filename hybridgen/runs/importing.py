@@ -48,7 +48,7 @@ def target(plan: tables.Plan) -> Target:
     """The model of a plan, without arrays. Raises UserError for an invalid config."""
     family = find(plan.family)
     specs = {name: jax.ShapeDtypeStruct((1, *shape), np.float32) for name, shape in plan.inputs.items()}
-    model = family.build(plan.model)
+    model = contract.model_of(family, plan.model)
     try:
         shapes = jax.eval_shape(lambda key: family.init(model, key, specs, {}), jax.random.key(0))
     except UserError:

@@ -5,8 +5,7 @@ bundle (runs/bundle.py) can be used in place of a run folder.
 """
 
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +13,11 @@ import jax
 import numpy as np
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import trees
+from hybridgen.core import importing, trees
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
+from hybridgen.models import contract
 from hybridgen.models.contract import Part, file_of, find
 from hybridgen.runs import bundle, checkpoint, upgrades
 from hybridgen.runs.folder import read_json
@@ -50,7 +50,7 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     bundled = bundle.at(folder)
     made = bundle.read(folder) if bundled else None  # first: this verifies the files of the bundle
     config = read_config(folder)
-    model = _model(config, folder)
+    model = model_of(config, folder)
     if made and step not in (None, made.step):
         raise UserError(f"--checkpoint {step}: the bundle {folder} has step {made.step} only")
     arrays, part_digests, found = made or saved_arrays(folder, step, config, report)
@@ -124,14 +124,26 @@ def families_of(folder: Path) -> list[str]:
 
 def check_families(config: Any, folder: Path) -> None:
     """Raises UserError if a bundle, which may be untrusted, names code outside hybridgen: nothing of it is imported."""
-    for family in families(config):
-        if family not in sys.modules and not file_of(family).is_file():
-            what = f"the family {family!r}, which is not part of hybridgen: if you trust it, import that module first"
-            raise UserError(f"the bundle {folder} has {what}")
-    module = str(config.get("data", {}).get("source", "")).rpartition(".")[0]
-    if module and module not in sys.modules:
-        what = f"the data source module {module!r}: if you trust it, import that module first"
-        raise UserError(f"the bundle {folder} has {what}")
+    strange = [module for module in outside(config) if not importing.is_trusted(module)]
+    if not strange:
+        return
+    names = " and ".join(ascii(module[:80]) for module in strange)
+    advice = ""
+    if all(part.isidentifier() for module in strange for part in module.split(".")):
+        advice = f": if you trust {'it' if len(strange) == 1 else 'them'}, give {trusting(strange)}, or import first"
+    raise UserError(f"the bundle {folder} uses {names}, which is not part of hybridgen{advice}")
+
+
+def outside(config: Any) -> list[str]:
+    """The modules outside hybridgen that a config names: of its families and of its data source."""
+    found = [family for family in families(config) if not file_of(family).is_file()]
+    source = str(config.get("data", {}).get("source", "")).rpartition(".")[0]
+    return list(dict.fromkeys([*found, *filter(None, [source])]))
+
+
+def trusting(modules: Iterable[str]) -> str:
+    """The arguments of a command that trust these modules: one --trust for each package or single module."""
+    return " ".join(f"--trust {name}" for name in dict.fromkeys(module.partition(".")[0] for module in modules))
 
 
 def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution: int) -> None:
@@ -151,12 +163,12 @@ def check_arrays(folder: Path, part: Part, parts: Mapping[str, Part], resolution
             raise UserError(f"the weights of {folder} do not fit its config: {path} is {found}, expected: {right}")
 
 
-def _model(config: Any, folder: Path) -> Any:
+def model_of(config: Any, folder: Path) -> Any:
     """The model of a run. Raises UserError for a config that does not describe a model."""
     try:
-        return find(config.family).build(config_lib.resolve(config.model, {}))
-    except UserError:
-        raise
+        return contract.model_of(find(config.family), config_lib.resolve(config.model, {}))
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # the file may be untrusted
         text = f"{type(error).__name__}: {error}"[:300]
         raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error

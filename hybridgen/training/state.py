@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from hybridgen.core import placement, rng, sharding, trees
 from hybridgen.core.errors import UserError
+from hybridgen.models import contract
 from hybridgen.training import optim
 
 
@@ -99,7 +100,7 @@ def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict,
 
     def fresh(parts: Any) -> dict:
         key = rng.step_key(jax.random.key(seed), 0, "init")
-        arrays = family.init(model, key, specs, parts)
+        arrays = contract.returned(family, "init", family.init(model, key, specs, parts))
         which.check(arrays["params"])
         trainable, _ = which.split(arrays["params"])
         return initial(arrays, rule_of(trainable), which, experiment.config.frozen_dtype)

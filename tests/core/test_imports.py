@@ -25,13 +25,14 @@ ALLOWED = {
     "core": (),
     "nn": ("core",),
     "sampling": ("core.errors",),
-    "data": ("core.errors",),
+    "data": ("core.errors", "core.importing"),
     "data.prepare": ("core", "data", "cli"),  # commands
     "evals": ("core.errors", "data.sources"),
     "weights": ("core",),
     "weights.tables": ("core.errors", "weights"),
     "models": SHARED,
-    "models.contract": ("core",),
+    "models.contract": ("core", "models.checks"),
+    "models.checks": ("core",),
     "models.losses": ("core",),
     "models.roles": SHARED,
     "models.roles.denoiser": (*SHARED, "models.diffusion.process", "models.diffusion.variance"),  # no family
@@ -42,7 +43,7 @@ ALLOWED = {
     "reports": (*BELOW, "runs"),
     "cost": (*BELOW, "runs", "training", "train"),  # what is compiled is the step that trains
     "replays": (*BELOW, "runs"),
-    "cli": ("core",),
+    "cli": ("core", "__version__"),
     "launch": ("core.errors", "core.config", "cli"),
 }
 

@@ -290,7 +290,7 @@ def test_every_parameter_needs_a_rule_of_its_path_and_rank():
         ("blocks/layers/mlp/down/kernel", (16, 8)),  # has no layer axis
     ):
         message = (
-            rf"no sharding rule matches parameter '{path}' of shape {re.escape(str(shape))}: add one to PARAM_RULES in"
+            rf"no sharding rule matches parameter '{path}' of shape {re.escape(str(shape))}: in the file of your family"
         )
         with pytest.raises(ValueError, match=message):
             sharding.param_spec(path, shape, mesh)

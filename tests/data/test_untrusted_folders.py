@@ -128,7 +128,7 @@ def changed(data, key, value):
 
 def test_a_config_of_somebody(tmp_path):
     plain = config_lib.plain(config_lib.load(f"{RUN}:tiny"))
-    plain["model"] |= {"classes": 0, "grid": 4, "text_length": 16, "text_vocab": 50, "vocab": 64}
+    plain["model"] |= {"classes": 0, "grid": [4, 4], "text_length": 16, "text_vocab": 50, "vocab": 64}
     path = tmp_path / "config.json"
     values = [("family", value) for value in ("os", "..train", "losses", "a\0b\n", "", 5, None, ["x"], {"a": 1})]
     values += [("model.width", value) for value in ("big", HUGE, -1, 0, 1.5, [HUGE], True, {})]

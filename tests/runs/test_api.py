@@ -78,7 +78,7 @@ def test_what_it_is_and_what_it_refuses(run, model, tmp_path):
         ("the prompt must be a string, not int", [[3]], {}),
         ("takes no --label", [PROMPTS], {"labels": [0, 1]}),
         ("2 prompts and 1 labels", [PROMPTS], {"labels": 0}),
-        ("unknown option 'guidence'; known options: guidance", [PROMPTS], {"guidence": 2.0}),
+        ("unknown option 'guidence'; did you mean 'guidance'?", [PROMPTS], {"guidence": 2.0}),
         ("prior.guidance 'high' is not within", [PROMPTS], {"guidance": "high"}),
         ("options must be numbers or strings", [PROMPTS], {"guidance": [2.0]}),
         ("decoder.solver 'magic' is not one of", [PROMPTS], {"solver": "magic"}),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,24 +11,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hybridgen.core.errors import UserError
-from hybridgen.data import sources
-from hybridgen.models import contract
-
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "examples" / "own_package"
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    """A command of hybridgen, with the package in reach."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{OWN}", "JAX_PLATFORMS": "cpu"}
-    line = [sys.executable, "-m", f"hybridgen.{words[0]}", *words[1:]]
-    return subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def run(tmp_path):
+    """Runs the console script, for which only the package is in PYTHONPATH: the clone is not in Python's path."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "hybridgen").symlink_to(ROOT / "hybridgen")
+    environment = os.environ | {"PYTHONPATH": f"{OWN}{os.pathsep}{site}", "JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-P", "-c", "from hybridgen.cli import main; main()"]
+
+    def command(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*line, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    return command
 
 
 @pytest.mark.slow
-def test_it_trains_and_samples_with_its_own_option(tmp_path):
-    config = str(OWN / "config.py")
+def test_it_trains_and_samples_with_its_own_option(tmp_path, run):
+    config = str((OWN / "config.py").relative_to(ROOT))
     for variant, place in ((":tokenizer", "tokenizer"), ("", "prior")):
         done = run("train", "--config", config + variant, "--workdir", str(tmp_path / place))
         assert done.returncode == 0, done.stderr
@@ -36,27 +41,30 @@ def test_it_trains_and_samples_with_its_own_option(tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
     drawing = ("sample", "--run", str(tmp_path / "prior"), "--label", "1", "--count", "3")
-    shown = run(*drawing, "--help").stdout
-    assert "--flatness" in shown and "share of an even distribution in each draw" in shown
+    shown = " ".join(run(*drawing, "--help").stdout.split())
+    assert "share of an even distribution in each draw; 0 to 1; default 0.0" in shown
+    assert "classifier-free guidance scale of the prior (1: none); 0.0 to 100.0; default 1.5" in shown  # of the run
     pictures = []
     for flatness in ("0", "0.5"):
         done = run(*drawing, "--flatness", flatness, "--out", str(tmp_path / flatness))
         assert done.returncode == 0, done.stderr
         pictures.append(np.stack([np.asarray(Image.open(tmp_path / flatness / f"0000{i}.png")) for i in range(3)]))
     assert pictures[0].shape == (3, 32, 32, 3) and (pictures[0] != pictures[1]).any()  # the option reaches the model
-    done = run(*drawing, "--flatness", "2", "--out", str(tmp_path / "bad"))
-    assert done.returncode == 2 and "prior.flatness 2.0 is not within 0 and 1" in done.stderr
-
-
-def test_what_is_no_family_or_source_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "half_a_family.py").write_text("ROLE = 'prior'\ndef build(config): return 0\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"'half_a_family' is not a family: it has no function init\(model, key, specs, parts\)"
+    for words, says in (
+        (("--flatness", "2"), "prior.flatness 2.0 is not within 0 and 1 (--flatness)"),
+        (("--flatnes", "1"), "unrecognized arguments: --flatnes 1; did you mean --flatness?"),
     ):
-        contract.find("half_a_family")
-    with pytest.raises(UserError, match="Python finds no module 'nowhere.at_all'"):
-        contract.find("nowhere.at_all")
-    data = {"source": "half_a_family.Flowers", "resolution": 32}
-    with pytest.raises(UserError, match="data.source 'half_a_family.Flowers': module .* has no attribute 'Flowers'"):
-        sources.build(data, "train")
+        done = run(*drawing, *words, "--out", str(tmp_path / "bad"))
+        assert done.returncode == 2 and says in done.stderr
+
+    bundle = str(tmp_path / "bundle")
+    done = run("export", str(tmp_path / "prior"), bundle)
+    assert done.returncode == 0, done.stderr
+    hint = shlex.split(done.stdout.partition("try: hybridgen ")[2])
+    assert hint == ["sample", "--run", bundle, "--trust", "my_package", "--label", "0"]
+    done = run(*hint, "--count", "1", "--out", str(tmp_path / "traded"))  # the command of the hint works
+    assert done.returncode == 0, done.stderr
+    done = run("sample", "--run", bundle, "--label", "0")
+    assert done.returncode == 2
+    assert "uses 'my_package.my_prior' and 'my_package.my_source', which is not part of hybridgen" in done.stderr
+    assert "if you trust them, give --trust my_package" in done.stderr

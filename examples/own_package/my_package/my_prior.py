@@ -80,7 +80,7 @@ class MyPrior(nn.Module):
         return jnp.log((1 - self.flatness) * nn.softmax(logits) + self.flatness / self.vocab)
 
     features = next_token.hidden_states
-    prefill, step = next_token.start_cache, next_token.extend_cache
+    prefill, step, grow = next_token.start_cache, next_token.extend_cache, next_token.grow_cache
 
 
 def build(config: Any) -> MyPrior:

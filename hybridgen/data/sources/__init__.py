@@ -24,13 +24,11 @@ replacement of a broken record). Sources with batches of several shapes have `sh
 `occurring(batch, whole)` (the shapes of whole batches, or of all batches).
 """
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hybridgen.core import importing
 from hybridgen.core.errors import UserError
 from hybridgen.data.sources.buckets import Buckets
 from hybridgen.data.sources.folder import MAX_LINE, MAX_TEXT, BrokenRecord, Folder, header_size, known
@@ -77,16 +75,10 @@ def _build(kind: str, options: dict, split: str, resolution: int, where: str):
 
 def kind_of(kind: str, where: str = "data.source") -> Callable[..., Source]:
     """The class of a source by its name or as "package.module.Class". Raises UserError if there is none."""
-    module, dot, name = kind.rpartition(".") if isinstance(kind, str) else ("", "", "")
-    if not dot:
+    if not isinstance(kind, str) or "." not in kind:
         known(where, [kind], tuple(KINDS))
         return KINDS[kind]
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        raise UserError(f"{where} {kind!r}: {error} (is its folder in PYTHONPATH?)") from None
+    return importing.member(kind, where)
 
 
 def checked(kind: str, options: Mapping, where: str = "data") -> dict:

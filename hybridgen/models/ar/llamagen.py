@@ -138,7 +138,7 @@ class LlamaGen(nn.Module):
         return Mask("causal", valid=valid, own=self.padding_sees_itself)
 
     logits, features = next_token.head_logits, next_token.hidden_states
-    prefill, step = next_token.start_cache, next_token.extend_cache
+    prefill, step, grow = next_token.start_cache, next_token.extend_cache, next_token.grow_cache
 
 
 def build(config: Any) -> LlamaGen:

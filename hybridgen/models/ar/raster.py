@@ -118,7 +118,7 @@ class Raster(nn.Module):
         return Mask("prefix" if square else "causal", square, valid)
 
     logits, features = next_token.head_logits, next_token.hidden_states
-    prefill, step = next_token.start_cache, next_token.extend_cache
+    prefill, step, grow = next_token.start_cache, next_token.extend_cache, next_token.grow_cache
 
 
 def build(config: Any) -> Raster:

@@ -120,7 +120,7 @@ class Taming(nn.Module):
         return Mask("prefix" if self.unmasked else "causal", self.unmasked, valid)
 
     logits, features = next_token.head_logits, next_token.hidden_states
-    prefill, step = next_token.start_cache, next_token.extend_cache
+    prefill, step, grow = next_token.start_cache, next_token.extend_cache, next_token.grow_cache
 
 
 def build(config: Any) -> Taming:

@@ -17,6 +17,7 @@ Letters: b batch, n tokens, v codes, h w plan grid, d code or hidden width, H W 
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
-from hybridgen.models.contract import Member, Part, Parts, Shape, find, fit, need, optional
+from hybridgen.models.contract import Member, Part, Parts, Shape, find, fit, need, optional, returned
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.nn.linear import at_least_float32
 
@@ -90,10 +91,14 @@ def part(model: Cascade, name: str, params: Any, parts: Parts) -> Part:
 
 def init(model: Cascade, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:
     params = {
-        name: find(member.family).init(member.model, rng.step_key(key, 0, name), specs, parts)["params"]
+        name: _params(find(member.family), member.model, rng.step_key(key, 0, name), specs, parts)
         for name, member in coupled(model, parts).items()
     }
     return {"params": params, "extra": {}}
+
+
+def _params(family: ModuleType, *arguments: Any) -> dict[str, Any]:
+    return returned(family, "init", family.init(*arguments))["params"]
 
 
 # ---------------------------------------------------------------- couplings
@@ -177,9 +182,8 @@ def loss(
         plan = decoding.corrupt_tokens(plan, keys, tokenizer.model.vocab, decoder.model.token_corruption)
     flow = Flow(prior, decoder, tokenizer, parts, cond, plan, own, logits)
     read = COUPLINGS[model.mode](flow) | others(batch)
-    rendered, aux = decoding.decoder_loss(
-        decoder.model, decoder.params, batch, read, rng.named(keys, "decoder"), parts, train
-    )
+    out = decoding.decoder_loss(decoder.model, decoder.params, batch, read, rng.named(keys, "decoder"), parts, train)
+    rendered, aux = returned(decoding, "decoder_loss", out)
     planned, _ = weighted(nll, rows(batch, nll))
     total = model.prior_weight * planned + model.decoder_weight * rendered
     metrics = {"nll": planned, "render": rendered} | aux["metrics"]

@@ -1,8 +1,9 @@
 """Functions shared by next-token priors: families that predict a sequence token by token with a KV cache.
 
 A family takes `prefill, step, score, features, generate` from here and declares `OPTIONS = {"prior": OPTIONS}`. Its
-module has the fields `depth`, `unroll` and `dtype`, and
+module has the fields `depth`, `unroll` (1 if it has no stack) and `dtype`, and
 
+    width                          width of the hidden states
     length                         number of tokens of a picture, or largest number of positions of a text
     cond_drop_prob                 probability of dropping a condition in training
     has_unconditional              whether it supports a dropped condition, which guidance needs
@@ -10,10 +11,14 @@ module has the fields `depth`, `unroll` and `dtype`, and
     features(tokens, cond, keys)   hidden states `[b, n, d]` from which each of `tokens [b, n]` is predicted
     prefill(cond, room)            logits `[b, v]` of the first token, and a cache with room for `room` tokens
     step(cache, chunk, valid)      logits `[b, t, v]` after each position of a chunk, and the cache
+    grow(cache, more)              the cache with room for `more` tokens in addition
     logits(hidden)                 `[b, t, d] -> [b, t, v]`
 
-If the sequence is `[prefix][tokens]`, the last four may be `hidden_states`, `start_cache`, `extend_cache` and
-`head_logits`, which need a module with
+The cache is any pytree whose arrays do not depend on other rows, with a row per image; a network whose state has a
+fixed size, such as a recurrent one, ignores `room` and returns the cache from `grow` as it is.
+
+If the sequence is `[prefix][tokens]`, the last five may be `hidden_states`, `start_cache`, `extend_cache`, `grow_cache`
+and `head_logits`, which need a module with
 
     prefix                         positions p - 1 before the one from which the first token is predicted
     embed_condition(cond)          the prefix `[b, p, d]`, and its visible positions `[b, p]` (None: all)
@@ -29,6 +34,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
@@ -90,6 +96,12 @@ def extend_cache(
     return module.logits(hidden), cache
 
 
+def grow_cache(module: nn.Module, cache: kv.Cache, more: int) -> kv.Cache:
+    """The cache with room for `more` tokens in addition."""
+    del module
+    return kv.grown(cache, cache["valid"].shape[1] + more)
+
+
 def _cached(module: nn.Module, cache: kv.Cache, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, kv.Cache]:
     """Hidden states `[b, t, d]` of a chunk `x [b, t, d]` that continues the cache."""
     x, table = module.embed_positions(x, cache["index"])
@@ -142,17 +154,15 @@ def features(model: nn.Module, params: Any, extra: Any, tokens: jax.Array, cond:
     return model.apply({"params": params}, tokens, cond, method="features")
 
 
-def prefill(
-    model: nn.Module, params: Any, extra: Any, cond: dict, room: int | None = None
-) -> tuple[jax.Array, kv.Cache]:
+def prefill(model: nn.Module, params: Any, extra: Any, cond: dict, room: int | None = None) -> tuple[jax.Array, Any]:
     """(logits of the first token `[b, v]`, cache with room for `room` tokens; None: `model.length`)."""
     del extra
     return model.apply({"params": unstack_layers(params, model.unroll)}, cond, room or model.length, method="prefill")
 
 
 def step(
-    model: nn.Module, params: Any, extra: Any, cache: kv.Cache, chunk: jax.Array, valid: jax.Array | None = None
-) -> tuple[jax.Array, kv.Cache]:
+    model: nn.Module, params: Any, extra: Any, cache: Any, chunk: jax.Array, valid: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
     """(logits `[b, t, v]`, cache) after `chunk [b, t]`; `valid [b, t]`: visible to later tokens (None: all)."""
     del extra
     return model.apply({"params": unstack_layers(params, model.unroll)}, cache, chunk, valid, method="step")
@@ -176,12 +186,14 @@ def generate(
     count = options.get("steps", 0) or model.length
     room = decode.parts(count)[0]
     logits, cache = prefill(model, params, extra, cond, room)
-    prefix = cache["valid"].shape[1] - room  # positions of the cache that the prefix uses
 
-    def grow(cache: kv.Cache, drawn: int) -> kv.Cache:
-        return kv.grown(cache, prefix + drawn)
+    ends = decode.parts(count)
+    more = dict(zip(ends, np.diff((room, *ends)).tolist(), strict=True))  # what each part adds to the room
 
-    def one(cache: kv.Cache, token: jax.Array) -> tuple[jax.Array, kv.Cache]:
+    def grow(cache: Any, end: int) -> Any:
+        return model.apply({"params": params}, cache, more[end], method="grow")
+
+    def one(cache: Any, token: jax.Array) -> tuple[jax.Array, Any]:
         logits, cache = step(model, params, extra, cache, token[:, None])
         return logits[:, 0], cache
 

@@ -146,6 +146,8 @@ class LM(nn.Module):
         hidden, cache = self.cached(cache, chunk, valid)
         return self.logits(hidden), cache
 
+    grow = next_token.grow_cache
+
 
 def before(mask: jax.Array) -> jax.Array:
     """The number of real tokens before each position, `[b, n]`."""
