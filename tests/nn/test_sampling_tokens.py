@@ -215,7 +215,7 @@ def test_forced_tokens_are_kept_and_heard():
 
 
 def test_rows_must_fit():
-    with pytest.raises(UserError, match="5 rows, 5 keys with guidance 3.0 need 10"):
+    with pytest.raises(UserError, match="logits have 5 rows, but 5 keys with guidance 3.0 need 10"):
         decode.generate(chain, *begin(), keys_of(range(B)), length=N, guidance=3.0)
     with pytest.raises(UserError, match="length 0"):
         decode.generate(chain, *begin(), keys_of(range(B)), length=0)
