@@ -14,10 +14,10 @@ from hybridgen.evals.alignment import ATTRIBUTES, cell_name, judge, judge_batch,
 
 FULL = dict(sizes=tuple(RADII), objects=(1, 2, 3, 4), counts=True, backgrounds=BACKGROUNDS)
 CONFIGS = {
-    "demo": ({}, 32, 400),
-    "demo 64": ({}, 64, 250),
-    "full": (FULL, 32, 400),
-    "full 64": (FULL, 64, 250),
+    "demo": ({}, 32, 300),
+    "demo 64": ({}, 64, 200),
+    "full": (FULL, 32, 300),
+    "full 64": (FULL, 64, 200),
     "black, no jitter": (dict(backgrounds=("black",), jitter=0, size_jitter=0), 32, 300),
     "grey, much jitter": (dict(backgrounds=("grey",), jitter=0.1, size_jitter=0.05, sizes=tuple(RADII)), 32, 300),
     "free places, lists": (dict(FULL, positions=(), relations=(), objects=(1, 2)), 32, 300),
@@ -205,7 +205,7 @@ def test_faint_shapes_beside_the_objects_are_seen(opacity, least, resolution):
     """Pink at 5 % is under NOISE; what else is missed is small and beside an object, where its blurred edge may lie."""
     draws = np.random.default_rng(0)
     seen, attributes = [], set()
-    for image, scene in zip(*draw(300, resolution), strict=True):
+    for image, scene in zip(*draw(150, resolution), strict=True):
         r = draws.choice(list(RADII.values()))
         places = draws.uniform(0.22, 0.78, (200, 2))
         free = [p for p in places if all(np.hypot(*(p - (o["x"], o["y"]))) > o["r"] + r for o in scene["objects"])]
@@ -214,7 +214,7 @@ def test_faint_shapes_beside_the_objects_are_seen(opacity, least, resolution):
             faults = wrong(added(image, opacity, *ghost), scene)
             seen.append(bool(faults))
             attributes |= faults
-    assert len(seen) > 200 and np.mean(seen) >= least
+    assert len(seen) > 100 and np.mean(seen) >= least
     assert attributes <= ({"clean"} if opacity < 0.4 else {"clean", "count", "shape"})
 
 

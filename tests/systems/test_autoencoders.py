@@ -192,6 +192,7 @@ def test_gumbel_draws_codes_by_their_probability():
     assert float(far) == pytest.approx(np.log(4), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_legacy_loss_swaps_the_two_weights():
     options = {"residual": {"stem": 8, "z": 4, "groups": 4}, "channels": (8,), "resolution": 8, "blocks": 1}
     quantizer = {"kind": "vq_gradient", "codebook_size": 5, "width": 3, "l2": False, "exact": True, "revive_below": 0.0}

@@ -356,6 +356,7 @@ DECODERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda pair: pair[0])
 @pytest.mark.parametrize("prior", PRIORS, ids=lambda pair: pair[0])
 def test_any_prior_with_any_decoder(prior, decoder):

@@ -235,6 +235,7 @@ def lite(tmp_path_factory) -> Path:
     return place / "run"
 
 
+@pytest.mark.slow
 def test_a_report_with_distances(tiny_run, lite, tmp_path, capsys):
     run = tiny_run(VQ).folder
     words = ["--run", run, "--features", lite, "--count", 21, "--batch", 8, "--splits", "validation,holdout"]

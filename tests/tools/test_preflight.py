@@ -269,6 +269,7 @@ def test_wrong_arguments_exit_with_2(capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_tpu_topology_on_a_cpu(tmp_path):
     code, report, shown = run(tmp_path, *PRIOR, "--topology", "v5e:2x2", "--config.mesh.fsdp=2", "--cached")

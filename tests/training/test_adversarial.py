@@ -220,6 +220,7 @@ def test_the_discriminator_is_the_published_one_but_for_its_norm():
         PatchGAN().init(KEY, image)
 
 
+@pytest.mark.slow
 def test_a_perceptual_distance_comes_as_a_part():
     batch, seeing = jax.tree.map(jnp.asarray, tiny.batch(4)), tiny.part("features.perceptual", {"width": 2})
     plain = with_gan(part("tokenizers.vq"))

@@ -123,6 +123,7 @@ def test_nor_in_200_steps(data, tmp_path):
     assert {seen[number] for number in range(21, 201)} == {seen[21]}  # the first sheet was drawn before
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_the_mean_over_all_records(run, data):
     """Each record once, at its own shape, whatever batches it came in."""
     part = load(run.folder).part

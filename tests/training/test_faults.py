@@ -100,6 +100,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case if case == "middle" else pytest.param(case, marks=SLOW) for case in CASES])
 def test_bad_batches_in_a_row_are_rolled_back_over(run, case):
     """The run equals, bit for bit, a run without faults that is given the same intervals from the start."""
@@ -240,6 +241,7 @@ def test_any_flipped_bit_of_a_training_checkpoint_is_found(run):
     flip_200(folder / "checkpoints", 4)
 
 
+@pytest.mark.slow
 def test_a_rotten_step_is_fallen_back_from(run, capsys):
     options = (12, 5)
     folder, whole = run("run", {}, *options), run("whole", {}, *options)
