@@ -37,10 +37,11 @@ WITH_RUNS = tuple(name for name in COMMANDS if name not in ("verify", "launch"))
 
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     """The parser of a command, described by the first line of `doc`; invalid arguments raise UserError, not usage."""
-    parser = argparse.ArgumentParser(f"hybridgen {name}", description=doc.split("\n")[0], allow_abbrev=False)
+    called = f"hybridgen {name}" if name in COMMANDS else f"python -m hybridgen.{name}"
+    parser = argparse.ArgumentParser(called, description=doc.split("\n")[0], allow_abbrev=False)
 
     def error(message: str) -> NoReturn:
-        raise UserError(f"{message} (see hybridgen {name} --help)")
+        raise UserError(f"{message} (see {called} --help)")
 
     parser.error = error
     if name in WITH_RUNS:
