@@ -55,6 +55,7 @@ __all__ = [
 
 UNKNOWN = 1
 MAX_WORDS = 16_384
+LISTED = 20  # largest number of words that a message lists
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[{_IDEOGRAPH}]|(?:(?![{_IDEOGRAPH}])[^\W\d_])+|\S")
 _CLOSING, _OPENING = set(".,;:!?)]}%'。、"), set("([{'")
@@ -100,7 +101,9 @@ class Words:
             unknown = [token for token in tokens if token not in self._ids]
             if unknown:
                 near = difflib.get_close_matches(unknown[0][:40], self.words, 1, 0.5)
-                hint = f"; the nearest known word is {near[0]!r}" if near else f" (it knows {len(self.words)} words)"
+                few = f": {', '.join(sorted(self.words))}" if len(self.words) <= LISTED else ""
+                hint = f"; the nearest known word is {near[0]!r}" if near else ""
+                hint += f" (it knows {len(self.words)} words{few})" if few or not near else ""
                 raise UserError(f"this model does not know the word {unknown[0][:40]!r}{hint}")
         return fit([self._ids.get(token, UNKNOWN) for token in tokens], self.length, "tokens", strict)
 
