@@ -79,10 +79,11 @@ def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]
     if not loaded.generates:
         raise UserError(f"a {kind} run takes no prompts: give the run of a prior, decoder or cascade")
     takes = " and ".join(filter(None, ("a prompt" * loaded.reads, "a class" * (loaded.classes > 0))))
-    if (text is not None) != loaded.reads:
-        raise UserError(
-            f"this {kind} run takes {takes}: add --prompt TEXT" if loaded.reads else f"this {kind} run takes no prompts"
-        )
+    if loaded.reads and text is None:
+        raise UserError(f"this {kind} run takes {takes}: add --prompt TEXT")
+    if text is not None and not loaded.reads:
+        instead = f": give --label N ({class_list(loaded)})" if loaded.classes else ""
+        raise UserError(f"this {kind} run takes no prompts{instead}")
     if (label is not None) != (loaded.classes > 0):
         known = f"takes {takes}: add --label N ({class_list(loaded)})" if loaded.classes else "takes no --label"
         raise UserError(f"this {kind} run {known}")

@@ -73,7 +73,7 @@ NAMES = ["boat", "house"]
     [
         (loaded(True, 2, NAMES), ("a", None), "takes a prompt and a class: add --label N (0 boat, 1 house)"),
         (loaded(True, 2, NAMES), (None, 1), "takes a prompt and a class: add --prompt TEXT"),
-        (loaded(False, 2, NAMES), ("a", 1), "takes no prompts"),
+        (loaded(False, 2, NAMES), ("a", 1), "takes no prompts: give --label N (0 boat, 1 house)"),
         (
             loaded(False, 9, "abcdefghi"),
             (None, None),
