@@ -12,7 +12,7 @@ recall of all generated images, and of as many real images, to a reference (see 
     ... --features runs/efficientnet_lite0 --reference train       # or a folder, or a reference file of ADM
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,25 +187,37 @@ def code_use(loaded: Loaded, batch: int, count: int = 4096) -> dict | None:
     return {"codes": vocab, "usage": usage, "perplexity": perplexity / vocab, "tokens": int(uses.sum())}
 
 
+HEAD = ("images", "count", "objects", "all right", "by attribute", "PSNR", "SSIM")
+
+
+def _rows(drawn: dict) -> Iterator[list]:
+    """The cells of the table of a split."""
+    for kind, entries in drawn.items():
+        for name, entry in entries.items():
+            if name == "paired" or not entry:  # an image without scene and reference has no measures
+                continue
+            scenes = "judge" in entry
+            for group, means in entry.get("judge", {"all": {}}).items():
+                known = entry if group == "all" else {}  # PSNR and SSIM are over all groups
+                psnr, ssim = (f"{known[key]:.2f}" if key in known else "" for key in ("psnr", "ssim"))
+                rest = {k: v for k, v in means.items() if k not in ("all_right", "pictures")}
+                parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in rest.items())
+                right = f"{100 * means['all_right']:.1f} %" if means else ""
+                objects = group if scenes else ""
+                yield [f"{kind}, {name}", means.get("pictures", ""), objects, right, parts, psnr, ssim]
+
+
 def markdown(report: dict) -> str:
     """The report as Markdown tables."""
-    head = ("images", "count", "objects", "all right", "by attribute", "PSNR", "SSIM")
     lines = [f"# {report['family']}, step {report['step']}", ""]
     for split, kinds in report["splits"].items():
-        lines += [f"## {split}", "", _row(head), _row(["---"] * len(head))]
         drawn = {kind: entries for kind, entries in kinds.items() if kind != "distances"}
-        for kind, entries in drawn.items():
-            for name, entry in entries.items():
-                if name == "paired" or not entry:  # an image without scene and reference has no measures
-                    continue
-                groups = entry.get("judge", {"all": {}})
-                for group, means in groups.items():
-                    known = entry if group == "all" else {}  # PSNR and SSIM are over all groups
-                    psnr, ssim = (f"{known[key]:.2f}" if key in known else "" for key in ("psnr", "ssim"))
-                    rest = {k: v for k, v in means.items() if k not in ("all_right", "pictures")}
-                    parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in rest.items())
-                    right = f"{100 * means['all_right']:.1f} %" if means else ""
-                    lines.append(_row([f"{kind}, {name}", means.get("pictures", ""), group, right, parts, psnr, ssim]))
+        rows = list(_rows(drawn))
+        filled = [i for i, name in enumerate(HEAD) if i == 0 or any(row[i] != "" for row in rows)]  # no empty columns
+        lines += [f"## {split}", ""]
+        if rows:
+            lines += [_row(HEAD[i] for i in filled), _row(["---"] * len(filled))]
+            lines += [_row(row[i] for i in filled) for row in rows]
         both = {kind: entries["paired"] for kind, entries in drawn.items() if "paired" in entries}
         lines += ["", *(_paired_line(kind, pair) for kind, pair in both.items()), ""]
     lines += distances.table(report)

@@ -129,6 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
+    if any(override.partition("=")[0] == "data.source" for override in overrides):
+        raise UserError(
+            "--config.data.source is not for recipes, whose stages have options of their own source: a recipe over "
+            "another source is a config file of 8 lines, see 'A recipe over another source' in docs/data.md"
+        )
     config = config_lib.load(args.config, overrides)
     check(config)
     stages = [(config.stages[name], args.workdir / name) for name in config.order if "family" in config.stages[name]]

@@ -26,6 +26,7 @@ from hybridgen.runs import drawing, folder
 from hybridgen.runs.reading import find_run
 from hybridgen.runs.restore import Loaded, restore
 
+SHOWN = 8  # classes in a message
 Request = tuple[str | None, int | None]  # a prompt, a class
 
 
@@ -79,15 +80,30 @@ def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]
         raise UserError(f"a {kind} run takes no prompts: give the run of a prior, decoder or cascade")
     if loaded.plans and loaded.tokenizer is None:
         raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
-    if (text is not None) != loaded.reads:
-        raise UserError(f"this {kind} run {'takes a prompt: give --prompt' if loaded.reads else 'takes no prompts'}")
+    takes = " and ".join(filter(None, ("a prompt" * loaded.reads, "a class" * (loaded.classes > 0))))
+    if loaded.reads and text is None:
+        raise UserError(f"this {kind} run takes {takes}: add --prompt TEXT")
+    if text is not None and not loaded.reads:
+        instead = f": give --label N ({class_list(loaded)})" if loaded.classes else ""
+        raise UserError(f"this {kind} run takes no prompts{instead}")
+    if (label is not None) != (loaded.classes > 0):
+        known = f"takes {takes}: add --label N ({class_list(loaded)})" if loaded.classes else "takes no --label"
+        raise UserError(f"this {kind} run {known}")
+    wrong = [n for _, n in requests if loaded.classes and not 0 <= n < loaded.classes]
+    if wrong:
+        raise UserError(f"this {kind} run takes a class: --label 0 to {loaded.classes - 1}, not {wrong[0]}")
     cond = drawing.text_cond(loaded.text, [text for text, _ in requests]) if loaded.reads else {}
-    if (label is not None) != (loaded.classes > 0) or not all(
-        0 <= (n or 0) < max(loaded.classes, 1) for _, n in requests
-    ):
-        known = f"takes a class: --label 0 to {loaded.classes - 1}" if loaded.classes else "takes no --label"
-        raise UserError(f"this {kind} run {known}, not {label}")
     return cond | ({"label": np.asarray([n for _, n in requests], np.int32)} if loaded.classes else {})
+
+
+def class_list(loaded: Loaded) -> str:
+    """The classes of a run for a message: "0 boat, 1 house, ..." if the run has their names, else their range."""
+    names = loaded.config.data.get("class_names", ())
+    if not isinstance(names, tuple) or not any(isinstance(name, str) for name in names):
+        return f"0 to {loaded.classes - 1}"
+    listed = [f"{number} {str(name)[:40]}" for number, name in enumerate(names[:SHOWN])]
+    text = ", ".join([*listed, "..."] if len(names) > SHOWN else listed)
+    return text if text.isprintable() else ascii(text)
 
 
 def shape_of(loaded: Loaded, size: str | None) -> Shape | None:

@@ -310,6 +310,8 @@ def prepare(
         state = state_at(start)
         options = {"start_step": start or 0, "total_steps": config.steps, "batch": config.batch}
         writer = logging.Writer(folder, every=config.log.every, label=label, timer=timer, **options)
+        if hasattr(source, "summary"):
+            writer.line(f"{label}: data: {source.summary()}")
         programs = step, jax.jit(functools.partial(eval_step, rule))
         beat = functools.partial(watchdog.beat, start or 0, "compile")
         step, evaluate = shaped(config, source, programs, beat, writer.line)

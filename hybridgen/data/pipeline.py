@@ -40,8 +40,8 @@ from hybridgen.data import sources, transforms
 from hybridgen.data import text as text_lib
 from hybridgen.data.shuffle import draw, order
 from hybridgen.data.sources.protocol import Source
+from hybridgen.data.sources.reading import read
 
-TRIES = 100  # broken records in a row after which a run is stopped: then the source itself is broken
 LINGER = 60  # seconds that a worker process continues after a SIGTERM
 
 
@@ -53,23 +53,6 @@ def arrange(
         return source.arrange(positions, batch, seed, shuffle)
     length = len(source)
     return order(positions, length, seed) if shuffle else positions % length, positions < length
-
-
-def read(source: Source, index: int, own: int | None = None) -> tuple[dict, int]:
-    """-> (item, -1); or, if record `index` is broken, (item of the next valid record, `index`).
-
-    The rule is fixed (index + 1, + 2, ... modulo the length, or the source's own), so a broken record changes no other
-    sample. own: a random number of the sample, which picks the view of a record that has several; None takes the first.
-    Raises UserError after `TRIES` broken records in a row.
-    """
-    tried, views = min(len(source), TRIES), own is not None and hasattr(source, "view")
-    for step in range(tried):
-        place = source.after(index, step) if hasattr(source, "after") else (index + step) % len(source)
-        try:
-            return source.view(place, own) if views else source[place], index if step else -1
-        except sources.BrokenRecord as error:
-            last = str(error)  # not the exception, which would make a reference cycle with this frame
-    raise UserError(f"{tried} records in a row cannot be read, from {source.name(index)} on; the last error: {last}")
 
 
 def examples(source: Source, indices: Iterable[int]) -> list[dict]:
@@ -93,8 +76,10 @@ class _HostBatch:
         rows: Sequence[int],
         shuffle: bool,
         flip: bool,
+        classes: int,
     ):
         self.source, self.tokenizer, self.flip, self.shuffle = source, tokenizer, flip, shuffle
+        self.classes = classes
         self.batch, self.seed, self.rows = batch, seed, np.asarray(rows, np.int64)
 
     def __call__(self, k: int) -> dict[str, np.ndarray]:
@@ -120,8 +105,11 @@ class _HostBatch:
         arrays = {name: value for name, value in item.items() if isinstance(value, np.ndarray)}
         if self.flip and "image" in arrays:
             arrays["image"] = transforms.flip(arrays["image"], own)
-        texts = item.get("texts") or (item["text"],)
-        return arrays, texts[(own >> 1) % len(texts)], item.get("label", 0), broken
+        texts, label = item.get("texts") or (item["text"],), item.get("label", 0)
+        if self.classes and label >= self.classes:
+            name = self.source.name(index)
+            raise UserError(f"record {name!r} has the label {label}, but the model has {self.classes} classes")
+        return arrays, texts[(own >> 1) % len(texts)], label, broken
 
 
 def _start_worker(_index: int, _count: int) -> None:
@@ -151,6 +139,7 @@ def batches(
     rows: Sequence[int] | None = None,
     shuffle: bool = True,
     flip: bool = False,
+    classes: int = 0,
     workers: int = 0,
     threads: int = 1,
     ahead: int = 2,
@@ -161,6 +150,7 @@ def batches(
     False for these.
 
     batch: rows of the *global* batch; rows: those of this process, the only ones that are read (default: all).
+    classes: those of the model, if it takes a class: a larger label is an error.
     workers: processes that prepare batches (they re-import `__main__`: guard it); 0 uses `threads` threads of this
     process (0: the caller's thread). ahead: batches that each prepares in advance.
     Close the returned generator, or let `prefetch` do it. Raises UserError for rows or numbers out of range.
@@ -175,7 +165,7 @@ def batches(
     once = source.batches_once(batch) if hasattr(source, "batches_once") else -(-len(source) // batch)
     stop = sys.maxsize // batch - 1 if shuffle else once
     data = grain.MapDataset.range(min(start, stop), stop)
-    data = data.map(_HostBatch(source, tokenizer, batch, seed, rows, shuffle, flip))
+    data = data.map(_HostBatch(source, tokenizer, batch, seed, rows, shuffle, flip, classes))
     # a thread without a free buffer would wait
     data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads)))
     if workers:

@@ -6,6 +6,7 @@ their arrays are placed on the mesh.
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +20,13 @@ from hybridgen.core import meshes, placement, sharding
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data import text as text_lib
+from hybridgen.data.sources import reading as record_reading
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, find, for_shape
 from hybridgen.runs import reading
 from hybridgen.runs.reading import Run
+
+TEXT = ("text_vocab", "text_length")  # model options that are taken from the text tokenizer
 
 
 class Experiment(NamedTuple):
@@ -53,6 +57,9 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         text = text_lib.build(config.data, source)
     parts = {name: run.part for name, run in runs.items()}
     family, model, options = resolve(config, parts, text, source)
+    if source is not None:
+        fits_classes(config.data, source, classes_of(family, model, parts))
+        trained_alike(config, runs)
     digests = {name: run.digest for name, run in runs.items()}
     return Experiment(config, family, options, model, place(parts, mesh), digests, text, mesh)
 
@@ -95,6 +102,49 @@ def resolve(
     return family, model, options
 
 
+def fits_classes(data: Any, source: Any, takes: Mapping[str, int]) -> None:
+    """Raises UserError if the data has more classes than a model `takes`, by name, or none.
+
+    A label beyond a model's classes would be read as the last row of its table, which is that of no class.
+    """
+    kind, found = data.source, len(getattr(source, "class_names", ()))
+    for name, classes in takes.items():
+        where = f"model.classes is {classes}" if name == "model" else f"the part {name!r} takes {classes} classes"
+        if classes and found > classes:
+            hint = f"set model.classes={found}, or auto" if name == "model" else "train it on this data"
+            raise UserError(f"{where}, but data.source {kind!r} has {found} classes: {hint}")
+        if not classes or found or "label" in record_reading.read(source, 0)[0]:
+            continue
+        if kind != "shapes":
+            hint = "give each record a label (of a folder: data.options.label_key), or set model.classes=0"
+            raise UserError(f"{where}, but data.source {kind!r} has no classes: {hint}")
+        print(f"warning: {where}, but data.source 'shapes' has one class: only class 0 is trained", file=sys.stderr)
+
+
+def classes_of(family: Any, model: Any, parts: Mapping[str, Part]) -> dict[str, int]:
+    """The number of classes that the model and each part take (0: none), by name."""
+    own = {"model": contract.inputs(family, model).classes}
+    return own | {name: contract.inputs(find(part.family), part.model).classes for name, part in parts.items()}
+
+
+def trained_alike(config: Any, runs: Mapping[str, Run]) -> None:
+    """Prints a line for each prior or decoder among the parts that was trained on other data than the config's."""
+    for name, run in runs.items():
+        kinds = config.data.source, run.config.data.source
+        if run.step and "records" not in kinds and {"prior", "decoder"} & set(contract.roles(find(run.part.family))):
+            here, there = ({"data.source": data.source, **_options(data)} for data in (config.data, run.config.data))
+            wrong = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+            if wrong:
+                pair = f"{wrong[0]} is {here.get(wrong[0])!r} here and was {there.get(wrong[0])!r} there"
+                print(f"warning: the part {name!r} was trained on other data: {pair}", file=sys.stderr)
+
+
+def _options(data: Any) -> dict[str, Any]:
+    """The options of a data source as in a file; a folder may move."""
+    options = config_lib.flatten(config_lib.plain(data.get("options", {})))
+    return {f"data.options.{key}": value for key, value in options.items() if key.split(".")[-1] != "path"}
+
+
 def place(parts: Mapping[str, Part], mesh: Mesh) -> dict[str, Part]:
     """The parts with their arrays placed on the mesh."""
     return {name: placement.put(part, part_shardings(part, mesh)) for name, part in parts.items()}
@@ -129,8 +179,9 @@ def part_shardings(part: Part, mesh: Mesh) -> Part:
 def context(data: Any, parts: Mapping[str, Part], text: Any, source: Any = None) -> dict[str, Any]:
     """The values of "auto" in a model's options, by name."""
     known: dict[str, Any] = {"resolution": data.resolution, "classes": len(getattr(source, "class_names", ()))}
-    if text is not None:
-        known |= {"text_vocab": text.vocab_size, "text_length": text.length}
+    if text is not None:  # without captions a model takes no text: it could never be given a prompt
+        captions = source is None or text_lib.captioned(source)
+        known |= {"text_vocab": text.vocab_size, "text_length": text.length} if captions else dict.fromkeys(TEXT, 0)
     if "tokenizer" in parts:
         tokenizer = parts["tokenizer"].model
         known |= {"vocab": tokenizer.vocab, "grid": tokenizer.grid, "plan_width": tokenizer.code_width}

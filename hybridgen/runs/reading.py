@@ -42,6 +42,11 @@ def find_run(path: str, folder: Path | None) -> Path:
     for place in places:
         if (place / "config.json").is_file():
             return place.resolve()
+    stages = sorted(file.parent.name for place in places[:1] for file in place.glob("*/config.json"))
+    if stages:  # the folder of a recipe
+        last = [name for name in stages if name == "cascade"] or stages[-1:]
+        shown = Path(path) / last[0]
+        raise UserError(f"no run in {path!r}; it has the runs {', '.join(stages)}: give one of them, such as {shown}")
     raise UserError(f"no run in {path!r} (looked for config.json in {', '.join(str(p) for p in places)})")
 
 

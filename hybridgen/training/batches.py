@@ -10,7 +10,8 @@ import numpy as np
 
 from hybridgen.core import placement
 from hybridgen.data import pipeline, sources
-from hybridgen.runs.experiment import Experiment
+from hybridgen.data.sources.reading import why_broken
+from hybridgen.runs.experiment import Experiment, classes_of
 from hybridgen.training.logging import Writer
 
 
@@ -18,10 +19,13 @@ def reader(experiment: Experiment) -> tuple[Callable, Callable]:
     """(`stream(source, start)`: iterator over this process's rows of each batch, `put`: rows -> arrays on the mesh)."""
     config, mesh = experiment.config, experiment.mesh
     rows = placement.local_rows(mesh, config.batch)
+    taken = classes_of(experiment.family, experiment.model, experiment.parts).values()
+    classes = min(filter(None, taken), default=0)
 
     def stream(source: Any, start: int, shuffle: bool = True) -> Any:
         options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
         options |= {"flip": config.data.get("flip", False) and shuffle, "threads": config.data.get("threads", 1)}
+        options |= {"classes": classes}
         return pipeline.batches(
             source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
         )
@@ -40,12 +44,14 @@ def training(stream: Callable, put: Callable, source: Any, writer: Writer) -> Ca
 
     def taken(pairs: Iterator, start: int) -> Iterator[dict]:
         # records that are already in the log, also of an earlier start of the run
-        known = {text.rpartition(" (number ")[0] for text in writer.notes("broken_record")}
+        known, seen = {text.rpartition(" (")[0] for text in writer.notes("broken_record")}, set()
         for step, (batch, broken) in enumerate(pairs, start + 1):
-            for name in dict.fromkeys(source.name(index) for index in broken):
-                if name not in known:
-                    known.add(name)
-                    writer.note(step, "broken_record", f"{name} (number {len(known)})")
+            for index in broken:
+                text = why_broken(source, index) if index not in seen else ""
+                seen.add(index)
+                if text and text not in known:
+                    known.add(text)
+                    writer.note(step, "broken_record", f"{text} ({len(known)} so far)")
             yield batch
 
     @contextlib.contextmanager

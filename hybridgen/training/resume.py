@@ -11,10 +11,13 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import meshes
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
+from hybridgen.data import text as text_lib
+from hybridgen.data.sources import layouts
+from hybridgen.models import contract
 from hybridgen.models.contract import find
 from hybridgen.runs import checkpoint, drawing
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs.experiment import Experiment
+from hybridgen.runs.experiment import TEXT, Experiment
 from hybridgen.runs.reading import earlier
 from hybridgen.training import logging
 from hybridgen.training import state as state_lib
@@ -30,9 +33,34 @@ def checked(
     find(config.family)
     meshes.check_batch(meshes.make_mesh(config.mesh), config.batch, config.accumulate)
     drawing.check_config(config, folder, stages or {})
+    unshadowed(config)
     if config.eval.every or config.sample.every:
         source(config.data, "validation")
-    return source(config.data, "train")
+    data = source(config.data, "train")
+    conditioned(config, data)
+    return data
+
+
+def unshadowed(config: Any) -> None:
+    """Raises UserError for a part that the model would not use, since it trains a model of that name itself."""
+    for name, member in config.model.items():
+        if name in config.parts and hasattr(member, "items") and "family" in member:
+            raise UserError(
+                f"config.parts.{name} is given, and this {config.family} trains a {name} of its own (model.{name}): "
+                f"use configs/hybrid/cascade.py without a variant to assemble parts"
+            )
+
+
+def conditioned(config: Any, data: Any) -> None:
+    """Raises UserError for a prior that takes its captions and classes from data with neither: nothing could ask it."""
+    inputs = [name for name in (*TEXT, "classes") if config.model.get(name) == config_lib.AUTO]
+    if "prior" not in contract.roles(find(config.family)) or not inputs:
+        return
+    if not len(getattr(data, "class_names", ())) and not (config.data.get("text") and text_lib.captioned(data)):
+        raise UserError(
+            f"data.source {config.data.source!r} has no captions and no classes, so that this prior could not be "
+            f"sampled; a folder has them in {', '.join(layouts.CAPTIONED)}; data.options.label_key names a field"
+        )
 
 
 def beginning(
@@ -60,6 +88,8 @@ def beginning(
 def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:
     """(the config with all "auto" resolved, the fingerprint that must match when the run resumes), as plain data."""
     resolved = config_lib.plain(config) | {"model": config_lib.plain(experiment.options)}
+    if names := list(getattr(source, "class_names", ())):
+        resolved["data"]["class_names"] = config_lib.plain(names)  # what a class is called, for --label
     if hasattr(source, "occurring"):
         resolved["data"]["shapes"] = config_lib.plain(source.occurring(config.batch, True))  # the trained shapes
     return resolved, {

@@ -10,11 +10,14 @@ import pytest
 
 from hybridgen import cli
 from hybridgen.core import config
+from hybridgen.data import sources
+from hybridgen.data.sources.reading import read
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([README, ROOT / "launch" / "README.md", *(ROOT / "docs").glob("*.md")])
 LINES = 130  # of the README
+STAGES = ("tokenizer", "prior", "decoder", "cascade")
 
 FENCED = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
@@ -87,6 +90,21 @@ def test_configs_load(page):
             if CONFIG.fullmatch(word) and (":" in word or before == "--config"):
                 overrides = [other.removeprefix("--config.") for other in given if other.startswith("--config.")]
                 config.load(str(ROOT / word), overrides)
+
+
+def test_configs_in_the_text_load(tmp_path):
+    """The config files that a reader is asked to write, outside of configs/, with what they name."""
+    blocks = [block for page in PAGES for block in FENCED.findall(text_of(page)) if "def get_config(" in block]
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        (tmp_path / f"mine{number}.py").write_text(block, encoding="utf-8")
+    text, source = (config.load(f"{tmp_path}/mine{number}.py") for number in (1, 0))
+    assert {text.stages[name].data.text.kind for name in STAGES} == {"bpe"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples" / "own_package"))
+        for name in STAGES:
+            built = sources.build(source.stages[name].data, "train")
+            assert len(built) == 500 and read(built, 3)[0]["text"] == "vertical stripes"
 
 
 @pages

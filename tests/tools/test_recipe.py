@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hybridgen import recipe
 from hybridgen.core.errors import UserError
@@ -29,6 +30,21 @@ def test_what_is_wrong_with_a_later_stage_is_said_before_the_first(override, say
         recipe.main(["--config", RECIPE, "--workdir", str(tmp_path / "run"), f"--config.stages.{override}"])
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_source_is_a_config_file(tmp_path):
+    with pytest.raises(UserError, match="a recipe over another source is a config file of 8 lines.*docs/data.md"):
+        recipe.main(["--config", RECIPE, "--workdir", str(tmp_path / "run"), "--config.data.source=mine.Pictures"])
+
+
+def test_what_could_not_be_sampled_is_refused_before_the_first_stage(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / f"{number}.png")
+    words = ["--config", f"{ROOT}/configs/recipes/imagefolder.py:tiny", "--workdir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="stage 'prior': data.source 'folder' has no captions and no classes"):
+        recipe.main([*words, f"--config.path={tmp_path / 'pictures'}"])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

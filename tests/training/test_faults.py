@@ -326,8 +326,8 @@ def test_broken_records_are_named_once_also_after_a_failure(run, tmp_path):
     what = {"data": ["folder", {"path": str(tmp_path / "pictures")}]}
     whole = run("whole", what, *options)
     notes = notes_of(whole)
-    assert sorted(text.split()[0] for _, _, text in notes) == ["050.png", "150.png"]
-    assert [text.split("(number ")[1] for _, _, text in notes] == ["1)", "2)"]
+    assert sorted(text.split(":")[0] for _, _, text in notes) == ["050.png", "150.png"]
+    assert [text.rpartition(" (")[2] for _, _, text in notes] == ["1 so far)", "2 so far)"]
     folder = run("run", what | {"fail": 100}, *options)
     assert newest(folder) == 60
     run("run", what, *options)

@@ -24,7 +24,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.data.files import read_json, whole_folder
-from hybridgen.data.sources.folder import header_size
+from hybridgen.data.sources.headers import header_size
 
 STYLES = {"noto": "google", "twemoji": "twitter"}  # style: suffix of its package's name
 TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}

@@ -23,6 +23,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources import records
+from hybridgen.data.sources.reading import read, why_broken
 
 NAMED = 20  # largest number of broken records that an index names
 
@@ -58,9 +59,7 @@ def read_all(source: Any, threads: int) -> Iterator[tuple[dict, int]]:
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), 16 * threads):
             part = range(start, min(start + 16 * threads, len(source)))
-            for index, (item, broken) in zip(
-                part, pool.map(functools.partial(pipeline.read, source), part), strict=True
-            ):
+            for index, (item, broken) in zip(part, pool.map(functools.partial(read, source), part), strict=True):
                 yield item | {"name": source.name(index)}, broken
 
 
@@ -68,17 +67,18 @@ def write(data: Mapping, split: str, out: Path, shards: int, threads: int, repor
     """Writes one split of a source; returns the index. Raises UserError for a mixture, or if `out` has the split."""
     if data["source"] == "mixture":
         raise UserError("data.source is 'mixture', which has no records of its own: write each of its sources")
-    source, broken = sources.build(data, split), []
+    source, broken, reasons = sources.build(data, split), [], []
     with records.writing(out, split, len(source), shards) as writer:
         for item, bad in tqdm(read_all(source, threads), desc=split, total=len(source), disable=None):
             arrays = {name: value[None] for name, value in item.items() if isinstance(value, np.ndarray)}
             writer.add(item | arrays)
             broken += [source.name(bad)] if bad >= 0 else []
+            reasons += [why_broken(source, bad)] if bad >= 0 and len(reasons) < NAMED else []
         index = writer.finish(about(data, source, split) | {"broken": {"count": len(broken), "names": broken[:NAMED]}})
     report(f"{split}: wrote {index['count']} records to {out / split}, {shards} shards, digest {index['digest']}")
     if broken:
         more = f" and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-        report(f"{split}: replaced {len(broken)} broken records: {', '.join(broken[:NAMED])}{more}")
+        report(f"{split}: replaced {len(broken)} broken records: {'; '.join(reasons)}{more}")
     return index
 
 

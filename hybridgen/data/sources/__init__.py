@@ -14,14 +14,15 @@
     {"source": "my_package.my_source.MySource", "options": {...}, ...}   your own class: see protocol.py
 
 With the option `buckets`, a table of data/sources/buckets.py, a folder has batches of several shapes; `shapes` in a
-run's config.json lists those that it was trained on.
+run's config.json lists those that it was trained on, and `class_names` its classes.
 
-A record that cannot be read raises `BrokenRecord`; `pipeline.read` replaces it by a fixed rule. Optional members of a
-source are `class_names`, `captions()`, `words` (its vocabulary, by frequency), `digest()`, `view(index, own)` (of a
-record with several views, the one that the random number `own` picks), `arrange(positions, batch, seed, shuffle)` (the
-source's own order), `batches_once(batch)` (the number of batches in a sequential pass) and `after(index, step)` (the
-replacement of a broken record). Sources with batches of several shapes have `shapes` (all (height, width)) and
-`occurring(batch, whole)` (the shapes of whole batches, or of all batches).
+A record that cannot be read raises `BrokenRecord`; `reading.read` replaces it by a fixed rule. Optional members of a
+source are `class_names`, `summary()` (a line that training prints), `captions()`, `words` (its vocabulary, by
+frequency), `digest()`, `view(index, own)` (of a record with several views, the one that the random number `own` picks),
+`arrange(positions, batch, seed, shuffle)` (the source's own order), `batches_once(batch)` (the number of batches in a
+sequential pass), `after(index, step)` (the replacement of a broken record) and `source_of(index)` (of a mixture).
+Sources with batches of several shapes have `shapes` (all (height, width)) and `occurring(batch, whole)` (the shapes of
+whole batches, or of all batches).
 """
 
 import inspect
@@ -30,17 +31,20 @@ from typing import Any
 
 from hybridgen.core import importing
 from hybridgen.core.errors import UserError
+from hybridgen.data.sources import own
 from hybridgen.data.sources.buckets import Buckets
-from hybridgen.data.sources.folder import MAX_LINE, MAX_TEXT, BrokenRecord, Folder, header_size, known
+from hybridgen.data.sources.folder import MAX_TEXT, Folder
+from hybridgen.data.sources.headers import header_size
+from hybridgen.data.sources.layouts import MAX_LINE
 from hybridgen.data.sources.mixture import Mixture
-from hybridgen.data.sources.protocol import Source
+from hybridgen.data.sources.protocol import BrokenRecord, Source, known
 from hybridgen.data.sources.records import Records
 from hybridgen.data.sources.shapes import Shapes
 from hybridgen.data.sources.tfds import Tfds
 
 __all__ = ["MAX_LINE", "MAX_TEXT", "BrokenRecord", "Folder", "build", "describe", "encoders", "fits", "header_size"]
 
-KEYS = ("source", "options", "resolution", "text", "flip", "workers", "threads", "shapes")
+KEYS = ("source", "options", "resolution", "text", "flip", "workers", "threads", "shapes", "class_names")
 BUCKETS = "buckets"  # option of a folder: the table of data/sources/buckets.py
 KINDS = {"shapes": Shapes, "folder": Folder, "records": Records, "tfds": Tfds, "mixture": Mixture}
 
@@ -69,7 +73,10 @@ def _build(kind: str, options: dict, split: str, resolution: int, where: str):
         options["sources"] = {
             name: _member(name, entry, split, resolution) for name, entry in options.get("sources", {}).items()
         }
-    source = kind_of(kind, f"{where}.source")(split=split, resolution=resolution, **options)
+    made = kind_of(kind, f"{where}.source")
+    if kind not in KINDS:
+        return own.make(made, kind, split, resolution, options, f"{where}.source")
+    source = made(split=split, resolution=resolution, **options)
     return Buckets(source, table, split) if table else source
 
 
@@ -83,7 +90,10 @@ def kind_of(kind: str, where: str = "data.source") -> Callable[..., Source]:
 
 def checked(kind: str, options: Mapping, where: str = "data") -> dict:
     """The options of a source, converted. Raises UserError for an unknown option or another type than its default's."""
-    takes_of = inspect.signature(kind_of(kind, f"{where}.source")).parameters
+    made = kind_of(kind, f"{where}.source")
+    if not callable(made):
+        raise UserError(f"{where}.source {kind!r} is not a class")
+    takes_of = inspect.signature(made).parameters
     takes = {name: parameter for name, parameter in takes_of.items() if name not in ("split", "resolution")}
     known(f"option of the source {kind!r}:", options, [*takes, *((BUCKETS,) if kind == "folder" else ())])
     if "path" in takes and not options.get("path"):

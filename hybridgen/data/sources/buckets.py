@@ -24,8 +24,8 @@ import numpy as np
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import read_json
 from hybridgen.data.shuffle import order
-from hybridgen.data.sources.folder import SPLITS, BrokenRecord, Folder
-from hybridgen.data.sources.protocol import Source
+from hybridgen.data.sources.folder import SPLITS, Folder
+from hybridgen.data.sources.protocol import BrokenRecord, Source
 
 FORMAT = 1
 LARGEST = 4096  # pixels per side
@@ -105,6 +105,10 @@ class Buckets:
     def captions(self) -> Iterator[str]:
         """All captions of this split."""
         return self.source.captions()
+
+    def summary(self) -> str:
+        """How many of the folder's pictures are used, in one line."""
+        return self.source.summary()
 
     def digest(self) -> str:
         """Digest of the records and of the table."""

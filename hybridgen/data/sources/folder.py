@@ -1,101 +1,45 @@
-"""A folder of images, with or without captions in `metadata.jsonl`, whose content is not trusted.
+"""A folder of images, with or without captions and classes (layouts.py), whose content is not trusted.
 
 Only PNG, JPEG and WebP decoders are used, image sizes are limited from the header before any pixel is decoded, and
 names that lead out of the folder are refused. A record that cannot be read raises `BrokenRecord`.
 """
 
-import difflib
+import collections
 import hashlib
 import io
 import json
 import os
 import reprlib
 import stat
-import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
+from hybridgen.data.sources import layouts
+from hybridgen.data.sources.headers import FORMATS, header_size
+from hybridgen.data.sources.protocol import BrokenRecord, known
 
 SPLITS = ("train", "validation")
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_LINE = 2**20  # bytes of one line of metadata
 MAX_TEXT = 4096  # characters of one caption; the rest is cut off
-MAX_NAME = 1024
-MAX_SEGMENTS = 65_536  # of a JPEG header, where a byte of padding counts as one
-LINE = "metadata.jsonl line"  # name of a record whose file name cannot be read
-
-
-class BrokenRecord(Exception):
-    """A record cannot be read; the message names it and the reason."""
-
-
-def known(what: str, given: Iterable[str], names: Collection[str]) -> None:
-    """Raises UserError for the first of `given` that is not in `names`, with the nearest known name."""
-    for name in given:
-        if name not in names:
-            near = difflib.get_close_matches(str(name), names, 1, 0)[0]
-            raise UserError(f"unknown {what} {name!r}; the nearest known one is {near!r} (known: {', '.join(names)})")
-
-
-def header_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG, JPEG or WebP from its header, without a decoder. Raises BrokenRecord for other data.
-
-    PIL's WebP reader allocates the canvas when it opens a file, so the size must be checked before.
-    """
-    try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
-            return struct.unpack(">II", data[16:24])
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            return _webp_size(data)
-        if data[:3] == b"\xff\xd8\xff":
-            return _jpeg_size(data)
-    except (struct.error, IndexError):
-        raise BrokenRecord("the header is cut off") from None
-    raise BrokenRecord(f"not an image in {', '.join(FORMATS)}")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    kind = data[12:16]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8L":
-        (bits,) = struct.unpack("<I", data[21:25])
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    width, height = struct.unpack("<HH", data[26:30])
-    return width & 0x3FFF, height & 0x3FFF
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    at = 2
-    for _ in range(MAX_SEGMENTS):
-        if data[at] != 0xFF:
-            raise BrokenRecord("the JPEG has no frame header")
-        marker = data[at + 1]
-        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD7:  # padding, and markers without a body
-            at += 1 if marker == 0xFF else 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
-            return width, height
-        else:
-            at += 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
-    raise BrokenRecord(f"the JPEG has no frame header in its first {MAX_SEGMENTS} segments")
+MAX_CLASS = 65_535  # largest whole number that is a class
+KINDS = ("training", "validation")
+LINES = tuple(f"{name} line" for name in layouts.METADATA)  # names of records whose file name cannot be read
 
 
 class Folder:
-    """A folder of images, with one JSON object per line in `metadata.jsonl`; without that file there are no captions.
+    """A folder of images with captions or classes, in one of the layouts of layouts.py.
 
-    path: the folder. split: "train" or "validation". validation: the fraction of the images in the validation split, by
-    a hash of the file name; or split_key: the field with the split. text_key: the field(s) with captions; a field has a
-    text, a list of texts, or a mapping from language to text (`language` picks one; default: all); None: no captions.
-    All captions of an image are in `texts`; training picks one at random, each field as often as `text_weights` states
-    (integers, one per field). style_key: a field that is appended to each caption, after a comma. label_key: the field
-    with the class; classes are numbered over both splits, in sorted order (`class_names`). background: the colour
-    behind transparent pixels. max_pixels, max_bytes: limits per file; a larger file is a broken record.
+    path: the folder. layout: "auto" finds it. split: "train" or "validation". validation: the fraction of the images in
+    the validation split, by a hash of the file name; or split_key: the field with the split. text_key: the field(s)
+    with captions; a field has a text, a list of texts, or a mapping from language to text (`language` picks one;
+    default: all); None: no captions. All captions of an image are in `texts`; training picks one at random, each field
+    as often as `text_weights` states (integers, one per field). style_key: a field that is appended to each caption,
+    after a comma. label_key: the field with the class: whole numbers mean themselves, names are numbered over both
+    splits, in sorted order (`class_names`). background: the colour behind transparent pixels. max_pixels, max_bytes:
+    limits per file; a larger file is a broken record.
 
     Items: `image` R R 3 uint8, `text` str, `texts` tuple of str, `label` int if label_key is given. Raises UserError
     for a missing folder, a split without a usable record, and options out of range.
@@ -107,6 +51,7 @@ class Folder:
         *,
         split: str = "train",
         resolution: int,
+        layout: str = "auto",
         text_key: str | Sequence[str] | None = "text",
         language: str | None = None,
         text_weights: tuple[int, ...] = (),
@@ -142,16 +87,30 @@ class Folder:
         self.background, self.max_pixels, self.max_bytes = tuple(background), max_pixels, max_bytes
         if not os.path.isdir(path):
             raise UserError(f"data.options.path: no folder of images at {path}")
+        self.layout = layouts.find(self.path, layout)
         records = self._scan(split_key, validation)
-        self.class_names = sorted({record[3] for record in records if record[3] is not None}, key=_class_order)
-        self._classes = {name: i for i, name in enumerate(self.class_names)}
+        self.class_names, self._classes = _classes({record[3] for record in records if record[3] is not None})
+        self._sizes = collections.Counter(record[0] for record in records if record[4] is None)
+        self._names = {record[1] for record in records if record[4] is None}
         self._records = [record[1:] for record in records if record[0] == split]
         broken, lines = self.problems(1)
         if broken == len(self._records):
             raise UserError(
                 f"the folder {path} has no usable image for the split {split!r}: {len(records)} records in total, "
                 f"{broken} in this split, {broken} of them broken{''.join(f'; {line}' for line in lines)}"
+                f"{_unread(layouts.files(self.path).unread)}"
             )
+
+    def summary(self) -> str:
+        """How many of the folder's pictures are used, in one line."""
+        found = layouts.files(self.path)
+        used, total = len(self._names & set(found.pictures)), len(found.pictures)
+        lacks = {"txt": "a .txt file", "classes": "a folder of a class"}.get(self.layout.kind)
+        lacks = f"{total - used} without {lacks or f'a usable line in {self.layout.kind}'}"
+        counts = ", ".join(f"{self._sizes[split]} for {name}" for split, name in zip(SPLITS, KINDS, strict=True))
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        left = f" ({lacks})" if used < total else ""
+        return f"{used} of {total} pictures{left}, layout {self.layout}: {counts}{classes}{_unread(found.unread)}"
 
     def problems(self, limit: int = 20) -> tuple[int, list[str]]:
         """(number of records of this split with broken metadata, descriptions of the first few)."""
@@ -160,38 +119,34 @@ class Folder:
 
     def _scan(self, split_key, validation) -> list[tuple]:
         """(split, name, texts, label, None or why it is broken) of the records of both splits, in a fixed order."""
-        metadata = os.path.join(self.path, "metadata.jsonl")
-        if not os.path.lexists(metadata):
-            if split_key or self.label_key:
-                raise UserError(
-                    f"the folder {self.path} has no metadata.jsonl to read {split_key or self.label_key!r} from"
-                )
-            records = [("train", name, ("",), None, None) for name in _pictures(self.path)]
-        elif not os.path.isfile(metadata):
-            raise UserError(f"{metadata} is not a file")
-        elif os.path.commonpath([os.path.realpath(metadata), self.path]) != self.path:
-            raise UserError(f"{metadata} is a link to a file outside the folder")
-        else:
-            records = [self._record(number, line, split_key) for number, line in _lines(metadata)]
-        return records if split_key else _divide(records, validation)
+        tabled = self.layout.kind in layouts.METADATA
+        if not tabled and (split_key or self.label_key):
+            key = split_key or self.label_key
+            raise UserError(f"the folder {self.path} has no metadata.jsonl or metadata.csv to read {key!r} from")
+        keys = self.text_keys if tabled else ("text",) if self.text_keys and self.layout.kind == "txt" else ()
+        label_key = self.label_key if tabled else "label" if self.layout.kind == "classes" else None
+        rows = layouts.entries(self.path, self.layout)
+        records = [self._record(row, keys, label_key, split_key) for row in rows]
+        stated = split_key or any(split == "validation" for split, _ in self.layout.parts)
+        return records if stated else _divide(records, validation)
 
-    def _record(self, number: int, line: bytes | None, split_key) -> tuple:
-        """One line of metadata. A broken line keeps its index: without it, all later records would be renumbered."""
-        split, name, label = "train", f"{LINE} {number}", None
+    def _record(self, row: layouts.Entry, keys: Sequence[str], label_key: str | None, split_key: str | None) -> tuple:
+        """One record. A broken line keeps its index: without it, all later records would be renumbered."""
+        name, stated, inside, fields = row
+        split, label = stated or "train", None
         try:
-            record = _object(line)
-            name = _safe_name(record.get("file_name"))
+            record = fields()
+            plain = layouts.safe_name(record.get("file_name")) if self.layout.kind in layouts.METADATA else name
+            name = f"{inside}/{plain}" if inside else plain
             if split_key:
                 split = record.get(split_key)
                 if split not in SPLITS:
                     found, split = reprlib.repr(split), "train"
                     raise BrokenRecord(f"its {split_key!r} is {found}, not one of {SPLITS}")
-            pairs = zip(self.text_keys, self.text_weights, strict=True)
+            weights = self.text_weights if len(keys) == len(self.text_weights) else (1,) * len(keys)
+            pairs = zip(keys, weights, strict=True)
             texts = tuple(text for key, weight in pairs for text in self._texts(record, key) * weight) or ("",)
-            if self.label_key:
-                label = record.get(self.label_key)
-                if isinstance(label, bool) or not isinstance(label, (str, int)):
-                    raise BrokenRecord(f"its {self.label_key!r} is {reprlib.repr(label)}, not a text or an integer")
+            label = _label(record, label_key) if label_key else None
         except BrokenRecord as error:
             return split, name, ("",), None, str(error)
         return split, name, texts, label, None
@@ -229,6 +184,8 @@ class Folder:
         total = hashlib.sha256()
         for record in self._records:
             total.update(json.dumps(record).encode())
+        if self.class_names and self.class_names[0] == 0 and set(self._classes) != set(self.class_names):
+            total.update(b"numbers")  # labels that earlier versions numbered anew
         return total.hexdigest()[:16]
 
     def __getitem__(self, index: int) -> dict:
@@ -285,21 +242,33 @@ class Folder:
             return file.read(info.st_size)
 
 
-def _class_order(name: str | int) -> tuple:
-    return isinstance(name, str), name
+def _unread(counts: collections.Counter) -> str:
+    """The images of formats that are not read, for a message."""
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+    return f"; {listed} not read (only PNG, JPEG and WebP are)" if listed else ""
 
 
-def _pictures(root: str) -> list[str]:
-    """Relative names of the images below a folder, sorted; links to folders are not followed."""
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(names)
+def _label(record: dict, key: str) -> str | int:
+    label = record.get(key)
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise BrokenRecord(f"its {key!r} is {reprlib.repr(label)}, not a text or an integer")
+    if isinstance(label, int) and not 0 <= label <= MAX_CLASS:
+        raise BrokenRecord(f"its {key!r} is {reprlib.repr(label)}; a class number is from 0 to {MAX_CLASS}")
+    return label
+
+
+def _classes(labels: set) -> tuple[list, dict]:
+    """(names of the classes, the number of each label). Whole numbers, also as text, mean themselves."""
+    whole = {label: _whole(label) for label in labels}
+    if labels and None not in whole.values():
+        return list(range(max(whole.values()) + 1)), whole
+    names = sorted(map(str, labels))
+    return names, {label: names.index(str(label)) for label in labels}
+
+
+def _whole(label: str | int) -> int | None:
+    digits = str(label).isascii() and str(label).isdigit() and len(str(label)) < 10
+    return int(label) if digits and int(label) <= MAX_CLASS else None
 
 
 def _divide(records: list[tuple], validation: float) -> list[tuple]:
@@ -311,7 +280,7 @@ def _divide(records: list[tuple], validation: float) -> list[tuple]:
     top = 2**64
     parts = [
         top
-        if record[1].startswith(LINE)
+        if record[1].startswith(LINES)
         else int.from_bytes(hashlib.blake2b(os.fsencode(record[1]), digest_size=8).digest(), "big")
         for record in records
     ]
@@ -323,41 +292,3 @@ def _divide(records: list[tuple], validation: float) -> list[tuple]:
         ("validation" if part < threshold else "train", *record[1:])
         for part, record in zip(parts, records, strict=True)
     ]
-
-
-def _lines(path: str) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (line number from 1, line) without blank lines; None for a line over `MAX_LINE`, which is not stored."""
-    with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE):
-            number += 1
-            if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, None
-            elif line.strip():
-                yield number, line
-
-
-def _object(line: bytes | None) -> dict:
-    if line is None:
-        raise BrokenRecord(f"the line has more than {MAX_LINE} bytes")
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BrokenRecord(f"not valid JSON: {str(error)[:80]}") from None
-    if not isinstance(record, dict):
-        raise BrokenRecord(f"a JSON {type(record).__name__}, not an object")
-    return record
-
-
-def _safe_name(name) -> str:
-    """A relative file name inside the folder. Raises BrokenRecord for any other name."""
-    if not isinstance(name, str) or not name or len(name) > MAX_NAME:
-        raise BrokenRecord(f"its 'file_name' is {reprlib.repr(name)}, not a file name")
-    parts = name.replace("\\", "/").split("/")
-    if ".." in parts or parts[0] == "" or ":" in parts[0]:
-        raise BrokenRecord(f"its 'file_name' {name[:80]!r} leads out of the folder")
-    if not name.isprintable():  # may contain escape sequences for the terminal
-        raise BrokenRecord(f"its 'file_name' {name[:80]!a} is not printable")
-    return name

@@ -17,6 +17,7 @@ import numpy as np
 
 from hybridgen.core.errors import UserError
 from hybridgen.data.shuffle import order
+from hybridgen.data.sources.protocol import Source
 
 MAX_PERIOD = 100_000
 
@@ -55,6 +56,10 @@ class Mixture:
     def _place(self, index: int) -> tuple[int, int]:
         which = bisect.bisect_right(self._starts, index) - 1
         return which, index - self._starts[which]
+
+    def source_of(self, index: int) -> Source:
+        """The source of a record."""
+        return self.sources[self._place(index)[0]]
 
     def name(self, index: int) -> str:
         """The name of the source and that of the record in it."""

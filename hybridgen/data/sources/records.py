@@ -29,7 +29,8 @@ from PIL import Image
 
 from hybridgen.core.errors import UserError
 from hybridgen.data.files import whole_folder
-from hybridgen.data.sources.folder import BrokenRecord, header_size, known
+from hybridgen.data.sources.headers import header_size
+from hybridgen.data.sources.protocol import BrokenRecord, known
 
 FORMAT, INDEX = 1, "index.json"
 MAX_INDEX = 2**26  # bytes

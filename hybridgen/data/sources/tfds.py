@@ -12,7 +12,8 @@ from PIL import Image
 
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
-from hybridgen.data.sources.folder import MAX_TEXT, BrokenRecord, known
+from hybridgen.data.sources.folder import MAX_TEXT
+from hybridgen.data.sources.protocol import BrokenRecord, known
 
 
 class Tfds:

@@ -23,7 +23,7 @@ import json
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike
 from hybridgen.core.errors import UserError
 from hybridgen.data.sources.captions import vocabulary
 from hybridgen.data.sources.protocol import Source
+from hybridgen.data.sources.reading import read
 from hybridgen.data.text.bpe import Bpe
 from hybridgen.data.text.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit
 from hybridgen.data.text.published import Published
@@ -43,6 +44,7 @@ __all__ = [
     "Bytes",
     "Words",
     "build",
+    "captioned",
     "count_words",
     "digest",
     "from_json",
@@ -53,6 +55,7 @@ __all__ = [
 
 UNKNOWN = 1
 MAX_WORDS = 16_384
+LISTED = 20  # largest number of words that a message lists
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[{_IDEOGRAPH}]|(?:(?![{_IDEOGRAPH}])[^\W\d_])+|\S")
 _CLOSING, _OPENING = set(".,;:!?)]}%'。、"), set("([{'")
@@ -98,7 +101,9 @@ class Words:
             unknown = [token for token in tokens if token not in self._ids]
             if unknown:
                 near = difflib.get_close_matches(unknown[0][:40], self.words, 1, 0.5)
-                hint = f"; the nearest known word is {near[0]!r}" if near else f" (it knows {len(self.words)} words)"
+                few = f": {', '.join(sorted(self.words))}" if len(self.words) <= LISTED else ""
+                hint = f"; the nearest known word is {near[0]!r}" if near else ""
+                hint += f" (it knows {len(self.words)} words{few})" if few or not near else ""
                 raise UserError(f"this model does not know the word {unknown[0][:40]!r}{hint}")
         return fit([self._ids.get(token, UNKNOWN) for token in tokens], self.length, "tokens", strict)
 
@@ -180,14 +185,31 @@ def words_of(source: Source, max_words: int = MAX_WORDS) -> list[str]:
     """
     if hasattr(source, "languages"):
         return list(dict.fromkeys(token for unit in vocabulary(source.languages) for token in split(unit)))
-    if hasattr(source, "words"):
+    if hasattr(source, "words") and len(source.words):
         return list(source.words[:max_words])
     if hasattr(source, "sources"):
         turns = itertools.zip_longest(*(words_of(one, max_words) for one in source.sources))
         return list(dict.fromkeys(word for turn in turns for word in turn if word is not None))[:max_words]
     if hasattr(source, "captions"):
         return count_words(source.captions(), max_words)
-    return count_words((source[index].get("text", "") for index in range(min(len(source), COUNTED))), max_words)
+    return count_words(_first_captions(source), max_words)
+
+
+def _first_captions(source: Source) -> Iterator[str]:
+    for index in range(min(len(source), COUNTED)):
+        item, _ = read(source, index)
+        yield from item.get("texts") or (item["text"],)
+
+
+def captioned(source: Source) -> bool:
+    """Whether a source has captions that are not empty, as far as `words_of` looks."""
+    if hasattr(source, "languages"):
+        return True
+    if hasattr(source, "sources"):
+        return any(captioned(one) for one in source.sources)
+    if hasattr(source, "words") and len(source.words):
+        return True
+    return any(text.strip() for text in (source.captions() if hasattr(source, "captions") else _first_captions(source)))
 
 
 def build(data_config: Mapping[str, Any], source: Source | None) -> Tokenizer:
