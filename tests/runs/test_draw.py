@@ -74,7 +74,7 @@ def test_a_class_conditional_prior_without_captions(tmp_path, capsys):
     assert not (run / "text.json").exists()
     words = ["--run", str(run), "--out", str(tmp_path / "out")]
     assert sample.main([*words, "--label", "0", "--label", "2", "--count", "2"]) == 0
-    assert "4 pictures" in capsys.readouterr().out and len(list((tmp_path / "out").glob("0*.png"))) == 4
+    assert "4 images" in capsys.readouterr().out and len(list((tmp_path / "out").glob("0*.png"))) == 4
     for wrong, says in (
         (["--label", "3"], "takes a class: --label 0 to 2, not 3"),
         (["--label", "-1"], "--label 0 to 2, not -1"),

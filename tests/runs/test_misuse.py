@@ -58,6 +58,8 @@ def loaded(reads, classes, names=()):
     return SimpleNamespace(
         config=SimpleNamespace(family="ar.raster", data=data),
         draws=True,
+        plans=True,
+        tokenizer=object(),
         generates=True,
         reads=reads,
         classes=classes,
