@@ -62,3 +62,23 @@ def _train(path: str, folder: Path, get: Callable[[str], TinyRun]) -> TinyRun:
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == tiny.steps
     return TinyRun(folder, losses)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For a file whose runs have the same programs: they, and processes that they start, share a compile cache."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import hybridgen
@@ -39,18 +38,7 @@ SMALL = ["data.resolution=16", "model.channels=(16,)", f"batch={B}", "log.every=
 SMALL += [f"steps={STEPS}", f"checkpoint.every={EVERY}", f"eval.every={EVERY}", "eval.batches=99", "sample.every=8"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """A run that goes on has the programs of the one before."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
-    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for changes in (settings, before):
-        for name, value in changes.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if changes is settings:
-            yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,10 @@ import time
 from pathlib import Path
 
 import fault_cases
-import jax
 import numpy as np
 import pytest
 from checkpoint_cases import files_of, flip, flip_200
 from fault_cases import ends, final, log_of, newest, notes_of, state_of, wait_for, words
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from hybridgen import train
@@ -24,22 +22,10 @@ from hybridgen.runs.checkpoint import Checkpointer
 from hybridgen.training import batches as batch_stream
 from hybridgen.training import rollback
 
+SLOW = pytest.mark.slow
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs of this file have the same programs, so a compile cache is shared."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
-    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))  # of processes that are started
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture
@@ -75,7 +61,7 @@ def skipped_in(folder: Path) -> list:
 # ---- bad batches
 
 
-@pytest.mark.slow
+@SLOW
 def test_one_bad_batch_is_counted_and_nothing_else(run):
     """The run equals one that skips this batch, in parameters, EMA, codebook, optimizer, counters and log."""
     bad = run("bad", {"nan": [6]}, 12, 5)
@@ -87,7 +73,6 @@ def test_one_bad_batch_is_counted_and_nothing_else(run):
     assert line["loss"] == "nan" and (line["skipped"], line["streak"]) == (1, 1)
 
 
-SLOW = pytest.mark.slow
 CASES = {
     # name: (what, config words, [first, end) that must be skipped)
     "middle": ({"nan": [11, 12, 13]}, (24, 5), [10, 14]),
@@ -100,8 +85,8 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case if case == "middle" else pytest.param(case, marks=SLOW) for case in CASES])
+@SLOW
+@pytest.mark.parametrize("case", CASES)
 def test_bad_batches_in_a_row_are_rolled_back_over(run, case):
     """The run equals, bit for bit, a run without faults that is given the same intervals from the start."""
     what, options, (first, end) = CASES[case]
@@ -241,7 +226,7 @@ def test_any_flipped_bit_of_a_training_checkpoint_is_found(run):
     flip_200(folder / "checkpoints", 4)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_rotten_step_is_fallen_back_from(run, capsys):
     options = (12, 5)
     folder, whole = run("run", {}, *options), run("whole", {}, *options)
@@ -257,7 +242,7 @@ def test_a_rotten_step_is_fallen_back_from(run, capsys):
 # ---- going on
 
 
-@pytest.mark.slow
+@SLOW
 def test_another_run_is_refused_by_its_keys(run):
     run("run", {}, 3, 5)
     changes = {
@@ -313,7 +298,7 @@ def counts(state: dict, step: int, skipped: int) -> None:
     assert len(found) >= 2 and set(found.values()) == {step - skipped}, found
 
 
-@pytest.mark.slow
+@SLOW
 def test_broken_records_are_named_once_also_after_a_failure(run, tmp_path):
     draw = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()

@@ -96,10 +96,11 @@ def test_batches_are_read_as_the_config_says(monkeypatch):
     monkeypatch.setattr(pipeline, "batches", lambda *_, **options: requested.append(options))
     words = ["data.workers=3", "data.threads=5", "data.flip=True", "batch=8", "seed=2"]
     config_of = config.load(f"{ROOT}/configs/tokenizers/vq.py:tiny", words)
-    read, _ = batch_stream.reader(SimpleNamespace(config=config_of, mesh=meshes.make_mesh({"data": -1}), text=None))
+    known = {"family": tiny.toy, "model": None, "parts": {}, "text": None}
+    read, _ = batch_stream.reader(SimpleNamespace(config=config_of, mesh=meshes.make_mesh({"data": -1}), **known))
     read(None, 7)
     read(None, 0, shuffle=False)
-    same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5}
+    same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5, "classes": 0}
     assert requested[0] == same | {"start": 7, "shuffle": True, "flip": True, "workers": 3}
     assert requested[1] == same | {"start": 0, "shuffle": False, "flip": False, "workers": 0}
 
