@@ -33,7 +33,7 @@ ATTRIBUTES = ("shape", "colour", "size", "count", "position", "relation", "backg
 COLOUR_TOLERANCE = 75  # largest distance of an object's colour from the palette's, of 255 a channel
 LEAST_OVERLAP = 0.75  # intersection over union, chosen at 32 pixels
 LEAST_MARGIN = 0.065  # over the second best overlap; undistorted shapes have at least 0.12
-SOFT_EDGES = (0, 0.5, 0.75)  # standard deviations of tolerated blur, in pixels at resolution 32
+SOFT_EDGES = (0.5, 0.75)  # standard deviations of tolerated blur, in pixels at resolution 32
 NOISE = 7.5  # smallest visible distance of a colour from the background, of 255 a channel: 3 % of blue on white
 DEBRIS = 8  # connected pixels, at resolution 32, from which on debris makes a picture unclean
 CLEARANCE = 3  # width in pixels, at resolution 32, of the zone around an object in which its blurred edge may lie
@@ -153,10 +153,12 @@ def _overlaps(soft, blur=0.0):
 
 def _fit(soft):
     """The shape that overlaps a soft mask best: (name or None, overlap, x, y, r), in sides. soft: H W float32."""
-    overlap, shape, x, y, r = _overlaps(soft)[0]
-    # blur brings all overlaps closer to each other; comparing with blurred shapes corrects for that
-    sure = overlap >= LEAST_OVERLAP and any(_margin(soft, shape, blur) >= LEAST_MARGIN for blur in SOFT_EDGES)
-    return shape if sure else None, overlap, x, y, r
+    (overlap, shape, x, y, r), second, *_ = _overlaps(soft)
+    clear = overlap - second[0] >= LEAST_MARGIN
+    if overlap >= LEAST_OVERLAP and not clear:
+        # blur brings all overlaps closer to each other; comparing with blurred shapes corrects for that
+        clear = any(_margin(soft, shape, blur) >= LEAST_MARGIN for blur in SOFT_EDGES)
+    return shape if clear and overlap >= LEAST_OVERLAP else None, overlap, x, y, r
 
 
 def _margin(soft, shape, blur):
