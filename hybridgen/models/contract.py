@@ -197,7 +197,10 @@ def returned(family: ModuleType, name: str, out: Any) -> Any:
 
     Raises UserError if it is not what the contract says. Called while a program is traced, it costs nothing.
     """
-    if fault := checks.RESULTS[name](out, optional(family, "merge") is not None):
+    fault = checks.RESULTS[name](out)
+    if not fault and checks.RESULTS[name] is checks.loss and optional(family, "merge") is None:
+        fault = checks.without_merge(out)
+    if fault:
         raise UserError(f"{named(family)!r} is not a family: {name} {fault}")
     return out
 
