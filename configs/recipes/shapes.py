@@ -52,13 +52,13 @@ def _cpu(tokenizer, prior, decoder, cascade):
     # with local tokens a prior can combine objects that it learned separately; with global ones it learns each pair
     tokenizer.model.local = True
     tokenizer.model.quantizer.update(entropy=0.02, fill=0.72)
-    tokenizer.steps, tokenizer.optim.lr = 850, 5e-3
+    tokenizer.steps, tokenizer.optim.lr = 700, 5e-3
     prior.model.update(width=128, heads=2)
-    prior.steps, prior.optim.lr = 1200, 3e-3
+    prior.steps, prior.optim.lr = 1000, 3e-3
     decoder.model.update(width=128, heads=2, depth=3)
     with decoder.model.ignore_type():  # it reads the caption, which says what a small or blurred object of the draft is
         decoder.model.update(text_vocab="auto", text_length="auto")
-    decoder.steps, decoder.optim.lr = 400, 4e-3
+    decoder.steps, decoder.optim.lr = 300, 4e-3
     cascade.sample.options.prior.update(guidance=1.5, temperature=0.6)
 
 
