@@ -48,6 +48,7 @@ def get_config(variant: str = ""):
         stages.prior.model.update(width=192, heads=3)
         stages.decoder.model.update(width=192, heads=3, depth=4)
     if variant in ("cpu", "cpu_64"):
-        stages.cascade.sample.options.prior.update(guidance=2.0, temperature=1.0)  # less would be less varied
+        for stage in (stages.prior, stages.cascade):
+            stage.sample.options.prior.update(guidance=2.0, temperature=1.0)  # less would be less varied
     stages.evaluation.splits = ("validation",)
     return config

@@ -59,7 +59,8 @@ def _cpu(tokenizer, prior, decoder, cascade):
     with decoder.model.ignore_type():  # it reads the caption, which says what a small or blurred object of the draft is
         decoder.model.update(text_vocab="auto", text_length="auto")
     decoder.steps, decoder.optim.lr = 300, 4e-3
-    cascade.sample.options.prior.update(guidance=1.5, temperature=0.6)
+    for stage in (prior, cascade):
+        stage.sample.options.prior.update(guidance=1.5, temperature=0.6)
 
 
 def _cpu_long(tokenizer, prior, decoder, cascade):
