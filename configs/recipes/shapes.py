@@ -60,7 +60,7 @@ def _cpu(tokenizer, prior, decoder, cascade):
         decoder.model.update(text_vocab="auto", text_length="auto")
     decoder.steps, decoder.optim.lr = 300, 4e-3
     for stage in (prior, cascade):
-        stage.sample.options.prior.update(guidance=1.5, temperature=0.6)
+        stage.sample.options.prior.update(guidance=1.5, temperature=0.5)
 
 
 def _cpu_long(tokenizer, prior, decoder, cascade):
