@@ -131,7 +131,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         if not args.prompts.is_file():
             raise UserError(f"--prompts: no such file {str(args.prompts)!r}")
         try:
-            text = args.prompts.read_text(encoding="utf-8")
+            text = args.prompts.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts: cannot read {args.prompts}: {error}") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]

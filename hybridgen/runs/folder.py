@@ -54,7 +54,7 @@ def write_json(path: Path, obj: Any) -> None:
     """Writes `obj` atomically: `path` is the old file or the complete new one, also after a power failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             json.dump(obj, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()
@@ -134,7 +134,7 @@ def _same_file(handle: int, path: Path) -> bool:
 
 def _holder(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}  # another process is writing it
 

@@ -1,10 +1,12 @@
 """Tokenizers: lossless up to normalisation, fixed length, strict with prompts; vocabularies in a fixed order."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
+from hybridgen import sample
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources, text
 
@@ -140,3 +142,11 @@ def test_shapes_vocabulary_is_closed(languages):
 def test_build_refuses(config, says):
     with pytest.raises(UserError, match=says):
         text.build({"source": "shapes", "text": config}, None)
+
+
+def test_a_prompts_file_with_a_byte_order_mark_is_read_as_without(tmp_path):
+    files = [tmp_path / "plain.txt", tmp_path / "marked.txt"]
+    for file, encoding in zip(files, ("utf-8", "utf-8-sig"), strict=True):
+        file.write_text("红心\na red circle\n", encoding=encoding)
+    given = [argparse.Namespace(prompt=[], prompts=file, label=[]) for file in files]
+    assert sample.read_requests(given[0]) == sample.read_requests(given[1]) == [("红心", None), ("a red circle", None)]
