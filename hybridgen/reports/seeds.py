@@ -25,7 +25,7 @@ def write(places: Mapping[int, Path], evaluations: list[str], out: Path) -> None
     """
     if not evaluations:
         raise UserError("the recipe has no stage with an evaluation, so there is nothing to compare over its seeds")
-    tables = {name: spread({seed: place / name for seed, place in places.items()}) for name in evaluations}
+    tables = {name: over_seeds({seed: place / name for seed, place in places.items()}) for name in evaluations}
     text = "\n".join(markdown(name, list(places), table) for name, table in tables.items())
     if jax.process_index() == 0:
         run_folder.write_json(out / "seeds.json", {"seeds": list(places), "evaluations": tables})
@@ -34,7 +34,7 @@ def write(places: Mapping[int, Path], evaluations: list[str], out: Path) -> None
     print(f"table  {out / 'seeds.md'}")
 
 
-def spread(folders: Mapping[int, Path]) -> dict[str, dict[str, Any]]:
+def over_seeds(folders: Mapping[int, Path]) -> dict[str, dict[str, Any]]:
     """{"validation/from captions/render/judge/all/all_right": {"median", "least", "greatest", "values"}, ...}.
 
     folders: the evaluation of each seed, whose report.json is read. Values are in the order of the seeds.
@@ -72,9 +72,9 @@ def markdown(name: str, seeds: list[int], table: Mapping[str, Mapping]) -> str:
     lines = [f"## {name}: median (least to greatest) of {len(seeds)} seeds", ""]
     lines += [f"| images | {' | '.join(SHOWN)} |", f"| {' | '.join(['---'] * (1 + len(SHOWN)))} |"]
     for row in rows:
-        judged = f"{row}/judge"
-        places = (f"{judged}/all/all_right", f"{judged}/1/all_right", f"{judged}/2/all_right")
-        places += (f"{judged}/all/relation", f"{judged}/all/clean")
+        accuracy = f"{row}/judge"
+        places = (f"{accuracy}/all/all_right", f"{accuracy}/1/all_right", f"{accuracy}/2/all_right")
+        places += (f"{accuracy}/all/relation", f"{accuracy}/all/clean")
         cells = [_cell(table.get(place), 100, " %") for place in places] + [_cell(table.get(f"{row}/psnr"), 1, "", 2)]
         lines.append(f"| {row.replace('/', ', ')} | {' | '.join(cells)} |")
     for key in keys:

@@ -73,8 +73,8 @@ def test_seeds_are_trained_apart_and_compared(tmp_path, monkeypatch, capsys):
         return True
 
     def measure(stage, place):
-        judged = {"all": {"all_right": stage.seed / 10, "pictures": 4}, "2": {"all_right": 0.5, "pictures": 2}}
-        entry = {"from captions": {"render": {"judge": judged}, "draft": {"judge": judged}}}
+        accuracy = {"all": {"all_right": stage.seed / 10, "pictures": 4}, "2": {"all_right": 0.5, "pictures": 2}}
+        entry = {"from captions": {"render": {"judge": accuracy}, "draft": {"judge": accuracy}}}
         entry["from true tokens"] = {"render": {"psnr": 30.0 + stage.seed}, "paired": {"psnr_gain": stage.seed / 4}}
         place.mkdir(parents=True)
         run_folder.write_json(place / "report.json", {"splits": {"validation": entry}})
