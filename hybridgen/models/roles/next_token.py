@@ -36,8 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.core import rng
+from hybridgen.core import entries, rng
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import count
 from hybridgen.core.sharding import shard
 from hybridgen.models.contract import Option, Parts, Shape, need
 from hybridgen.models.losses import cross_entropy, rows, weighted
@@ -59,6 +60,12 @@ OPTIONS = {
     "guidance_schedule": Option("constant", "schedule of guidance over the tokens", choices=tuple(guidance.RAMPS)),
     "guidance_until": Option(1.0, "share of the tokens to guide, from the first on", 0.0, 1.0),
     **TEXT_OPTIONS,
+}
+RANGES = entries.TRANSFORMER | entries.CLASSES
+RANGES |= {
+    "vocab": count(1, 2**24),
+    "grid": count(1, 2**16, least=2, most=2, alone=False),
+    "kv_heads": count(1, 2**14, none=True),
 }
 
 
