@@ -100,7 +100,8 @@ class Option(NamedTuple):
 
     A number must be within `low` and `high`, and is an integer if the default is one; a string must be in `choices`, or
     may be any if there are none. With `by_condition` a mapping may give one number per condition. flag: the name on the
-    command line and in the Python API, if it differs from the option's.
+    command line and in the Python API, if it differs from the option's. off: the value that switches off what the
+    option does; with it, all other values are traced numbers of one program, so that a new one compiles nothing.
     """
 
     default: Any
@@ -110,6 +111,7 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     by_condition: bool = False
     flag: str = ""
+    off: float | None = None
 
     @property
     def range(self) -> str:

@@ -139,7 +139,9 @@ def test_intervals_at_the_end_and_beyond_it(run):
     ("what", "more"),
     [
         ({"nan": range(6)}, ["health.streak=9"]),  # bad steps to the end
-        pytest.param({"nan": range(6)}, ["health.streak=2"], marks=SLOW),  # rolled back to the start, and all batches skipped
+        pytest.param(
+            {"nan": range(6)}, ["health.streak=2"], marks=SLOW
+        ),  # rolled back to the start, and all batches skipped
         ({}, ["health.skip=((0,6),)"]),  # no batch at all
     ],
     ids=["bad", "rolled back", "skipped"],

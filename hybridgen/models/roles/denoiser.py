@@ -318,7 +318,7 @@ def options_of(process: Process) -> dict[str, Option]:
     ramps, ramp = tuple(guidance.RAMPS), "schedule of the decoder's guidance over the steps"
     scale = "classifier-free guidance scale of the decoder (1: none), or one scale per condition"
     known = {
-        "guidance": Option(1.0, scale, 0.0, 100.0, by_condition=True, flag="decoder_guidance"),
+        "guidance": Option(1.0, scale, 0.0, 100.0, by_condition=True, flag="decoder_guidance", off=1),
         "guidance_schedule": Option("constant", ramp, choices=ramps, flag="decoder_guidance_schedule"),
         "guidance_until": Option(
             1.0, "share of the steps to guide, from the first on", 0.0, 1.0, flag="decoder_guidance_until"
