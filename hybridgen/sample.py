@@ -113,8 +113,8 @@ def shape_of(loaded: Loaded, size: str | None) -> Shape | None:
     """
     if size is None and not loaded.shapes:
         return None
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if size else None
-    if size and not found:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if isinstance(size, str) else None
+    if size is not None and not found:
         raise UserError(f"--size {size!r} is not HEIGHTxWIDTH, such as 256x384")
     shape = (int(found[1]), int(found[2])) if found else min(loaded.shapes, key=lambda shape: max(shape) / min(shape))
     known = loaded.shapes or ((loaded.config.data.resolution,) * 2,)

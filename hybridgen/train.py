@@ -361,6 +361,8 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
                 job.saved.wait_until_saved()
             if not job.saved.holds(step):
                 raise UserError(f"the last step, {step}, was not saved: see the lines above")
+            if not stopped:
+                rollback.require_good(state, step)
         except checkpoint.SaveError as error:
             raise UserError(f"training has finished, but its last state was not saved: {error}") from error
         finally:

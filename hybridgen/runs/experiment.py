@@ -23,7 +23,7 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.sources import reading as record_reading
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, find, for_shape
-from hybridgen.runs import reading
+from hybridgen.runs import agreement, reading
 from hybridgen.runs.reading import Run
 
 TEXT = ("text_vocab", "text_length")  # model options that are taken from the text tokenizer
@@ -95,8 +95,10 @@ def resolve(
 ) -> tuple[ModuleType, Any, dict[str, Any]]:
     """(family, model, its options) of a config, with "auto" options resolved from the data and the parts."""
     family = find(config.family)
-    options = config_lib.resolve(config.model, context(config.data, parts, text, source))
+    known = context(config.data, parts, text, source)
+    options = config_lib.resolve(config.model, known)
     model = contract.model_of(family, options)
+    agreement.check(family, options, known, parts, source)
     for shape in getattr(source, "shapes", ()):
         for_shape(family, model, parts, shape)  # raises UserError before anything is compiled
     return family, model, options

@@ -39,6 +39,7 @@ PROCESS = Process(
 )
 ROLE = "decoder"
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
+RANGES = denoiser.RANGES
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
 conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning
 corrupt_tokens, decoder_loss = denoiser.corrupt_tokens, denoiser.decoder_loss

@@ -162,6 +162,9 @@ def solve(
     return solvers.SOLVERS[solver](predict, noise, levels, keys, **options)
 
 
+STARTS = 0.1  # sampling starts from noise, so a picture has to be this invisible (alpha) at the first timestep
+
+
 def render(
     process: Process, call: Callable, noise: jax.Array, keys: jax.Array, options: Mapping[str, Any]
 ) -> jax.Array:
@@ -172,4 +175,10 @@ def render(
     if options.get("shift", 1.0) != 1 or options.get("spacing", "uniform") != "uniform":
         raise UserError("shift and spacing need continuous times; with discrete timesteps use steps or respacing")
     kept = official.respaced(options.get("respacing") or str(options.get("steps", process.steps)), process.timesteps)
-    return solve(process, call, noise, levels_of(process, kept), keys, options.get("solver", process.solver))
+    levels, every = levels_of(process, kept), schedules.discrete(betas_of(process))(1.0)
+    if levels.alpha[0] > max(STARTS, every.alpha):
+        raise UserError(
+            f"respacing {options['respacing']!r} starts at timestep {kept[-1]} of {process.timesteps}, where a picture "
+            f"is still visible (alpha {levels.alpha[0]:.2f}): sampling from noise needs a timestep near the last one"
+        )
+    return solve(process, call, noise, levels, keys, options.get("solver", process.solver))
