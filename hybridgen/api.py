@@ -92,12 +92,15 @@ class Model:
         top_k and top_p; most decoders have decoder_guidance, steps and solver. The first call with a set of options
         compiles.
 
-        Raises UserError for a prompt, label, size or option that this model does not take.
+        Raises UserError for a prompt, label, size or option that this model does not take, and for parameters or images
+        that are not finite.
         """
         requests = _requests(prompts, labels)
         for name, value in (("count", count), ("batch", batch), ("seed", seed)):
             drawing.check_number(name, value)
         loaded, draw = self._loaded, self._drawn_by(options, size)
+        if loaded.faults:
+            raise UserError("; ".join(loaded.faults))
         repeated = [one for one in requests for _ in range(count)]
         cond = conditions(loaded, repeated)
         batch = meshes.padded(loaded.mesh, min(batch, len(repeated)))

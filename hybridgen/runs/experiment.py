@@ -40,6 +40,7 @@ class Experiment(NamedTuple):
     digests: dict[str, str]  # of the parts
     text: Any  # the text tokenizer, or None
     mesh: Mesh
+    faults: tuple[str, ...] = ()  # arrays of the parts with numbers that are not finite
 
 
 def build(config: Any, folder: Path | None = None, source: Any = None, text: Any = None) -> Experiment:
@@ -51,6 +52,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     mesh = meshes.make_mesh(config.mesh)
     runs = load(config, folder)
     verify(config, runs, source)
+    faults = tuple(run.fault for run in runs.values() if run.fault)
     known = read_by(runs, config.data)
     text = text or known
     if text is None and config.data.get("text"):
@@ -61,7 +63,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         fits_classes(config.data, source, classes_of(family, model, parts))
         trained_alike(config, runs)
     digests = {name: run.digest for name, run in runs.items()}
-    return Experiment(config, family, options, model, place(parts, mesh), digests, text, mesh)
+    return Experiment(config, family, options, model, place(parts, mesh), digests, text, mesh, faults)
 
 
 def load(config: Any, folder: Path | None) -> dict[str, Run]:
@@ -80,6 +82,8 @@ def verify(config: Any, runs: Mapping[str, Run], source: Any = None) -> None:
     digests = {name: run.digest for name, run in runs.items()}
     if source is not None:
         sources.fits(source, digests)
+        for run in runs.values():
+            run.check_finite()
     for name, digest in seen.items():
         if digests.get(name, digest) != digest:
             path = config.parts[name]

@@ -225,6 +225,8 @@ def write_official(source: tables.Source, folder: Path, given: str | None, out: 
         raise UserError(f"{out} {'already exists' if out.exists() else 'is not the name of a .safetensors file'}")
     goal = target(source.plan(*_official(source, folder, given)))
     run = read_run(folder)
+    if fault := reading.not_finite(folder, run):
+        raise UserError(fault)
     for path, spec in goal.official.items():
         if path not in run or run[path].shape != spec.shape:
             shape = f"of shape {list(run[path].shape)}" if path in run else "missing"

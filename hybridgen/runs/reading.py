@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core import config as config_lib
@@ -34,6 +35,12 @@ class Run(NamedTuple):
     step: int
     bundled: bool  # read from a bundle, which may be untrusted
     folder: Path
+    fault: str = ""  # an array with numbers that are not finite
+
+    def check_finite(self) -> None:
+        """Raises UserError if an array has numbers that are not finite: nothing can be trained on or made of it."""
+        if self.fault:
+            raise UserError(self.fault)
 
 
 def find_run(path: str, folder: Path | None) -> Path:
@@ -67,7 +74,18 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
         config = config.copy_and_resolve_references()  # evaluation and caching use square images
         with config.unlocked():
             del config.data.options[sources.BUCKETS]
-    return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder)
+    fault = not_finite(folder, arrays)
+    if fault:
+        report(f"warning: {fault}")
+    return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder, fault)
+
+
+def not_finite(folder: Path, arrays: Mapping[str, Any]) -> str:
+    """The first of a run's arrays with numbers that are not finite, in words; "" if there is none."""
+    for path, leaf in trees.flatten(arrays).items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (bad := int(leaf.size - np.isfinite(leaf).sum())):
+            return f"the run {folder} is damaged: {bad} of the {leaf.size} numbers of {path} are NaN or infinite"
+    return ""
 
 
 def saved_arrays(
@@ -187,7 +205,9 @@ def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
     found, extra = {}, None
     for prefix, where in config.init_from.items():
         path, _, inside = where.partition(":")
-        part = load(find_run(path, folder)).part
+        run = load(find_run(path, folder))
+        run.check_finite()
+        part = run.part
         arrays = part.params
         for name in filter(None, inside.split("/")):
             if name not in arrays:
