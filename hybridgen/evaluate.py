@@ -32,7 +32,7 @@ from hybridgen.reports import distances
 from hybridgen.runs import drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.reading import find_run
-from hybridgen.runs.restore import Loaded, restore
+from hybridgen.runs.restore import Loaded, check_draws, restore
 
 CALLED = (("image", "render"), ("draft", "draft"))
 
@@ -49,8 +49,10 @@ def evaluate(
     """Evaluates a run on `count` captions of each split; writes the report into `folder` and returns it.
 
     `batch`: images generated at a time; `compare`: distances on features. Raises UserError for a split that is too
-    small, for records without images, and, after the report is written, for images or parameters that are not finite.
+    small, for a run without images, for records without images, and, after the report is written, for images or
+    parameters that are not finite.
     """
+    check_draws(loaded)
     data = {split: sources.build(loaded.config.data, split) for split in splits}
     for split, source in data.items():
         if compare and len(source) < distances.LEAST:
@@ -294,8 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     distributed.start(args)
     folder = find_run(args.run, None)
     loaded = restore(folder, changes, args.checkpoint)
-    if not loaded.draws:
-        raise UserError(f"--run {args.run} cannot be evaluated: a {loaded.config.family} run generates no images")
+    check_draws(loaded)
     out = args.out or folder / "evaluation"
     splits = tuple(args.splits.split(","))
     compare = None

@@ -25,7 +25,7 @@ from hybridgen.evals.sheet import sheet
 from hybridgen.models.contract import Shape
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.reading import find_run
-from hybridgen.runs.restore import Loaded, restore
+from hybridgen.runs.restore import Loaded, check_draws, restore
 
 SHOWN = 8  # classes in a message
 Request = tuple[str | None, int | None]  # a prompt, a class
@@ -81,12 +81,9 @@ def words(requests: Request) -> str:
 def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]:
     """Prompts and classes as model input. Raises UserError for a prompt or class that is missing or not taken."""
     kind, (text, label) = loaded.config.family, requests[0]
-    if not loaded.draws:
-        raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
+    check_draws(loaded)
     if not loaded.generates:
         raise UserError(f"a {kind} run takes no prompts: give the run of a prior, decoder or cascade")
-    if loaded.plans and loaded.tokenizer is None:
-        raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
     takes = " and ".join(filter(None, ("a prompt" * loaded.reads, "a class" * (loaded.classes > 0))))
     if loaded.reads and text is None:
         raise UserError(f"this {kind} run takes {takes}: add --prompt TEXT")

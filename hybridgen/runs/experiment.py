@@ -23,7 +23,7 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.sources import reading as record_reading
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, find, for_shape
-from hybridgen.runs import reading
+from hybridgen.runs import fitting, reading
 from hybridgen.runs.reading import Run
 
 TEXT = ("text_vocab", "text_length")  # model options that are taken from the text tokenizer
@@ -50,7 +50,8 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     UserError for parts that are missing or do not fit.
     """
     mesh = meshes.make_mesh(config.mesh)
-    runs = load(config, folder)
+    runs, where = load(config, folder), called(config)
+    fitting.check_roles(runs, where)
     verify(config, runs, source)
     faults = tuple(run.fault for run in runs.values() if run.fault)
     known = read_by(runs, config.data)
@@ -59,7 +60,12 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
         text = text_lib.build(config.data, source)
     parts = {name: run.part for name, run in runs.items()}
     family, model, options = resolve(config, parts, text, source)
+    fitting.check_sizes(family, model, parts, where)
     if source is not None:
+        if not getattr(source, "shapes", ()) and not sources.encoders(source):
+            fitting.check_data(family, model, parts, config.data.resolution)
+        if config.sample.every:
+            fitting.check_drawable(family, model, parts)
         fits_classes(config.data, source, classes_of(family, model, parts))
         trained_alike(config, runs)
     digests = {name: run.digest for name, run in runs.items()}
@@ -69,6 +75,11 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
 def load(config: Any, folder: Path | None) -> dict[str, Run]:
     """The runs of a config's parts, by name."""
     return {name: reading.load(reading.find_run(path, folder)) for name, path in config.parts.items()}
+
+
+def called(config: Any) -> dict[str, str]:
+    """What each part of a config is called in a message."""
+    return {name: f"config.parts.{name}={path}" for name, path in config.parts.items()}
 
 
 def verify(config: Any, runs: Mapping[str, Run], source: Any = None) -> None:

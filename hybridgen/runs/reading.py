@@ -145,6 +145,22 @@ def families_of(folder: Path) -> list[str]:
     return [family for one in (config, *parts) for family in families(one)]
 
 
+def families_with_parts(config: Any, folder: Path | None, stages: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """(the families of a config and of its parts, whether the run of a part does not exist yet).
+
+    A part is a run, relative to `folder`, or a stage of a recipe.
+    """
+    names, partial = list(families(config)), False
+    for path in config.parts.values():
+        stage = stages.get(Path(path).name)
+        try:
+            is_stage = stage is not None and "family" in stage
+            names += families(stage) if is_stage else families_of(find_run(path, folder))
+        except UserError:
+            partial = True
+    return names, partial
+
+
 def check_families(config: Any, folder: Path) -> None:
     """Raises UserError if a bundle, which may be untrusted, names code outside hybridgen: nothing of it is imported."""
     strange = [module for module in outside(config) if not importing.is_trusted(module)]

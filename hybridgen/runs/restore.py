@@ -104,6 +104,15 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
     )
 
 
+def check_draws(loaded: Loaded) -> None:
+    """Raises UserError for a run that generates no images, or tokens that nothing makes images of."""
+    kind = loaded.config.family
+    if not loaded.draws:
+        raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
+    if loaded.plans and loaded.tokenizer is None:
+        raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
+
+
 def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:
     """The shapes in a run's config that it was trained on. Raises UserError for invalid ones, as in untrusted files."""
     for pair in found if isinstance(found, tuple) else (found,):

@@ -27,6 +27,7 @@ from hybridgen.nn.position import Rotary, grid_positions, rotary
 from hybridgen.nn.stack import Stack
 
 ROLE = "prior"
+PARTS = ("tokenizer",)
 OPTIONS = {"prior": next_token.OPTIONS}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate, for_shape = next_token.generate, next_token.for_shape

@@ -28,6 +28,7 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
 
 ROLE = "prior"
+PARTS = ("tokenizer",)
 OPTIONS = {"prior": next_token.OPTIONS}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate = next_token.generate

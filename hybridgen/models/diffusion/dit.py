@@ -33,6 +33,7 @@ from hybridgen.nn.stack import Stack
 from hybridgen.nn.timestep import TimestepEmbed
 
 ROLE = "decoder"
+PARTS = ("tokenizer", "autoencoder")
 OPTIONS = {"decoder": denoiser.OPTIONS}
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
 conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning

@@ -43,6 +43,7 @@ PROCESS = Process(
     steps=250,
 )
 ROLE = "decoder"
+PARTS = ("autoencoder",)
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
 conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning

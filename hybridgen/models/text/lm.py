@@ -32,6 +32,7 @@ from hybridgen.nn.position import Rotary, rotary
 from hybridgen.nn.stack import Stack
 
 ROLE = ("prior", "text")
+PARTS = ()
 STEPS = Option(0, "number of tokens to generate (0: as many as the model has positions)", 0, 1_000_000)
 OPTIONS = {"prior": next_token.TEXT_OPTIONS | {"steps": STEPS}}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features

@@ -20,6 +20,7 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
 
 ROLE = "text"
+PARTS = ()
 
 
 class TextTower(nn.Module):

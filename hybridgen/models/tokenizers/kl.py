@@ -26,6 +26,7 @@ from hybridgen.models.tokenizers import gan_loss
 from hybridgen.nn.autoencoder import Autoencoder
 
 ROLE = "tokenizer"
+PARTS = ("perceptual",)
 for_shape = tokenizer.for_shape
 
 
