@@ -91,13 +91,16 @@ class Model:
         one with another solver, number of steps or number of images at a time, or which switches guidance or a filter
         of tokens on or off; another value of these does not.
 
-        Raises UserError for a prompt, label, size or option that this model does not take.
+        Raises UserError for a prompt, label, size or option that this model does not take, and for parameters or images
+        that are not finite.
         """
         requests = _requests(prompts, labels)
         count, batch, seed = (
             drawing.check_number(name, value) for name, value in (("count", count), ("batch", batch), ("seed", seed))
         )
         loaded, draw = self._loaded, self._drawn_by(options, size)
+        if loaded.faults:
+            raise UserError("; ".join(loaded.faults))
         repeated = [one for one in requests for _ in range(count)]
         cond = conditions(loaded, repeated)
         batch = meshes.padded(loaded.mesh, min(batch, len(repeated)))

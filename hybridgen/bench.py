@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         against.check(built)
     report = {"config": args.config} | bench(built, built.names(args.what), args.steps, bool(args.against))
     if json:
-        run_folder.write_json(json, report)
+        run_folder.write_report(json, report)
     return 0
 
 

@@ -66,6 +66,7 @@ class Encoder(NamedTuple):
 
 def encoder(run: Run, mesh: Any, data: Mapping) -> Encoder:
     """The encoder of a run, for `data`. Raises UserError for a run that is no tokenizer and no text encoder."""
+    run.check_finite()
     family, model, part = find(run.part.family), run.part.model, run.part
     placed = placement.put(part, part_shardings(part, mesh))
     roles = contract.roles(family)

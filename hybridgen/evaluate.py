@@ -26,12 +26,13 @@ from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources
 from hybridgen.evals import alignment, recon
+from hybridgen.evals.finite import finite, message
 from hybridgen.evals.sheet import sheet
 from hybridgen.reports import distances
 from hybridgen.runs import drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.reading import find_run
-from hybridgen.runs.restore import Loaded, restore
+from hybridgen.runs.restore import Loaded, check_draws, restore
 
 CALLED = (("image", "render"), ("draft", "draft"))
 
@@ -48,8 +49,10 @@ def evaluate(
     """Evaluates a run on `count` captions of each split; writes the report into `folder` and returns it.
 
     `batch`: images generated at a time; `compare`: distances on features. Raises UserError for a split that is too
-    small, and for records without images.
+    small, for a run without images, for records without images, and, after the report is written, for images or
+    parameters that are not finite.
     """
+    check_draws(loaded)
     data = {split: sources.build(loaded.config.data, split) for split in splits}
     for split, source in data.items():
         if compare and len(source) < distances.LEAST:
@@ -68,9 +71,22 @@ def evaluate(
     if compare:
         report["distances"] = compare.about
     if jax.process_index() == 0:
-        run_folder.write_json(folder / "report.json", report)
+        run_folder.write_report(folder / "report.json", report)
         (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    if problems := [*not_finite(report["splits"]), *loaded.faults]:
+        raise UserError(f"{'; '.join(problems)} (report: {folder / 'report.md'})")
     return report
+
+
+def not_finite(splits: dict) -> list[str]:
+    """One line for each set of images in a report of which some are not finite."""
+    sets = [(split, kind, entries) for split, kinds in splits.items() for kind, entries in kinds.items()]
+    return [
+        f"{split}, {kind}, {called}: {message(entries[called]['not_finite'], entries[called]['pictures'])}"
+        for split, kind, entries in sets
+        for _, called in CALLED
+        if kind != "distances" and "not_finite" in entries.get(called, ())
+    ]
 
 
 def measure(
@@ -116,11 +132,18 @@ def measure(
 
 
 def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndarray, label: str) -> dict:
-    """{"true pictures": distances, "from captions, render": ..}: of real images (the floor) and of generated ones."""
+    """{"true pictures": distances, "from captions, render": ..}: of real images (the floor) and of generated ones.
+
+    A set with images that are not finite has no distances, only their number.
+    """
     named = {"true pictures": true}
     for kind, drawn in sets.items():
         named |= {f"{kind}, {called}": drawn[name] for name, called in CALLED if name in drawn}
-    return {name: compare(images, f"{label}, {name}") for name, images in named.items()}
+    out = {}
+    for name, images in named.items():
+        bad = int((~finite(images)).sum())
+        out[name] = {"pictures": len(images), "not_finite": bad} if bad else compare(images, f"{label}, {name}")
+    return out
 
 
 def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[str, np.ndarray]:
@@ -135,20 +158,25 @@ def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[
 def judge_pictures(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
     """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of generated images.
 
-    If there are both, also "paired": render against draft of the same tokens, see `paired`.
+    If there are both, also "paired": render against draft of the same tokens, see `paired`. If images are not finite,
+    also "not_finite" and "pictures", their number and that of all; such an image is not correct.
     """
     out: dict[str, Any] = {}
     each: dict[str, dict] = {}
     for name, called in CALLED:
         if name not in drawn:
             continue
-        entry, each[called] = {}, {}
+        entry, each[called], good = {}, {}, finite(drawn[name])
+        if not good.all():
+            entry |= {"not_finite": int((~good).sum()), "pictures": len(good)}
         if true is not None:
             psnr, ssim = recon.psnr(drawn[name], true), recon.ssim(drawn[name], true)  # b
             entry |= {"psnr": float(psnr.mean()), "ssim": float(ssim.mean())}
             each[called]["psnr"] = psnr
         if scenes is not None:
             table = alignment.judge_batch(drawn[name], scenes)
+            # -1 remains: the caption does not state it
+            table |= {key: np.where(column > 0, good, column) for key, column in table.items() if key != "objects"}
             entry["judge"] = alignment.summary(table)
             each[called]["right"] = table["all_right"] == 1
         out[called] = entry
@@ -268,8 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     distributed.start(args)
     folder = find_run(args.run, None)
     loaded = restore(folder, changes, args.checkpoint)
-    if not loaded.draws:
-        raise UserError(f"--run {args.run} cannot be evaluated: a {loaded.config.family} run generates no images")
+    check_draws(loaded)
     out = args.out or folder / "evaluation"
     splits = tuple(args.splits.split(","))
     compare = None

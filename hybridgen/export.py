@@ -47,6 +47,7 @@ def _write(
     All parts are in `parts/` of the bundle, also the parts of a part: `beside` is that folder as seen from this config.
     """
     run = load(folder, step)
+    run.check_finite()
     paths, digests = {}, {}
     for name, path in run.config.parts.items():
         place = find_run(path, folder)

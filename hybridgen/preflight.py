@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         report = preflight(built, built.names(args.what), room, options)
     report = {"config": args.config, "topology": args.topology, "slices": args.slices} | report
     if json:
-        folder.write_json(json, report)
+        folder.write_report(json, report)
     return 0 if report["fits"] else 1
 
 

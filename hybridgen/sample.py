@@ -20,11 +20,12 @@ from hybridgen.core import distributed, meshes
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import transforms
+from hybridgen.evals.finite import finite, marked, message
 from hybridgen.evals.sheet import sheet
 from hybridgen.models.contract import Shape
 from hybridgen.runs import drawing, folder
 from hybridgen.runs.reading import find_run
-from hybridgen.runs.restore import Loaded, restore
+from hybridgen.runs.restore import Loaded, check_draws, restore
 
 SHOWN = 8  # classes in a message
 Request = tuple[str | None, int | None]  # a prompt, a class
@@ -33,13 +34,15 @@ Request = tuple[str | None, int | None]  # a prompt, a class
 def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch: int, out: Path, draft: bool) -> Path:
     """Writes `count` images for each (prompt, class) of `requests` into `out`; returns the path of the grid.
 
-    `batch`: images generated at a time; `draft`: show the tokenizer's draft too. Raises UserError as `conditions`.
+    `batch`: images generated at a time; `draft`: show the tokenizer's draft too. Raises UserError as `conditions`, and,
+    after all images are written, if images or parameters are not finite.
     """
     cond = conditions(loaded, [one for one in requests for _ in range(count)])
     prompts = [words(one) for one in requests for _ in range(count)]
     batch = meshes.padded(loaded.mesh, min(batch, len(prompts)))
     folder.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
+    bad: list[int] = []  # numbers of images that are not finite
     if writes and (older := len(list(out.glob("[0-9]*.png")))):
         text = f"warning: {out} already has {older} images; images with the same number are overwritten"
         print(text, file=sys.stderr)
@@ -48,12 +51,16 @@ def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="generating"):
             shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
             kept.append(np.concatenate(shown, 2))
-            for image in piece["image"] if writes else ():
+            bad += (sum(map(len, kept[:-1])) + np.flatnonzero(~finite(kept[-1]))).tolist()
+            for image in marked(piece["image"]) if writes else ():
                 Image.fromarray(transforms.to_uint8(image)).save(out / f"{number:05d}.png")
                 number += 1
     grid = out / "grid.png"
     if writes:
         sheet(np.concatenate(kept), prompts, cell=128).save(grid)
+    if bad or loaded.faults:
+        where = f"{message(len(bad), len(prompts))}, the first is number {bad[0]}, see {grid}" if bad else ""
+        raise UserError("; ".join(filter(None, (where, *loaded.faults))))
     return grid
 
 
@@ -74,12 +81,9 @@ def words(requests: Request) -> str:
 def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]:
     """Prompts and classes as model input. Raises UserError for a prompt or class that is missing or not taken."""
     kind, (text, label) = loaded.config.family, requests[0]
-    if not loaded.draws:
-        raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
+    check_draws(loaded)
     if not loaded.generates:
         raise UserError(f"a {kind} run takes no prompts: give the run of a prior, decoder or cascade")
-    if loaded.plans and loaded.tokenizer is None:
-        raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
     takes = " and ".join(filter(None, ("a prompt" * loaded.reads, "a class" * (loaded.classes > 0))))
     if loaded.reads and text is None:
         raise UserError(f"this {kind} run takes {takes}: add --prompt TEXT")

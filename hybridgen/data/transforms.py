@@ -7,6 +7,8 @@
 import numpy as np
 from PIL import Image, ImageOps
 
+from hybridgen.core.errors import UserError
+
 WHITE = (255, 255, 255)
 
 
@@ -57,5 +59,10 @@ def to_float(image: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """float in [-1, 1] (clipped) -> uint8; the inverse of `to_float` on its range."""
+    """float in [-1, 1] (clipped) -> uint8; the inverse of `to_float` on its range.
+
+    Raises UserError for numbers that are not finite: as integers they would be pixels like any other.
+    """
+    if bad := int(np.size(image) - np.isfinite(image).sum()):
+        raise UserError(f"{bad} of the {np.size(image)} numbers of an image are not finite (NaN or infinity)")
     return np.rint((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -47,6 +47,7 @@ class Moments:
 def frechet(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """Squared Fréchet distance of two Gaussians, from means `[d]` and covariances `[d, d]`, which may be singular."""
     cov_a, cov_b = (np.asarray(x, np.float64) for x in (cov_a, cov_b))
+    _check_finite(cov_a, cov_b)
     if cov_a.shape != cov_b.shape or cov_a.shape != (len(mean_a), len(mean_b)):
         raise UserError(f"the Gaussians have different widths: covariances of shape {cov_a.shape} and {cov_b.shape}")
     return frechet_of_roots(mean_a, root(cov_a), mean_b, root(cov_b))
@@ -59,6 +60,7 @@ def frechet_of_roots(mean_a: np.ndarray, root_a: np.ndarray, mean_b: np.ndarray,
     This takes no root of a non-symmetric product and no root of rounding errors, which would turn 1e-16 into 1e-8 in
     each null direction of a singular covariance.
     """
+    _check_finite(mean_a, root_a, mean_b, root_b)
     common = np.linalg.svd(root_a.T @ root_b, compute_uv=False).sum()
     between = np.square(np.asarray(mean_a, np.float64) - mean_b).sum()
     return float(between + np.square(root_a).sum() + np.square(root_b).sum() - 2 * common)
@@ -100,11 +102,17 @@ def kernel(
 
 def unbiased(a: np.ndarray, b: np.ndarray) -> float:
     """The unbiased estimate over all pairs of `a [n, d]` and `b [m, d]`."""
+    a, b = _rows(a), _rows(b)
     n, m = len(a), len(b)
     within_a, within_b = (_cubic(x, x) for x in (a, b))
     first = (within_a.sum() - np.trace(within_a)) / (n * (n - 1))
     second = (within_b.sum() - np.trace(within_b)) / (m * (m - 1))
     return float(first + second - 2 * _cubic(a, b).mean())
+
+
+def _check_finite(*statistics: np.ndarray) -> None:
+    if not all(np.isfinite(x).all() for x in statistics):
+        raise UserError("the mean or covariance of a set of features is not finite (NaN or infinity)")
 
 
 def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:

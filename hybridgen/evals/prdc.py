@@ -27,6 +27,8 @@ def prdc(true: np.ndarray, generated: np.ndarray, manifold: int = MANIFOLD, cove
     true, generated = (np.asarray(x, np.float64) for x in (true, generated))
     if true.ndim != 2 or generated.ndim != 2 or true.shape[1] != generated.shape[1]:
         raise UserError(f"features must have the shapes n d and m d, not {true.shape} and {generated.shape}")
+    if not np.isfinite(true).all() or not np.isfinite(generated).all():
+        raise UserError("features are not finite (NaN or infinity)")
     least, k = min(len(true), len(generated)), max(manifold, covered)
     if least <= k:
         raise UserError(f"{k} nearest neighbours need more than {k} pictures in each set, not {least}")

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hybridgen.core.errors import UserError
+from hybridgen.evals.finite import finite, marked
 
 MARGIN, LINE, FONT_SIZE = 8, 15, 12
 INK, RIGHT, WRONG = (40, 40, 40), (0, 120, 40), (190, 20, 30)
@@ -32,6 +33,7 @@ def sheet(
 
     Args:
       images: B H W 3, uint8 or float in [-1, 1]. To compare several pictures of a caption, concatenate them along W.
+        Pixels that are not finite are magenta, and the line under such a picture is "not finite".
       captions: B, or None. Long ones are wrapped to the width of a cell.
       verdicts: B (see `evals.alignment.judge`), each may be None, or None. The line under a picture is "all right" or
         lists the wrong attributes.
@@ -41,7 +43,7 @@ def sheet(
 
     Raises UserError if the numbers differ or there is no picture.
     """
-    pixels = _as_uint8(images)
+    pixels, whole = _as_uint8(images), finite(images)
     count, height, width = pixels.shape[:3]
     for name, rows in (("captions", captions), ("verdicts", verdicts)):
         if rows is not None and len(rows) != count:
@@ -52,6 +54,7 @@ def sheet(
     words = "".join(captions or ()) + (title or "")
     font = _font(chinese=any(ord(c) > 0x2E80 for c in words))
     texts = [_lines(captions, verdicts, i, width, font) for i in range(count)]  # B lists of (text, colour)
+    texts = [lines if good else [*lines, ("not finite", WRONG)] for lines, good in zip(texts, whole, strict=True)]
     rows = [texts[i : i + columns] for i in range(0, count, columns)]
     heights = [height + LINE * max(map(len, row)) + MARGIN for row in rows]
     top = MARGIN + (LINE + MARGIN if title else 0)
@@ -107,4 +110,4 @@ def _as_uint8(images):
         raise UserError(f"sheet: pictures must have the shape B H W 3 with B > 0, not {images.shape}")
     if images.dtype == np.uint8:
         return images
-    return np.round((np.clip(np.nan_to_num(images.astype(np.float32), nan=-1.0), -1, 1) + 1) * 127.5).astype(np.uint8)
+    return np.round((np.clip(marked(images), -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -2,9 +2,10 @@
 
 A family is a module with the functions of `FAMILY`, and those of the roles that it declares as `ROLE`: one name of
 `ROLES`, or several. It may also define the functions of `OPTIONAL`. It declares its sampling options as `OPTIONS`,
-{group: {name: Option}}, as in `config.sample.options`. A family is found by its dotted name: under `hybridgen.models`,
-such as "ar.raster", or anywhere that Python imports from, such as "my_package.my_prior". It may declare the ranges of
-its model's options as `RANGES`, {option: Range} (core/ranges.py), which are checked before `build`.
+{group: {name: Option}}, as in `config.sample.options`, and the names of the parts that it uses as `PARTS`, a tuple:
+other names are refused, unless it declares none. It may declare the ranges of its model's options as `RANGES`,
+{option: Range} (core/ranges.py), which are checked before `build`. A family is found by its dotted name: under
+`hybridgen.models`, such as "ar.raster", or anywhere that Python imports from, such as "my_package.my_prior".
 
 A part is a family's model with its arrays: a pytree whose leaves are `params` and `extra` and whose static fields are
 the family's name and the model, so jit receives its arrays as traced arguments. `parts` are those of the whole config,
@@ -45,6 +46,7 @@ OPTIONAL = {
     "inputs": "model",  # -> Inputs: the entries of a batch that it is conditioned on
     "embed": "model params extra tokens",  # tokenizer with a codebook: b n -> codes b h w d
     "pooled": "model params extra text mask",  # text tower: -> one vector per text, b p
+    "distance": "model params extra image other",  # features: the perceptual distance of two images, b
     "moments": "model params extra image",  # tokenizer with a Gaussian latent: -> mean, log-variance, b h w c
 }
 
@@ -90,6 +92,25 @@ ROLES = {
     ),
     "features": Role({}, trained=False),  # networks for metrics: encode(image) -> b d, or distance(a, b) -> b
     "generator": Role({}),  # generates pictures by itself and is not a part of another model
+}
+
+
+class Kind(NamedTuple):
+    """What a part must be: its role; whether it has a codebook; a function that its family defines."""
+
+    role: str
+    what: str
+    codes: bool | None = None
+    function: str = ""
+
+
+PARTS = {  # the names of parts that mean the same in every family
+    "tokenizer": Kind("tokenizer", "a tokenizer with a codebook", codes=True),
+    "autoencoder": Kind("tokenizer", "a tokenizer with a continuous latent", codes=False),
+    "text": Kind("text", "a text encoder"),
+    "prior": Kind("prior", "a prior"),
+    "decoder": Kind("decoder", "a decoder"),
+    "perceptual": Kind("features", "a network with a perceptual distance", function="distance"),
 }
 
 CONDITIONED = {"prior", "decoder", "generator"}  # roles that may read captions or classes
@@ -249,6 +270,9 @@ def faults(family: ModuleType) -> list[str]:
             out.append(f"it has no function {name}({', '.join(parameters.split())})")
         elif fault := checks.parameters(function, parameters.split()):
             out.append(f"{name} has the parameters ({', '.join(inspect.signature(function).parameters)}), {fault}")
+    names = getattr(family, "PARTS", ())
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        out.append("its PARTS is not a tuple of names")
     return [*out, *checks.options(getattr(family, "OPTIONS", {}), Option)]
 
 
@@ -270,6 +294,12 @@ def inputs(family: ModuleType, model: Any) -> Inputs:
     found = [own(model)] if own else []
     found += [inputs(find(member.family), member.model) for member in members(family, model).values()]
     return Inputs(any(one.text for one in found), max((one.classes for one in found), default=0))
+
+
+def parts_of(families: Iterable[ModuleType]) -> set[str] | None:
+    """The names of the parts that several families use together; None if one of them does not declare its `PARTS`."""
+    declared = [getattr(family, "PARTS", None) for family in families]
+    return None if None in declared else {name for names in declared for name in names}
 
 
 def options_of(families: Iterable[ModuleType]) -> dict[str, dict[str, Option]]:

@@ -19,6 +19,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources, transforms
 from hybridgen.evals import fid, prdc, reference
+from hybridgen.evals.finite import finite, message
 from hybridgen.runs import experiment, reading
 from hybridgen.runs.restore import Loaded
 
@@ -44,10 +45,14 @@ class Comparison:
     pictures: Callable[[], Iterator[np.ndarray]] | None
 
     def __call__(self, images: np.ndarray, label: str) -> dict[str, Any]:
-        """{"pictures", "fd", "kd", ...} of images `[n, H, W, 3]`; `label`: of the progress line."""
+        """{"pictures", "fd", "kd", ...} of images `[n, H, W, 3]`; `label`: of the progress line.
+
+        Raises UserError if an image or its features are not finite: any distance of them would be meaningless.
+        """
+        if bad := int((~finite(images)).sum()):
+            raise UserError(f"{message(bad, len(images))}: they have no distance to a reference")
         starts = range(0, len(images), self.batch)
-        clean = np.nan_to_num(images, nan=-1.0)
-        batches = (transforms.to_uint8(clean[start : start + self.batch]) for start in starts)
+        batches = (transforms.to_uint8(images[start : start + self.batch]) for start in starts)
         mean, root, rows = self._side(progress(batches, total=len(starts), label=f"features, {label}"))
         *gaussian, others = self._reference
         out: dict[str, Any] = {"pictures": len(images)}
@@ -103,6 +108,7 @@ def build(
             raise UserError(f"--{name} {value}: distances need at least {LEAST} images")
     batch = meshes.padded(loaded.mesh, batch)
     run = reading.load(reading.find_run(features, None))
+    run.check_finite()
     width = getattr(run.part.model, "feature_width", 0)
     if not width:
         raise UserError(f"--features {features} is a run of {run.part.family}, not of a feature network")
@@ -165,7 +171,8 @@ def table(report: dict) -> list[str]:
     lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for split, kinds in report["splits"].items():
         for name, found in kinds["distances"].items():
-            cells = [split, name, str(found["pictures"]), f"{found['fd']:.3f}"]
+            distance = f"{found['fd']:.3f}" if "fd" in found else f"{found['not_finite']} not finite"
+            cells = [split, name, str(found["pictures"]), distance]
             if "kd" in found:
                 cells += [f"{1000 * found['kd']:.3f} (s.e. {1000 * found['kd_standard_error']:.3f})"]
                 cells += [f"{found[share]:.3f}" for share in head[5:]]

@@ -54,7 +54,7 @@ def stage(config: Any, place: Path) -> None:
     text = markdown(points, list(missing))
     if jax.process_index() == 0:
         run_folder.make(place)
-        run_folder.write_json(place / "table.json", {"split": config.split, "points": points, "missing": missing})
+        run_folder.write_report(place / "table.json", {"split": config.split, "points": points, "missing": missing})
         (place / "table.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"table  {place / 'table.md'}")

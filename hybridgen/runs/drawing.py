@@ -92,17 +92,7 @@ def check_config(config: Any, folder: Path | None, stages: Mapping[str, Any]) ->
 
     A part is a run, relative to `folder`, or a stage of a recipe. If a part does not exist yet, unknown groups pass.
     """
-    names, partial = list(reading.families(config)), False
-    for path in config.parts.values():
-        stage = stages.get(Path(path).name)
-        try:
-            names += (
-                reading.families(stage)
-                if stage is not None and "family" in stage
-                else reading.families_of(reading.find_run(path, folder))
-            )
-        except UserError:
-            partial = True
+    names, partial = reading.families_with_parts(config, folder, stages)
     known = contract.options_of(map(find, names))
     if strange := [group for group in config.sample.options if group not in known and not partial]:
         others = " nor a family of its parts" if config.parts else ""

@@ -23,7 +23,7 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.sources import reading as record_reading
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, find, for_shape
-from hybridgen.runs import agreement, reading
+from hybridgen.runs import agreement, fitting, reading
 from hybridgen.runs.reading import Run
 
 TEXT = ("text_vocab", "text_length")  # model options that are taken from the text tokenizer
@@ -40,6 +40,7 @@ class Experiment(NamedTuple):
     digests: dict[str, str]  # of the parts
     text: Any  # the text tokenizer, or None
     mesh: Mesh
+    faults: tuple[str, ...] = ()  # arrays of the parts with numbers that are not finite
 
 
 def build(config: Any, folder: Path | None = None, source: Any = None, text: Any = None) -> Experiment:
@@ -49,24 +50,36 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     UserError for parts that are missing or do not fit.
     """
     mesh = meshes.make_mesh(config.mesh)
-    runs = load(config, folder)
+    runs, where = load(config, folder), called(config)
+    fitting.check_roles(runs, where)
     verify(config, runs, source)
+    faults = tuple(run.fault for run in runs.values() if run.fault)
     known = read_by(runs, config.data)
     text = text or known
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     parts = {name: run.part for name, run in runs.items()}
     family, model, options = resolve(config, parts, text, source)
+    fitting.check_sizes(family, model, parts, where)
     if source is not None:
+        if not getattr(source, "shapes", ()) and not sources.encoders(source):
+            fitting.check_data(family, model, parts, config.data.resolution)
+        if config.sample.every:
+            fitting.check_drawable(family, model, parts)
         fits_classes(config.data, source, classes_of(family, model, parts))
         trained_alike(config, runs)
     digests = {name: run.digest for name, run in runs.items()}
-    return Experiment(config, family, options, model, place(parts, mesh), digests, text, mesh)
+    return Experiment(config, family, options, model, place(parts, mesh), digests, text, mesh, faults)
 
 
 def load(config: Any, folder: Path | None) -> dict[str, Run]:
     """The runs of a config's parts, by name."""
     return {name: reading.load(reading.find_run(path, folder)) for name, path in config.parts.items()}
+
+
+def called(config: Any) -> dict[str, str]:
+    """What each part of a config is called in a message."""
+    return {name: f"config.parts.{name}={path}" for name, path in config.parts.items()}
 
 
 def verify(config: Any, runs: Mapping[str, Run], source: Any = None) -> None:
@@ -80,6 +93,8 @@ def verify(config: Any, runs: Mapping[str, Run], source: Any = None) -> None:
     digests = {name: run.digest for name, run in runs.items()}
     if source is not None:
         sources.fits(source, digests)
+        for run in runs.values():
+            run.check_finite()
     for name, digest in seen.items():
         if digests.get(name, digest) != digest:
             path = config.parts[name]

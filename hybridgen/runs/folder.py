@@ -14,6 +14,7 @@ training loop then saves and returns.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -67,6 +68,22 @@ def write_json(path: Path, obj: Any) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_report(path: Path, report: Any) -> None:
+    """Writes a report of measurements as `write_json` does; a number that is not finite is null, since JSON has none.
+
+    Readers other than Python's reject NaN and Infinity.
+    """
+    write_json(path, _as_json(report))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

@@ -22,8 +22,8 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.text.published import Published
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, find
+from hybridgen.runs import fitting, manifest, reading
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs import manifest, reading
 from hybridgen.weights import rules, safetensors, tables
 
 PROMPT = 512  # positions of a prompt, unless the model has fewer
@@ -99,8 +99,11 @@ def run_config(plan: tables.Plan, parts: Mapping[str, reading.Run], places: Mapp
     """The config of a run folder, with the entries that reading it needs. `places`: relative paths of the parts."""
     data = {"source": "shapes", "options": {}, "flip": False, "workers": 0, "threads": 1}
     sizes = plan.inputs.get("image", (32,))  # a text model has no image size
-    side = parts["tokenizer"].config.data.resolution if "tokenizer" in parts else sizes[0]
-    data["resolution"] = side
+    data["resolution"] = sizes[0]
+    if "tokenizer" in parts:
+        data["resolution"] = parts["tokenizer"].config.data.resolution
+    elif "autoencoder" in parts:
+        data["resolution"] = fitting.images(parts["autoencoder"].part, sizes[:2])[0]
     sample = {"every": 0, "count": 16, "options": dict(plan.sample)}
     rest = {"parts": dict(places), "init_from": {}, "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1}}
     return {"family": plan.family, "model": plan.model, "data": data, "seed": 0, "batch": 1, "sample": sample} | rest
@@ -108,15 +111,15 @@ def run_config(plan: tables.Plan, parts: Mapping[str, reading.Run], places: Mapp
 
 def read_parts(goal: Target, given: Mapping[str, Path]) -> dict[str, reading.Run]:
     """The runs given as parts. Raises UserError for a part that does not fit the model."""
-    parts = {name: reading.load(reading.find_run(str(path), None)) for name, path in given.items()}
+    places = {name: reading.find_run(str(path), None) for name, path in given.items()}
+    where = {name: f"--part {name}={path}" for name, path in given.items()}
+    fitting.check_names(
+        [goal.plan.family, *(n for place in places.values() for n in reading.families_of(place))], where
+    )
+    parts = {name: reading.load(place) for name, place in places.items()}
+    fitting.check_roles(parts, where)
+    fitting.check_sizes(goal.family, goal.model, {name: run.part for name, run in parts.items()}, where)
     model = goal.model
-    if "tokenizer" in parts and hasattr(model, "vocab"):
-        other = parts["tokenizer"].part.model
-        for name in ("vocab", "grid"):
-            ours, theirs = getattr(model, name), getattr(other, name, None)
-            if (tuple(theirs or ()) if name == "grid" else theirs) != ours:
-                where = given["tokenizer"]
-                raise UserError(f"--part tokenizer={where} has the {name} {theirs}, but the model has {ours}")
     if "text" in parts:
         text, tower, where = parts["text"].text, parts["text"].part.model, given["text"]
         length, width = getattr(model, "text_length", 0), getattr(model, "text_width", 0)
@@ -225,6 +228,8 @@ def write_official(source: tables.Source, folder: Path, given: str | None, out: 
         raise UserError(f"{out} {'already exists' if out.exists() else 'is not the name of a .safetensors file'}")
     goal = target(source.plan(*_official(source, folder, given)))
     run = read_run(folder)
+    if fault := reading.not_finite(folder, run):
+        raise UserError(fault)
     for path, spec in goal.official.items():
         if path not in run or run[path].shape != spec.shape:
             shape = f"of shape {list(run[path].shape)}" if path in run else "missing"

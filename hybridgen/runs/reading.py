@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core import config as config_lib
@@ -34,6 +35,12 @@ class Run(NamedTuple):
     step: int
     bundled: bool  # read from a bundle, which may be untrusted
     folder: Path
+    fault: str = ""  # an array with numbers that are not finite
+
+    def check_finite(self) -> None:
+        """Raises UserError if an array has numbers that are not finite: nothing can be trained on or made of it."""
+        if self.fault:
+            raise UserError(self.fault)
 
 
 def find_run(path: str, folder: Path | None) -> Path:
@@ -67,7 +74,18 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
         config = config.copy_and_resolve_references()  # evaluation and caching use square images
         with config.unlocked():
             del config.data.options[sources.BUCKETS]
-    return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder)
+    fault = not_finite(folder, arrays)
+    if fault:
+        report(f"warning: {fault}")
+    return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder, fault)
+
+
+def not_finite(folder: Path, arrays: Mapping[str, Any]) -> str:
+    """The first of a run's arrays with numbers that are not finite, in words; "" if there is none."""
+    for path, leaf in trees.flatten(arrays).items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (bad := int(leaf.size - np.isfinite(leaf).sum())):
+            return f"the run {folder} is damaged: {bad} of the {leaf.size} numbers of {path} are NaN or infinite"
+    return ""
 
 
 def saved_arrays(
@@ -125,6 +143,22 @@ def families_of(folder: Path) -> list[str]:
     config = read_config(folder)
     parts = [read_config(find_run(path, folder)) for path in config.parts.values()]
     return [family for one in (config, *parts) for family in families(one)]
+
+
+def families_with_parts(config: Any, folder: Path | None, stages: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """(the families of a config and of its parts, whether the run of a part does not exist yet).
+
+    A part is a run, relative to `folder`, or a stage of a recipe.
+    """
+    names, partial = list(families(config)), False
+    for path in config.parts.values():
+        stage = stages.get(Path(path).name)
+        try:
+            is_stage = stage is not None and "family" in stage
+            names += families(stage) if is_stage else families_of(find_run(path, folder))
+        except UserError:
+            partial = True
+    return names, partial
 
 
 def check_families(config: Any, folder: Path) -> None:
@@ -187,7 +221,9 @@ def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
     found, extra = {}, None
     for prefix, where in config.init_from.items():
         path, _, inside = where.partition(":")
-        part = load(find_run(path, folder)).part
+        run = load(find_run(path, folder))
+        run.check_finite()
+        part = run.part
         arrays = part.params
         for name in filter(None, inside.split("/")):
             if name not in arrays:

@@ -37,6 +37,7 @@ class Loaded(NamedTuple):
     classes: int  # number of classes; 0: takes no label
     flags: dict[str, str]  # sampling options: name on the command line -> path in the config
     shapes: tuple[Shape, ...]  # of the images that it was trained on, if several
+    faults: tuple[str, ...]  # arrays of the run and its parts with numbers that are not finite
 
     @property
     def generates(self) -> bool:
@@ -101,7 +102,17 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         max(inputs.classes for inputs in known),
         drawing.flags(drawing.known_options(family, model, parts)),
         _shapes(config.data.get("shapes", ()), folder),
+        tuple(filter(None, (run.fault, *experiment.faults))),
     )
+
+
+def check_draws(loaded: Loaded) -> None:
+    """Raises UserError for a run that generates no images, or tokens that nothing makes images of."""
+    kind = loaded.config.family
+    if not loaded.draws:
+        raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
+    if loaded.plans and loaded.tokenizer is None:
+        raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
 
 
 def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:

@@ -15,10 +15,9 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.sources import layouts
 from hybridgen.models import contract
 from hybridgen.models.contract import find
-from hybridgen.runs import checkpoint, drawing
+from hybridgen.runs import checkpoint, drawing, fitting, reading
 from hybridgen.runs import folder as run_folder
-from hybridgen.runs.experiment import TEXT, Experiment
-from hybridgen.runs.reading import earlier
+from hybridgen.runs.experiment import TEXT, Experiment, called
 from hybridgen.training import logging
 from hybridgen.training import state as state_lib
 
@@ -33,6 +32,8 @@ def checked(
     find(config.family)
     meshes.check_batch(meshes.make_mesh(config.mesh), config.batch, config.accumulate)
     drawing.check_config(config, folder, stages or {})
+    names, partial = reading.families_with_parts(config, folder, stages or {})
+    fitting.check_names(names, called(config), partial)
     unshadowed(config)
     if config.eval.every or config.sample.every:
         source(config.data, "validation")
@@ -80,7 +81,7 @@ def beginning(
             return saved.restore(step, abstract)
         state = make()
         if config.init_from:
-            params, extra = earlier(config, folder)
+            params, extra = reading.earlier(config, folder)
             state = state_lib.start_from(state, params, which, extra)
         return state
 

@@ -182,7 +182,8 @@ def load(
 
     shapes: {path: object with shape and dtype}, every array of the model. dropped: patterns of names that the model
     does not use. Besides the arrays, one tensor is in memory at a time. Raises UserError before any tensor is read,
-    naming a tensor that no rule or two rules match, or that is missing or has another shape or kind of number.
+    naming a tensor that no rule or two rules match, or that is missing or has another shape or kind of number; and when
+    it is read, a tensor with numbers that are not finite.
     """
     places = _places(tensors, tuple(rules), tuple(dropped), shapes)
     for path, spec in shapes.items():
@@ -192,11 +193,24 @@ def load(
         rule, names = places[path]
         arrays[path] = np.empty(spec.shape, spec.dtype)
         for index, name in names.items():
-            _part(rule, arrays[path], index).fill(np.asarray(tensors[name]))
+            _part(rule, arrays[path], index).fill(_finite(name, np.asarray(tensors[name]), spec.dtype))
         for copy in filter(tensors.__contains__, rule.copies):
             if not np.array_equal(np.asarray(tensors[name]), np.asarray(tensors[copy])):
                 raise UserError(f"the tensors {name!r} and {copy!r} are tied in this model, but have different values")
     return arrays
+
+
+def _finite(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
+    """`tensor`. Raises UserError if a number is not finite, also if it is so only in our `dtype`."""
+    if _kind(dtype) != "f":
+        return tensor
+    for kind in dict.fromkeys((tensor.dtype, np.dtype(dtype))):
+        with np.errstate(over="ignore"):
+            bad = int(tensor.size - np.isfinite(tensor.astype(kind, copy=False)).sum())
+        if bad:
+            what = f"{bad} of the {tensor.size} numbers of the tensor {name!r} are NaN or infinite"
+            raise UserError(what if kind == tensor.dtype else f"{what} as {kind}, the dtype of the model")
+    return tensor
 
 
 Index = tuple[int, int]  # (index on the stacked axis, part)

@@ -356,7 +356,7 @@ def test_labels_that_are_never_dropped_have_no_null():
 
 
 def test_official_weights_to_pictures(tmp_path, capsys):
-    """`convert` and `sample`: with an autoencoder pictures, without one three channels of the latent."""
+    """`convert` and `sample`: with an autoencoder pictures; latents without one are refused."""
     for system in ("dit_official", "sd_kl_vae"):
         assert convert.main([system, str(GOLDEN / system), str(tmp_path / system)]) == 0
     folder = tmp_path / "dit_official"
@@ -364,8 +364,10 @@ def test_official_weights_to_pictures(tmp_path, capsys):
     words = ["--run", str(folder), "--label", "3", "--label", "7", "--steps", "3"]
     config["sample"]["options"] = {"decoder": {"guidance": 4.0, "guidance_channels": 3}}
     ddim = ["--solver", "ddim", "--decoder-guidance", "2"]
-    for name, more in (("latents", []), ("ancestral", []), ("ddim", ddim)):
-        config["parts"] = {} if name == "latents" else {"autoencoder": "../sd_kl_vae"}
+    with pytest.raises(UserError, match="a decoder of latents of 4 channels needs the part 'autoencoder'; this config"):
+        sample.main([*words, "--out", str(tmp_path / "latents")])
+    for name, more in (("ancestral", []), ("ddim", ddim)):
+        config["parts"] = {"autoencoder": "../sd_kl_vae"}
         (folder / "config.json").write_text(json.dumps(config))
         assert sample.main([*words, "--out", str(tmp_path / name), *more]) == 0
         pictures = [np.asarray(sample.Image.open(tmp_path / name / f"0000{i}.png")) for i in range(2)]
@@ -373,7 +375,7 @@ def test_official_weights_to_pictures(tmp_path, capsys):
         sizes[name] = pictures[0].shape
     reduction = 2 ** (len(reading.load(tmp_path / "sd_kl_vae").part.model.channels) - 1)
     picture = (8 * reduction, 8 * reduction, 3)
-    assert sizes == {"latents": (8, 8, 3), "ancestral": picture, "ddim": picture}
+    assert sizes == {"ancestral": picture, "ddim": picture}
     assert convert.main(["dit_official", str(folder), str(tmp_path / "back.safetensors"), "--export"]) == 0
     source = (GOLDEN / "dit_official" / "weights.safetensors").read_bytes()
     assert (tmp_path / "back.safetensors").read_bytes()[-4096:] == source[-4096:]

@@ -278,7 +278,7 @@ def test_references_of_every_kind(measured, lite, tmp_path):
     np.savez(tmp_path / "both.npz", mu=mean, sigma=cov, arr_0=pixels)
     np.savez(tmp_path / "statistics.npz", mu=mean, sigma=cov)
     images = np.random.default_rng(4).uniform(-1, 1, (14, *pixels.shape[1:]))
-    images[0] = np.nan  # a picture that failed is black, and counts
+    spoilt = np.where(np.arange(14)[:, None, None, None] < 2, np.nan, images)
     found = {}
     for name in ("pictures", "pictures.npz", "both.npz", "statistics.npz"):
         compare = distances.build(loaded, str(lite), ("validation",), 14, 6, 0, str(tmp_path / name), 16)
@@ -292,11 +292,12 @@ def test_references_of_every_kind(measured, lite, tmp_path):
     assert {**found["pictures.npz"], **prdc.prdc(features, rows)} == found["pictures.npz"]
     assert found["statistics.npz"] == {"pictures": 14, "fd": pytest.approx(shifted, **close)}
     assert found["both.npz"] == found["pictures.npz"] | {"fd": found["statistics.npz"]["fd"]}
+    with pytest.raises(UserError, match=r"^2 of 14 images are not finite"):
+        compare(spoilt, "spoilt")
 
 
 def _bytes(images):
-    clean = np.nan_to_num(images, nan=-1)
-    return np.rint((clean + 1) * 127.5).astype(np.uint8)
+    return np.rint((images + 1) * 127.5).astype(np.uint8)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,24 @@ def official():
     return {name: value if name == "steps" else value.astype(np.float32) for name, value in state.items()}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "float8_e5m2"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_is_named(dtype, value):
+    state = official()
+    state["layers.1.attn.k.weight"].flat[:2] = value
+    state["layers.1.attn.k.weight"] = state["layers.1.attn.k.weight"].astype(ml_dtypes.finfo(dtype).dtype)
+    with pytest.raises(UserError, match=r"^2 of the 64 numbers of the tensor 'layers.1.attn.k.weight' are NaN or inf"):
+        rules.load(state, TABLE, SPECS)
+
+
+def test_a_number_that_float32_does_not_have_is_named():
+    state = official()
+    state["tok.weight"] = state["tok.weight"].astype(np.float64)
+    state["tok.weight"][4, 1] = 1e39
+    with pytest.raises(UserError, match=r"^1 of the 40 .* 'tok.weight' are NaN or infinite as float32, the dtype"):
+        rules.load(state, TABLE, SPECS)
+
+
 def test_tensors_go_where_the_table_says():
     state = official()
     arrays = rules.load(state, TABLE, SPECS)

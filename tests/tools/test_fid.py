@@ -84,6 +84,12 @@ def test_the_memory_is_that_of_the_covariance():
     assert out.count == 64 * 201 and peak < 8 * batch.nbytes
 
 
+def spoilt(x, value=np.inf):
+    x = np.array(x, np.float64)
+    x.flat[0] = value
+    return x
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -95,6 +101,12 @@ def test_the_memory_is_that_of_the_covariance():
         (lambda: fid.kernel(np.ones((9, 3)), np.ones((9, 2))), "different widths: 3 and 2"),
         (lambda: prdc.prdc(np.ones((5, 2)), np.ones((9, 2))), "more than 5 pictures in each set, not 5"),
         (lambda: prdc.prdc(np.ones((9, 3)), np.ones((9, 2))), "must have the shapes n d and m d"),
+        (lambda: prdc.prdc(np.ones((9, 2)), spoilt(np.ones((9, 2)))), "features are not finite"),
+        (lambda: fid.kernel(np.ones((9, 2)), spoilt(np.ones((9, 2)))), "1 of 9 pictures have non-finite features"),
+        (lambda: fid.unbiased(spoilt(np.ones((9, 2))), np.ones((9, 2))), "1 of 9 pictures have non-finite features"),
+        (lambda: fid.root_of_rows(spoilt(np.ones((9, 2)))), "1 of 9 pictures have non-finite features"),
+        (lambda: fid.frechet(EYE[0], spoilt(EYE), EYE[0], EYE), "covariance of a set of features is not finite"),
+        (lambda: fid.frechet(EYE[0], EYE, spoilt(EYE[0]), EYE), "covariance of a set of features is not finite"),
     ],
 )
 def test_features_that_cannot_be_compared(call, says):

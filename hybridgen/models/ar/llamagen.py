@@ -30,6 +30,7 @@ from hybridgen.nn.position import Rotary, grid_positions, rotary
 from hybridgen.nn.stack import Stack
 
 ROLE = "prior"
+PARTS = ("tokenizer", "text")
 OPTIONS = {"prior": next_token.OPTIONS}
 RANGES = next_token.RANGES | {name: count(0, 2**20) for name in ("text_length", "text_width", "null_length")}
 RANGES |= {"norm_eps": number(0.0, 1.0), "rope_base": number(1.0), "padding_sees_itself": FLAG}

@@ -29,6 +29,7 @@ from hybridgen.nn.position import Rotary, grid_positions, rotary
 from hybridgen.nn.stack import Stack
 
 ROLE = "prior"
+PARTS = ("tokenizer",)
 OPTIONS = {"prior": next_token.OPTIONS}
 RANGES = next_token.RANGES | entries.TEXT | {"text_width": count(0, 2**20), "qk_norm": FLAG, "prefix_mask": FLAG}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features

@@ -29,6 +29,7 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
 
 ROLE = "prior"
+PARTS = ("tokenizer",)
 OPTIONS = {"prior": next_token.OPTIONS}
 RANGES = next_token.RANGES | {name: count(0, 2**24) for name in ("block_size", "unmasked")}
 RANGES |= {"cond_length": count(1, 2**20), "pkeep": share()}

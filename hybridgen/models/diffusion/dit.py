@@ -35,6 +35,7 @@ from hybridgen.nn.stack import Stack
 from hybridgen.nn.timestep import TimestepEmbed
 
 ROLE = "decoder"
+PARTS = ("tokenizer", "autoencoder")
 OPTIONS = {"decoder": denoiser.OPTIONS}
 RANGES = denoiser.RANGES | entries.TEXT | {"plan_width": count(0, 2**20), "draft": FLAG, "cross": FLAG}
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample

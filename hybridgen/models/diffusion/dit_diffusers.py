@@ -44,6 +44,7 @@ PROCESS = Process(
     steps=250,
 )
 ROLE = "decoder"
+PARTS = ("autoencoder",)
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
 RANGES = denoiser.RANGES | {"outputs": count(1, 2**16), "mlp": one_of(*KINDS)}
 RANGES |= {"qkv_bias": FLAG, "mlp_norm_eps": number(0.0, 1.0), "mlp_norm_affine": FLAG}

@@ -38,6 +38,7 @@ PROCESS = Process(
     steps=250,
 )
 ROLE = "decoder"
+PARTS = ("autoencoder",)
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
 RANGES = denoiser.RANGES
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample

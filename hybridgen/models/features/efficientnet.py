@@ -18,6 +18,7 @@ from hybridgen.nn.convnorm import ConvNorm, divided, joined
 from hybridgen.nn.linear import Linear
 
 ROLE = "features"
+PARTS = ()
 
 # (blocks, kernel, stride, expansion, channels) of each stage of the smallest network
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))

@@ -25,6 +25,7 @@ from hybridgen.nn.convnorm import ConvNorm
 from hybridgen.nn.linear import Linear
 
 ROLE = "features"
+PARTS = ()
 
 __all__ = ["InceptionV3", "build", "encode", "init", "logits"]
 SIDE, WIDTHS = 299, (64, 192, 768, 2048)

@@ -19,6 +19,7 @@ from hybridgen.nn.conv import Conv
 from hybridgen.nn.linear import Linear, at_least_float32
 
 ROLE = "features"
+PARTS = ()
 
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # per channel, for pictures in [-1, 1]
 STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # of each stage: channels in units of `width`, convolutions

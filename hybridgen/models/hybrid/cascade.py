@@ -32,6 +32,7 @@ from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.nn.linear import at_least_float32
 
 ROLE = "generator"
+PARTS = ("tokenizer", "prior", "decoder")
 RANGES = {"own": share(), "rollout_every": count(), "prior_weight": WEIGHT, "decoder_weight": WEIGHT}
 OTHERS = ("text", "text_mask", "label")  # entries of a batch that a decoder may read besides the plan
 

@@ -290,7 +290,9 @@ def integrate(
 def render(
     model: Denoiser, params: Any, extra: Any, cond: dict, keys: jax.Array, parts: Parts, options: Mapping[str, Any]
 ) -> jax.Array:
-    """Renders `[b, H, W, 3]` in [-1, 1] from cond."""
+    """Renders `[b, H, W, 3]` in [-1, 1] from cond. Raises UserError for latents without an autoencoder."""
+    if "autoencoder" not in parts and model.channels != 3:
+        need(parts, "autoencoder", f"a decoder of latents of {model.channels} channels")
     if model.text_vocab:  # encoded once, because it is the same at every step of the solver
         cond = cond | {"features": model.network.apply({"params": params}, cond, method="encode_text")}
     params = cast_for_inference(params, model.network.dtype, options.get("gather", 1))  # outside the loop
@@ -300,7 +302,7 @@ def render(
     )
     if "autoencoder" in parts:
         x = parts["autoencoder"].call("decode", x)
-    return jnp.clip(x, -1, 1)[..., :3]  # latents without an autoencoder are shown as colours: three channels
+    return jnp.clip(x, -1, 1)
 
 
 def sample(

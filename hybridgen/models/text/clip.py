@@ -25,6 +25,7 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
 
 ROLE = "text"
+PARTS = ()
 
 
 class CLIPBlock(nn.Module):

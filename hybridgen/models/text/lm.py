@@ -35,6 +35,7 @@ from hybridgen.nn.position import Rotary, rotary
 from hybridgen.nn.stack import Stack
 
 ROLE = ("prior", "text")
+PARTS = ()
 STEPS = Option(0, "number of tokens to generate (0: as many as the model has positions)", 0, 1_000_000)
 OPTIONS = {"prior": next_token.TEXT_OPTIONS | {"steps": STEPS}}
 RANGES = entries.TRANSFORMER | {"text_vocab": count(1, 2**24), "text_length": count(1, 2**20)}

@@ -25,6 +25,7 @@ from hybridgen.nn.position import relative_buckets
 from hybridgen.nn.stack import Stack
 
 ROLE = "text"
+PARTS = ()
 
 
 class T5Block(nn.Module):

@@ -22,6 +22,7 @@ from hybridgen.nn.norm import Norm
 from hybridgen.nn.stack import Stack
 
 ROLE = "text"
+PARTS = ()
 RANGES = entries.TRANSFORMER | {"depth": count(0, 2**14), "vocab": count(1, 2**24), "length": count(1, 2**20)}
 
 

@@ -29,6 +29,7 @@ from hybridgen.nn import autoencoder
 from hybridgen.nn.autoencoder import Autoencoder
 
 ROLE = "tokenizer"
+PARTS = ("perceptual",)
 RANGES = tokenizer.RANGES | gan_loss.RANGES | autoencoder.OPEN | {"attention": FLAG, "width": count(1, 2**16)}
 RANGES |= {"scale": number(1e-6, 1e6), "shift": number(-1e6, 1e6), "variational": FLAG, "divergence": WEIGHT}
 for_shape = tokenizer.for_shape

@@ -26,6 +26,7 @@ from hybridgen.nn.autoencoder import Autoencoder
 from hybridgen.nn.quantizers import vq_gradient
 
 ROLE = "tokenizer"
+PARTS = ("perceptual",)
 RANGES = tokenizer.RANGES | gan_loss.RANGES | autoencoder.RANGES
 RANGES |= {"codebook_size": count(1, 2**24), "width": count(1, 2**16), "l2": FLAG}
 RANGES |= {"commitment": WEIGHT, "entropy": WEIGHT, "revive_below": share()}

@@ -24,6 +24,7 @@ from hybridgen.nn.conv import Decoder, Encoder
 from hybridgen.nn.quantizers import fsq
 
 ROLE = "tokenizer"
+PARTS = ("perceptual",)
 RANGES = tokenizer.RANGES | gan_loss.RANGES | {"patch": count(1, 2**12), "attention": FLAG, "local": FLAG}
 init, loss, merge, sample = tokenizer.init, tokenizer.loss, tokenizer.merge, tokenizer.sample
 encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.decode, tokenizer.for_shape

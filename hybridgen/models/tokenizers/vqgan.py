@@ -23,6 +23,7 @@ from hybridgen.nn.autoencoder import Autoencoder
 from hybridgen.nn.quantizers import vq_gradient
 
 ROLE = "tokenizer"
+PARTS = ("perceptual",)
 RANGES = tokenizer.RANGES | gan_loss.RANGES | autoencoder.OPEN
 init, loss, merge, sample = tokenizer.init, tokenizer.loss, tokenizer.merge, tokenizer.sample
 encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.decode, tokenizer.for_shape
