@@ -45,7 +45,7 @@ PROCESS = Process(
 )
 ROLE = "decoder"
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
-RANGES = denoiser.RANGES | {"outputs": count(1, 2**16), "mlp": one_of(*KINDS)}
+RANGES = denoiser.RANGES | {"outputs": count(1, 2**16), "mlp": one_of(*KINDS), "hidden": count(1, 2**24)}
 RANGES |= {"qkv_bias": FLAG, "mlp_norm_eps": number(0.0, 1.0), "mlp_norm_affine": FLAG}
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
 conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning
