@@ -203,6 +203,8 @@ def model_of(family: ModuleType, options: Mapping[str, Any]) -> Any:
         raise UserError(
             f"model.text_vocab is {options['text_vocab']}, but model.text_length is 0: set both, or neither"
         )
+    if {"width", "heads"} <= set(options) and not options.get("head_width") and options["heads"] > options["width"]:
+        raise UserError(f"model.heads {options['heads']} exceed model.width {options['width']}: a head has no channels")
     try:
         model = family.build(options)
     except TypeError as error:

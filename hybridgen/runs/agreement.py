@@ -64,14 +64,17 @@ def _check_shape(
     where: str, family: ModuleType, given: Mapping, known: Mapping, parts: Mapping[str, Part], source: Any
 ) -> None:
     roles = contract.roles(family)
-    if not given.get("resolution") or not {"tokenizer", "decoder"} & set(roles):
+    if not {"tokenizer", "decoder"} & set(roles):
         return
-    shape, what = sides(known["resolution"]), "pictures (data.resolution)"
+    shape, what, channels = sides(known["resolution"]), "pictures (data.resolution)", 3
     if "decoder" in roles and "latent" in read(source, 0)[0]:
         return  # cached latents, whose shape the batch has
     if "decoder" in roles and "autoencoder" in parts:
-        shape, what = parts["autoencoder"].model.grid, "latents of the part 'autoencoder'"
-    if _plain(sides(given["resolution"])) != _plain(shape):
+        auto = parts["autoencoder"].model
+        shape, what, channels = auto.grid, "latents of the part 'autoencoder'", auto.code_width
+    if "decoder" in roles and given.get("channels", channels) != channels:
+        raise UserError(f"{where}.channels is {given['channels']}, but {what} have {channels}: set it to {channels}")
+    if given.get("resolution") and _plain(sides(given["resolution"])) != _plain(shape):
         size = shape[0] if shape[0] == shape[1] else tuple(shape)
         raise UserError(f"{where}.resolution is {given['resolution']}, but {what} have {size}: set it to {size}")
 

@@ -134,6 +134,12 @@ def test_any_number_of_steps_starts_at_the_last_timestep_and_ends_at_the_picture
             assert abs(np.corrcoef(row.ravel(), np.asarray(start).ravel())[0, 1]) < 0.5
 
 
+def test_too_few_timesteps_for_a_schedule_are_refused():
+    few = Process(schedule="linear", timesteps=19, prediction_type="eps", loss_type="eps")
+    with pytest.raises(UserError, match="process.timesteps 19 are too few for the schedule 'linear': at least 20"):
+        variance.betas_of(few)
+
+
 def test_a_start_that_is_no_noise_is_refused():
     way = Process(schedule="linear", timesteps=1000, prediction_type="eps", loss_type="eps")
     for text, last in (("ddim2", 500), ("ddim1", None), ("5,0", 499)):

@@ -30,10 +30,13 @@ def timestep(process: Process, t: jax.Array) -> jax.Array:
 
 
 def betas_of(process: Process) -> np.ndarray:
-    """T betas, float64; those of "linear" are scaled by 1000 / T."""
+    """T betas, float64; those of "linear" are scaled by 1000 / T. UserError for so few that one would exceed 1."""
     more = 1000 / process.timesteps
     ends = {"start": more * 1e-4, "end": more * 0.02} if process.schedule == "linear" else {}
-    return schedules.betas(process.schedule, process.timesteps, **ends)
+    found = schedules.betas(process.schedule, process.timesteps, **ends)
+    if found.max() > 1:
+        raise UserError(f"process.timesteps {process.timesteps} are too few for the schedule 'linear': at least 20")
+    return found
 
 
 def split_output(process: Process, out: jax.Array, c: int) -> tuple[jax.Array, jax.Array | None]:

@@ -48,6 +48,8 @@ class Denoiser:
     def __post_init__(self) -> None:
         if self.posterior not in ("mean", "sample"):
             raise UserError(f"model.posterior {self.posterior!r} is not one of 'mean', 'sample'")
+        if self.draft and not self.plan_width:
+            raise UserError("model.draft is true, but model.plan_width is 0: the draft is the picture of a plan")
         if self.process.relative and not self.draft:
             raise UserError("process.relative needs model.draft: it divides errors by those of the draft")
 
