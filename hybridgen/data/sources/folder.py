@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from hybridgen.core.errors import StorageError, UserError
-from hybridgen.data import storage, transforms
+from hybridgen.core.errors import UserError
+from hybridgen.data import transforms
 from hybridgen.data.sources import layouts
-from hybridgen.data.sources.headers import FORMATS, header_size, upright_size
+from hybridgen.data.sources.headers import FORMATS, header_size
 from hybridgen.data.sources.protocol import BrokenRecord, known
 
 SPLITS = ("train", "validation")
@@ -39,8 +39,7 @@ class Folder:
     as often as `text_weights` states (integers, one per field). style_key: a field that is appended to each caption,
     after a comma. label_key: the field with the class: whole numbers mean themselves, names are numbered over both
     splits, in sorted order (`class_names`). background: the colour behind transparent pixels. max_pixels, max_bytes:
-    limits per file; a larger file is a broken record. patience: seconds for which reading a file is retried if the
-    storage, not the file, is at fault (data/storage.py).
+    limits per file; a larger file is a broken record.
 
     Items: `image` R R 3 uint8, `text` str, `texts` tuple of str, `label` int if label_key is given. Raises UserError
     for a missing folder, a split without a usable record, and options out of range.
@@ -63,7 +62,6 @@ class Folder:
         background: tuple[int, int, int] = transforms.WHITE,
         max_pixels: int = 2**25,
         max_bytes: int = 2**26,
-        patience: float = storage.PATIENCE,
     ):
         known("split of a folder", [split], SPLITS)
         for name, value, top in (
@@ -73,8 +71,6 @@ class Folder:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= top:
                 raise UserError(f"{name} is {value!r}, but must be an integer from 1 to {top}")
-        if isinstance(patience, bool) or not isinstance(patience, int | float) or not 0 <= patience <= 1e6:
-            raise UserError(f"patience is {patience!r}, but must be a number of seconds from 0 to 1000000")
         if not 0 <= validation < 1:
             raise UserError(f"validation is {validation!r}, but must be a fraction of at least 0 and below 1")
         self.path, self.resolution = os.path.realpath(path), resolution
@@ -89,7 +85,6 @@ class Folder:
                 f"{self.text_keys}"
             )
         self.background, self.max_pixels, self.max_bytes = tuple(background), max_pixels, max_bytes
-        self.patience = float(patience)
         if not os.path.isdir(path):
             raise UserError(f"data.options.path: no folder of images at {path}")
         self.layout = layouts.find(self.path, layout)
@@ -201,9 +196,7 @@ class Folder:
         name, texts, label, reason = self._records[index]
         if reason is None:
             try:
-                image = storage.steadily(lambda: self._picture(name, shape), self.path, self.patience)
-            except StorageError:
-                raise
+                image = self._picture(name, shape)
             except BrokenRecord as error:
                 reason = str(error)
             except Exception as error:  # decoders raise exceptions of many types for broken data
@@ -214,21 +207,14 @@ class Folder:
         return item if label is None else item | {"label": self._classes[label]}
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of a record's image, as EXIF rotates it. Raises BrokenRecord if it cannot be read."""
+        """(width, height) of a record's image, from its header. Raises BrokenRecord if it cannot be read."""
         name, _, _, reason = self._records[index]
-        if reason is not None:
-            raise BrokenRecord(f"{self.name(index)}: {reason}")
         try:
-            return storage.steadily(lambda: self._upright(name), self.path, self.patience)
+            width, height = header_size(self._bytes(name)) if reason is None else (0, 0)
         except OSError as error:
             raise BrokenRecord(f"{self.name(index)}: {error.strerror}") from None
-        except BrokenRecord as error:
-            raise BrokenRecord(f"{self.name(index)}: {error}") from None
-
-    def _upright(self, name: str) -> tuple[int, int]:
-        data = self._bytes(name)
-        self._check_size(*header_size(data))  # before PIL opens it
-        return upright_size(data)
+        self._check_size(width, height)
+        return width, height
 
     def _picture(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """-> H W 3 uint8."""

@@ -27,8 +27,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
-from hybridgen.core.errors import StorageError, UserError
-from hybridgen.data import storage
+from hybridgen.core.errors import UserError
 from hybridgen.data.files import whole_folder
 from hybridgen.data.sources.headers import header_size
 from hybridgen.data.sources.protocol import BrokenRecord, known
@@ -134,8 +133,6 @@ def _picture(data: bytes, at: int, sizes, shape: tuple, view: int) -> np.ndarray
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB"))
-    except MemoryError:
-        raise
     except Exception as error:  # decoders raise exceptions of many types for broken data
         raise BrokenRecord(f"{type(error).__name__}: {error}") from None
 
@@ -320,9 +317,7 @@ class Records:
 
     def _item(self, index: int, view: int) -> dict:
         try:
-            return storage.steadily(lambda: decode(self._bytes(index), self._fields, view), self.path)
-        except StorageError:
-            raise
+            return decode(self._bytes(index), self._fields, view)
         except BrokenRecord as error:
             reason = str(error)
         except Exception as error:  # of ArrayRecord, for a wrong checksum
