@@ -5,9 +5,7 @@
         while not signals.requested: ...
 
 The lock is one of the operating system (`flock` on `lock.json`), which is released when its process ends, however that
-happens; the content of the file only names the holder. A worker process of a killed trainer may keep the lock: it is
-ignored if the trainer's process is gone, which only its own machine can say, and only within its own container (its
-PID namespace). SIGTERM and the first Ctrl-C set `signals.requested`; the
+happens; the content of the file only names the holder. SIGTERM and the first Ctrl-C set `signals.requested`; the
 training loop then saves and returns.
 """
 
@@ -111,8 +109,7 @@ def lock(folder: Path) -> Iterator[None]:
     path = Path(folder) / "lock.json"
     handle = _acquire(path)
     try:
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, **_processes()}
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.truncate(handle, 0)
         os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
@@ -156,20 +153,9 @@ def _holder(path: Path) -> dict:
         return {}  # another process is writing it
 
 
-def _processes() -> dict[str, str]:
-    """What a process number is relative to: the start of the machine, and the PID namespace, one for each container."""
-    found = {"boot": "", "namespace": ""}
-    with contextlib.suppress(OSError):  # without /proc, as on macOS, there are no containers of the same kernel
-        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        found["namespace"] = os.readlink("/proc/self/ns/pid")
-    return found
-
-
 def _abandoned(path: Path) -> bool:
-    """Whether the process that took a lock is known to be gone, although another one still has the file open."""
     holder = _holder(path)
-    own = {"host": socket.gethostname(), **_processes()}
-    if {name: holder.get(name) for name in own} != own or not isinstance(holder.get("pid"), int):
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
         return False
     try:
         os.kill(holder["pid"], 0)

@@ -66,22 +66,6 @@ def test_a_worker_of_a_dead_trainer_does_not_hold_the_folder(tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("other", [{"namespace": "pid:[1]"}, {"boot": "another"}, {"host": "another"}, {"boot": None}])
-def test_a_process_number_of_elsewhere_does_not_release_a_lock(other, tmp_path):
-    """Two containers may have one host name; a process of the other is not seen, and trains all the same."""
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    with run_folder.lock(tmp_path):
-        file = tmp_path / "lock.json"
-        holder = json.loads(file.read_text(encoding="utf-8")) | {"pid": gone.pid}
-        file.write_text(json.dumps(holder | other), encoding="utf-8")
-        with pytest.raises(UserError, match=f"in use: host .*, pid {gone.pid}"), run_folder.lock(tmp_path):
-            pass
-        assert run_folder._abandoned(file) is False
-        file.write_text(json.dumps(holder), encoding="utf-8")
-        assert run_folder._abandoned(file) is True  # the same number, of this machine and container
-
-
 def test_the_lock_is_released_by_an_exception_and_refused_within_a_process(tmp_path):
     with pytest.raises(ZeroDivisionError), run_folder.lock(tmp_path):
         with pytest.raises(UserError, match=f"pid {os.getpid()}"), run_folder.lock(tmp_path):
