@@ -40,6 +40,7 @@ LEAST = {
     "data.resolution": 1,
     "data.workers": 0,
     "data.threads": 0,
+    "data.retry": 0.0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
