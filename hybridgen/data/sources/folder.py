@@ -21,7 +21,7 @@ from PIL import Image
 from hybridgen.core.errors import UserError
 from hybridgen.data import storage, transforms
 from hybridgen.data.sources import layouts
-from hybridgen.data.sources.headers import FORMATS, header_size
+from hybridgen.data.sources.headers import FORMATS, header_size, may_turn
 from hybridgen.data.sources.protocol import BrokenRecord, known
 
 SPLITS = ("train", "validation")
@@ -214,16 +214,25 @@ class Folder:
         return item if label is None else item | {"label": self._classes[label]}
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of a record's image, from its header. Raises BrokenRecord if it cannot be read."""
+        """(width, height) of a record's upright image, without decoding it. BrokenRecord if it cannot be read."""
         name, _, _, reason = self._records[index]
         if reason is not None:
             raise BrokenRecord(f"{self.name(index)}: {reason}")
         try:
-            width, height = header_size(self._bytes(name))
+            data = self._bytes(name)
+            width, height = header_size(data)
             self._check_size(width, height)
+            if may_turn(data):
+                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                    width, height = (height, width) if transforms.turned(image) else (width, height)
+            return width, height
         except BrokenRecord as error:
-            raise BrokenRecord(f"{self.name(index)}: {error}") from None
-        return width, height
+            reason = str(error)
+        except Exception as error:  # decoders raise exceptions of many types for broken data
+            if storage.passing(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        raise BrokenRecord(f"{self.name(index)}: {reason}")
 
     def _picture(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """-> H W 3 uint8."""
