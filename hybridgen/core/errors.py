@@ -10,4 +10,4 @@ class PeerError(RuntimeError):
 
 
 class StorageError(RuntimeError):
-    """The storage of the data did not answer for a while: the same command may succeed when run again."""
+    """The storage did not answer: the same command may succeed when run again."""
