@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from hybridgen import __version__
 from hybridgen.core import hostmemory, importing, quiet
-from hybridgen.core.errors import PeerError, UserError
+from hybridgen.core.errors import PeerError, StorageError, UserError
 
 COMMANDS = {
     "train": "train one model from a config, or resume its run",
@@ -71,7 +71,7 @@ def command(main: Callable[[], int]) -> NoReturn:
     quiet.failed_saves()
     try:
         sys.exit(main())  # also the normal end of each of several processes
-    except (UserError, PeerError) as error:
+    except (UserError, PeerError, StorageError) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
