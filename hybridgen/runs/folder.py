@@ -110,7 +110,7 @@ def lock(folder: Path) -> Iterator[None]:
         return
     path = Path(folder) / "lock.json"
     handle = _acquire(path)
-    _held.add(handle)
+    _locks.add(handle)
     try:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         holder |= _place()
@@ -118,20 +118,20 @@ def lock(folder: Path) -> Iterator[None]:
         os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
     finally:
-        if handle in _held:  # not in a forked child
+        if handle in _locks:  # not in a forked child
             path.unlink(missing_ok=True)  # before the lock is released: the next holder creates a new file
-            _held.discard(handle)
+            _locks.discard(handle)
             os.close(handle)
 
 
-_held: set[int] = set()  # the files of this process's locks
+_locks: set[int] = set()  # the files of this process's locks
 
 
 def _release_in_child() -> None:
     """A forked worker has the lock's file open too, and would hold the lock after the trainer has died."""
-    for handle in _held:
+    for handle in _locks:
         os.close(handle)
-    _held.clear()
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_release_in_child)
