@@ -12,7 +12,7 @@ def get_config(variant: str = ""):
     if variant:
         raise common.unknown(variant)
     config = common.stage("", {}, {}, steps=500, batch=16, optim__lr=1e-4)
-    config.data.update(source="", options={}, resolution="auto", flip=False, workers=0, threads=1)
+    config.data.update(source="folder", options={}, resolution=32, flip=False, workers=0, threads=1, retry=120.0)
     config.checkpoint.every = 250
     config.log.every = 25
     config.eval.every = 100

@@ -42,6 +42,7 @@ def get_config(variant: str = ""):
                 "flip": False,  # mirroring would change flags, arrows and letters
                 "workers": 0,
                 "threads": 1,
+                "retry": 120.0,
                 "text": {"kind": "words", "length": config.get_ref("length")},
             }
         )

@@ -34,6 +34,7 @@ def get_config(variant: str = ""):
                 "flip": name in ("tokenizer", "decoder"),
                 "workers": 0,
                 "threads": 1,
+                "retry": 120.0,
                 "text": {"kind": "words", "length": config.get_ref("length")},
             }
         )

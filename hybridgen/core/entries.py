@@ -25,6 +25,7 @@ STAGE: dict[str, Range] = {
     "data.resolution": count(1, 2**16),
     "data.workers": count(0, 4096),
     "data.threads": count(0, 4096),
+    "data.retry": number(0.0, 1e6),
     "data.flip": FLAG,
     "data.text.length": count(1, 2**16),
     "data.text.max_words": count(1, 2**24),

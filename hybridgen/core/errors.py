@@ -10,4 +10,4 @@ class PeerError(RuntimeError):
 
 
 class StorageError(RuntimeError):
-    """Files cannot be read at present: the same command may succeed when run again."""
+    """The storage did not answer: the same command may succeed when run again."""

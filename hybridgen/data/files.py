@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridgen.core.errors import UserError
+from hybridgen.data import storage
 
 MAX_FILE = 2**26  # bytes
 
@@ -19,6 +20,8 @@ def read_json(path: Path) -> Any:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
     except OSError as error:
+        if storage.passing(error):
+            raise
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if len(data) > MAX_FILE:
         raise UserError(f"{path} has more than {MAX_FILE} bytes")

@@ -1,12 +1,10 @@
-"""Reading from storage that fails for a while: a network file system, too many open files, too little memory.
+"""Failures of storage that pass (an I/O error, too many open files, a lost mount): which they are, and trying again.
 
-An error of one file is permanent: it does not exist, may not be read, or is no file of the expected kind. Any other
-error of the operating system is retried, because a record that counts as broken is replaced by another one: the data
-would change without a word, and on one host only.
+A file that is missing or damaged is a broken record, which another one replaces. A file that cannot be read just now is
+not: it is read again until the storage answers, so that an outage changes no sample.
 """
 
 import errno
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,41 +13,57 @@ from typing import TypeVar
 from hybridgen.core.errors import StorageError
 
 T = TypeVar("T")
-PATIENCE = 300.0  # seconds for which a read is retried
-PAUSES = (0.05, 10.0)  # seconds between two tries: the first, and the longest after doubling
-OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
-OF_THE_FILE |= {errno.EINVAL, errno.EILSEQ, errno.ENXIO, errno.ENODEV, errno.EOVERFLOW}
-# what C++ readers say, whose exceptions have no number
-TEXTS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN)
-TEXTS = tuple(map(os.strerror, TEXTS))
+
+RETRY = 120.0  # seconds for which a read is tried again; `data.retry` in a config
+FIRST, LONGEST = 0.05, 5.0  # seconds between two tries: doubled from the first to the longest
+# what trying again does not change; all other errors of the operating system pass
+FINAL = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINVAL,
+}
 
 
-def passes(error: Exception, root: str) -> bool:
-    """Whether an error while reading a file in the folder `root` may pass, so that reading again can succeed."""
-    if isinstance(error, MemoryError):
+def passing(error: BaseException) -> bool:
+    """Whether the same read may succeed later. Errors of decoders have no error number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in FINAL
+    if isinstance(error, OSError) and str(error).startswith("out of memory"):  # of a decoder of PIL
         return True
-    if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without a number
-        return error.errno not in OF_THE_FILE or not os.path.isdir(root)  # the whole folder is gone: not mounted
-    return any(text in str(error) for text in TEXTS)
+    return isinstance(error, MemoryError | ConnectionError | TimeoutError)
 
 
-def steadily(read: Callable[[], T], root: str, patience: float = PATIENCE) -> T:
-    """`read()`, retried with growing pauses for `patience` seconds while its errors may pass.
+def gone(path: str) -> OSError:
+    """The error for a folder, or a file in a listed folder, that has disappeared since it was listed."""
+    return OSError(errno.ESTALE, "it has disappeared since the data were listed", path)
 
-    Raises the error of `read` if it does not pass by itself, and StorageError if it has not passed in time.
+
+def patiently(work: Callable[[], T], seconds: float = RETRY) -> T:
+    """The result of `work()`, which is called again while it fails with an error that passes.
+
+    After `seconds` raises StorageError, which ends a command with an exit code that launchers restart.
     """
-    pause, started, noted = PAUSES[0], time.monotonic(), False
+    began, pause, warned = time.monotonic(), FIRST, False
     while True:
         try:
-            return read()
-        except Exception as error:
-            if not passes(error, root):
+            return work()
+        except (OSError, MemoryError) as error:
+            if not passing(error):
                 raise
-            text, spent = f"{type(error).__name__}: {error}", time.monotonic() - started
-        if spent + pause > patience:
-            raise StorageError(f"{root} cannot be read for {spent:.0f} s: {' '.join(text.split())[:200]}")
-        if not noted and spent > 1:
-            noted = True
-            print(f"warning: {root} cannot be read ({text}); trying for {patience:.0f} s", file=sys.stderr, flush=True)
-        time.sleep(pause)
-        pause = min(2 * pause, PAUSES[1])
+            text = f"{type(error).__name__}: {error}"  # not the exception, which would make a reference cycle
+        left = began + seconds - time.monotonic()
+        if left <= 0:
+            raise StorageError(
+                f"the data cannot be read: {text}; tried again for {seconds:g} s (data.retry): run the command again "
+                f"when the storage answers"
+            )
+        if pause >= 1 and not warned:
+            warned = True
+            print(f"warning: the data cannot be read: {text}; trying again for {left:.0f} s", file=sys.stderr)
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, LONGEST)

@@ -180,14 +180,15 @@ def stage(start: Start, path: str | None = None, source: str | None = None) -> C
             for group in (config.optim, *config.optim.groups.values()):
                 if "lr" in group:
                     group.lr = float(f"{group.lr / SLOWER:.12g}")
-        config.data = _data(start, path, source)
+        config.data = _data(start, config.data, path, source)
     return config
 
 
-def _data(start: Start, path: str | None, source: str | None) -> ConfigDict:
+def _data(start: Start, base: ConfigDict, path: str | None, source: str | None) -> ConfigDict:
     """The `data` of a stage: that of the run, or a folder of images, or another source without options yet."""
     old = start.config.data
-    data = ConfigDict({name: old[name] for name in old if name not in ("shapes", "class_names")}, convert_dict=True)
+    kept = {name: old[name] for name in old if name not in ("shapes", "class_names")}  # these are found anew
+    data = ConfigDict(base.to_dict() | kept)
     if start.text is None and not assembled(start.config):
         data.text = None  # an image tokenizer has one of the captions that it was trained with, and does not read them
     if path is None and source is None and "optim" not in start.config:

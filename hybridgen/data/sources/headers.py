@@ -1,16 +1,11 @@
-"""The size of an image from its header, without decoding pixels."""
+"""The size of an image from its header, without a decoder."""
 
-import io
 import struct
-
-from PIL import Image
 
 from hybridgen.data.sources.protocol import BrokenRecord
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-ORIENTATION = 0x0112  # the EXIF tag
-QUARTER_TURNS = (5, 6, 7, 8)  # orientations that swap width and height
-ROTATED = (b"Exif", b"EXIF", b"eXIf", b"exif", b"Orientation")  # one of these is in every file with an orientation
+ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts of a PNG that may state its orientation
 MAX_SEGMENTS = 65_536  # of a JPEG header, where a byte of padding counts as one
 
 
@@ -31,20 +26,15 @@ def header_size(data: bytes) -> tuple[int, int]:
     raise BrokenRecord(f"not an image in {', '.join(FORMATS)}")
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG, JPEG or WebP after the rotation that its EXIF data asks for (transforms.flatten).
-
-    Raises BrokenRecord for other data and for EXIF data that cannot be read. Check `header_size` before.
-    """
-    width, height = header_size(data)
-    if not any(mark in data for mark in ROTATED):  # opening each image would take longer, for a PNG as long as decoding
-        return width, height
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
-    except Exception as error:  # decoders raise exceptions of many types for broken data
-        raise BrokenRecord(f"{type(error).__name__}: {error}") from None
-    return (height, width) if turned else (width, height)
+def may_turn(data: bytes) -> bool:
+    """Whether a file may state an orientation: a PNG does so in few of its chunks, which may follow the pixels."""
+    at = 8
+    while data[:4] == b"\x89PNG" and at + 8 <= len(data):
+        kind = data[at + 4 : at + 8]
+        if kind == b"eXIf" or (kind in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(ORIENTED, at + 8)):
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return data[:4] != b"\x89PNG"
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from hybridgen.core.errors import StorageError, UserError
+from hybridgen.core.errors import UserError
 from hybridgen.data import storage, transforms
 from hybridgen.data.sources.folder import MAX_TEXT
 from hybridgen.data.sources.protocol import BrokenRecord, known
@@ -52,6 +52,8 @@ class Tfds:
                 builder = tfds.builder(path, data_dir=data_dir)
                 self._data = tfds.data_source(path, split=theirs, data_dir=data_dir, download=False)
         except Exception as error:  # of many types, with a message for the user
+            if storage.passing(error):
+                raise
             raise UserError(
                 f"no data set {path!r} with a split {theirs!r}: {' '.join(str(error).split())[:300]}"
             ) from None
@@ -60,7 +62,7 @@ class Tfds:
             known(f"feature of {builder.info.name!r}:", [key], list(features))
         names = getattr(features[label_key], "names", None) if label_key else None
         self.class_names = list(names or range(getattr(features[label_key], "num_classes", 0))) if label_key else []
-        self.identity, self._path = f"{builder.info.full_name} {theirs}", str(builder.data_dir)
+        self.identity = f"{builder.info.full_name} {theirs}"
 
     def __len__(self) -> int:
         return len(self._data)
@@ -84,7 +86,7 @@ class Tfds:
 
     def __getitem__(self, index: int) -> dict:
         try:
-            record = storage.steadily(lambda: self._data[index], self._path)
+            record = self._data[index]
             pixels = np.asarray(record[self.image_key])
             image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             item = {
@@ -92,8 +94,8 @@ class Tfds:
                 "text": self._text(record) if self.text_key else "",
             }
             return item | ({"label": int(record[self.label_key])} if self.label_key else {})
-        except StorageError:
-            raise
         except Exception as error:  # decoders raise exceptions of many types for broken data
+            if storage.passing(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
         raise BrokenRecord(f"{self.name(index)}: {' '.join(reason.split())[:200]}")
