@@ -11,6 +11,7 @@ Image number i of a seed does not depend on the batch size or on the other image
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,11 +23,11 @@ from PIL import Image
 from hybridgen.core import meshes, numbers, ranges
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
-from hybridgen.evals import sheet
+from hybridgen.evals import png, sheet
 from hybridgen.runs import drawing
 from hybridgen.runs.reading import find_run
 from hybridgen.runs.restore import Loaded, restore
-from hybridgen.sample import conditions, shape_of, words
+from hybridgen.sample import chunks, conditions, shape_of, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +35,30 @@ class Samples:
     """Images in the order of their prompts, `count` per prompt; `samples[i]` is image i as a PIL image.
 
     array: uint8 [n, H, W, 3]; draft: the tokenizer's decoding of the generated tokens, as `array`, or None if the
-    model generates no tokens; tokens: int32 [n, N] generated tokens, or None; prompts: n texts ("class 3" for a class).
+    model generates no tokens; tokens: int32 [n, N] generated tokens, or None; prompts: n texts ("class 3" for a class);
+    about: n mappings of text that say what the image was generated from, which its PNG file has too when it is saved.
     """
 
     array: np.ndarray
     draft: np.ndarray | None
     tokens: np.ndarray | None
     prompts: tuple[str, ...]
+    about: tuple[dict[str, str], ...]
 
     def __len__(self) -> int:
         return len(self.array)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.array[index])
+        return png.labelled(Image.fromarray(self.array[index]), self.about[index])
 
     def __iter__(self) -> Iterator[Image.Image]:
-        return map(Image.fromarray, self.array)
+        return (self[index] for index in range(len(self)))
 
     def sheet(self, cell: int = 128) -> Image.Image:
         """A grid of all images with their prompts, in cells `cell` pixels wide."""
-        return sheet.sheet(self.array, list(self.prompts), cell=cell)
+        common = {name: text for name, text in self.about[0].items() if name not in ("prompt", "label", "number")}
+        about = {"prompts": json.dumps(self.prompts, ensure_ascii=False)} | common
+        return png.labelled(sheet.sheet(self.array, list(self.prompts), cell=cell), about)
 
 
 class Model:
@@ -108,15 +113,20 @@ class Model:
             pieces = list(drawing.draw_all(draw, cond, seed, batch, loaded.put))
         out = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         draft = transforms.to_uint8(out["draft"]) if "draft" in out else None
-        return Samples(transforms.to_uint8(out["image"]), draft, out.get("tokens"), tuple(map(words, repeated)))
+        known = loaded.about(seed, self._changes(options))
+        about = tuple(chunks(one, number) | known for number, one in enumerate(repeated))
+        return Samples(transforms.to_uint8(out["image"]), draft, out.get("tokens"), tuple(map(words, repeated)), about)
 
-    def _drawn_by(self, options: dict[str, Any], size: str | None) -> Callable:
-        """The sampling program with these options for this size. Raises UserError for an unknown option or size."""
+    def _changes(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Sampling options by their path in the config. Raises UserError for an unknown one."""
         flags = self._loaded.flags
         if odd := sorted(options.keys() - flags.keys()):
             raise UserError(f"unknown option {odd[0]!r}{drawing.unknown(odd[0], flags)}")
-        changes = {flags[name]: value for name, value in options.items() if value is not None}
-        shape = shape_of(self._loaded, size)
+        return {flags[name]: numbers.plain(value) for name, value in options.items() if value is not None}
+
+    def _drawn_by(self, options: dict[str, Any], size: str | None) -> Callable:
+        """The sampling program with these options for this size. Raises UserError for an unknown option or size."""
+        changes, shape = self._changes(options), shape_of(self._loaded, size)
         return self._loaded.drawer(changes, shape) if changes or shape else self._loaded.draw
 
 

@@ -4,7 +4,9 @@
 
 Writes report.json, report.md and an image grid per split. Data with scenes (the source "shapes") is also evaluated for
 caption accuracy, by an exact evaluator (evals/alignment.py), and the grid shows its verdict under each image. Other
-data, such as a folder of images, has PSNR and SSIM of reconstructions and the grid only.
+data, such as a folder of images, has PSNR and SSIM of reconstructions and the grid. If the images are generated from
+captions or classes, the report also says how much likelier the prior finds an image given its own caption than given
+another one.
 
 With a feature network, imported by `hybridgen convert`, the report also has Fréchet and kernel distance, precision and
 recall of all generated images, and of as many real images, to a reference (see reports/distances.py):
@@ -12,7 +14,8 @@ recall of all generated images, and of as many real images, to a reference (see 
     ... --features runs/efficientnet_lite0 --reference train       # or a folder, or a reference file of ADM
 """
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,11 @@ import numpy as np
 
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
-from hybridgen.core import distributed, meshes
+from hybridgen.core import distributed, meshes, placement
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import pipeline, sources
-from hybridgen.evals import alignment, recon
+from hybridgen.evals import alignment, png, recon
 from hybridgen.evals.finite import finite, message
 from hybridgen.evals.sheet import sheet
 from hybridgen.reports import distances
@@ -35,6 +38,8 @@ from hybridgen.runs.reading import find_run
 from hybridgen.runs.restore import Loaded, check_draws, restore
 
 CALLED = (("image", "render"), ("draft", "draft"))
+OTHERS = ("distances", "captions")  # entries of a split that are not kinds of images
+SHOWN = 48  # captions in a grid
 
 
 def evaluate(
@@ -85,7 +90,7 @@ def not_finite(splits: dict) -> list[str]:
         f"{split}, {kind}, {called}: {message(entries[called]['not_finite'], entries[called]['pictures'])}"
         for split, kind, entries in sets
         for _, called in CALLED
-        if kind != "distances" and "not_finite" in entries.get(called, ())
+        if kind not in OTHERS and "not_finite" in entries.get(called, ())
     ]
 
 
@@ -96,11 +101,11 @@ def measure(
     if "image" not in items[0]:
         raise UserError("these records hold no images to compare with: cache them with --pictures")
     true = np.stack([item["image"] for item in items]).astype(np.float32) / 127.5 - 1  # b H W 3
-    captions = [item["text"] for item in items]
+    captions = captions_of(items, loaded.config.data.get("class_names", ()))
     scenes = [item["scene"] for item in items] if "scene" in items[0] else None
     cond = {"image": true}
     if loaded.text is not None:
-        ids, masks = zip(*(loaded.text.encode(caption) for caption in captions), strict=True)
+        ids, masks = zip(*(loaded.text.encode(item["text"]) for item in items), strict=True)
         cond |= {"text": np.stack(ids), "text_mask": np.stack(masks)}
     if "label" in items[0]:
         cond["label"] = np.asarray([item["label"] for item in items], np.int32)
@@ -114,21 +119,59 @@ def measure(
             given = cond | {"tokens": loaded.tokens(true, batch)}
             sets["from true tokens"] = draw(loaded, given, seed, batch, f"{label}, true tokens")
             out["from true tokens"] = judge_pictures(sets["from true tokens"], scenes, true)
+            if found := caption_likelihood(loaded, given, batch):
+                out["captions"] = found
     else:
         drawn = sets["reconstructed"] = draw(loaded, cond, seed, batch, label)
         out["reconstructed"] = judge_pictures(drawn, scenes, true)
     if compare:
         out["distances"] = compared(compare, sets, true, label)
-    names = [name for name in ("draft", "image") if name in drawn]
-    strips = np.concatenate([true, *(drawn[name] for name in names)], 2)
-    shown, cell = slice(0, 48), 64 * (1 + len(names))
-    pairs = zip(drawn["image"][shown], scenes[shown], strict=True) if scenes else ()
-    verdicts = [alignment.judge(*pair) for pair in pairs] or None
     if jax.process_index():
         return out
-    title = f"{label}: reference, {', '.join('render' if name == 'image' else name for name in names)}"
-    sheet(strips[shown], captions[shown], verdicts, cell=cell, title=title).save(picture)
+    shown = slice(0, SHOWN)
+    strips = {name: one[shown] for name, one in drawing.panels(drawn, true).items()}
+    pairs = zip(drawn["image"][shown], scenes[shown], strict=True) if scenes else ()
+    verdicts = [alignment.judge(*pair) for pair in pairs] or None
+    title = f"{label}: {len(captions[shown])} of {len(captions)} images"
+    grid = sheet(strips, captions[shown], verdicts, cell=64 * len(strips), title=title)
+    about = {"split": label, "prompts": json.dumps(captions[shown], ensure_ascii=False)}
+    png.save(grid, picture, about | loaded.about(seed))
     return out
+
+
+def captions_of(items: list[dict], names: Sequence) -> list[str]:
+    """The caption of each record: its text, and its class if it has one, with the name in `names` if it has one."""
+    found = []
+    for item in items:
+        label = item.get("label")
+        known = label is not None and label < len(names) and names[label] != label
+        kind = label is not None and f"class {label}{f' {names[label]}' if known else ''}"
+        found.append(", ".join(filter(None, (item["text"], kind))))
+    return found
+
+
+def caption_likelihood(loaded: Loaded, given: dict, batch: int) -> dict | None:
+    """How much likelier the prior finds an image's tokens given its own caption (or class) than given another one.
+
+    given: captions, labels and tokens of the images. Each image is paired with the next one of another caption. Returns
+    {"nll", "nll_other" in nats per token, "own_likelier", the share of images, "pictures"}; None if there are no two.
+    """
+    names = [name for name in ("text", "text_mask", "label") if name in given]
+    if loaded.nll is None or not names:
+        return None
+    asks = [tuple(given[name][row].tobytes() for name in names) for row in range(len(given["tokens"]))]
+    turns = [asks[row:] + asks[:row] for row in range(len(asks))]
+    gaps = [next((n for n, ask in enumerate(turn) if ask != turn[0]), 0) for turn in turns]
+    other = (np.arange(len(asks)) + gaps) % len(asks)
+    if not any(gaps):
+        return None
+    own = {name: given[name] for name in (*names, "tokens")}
+    wrong = {name: given[name][other] for name in names} | {"tokens": given["tokens"]}
+    nll, nll_other = (
+        np.concatenate(list(placement.by_batches(loaded.nll, one, min(batch, 16), loaded.mesh))) for one in (own, wrong)
+    )
+    means = {"nll": float(nll.mean()), "nll_other": float(nll_other.mean())}
+    return means | {"own_likelier": float((nll < nll_other).mean()), "pictures": len(asks)}
 
 
 def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndarray, label: str) -> dict:
@@ -156,19 +199,20 @@ def draw(loaded: Loaded, cond: dict, seed: int, batch: int, label: str) -> dict[
 
 
 def judge_pictures(drawn: dict, scenes: Any, true: np.ndarray | None) -> dict:
-    """{"render" and "draft": {"psnr", "ssim", "judge": {group: {attribute: share}}}} of generated images.
+    """{"render" and "draft": {"pictures", "psnr", "ssim", "judge": {group: {attribute: share}}}} of generated images.
 
     If there are both, also "paired": render against draft of the same tokens, see `paired`. If images are not finite,
-    also "not_finite" and "pictures", their number and that of all; such an image is not correct.
+    also "not_finite", their number; such an image is not correct.
     """
     out: dict[str, Any] = {}
     each: dict[str, dict] = {}
     for name, called in CALLED:
         if name not in drawn:
             continue
-        entry, each[called], good = {}, {}, finite(drawn[name])
+        good = finite(drawn[name])
+        entry, each[called] = {"pictures": len(good)}, {}
         if not good.all():
-            entry |= {"not_finite": int((~good).sum()), "pictures": len(good)}
+            entry["not_finite"] = int((~good).sum())
         if true is not None:
             psnr, ssim = recon.psnr(drawn[name], true), recon.ssim(drawn[name], true)  # b
             entry |= {"psnr": float(psnr.mean()), "ssim": float(ssim.mean())}
@@ -222,7 +266,7 @@ def _rows(drawn: dict) -> Iterator[list]:
     """The cells of the table of a split."""
     for kind, entries in drawn.items():
         for name, entry in entries.items():
-            if name == "paired" or not entry:  # an image without scene and reference has no measures
+            if name == "paired":
                 continue
             scenes = "judge" in entry
             for group, means in entry.get("judge", {"all": {}}).items():
@@ -232,14 +276,14 @@ def _rows(drawn: dict) -> Iterator[list]:
                 parts = ", ".join(f"{k} {100 * v:.0f}" for k, v in rest.items())
                 right = f"{100 * means['all_right']:.1f} %" if means else ""
                 objects = group if scenes else ""
-                yield [f"{kind}, {name}", means.get("pictures", ""), objects, right, parts, psnr, ssim]
+                yield [f"{kind}, {name}", means.get("pictures", entry["pictures"]), objects, right, parts, psnr, ssim]
 
 
 def markdown(report: dict) -> str:
     """The report as Markdown tables."""
     lines = [f"# {report['family']}, step {report['step']}", ""]
     for split, kinds in report["splits"].items():
-        drawn = {kind: entries for kind, entries in kinds.items() if kind != "distances"}
+        drawn = {kind: entries for kind, entries in kinds.items() if kind not in OTHERS}
         rows = list(_rows(drawn))
         filled = [i for i, name in enumerate(HEAD) if i == 0 or any(row[i] != "" for row in rows)]  # no empty columns
         lines += [f"## {split}", ""]
@@ -247,7 +291,8 @@ def markdown(report: dict) -> str:
             lines += [_row(HEAD[i] for i in filled), _row(["---"] * len(filled))]
             lines += [_row(row[i] for i in filled) for row in rows]
         both = {kind: entries["paired"] for kind, entries in drawn.items() if "paired" in entries}
-        lines += ["", *(_paired_line(kind, pair) for kind, pair in both.items()), ""]
+        lines += ["", *(_paired_line(kind, pair) for kind, pair in both.items())]
+        lines += [_caption_line(kinds["captions"]), ""] if "captions" in kinds else [""]
     lines += distances.table(report)
     if "codes" in report:
         codes = report["codes"]
@@ -268,6 +313,14 @@ def _paired_line(kind: str, pair: dict) -> str:
         share = f"higher in {100 * pair['psnr_higher']:.0f} % of the images"
         parts.append(f"PSNR {gain:+.3f} dB (standard error {error:.3f}), {share}")
     return f"- {kind}, render against draft of the same tokens: {'; '.join(parts)}"
+
+
+def _caption_line(found: dict) -> str:
+    own, other, share = found["nll"], found["nll_other"], 100 * found["own_likelier"]
+    return (
+        f"- captions: the tokens of an image have {own:.3f} nats each given its own caption and {other:.3f} given "
+        f"another one; its own is the likelier one for {share:.1f} % of {found['pictures']} images"
+    )
 
 
 def _row(cells: Iterable) -> str:

@@ -2,11 +2,14 @@
 
     python -m hybridgen.sample --run runs/shapes/cascade --prompt "a small red circle left of a large blue square"
 
-Writes numbered PNGs and a grid with captions. Image number i of a seed does not depend on the batch size.
+Writes numbered PNGs and a grid with captions. Image number i of a seed does not depend on the batch size. Each PNG has
+text entries that say what it was generated from: prompt, label, seed, number, options, and digest, family and step of
+the run.
 """
 
 import argparse
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ from hybridgen.core import distributed, meshes
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import transforms
+from hybridgen.evals import png
 from hybridgen.evals.finite import finite, marked, message
 from hybridgen.evals.sheet import sheet
 from hybridgen.models.contract import Shape
@@ -37,8 +41,9 @@ def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch
     `batch`: images generated at a time; `draft`: show the tokenizer's draft too. Raises UserError as `conditions`, and,
     after all images are written, if images or parameters are not finite.
     """
-    cond = conditions(loaded, [one for one in requests for _ in range(count)])
-    prompts = [words(one) for one in requests for _ in range(count)]
+    everything = [one for one in requests for _ in range(count)]
+    cond, prompts = conditions(loaded, everything), [words(one) for one in everything]
+    about = loaded.about(seed)
     batch = meshes.padded(loaded.mesh, min(batch, len(prompts)))
     folder.make(out)
     kept, number, writes = [], 0, jax.process_index() == 0
@@ -49,15 +54,19 @@ def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch
     with jax.set_mesh(loaded.mesh):
         pieces = drawing.draw_all(loaded.draw, cond, seed, batch, loaded.put)
         for piece in progress(pieces, total=-(-len(prompts) // batch), label="generating"):
-            shown = [piece[name] for name in ("draft", "image") if name in piece and (draft or name == "image")]
-            kept.append(np.concatenate(shown, 2))
-            bad += (sum(map(len, kept[:-1])) + np.flatnonzero(~finite(kept[-1]))).tolist()
-            for image in marked(piece["image"]) if writes else ():
-                Image.fromarray(transforms.to_uint8(image)).save(out / f"{number:05d}.png")
+            kept.append(drawing.panels(piece) if draft else {"image": piece["image"]})
+            whole = np.all([finite(one) for one in kept[-1].values()], 0)
+            bad += (number + np.flatnonzero(~whole)).tolist()
+            for image in marked(piece["image"]):
+                if writes:
+                    image, path = Image.fromarray(transforms.to_uint8(image)), out / f"{number:05d}.png"
+                    png.save(image, path, chunks(everything[number], number) | about)
                 number += 1
     grid = out / "grid.png"
     if writes:
-        sheet(np.concatenate(kept), prompts, cell=128).save(grid)
+        shown = {name: np.concatenate([piece[name] for piece in kept]) for name in kept[0]}
+        listed = {"prompts": json.dumps(prompts, ensure_ascii=False)}
+        png.save(sheet(shown, prompts, cell=128), grid, listed | about)
     if bad or loaded.faults:
         where = f"{message(len(bad), len(prompts))}, the first is number {bad[0]}, see {grid}" if bad else ""
         raise UserError("; ".join(filter(None, (where, *loaded.faults))))
@@ -76,6 +85,13 @@ def words(requests: Request) -> str:
     """The caption of a request: its prompt, its class, or both."""
     text, label = requests
     return ", ".join(filter(None, (text, label is not None and f"class {label}")))
+
+
+def chunks(request: Request, number: int) -> dict[str, str]:
+    """What image `number` of a seed was generated from, as text of its PNG file."""
+    text, label = request
+    known = {"prompt": text, "label": None if label is None else str(label)}
+    return {name: value for name, value in known.items() if value is not None} | {"number": str(number)}
 
 
 def conditions(loaded: Loaded, requests: list[Request]) -> dict[str, np.ndarray]:

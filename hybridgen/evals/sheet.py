@@ -15,13 +15,14 @@ from hybridgen.core.errors import UserError
 from hybridgen.evals.finite import finite, marked
 
 MARGIN, LINE, FONT_SIZE = 8, 15, 12
+GAP = 4  # pixels between the images of one caption
 INK, RIGHT, WRONG = (40, 40, 40), (0, 120, 40), (190, 20, 30)
 # Pillow's own font has no Chinese characters; these are usual fonts that have them on Linux, macOS and Windows
 CHINESE_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc")
 
 
 def sheet(
-    images: np.ndarray,
+    images: np.ndarray | Mapping[str, np.ndarray],
     captions: Sequence[str] | None = None,
     verdicts: Sequence[Mapping[str, bool] | None] | None = None,
     *,
@@ -32,24 +33,29 @@ def sheet(
     """Arranges pictures on a white sheet, in RGB.
 
     Args:
-      images: B H W 3, uint8 or float in [-1, 1]. To compare several pictures of a caption, concatenate them along W.
-        Pixels that are not finite are magenta, and the line under such a picture is "not finite".
+      images: B H W 3, uint8 or float in [-1, 1]; or several images of each caption by name, such as "reference" and
+        "render", which stand side by side with a gap, under their names in the first row. Pixels that are not finite
+        are magenta, and the line under such a picture is "not finite".
       captions: B, or None. Long ones are wrapped to the width of a cell.
       verdicts: B (see `evals.alignment.judge`), each may be None, or None. The line under a picture is "all right" or
         lists the wrong attributes.
       columns: pictures in a row; None makes the sheet about square.
-      cell: pictures narrower than this many pixels are enlarged to about this width.
+      cell: pictures (of a caption together) narrower than this many pixels are enlarged to about this width.
       title: a line at the top.
 
     Raises UserError if the numbers differ or there is no picture.
     """
-    pixels, whole = _as_uint8(images), finite(images)
-    count, height, width = pixels.shape[:3]
-    for name, rows in (("captions", captions), ("verdicts", verdicts)):
+    panels = images if isinstance(images, Mapping) else {"": images}
+    pixels = [_as_uint8(one) for one in panels.values()]
+    count, height, side = pixels[0].shape[:3]
+    given = [(f"pictures {name!r}", one) for name, one in zip(panels, pixels, strict=True)]
+    for name, rows in (*given, ("captions", captions), ("verdicts", verdicts)):
         if rows is not None and len(rows) != count:
             raise UserError(f"sheet: there are {count} pictures, but {len(rows)} {name}")
-    factor = max(1, round(cell / width))
-    width, height = width * factor, height * factor
+    whole = np.all([finite(one) for one in panels.values()], 0)  # B
+    factor = max(1, round(cell / (side * len(panels))))
+    height, side = height * factor, side * factor
+    width = len(panels) * (side + GAP) - GAP
     columns = min(count, columns or math.ceil((count * height / width) ** 0.5))
     words = "".join(captions or ()) + (title or "")
     font = _font(chinese=any(ord(c) > 0x2E80 for c in words))
@@ -57,18 +63,27 @@ def sheet(
     texts = [lines if good else [*lines, ("not finite", WRONG)] for lines, good in zip(texts, whole, strict=True)]
     rows = [texts[i : i + columns] for i in range(0, count, columns)]
     heights = [height + LINE * max(map(len, row)) + MARGIN for row in rows]
-    top = MARGIN + (LINE + MARGIN if title else 0)
+    top = MARGIN + (LINE + MARGIN if title else 0) + (LINE if len(panels) > 1 else 0)
     paper = Image.new("RGB", (MARGIN + columns * (width + MARGIN), top + sum(heights)), "white")
     draw = ImageDraw.Draw(paper)
     if title:
         draw.text((MARGIN, MARGIN), title, INK, font)
     for i in range(count):
         x, y = MARGIN + (i % columns) * (width + MARGIN), top + sum(heights[: i // columns])
-        paper.paste(Image.fromarray(pixels[i]).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        draw.rectangle((x - 1, y - 1, x + width, y + height), outline=(200, 200, 200))
+        for name, one in zip(panels, pixels, strict=True):
+            if i < columns and len(panels) > 1:
+                draw.text((x, y - LINE), _shortened(name, side, font), INK, font)
+            paper.paste(Image.fromarray(one[i]).resize((side, height), Image.Resampling.NEAREST), (x, y))
+            draw.rectangle((x - 1, y - 1, x + side, y + height), outline=(200, 200, 200))
+            x += side + GAP
         for k, (text, colour) in enumerate(texts[i]):
-            draw.text((x, y + height + 2 + k * LINE), text, colour, font)
+            draw.text((x - width - GAP, y + height + 2 + k * LINE), text, colour, font)
     return paper
+
+
+def _shortened(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A name, cut to at most `width` pixels."""
+    return next(name[:n] for n in range(len(name), -1, -1) if font.getlength(name[:n]) <= width)
 
 
 def verdict_line(verdict: Mapping[str, bool]) -> str:

@@ -68,7 +68,7 @@ def _numbers(tree: Mapping, path: str = "") -> Iterator[tuple[str, float]]:
 def markdown(name: str, seeds: list[int], table: Mapping[str, Mapping]) -> str:
     """One row for each kind of image: median (worst to best) over the seeds; then render against draft, paired."""
     keys = dict.fromkeys(key.rpartition("/judge/")[0] or key.rpartition("/")[0] for key in table)
-    rows = [key for key in keys if not key.endswith("/paired")]
+    rows = [key for key in keys if not key.endswith(("/paired", "/captions"))]
     lines = [f"## {name}: median (least to greatest) of {len(seeds)} seeds", ""]
     lines += [f"| images | {' | '.join(SHOWN)} |", f"| {' | '.join(['---'] * (1 + len(SHOWN)))} |"]
     for row in rows:

@@ -211,6 +211,15 @@ def text_cond(text: Any, prompts: list[str]) -> dict[str, np.ndarray]:
     return {"text": np.stack(ids), "text_mask": np.stack(masks)}
 
 
+def panels(drawn: Mapping[str, np.ndarray], reference: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """What a grid shows of each caption, by its name there: the reference, the draft and the render, as far as there
+    are any; an image without a draft is just called "image"."""
+    found = {} if reference is None else {"reference": reference}
+    if "draft" in drawn:
+        found["draft"] = drawn["draft"]
+    return found | {"render" if "draft" in drawn else "image": drawn["image"]}
+
+
 def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
     """(params, extra) -> a grid of images for the first validation batch, with their references and captions."""
     config = experiment.config
@@ -231,8 +240,8 @@ def sample_grid(experiment: Any, count: int) -> Callable[[dict], np.ndarray]:
             return draw(params, extra, experiment.parts, cond, keys)
 
         (out,) = draw_all(program, cond, seed, count, put)
-        strips = [given[name] for given in (cond, out) for name in ("draft", "image") if name in given]
-        return np.asarray(sheet(np.concatenate(strips, 2), captions, cell=96 * len(strips)))
+        shown = panels(out, cond.get("image"))
+        return np.asarray(sheet(shown, captions, cell=96 * len(shown)))
 
     return grid
 

@@ -46,6 +46,11 @@ class Start(NamedTuple):
         return find(self.config.family)
 
     @property
+    def assembled(self) -> bool:
+        """Whether it was put together from trained parts, without weights of its own."""
+        return bool(contract.optional(self.family, "members")) and not contract.members(self.family, self.model)
+
+    @property
     def classes(self) -> int:
         """The number of classes that the model takes; 0: none."""
         return contract.inputs(self.family, self.model).classes
@@ -90,7 +95,7 @@ def one(path: str, settings: Sequence[str], workdir: Path) -> ConfigDict:
     start = load(path)
     if workdir.resolve() == start.folder:
         raise UserError(f"--workdir {workdir} is the run that --from names: give a new folder")
-    if assembled(start.config):
+    if start.assembled:
         parts = {name: place for name, place in places(start.config, start.folder).items() if _trainable(place)}
         choices = ", ".join(f"--from {_shown(place)}" for place in parts.values())
         raise UserError(
@@ -99,7 +104,7 @@ def one(path: str, settings: Sequence[str], workdir: Path) -> ConfigDict:
         )
     _check_workdir(workdir, start.folder)
     path_given, rest = _checked(settings, path)
-    config = stage(start, path_given, _source_given(rest))
+    config = stage(start, (start,), path_given, _source_given(rest))
     config_lib.override(config, rest)
     config_lib.check(config)
     _check(start, config, path)
@@ -112,18 +117,19 @@ def several(path: str, settings: Sequence[str], workdir: Path) -> ConfigDict:
     The tokenizer stays, so that the tokens mean the same to prior and decoder. Raises UserError as `one`.
     """
     whole = load(path)
-    if not assembled(whole.config):
+    if not whole.assembled:
         starts, last = {contract.roles(whole.family)[0]: whole}, contract.roles(whole.family)[0]
     else:
         found = places(whole.config, whole.folder)
         starts, last = {name: load(str(found[name])) for name in TRAINED if name in found}, "cascade"
     given, rest = _checked(settings, path)
-    stages = {name: stage(start, given) for name, start in starts.items()}
+    among = tuple(starts.values())
+    stages = {name: stage(start, among, given) for name, start in starts.items()}
     for name, start in starts.items():
         _check_workdir(workdir / name, start.folder)
     if last == "cascade":
-        stages[last] = stage(whole, given)
-        stages[last].update(steps=0, init_from=ConfigDict())
+        stages[last] = stage(whole, among, given)
+        stages[last].steps, stages[last].init_from = 0, ConfigDict()
         stages[last].parts.update({name: f"../{name}" for name in starts})
     evaluation = {"evaluate": f"../{last}", "splits": ("validation", "train"), "count": 64, "batch": 16, "seed": 0}
     recipe = ConfigDict({"steps": config_lib.load(ENTRIES).steps, "order": (*stages, "evaluation")})
@@ -135,11 +141,6 @@ def several(path: str, settings: Sequence[str], workdir: Path) -> ConfigDict:
     for name, start in starts.items():
         _check(start, recipe.stages[name], path)
     return recipe.lock()
-
-
-def assembled(config: Any) -> bool:
-    """Whether a run was put together from trained parts, without weights of its own."""
-    return bool(config.parts) and config.get("steps") == 0
 
 
 def _trainable(place: Path) -> bool:
@@ -163,8 +164,9 @@ def _check_workdir(workdir: Path, start: Path) -> None:
 # ---------------------------------------------------------------- the config of a stage
 
 
-def stage(start: Start, path: str | None = None, source: str | None = None) -> ConfigDict:
-    """The config that fine-tunes a run, before overrides. path: a folder of images; source: another kind of data."""
+def stage(start: Start, among: Sequence[Start], path: str | None = None, source: str | None = None) -> ConfigDict:
+    """The config that fine-tunes a run, before overrides. among: the runs that are trained on the same data, of which
+    some may read captions or classes; path: a folder of images; source: another kind of data."""
     config, run = config_lib.load(ENTRIES).copy_and_resolve_references(), start.config
     with config.unlocked(), config.ignore_type():
         config.family, config.model = run.family, ConfigDict(run.model)
@@ -180,16 +182,16 @@ def stage(start: Start, path: str | None = None, source: str | None = None) -> C
             for group in (config.optim, *config.optim.groups.values()):
                 if "lr" in group:
                     group.lr = float(f"{group.lr / SLOWER:.12g}")
-        config.data = _data(start, config.data, path, source)
+        config.data = _data(start, among, config.data, path, source)
     return config
 
 
-def _data(start: Start, base: ConfigDict, path: str | None, source: str | None) -> ConfigDict:
+def _data(start: Start, among: Sequence[Start], base: ConfigDict, path: str | None, source: str | None) -> ConfigDict:
     """The `data` of a stage: that of the run, or a folder of images, or another source without options yet."""
     old = start.config.data
     kept = {name: old[name] for name in old if name not in ("shapes", "class_names")}  # these are found anew
     data = ConfigDict(base.to_dict() | kept)
-    if start.text is None and not assembled(start.config):
+    if start.text is None and not start.assembled:
         data.text = None  # an image tokenizer has one of the captions that it was trained with, and does not read them
     if path is None and source is None and "optim" not in start.config:
         raise UserError(f"--from {_shown(start.folder)}: imported weights have no data: give --config.path=FOLDER")
@@ -197,10 +199,10 @@ def _data(start: Start, base: ConfigDict, path: str | None, source: str | None) 
         data.source, data.options = source or "folder", ConfigDict()
     if path is not None:
         data.options.path = path
-        if start.text is None and not assembled(start.config):
+        if not any(one.text for one in among):
             data.options.text_key = None
-    if data.source == "folder" and start.names:
-        data.options.class_names = start.names
+    if data.source == "folder" and (names := next(filter(None, (one.names for one in among)), ())):
+        data.options.class_names = names
     return data
 
 
@@ -239,8 +241,6 @@ def _source_given(settings: Sequence[str]) -> str | None:
 
 def _check(start: Start, config: Any, path: str) -> None:
     """Raises UserError for data without captions or classes that a model needs, and prints what it does not know."""
-    if assembled(config):
-        return
     source = sources.build(config.data, "train")
     where = config.data.options.get("path") or f"data.source {config.data.source!r}"
     if start.text is not None:

@@ -1,6 +1,8 @@
 """Loads a run for sampling: its model and parts on this machine's devices, and its sampling program."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hybridgen.core import config as config_lib
 from hybridgen.core import meshes, placement
 from hybridgen.core.errors import UserError
 from hybridgen.data.sources.buckets import LARGEST
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, Shape, find
+from hybridgen.models.losses import cross_entropy, per_sample
 from hybridgen.runs import drawing
 from hybridgen.runs.experiment import build, part_shardings
 from hybridgen.runs.reading import check_arrays, load
@@ -38,11 +42,20 @@ class Loaded(NamedTuple):
     flags: dict[str, str]  # sampling options: name on the command line -> path in the config
     shapes: tuple[Shape, ...]  # of the images that it was trained on, if several
     faults: tuple[str, ...]  # arrays of the run and its parts with numbers that are not finite
+    digest: str  # of the arrays of the run and its parts
+    nll: Any  # (entries of a batch with tokens) -> nats per token of its prior `[b]`, compiled; None: it has no prior
 
     @property
     def generates(self) -> bool:
         """Whether it generates images from a caption or class alone, without reference images."""
         return self.plans or ((self.reads or self.classes > 0) and self.tokenizer is None)
+
+    def about(self, seed: int, changes: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """What images are generated from besides prompt and class, as text of PNG files; `changes`: as in `drawer`."""
+        options = self.config.sample.options.copy_and_resolve_references()
+        _change(options, changes or {})
+        known = {"seed": str(seed), "options": json.dumps(config_lib.plain(options), sort_keys=True)}
+        return known | {"family": self.config.family, "step": str(self.step), "digest": self.digest}
 
     def tokens(self, images: Any, batch: int) -> np.ndarray:
         """Tokens `[b, n]` of images `[b, H, W, 3]` by the run's tokenizer, `batch` at a time."""
@@ -103,7 +116,35 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
         drawing.flags(drawing.known_options(family, model, parts)),
         _shapes(config.data.get("shapes", ()), folder),
         tuple(filter(None, (run.fault, *experiment.faults))),
+        _digest({"": run.digest} | experiment.digests),
+        _nll(_prior(family, own, parts), parts),
     )
+
+
+def _digest(digests: Mapping[str, str]) -> str:
+    """One digest of several."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _prior(family: Any, own: Part, parts: Mapping[str, Part]) -> Part | None:
+    """The prior that generates a run's tokens: itself, a part, or a model that was trained within it."""
+    if "prior" in contract.roles(family):
+        return own
+    if "prior" in (members := contract.members(family, own.model)):
+        return Part(own.params["prior"], {}, members["prior"].family, members["prior"].model)
+    return parts.get("prior")
+
+
+def _nll(prior: Part | None, parts: Mapping[str, Part]) -> Callable | None:
+    """(entries of a batch with tokens) -> mean negative log-likelihood of the tokens of each row, in nats."""
+    if prior is None or "text" in contract.roles(find(prior.family)):
+        return None
+
+    def nll(prior: Part, parts: Mapping[str, Part], given: dict) -> jax.Array:
+        cond = find(prior.family).conditioning(prior.model, given, parts)
+        return per_sample(cross_entropy(prior.call("score", given["tokens"], cond), given["tokens"]))
+
+    return functools.partial(jax.jit(nll), prior, parts)
 
 
 def check_draws(loaded: Loaded) -> None:

@@ -78,7 +78,16 @@ def loaded(out, faults=()):
     has = {"draws": True, "plans": False, "generates": True, "reads": True, "classes": 0, "tokenizer": None}
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     return SimpleNamespace(
-        **has, config=config, text=text, mesh=mesh, step=3, draw=draw, put=lambda x: x, faults=faults, shapes=()
+        **has,
+        config=config,
+        text=text,
+        mesh=mesh,
+        step=3,
+        draw=draw,
+        put=lambda x: x,
+        faults=faults,
+        shapes=(),
+        about=lambda seed: {},
     )
 
 

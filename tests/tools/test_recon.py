@@ -6,7 +6,7 @@ from PIL import ImageFont
 
 from hybridgen.core.errors import UserError
 from hybridgen.evals.recon import psnr, ssim
-from hybridgen.evals.sheet import sheet, verdict_line, wrap
+from hybridgen.evals.sheet import GAP, sheet, verdict_line, wrap
 
 
 def pictures(number=3, side=20, seed=0):
@@ -106,3 +106,21 @@ def test_a_sheet_refuses_unequal_numbers():
         sheet(pictures(2), ["one"])
     with pytest.raises(UserError, match="the shape B H W 3 with B > 0"):
         sheet(pictures(2)[:0])
+
+
+def test_images_of_a_caption_stand_apart_under_their_names():
+    """Black, grey and black images on white paper: the gap between them is white, and so is the first row's legend."""
+    images = {name: np.full((2, 16, 16, 3), value, np.uint8) for name, value in zip("abc", (0, 128, 0), strict=True)}
+    paper = np.asarray(sheet(images, columns=1, cell=3 * 64)).astype(int)
+    one = np.asarray(sheet(images["a"], columns=1, cell=64))
+    assert paper.shape[1] == one.shape[1] + 2 * (64 + GAP)
+    row = paper[one.shape[0] // 3 + 15, :, 0]  # through the first row of images
+    runs = np.flatnonzero(np.diff(row > 200))
+    assert len(runs) == 6  # three images, each with white on both sides
+    assert ((paper[:20] < 100).any(0).any(-1)).nonzero()[0].size > 3  # the names
+    named = {"reference": images["a"], "a very long name of a panel": images["b"]}
+    assert sheet(named, cell=32).size[0] > 0
+    with pytest.raises(UserError, match="there are 2 pictures, but 1 pictures 'b'"):
+        sheet({"a": images["a"], "b": images["b"][:1]})
+    with pytest.raises(UserError, match="there are 2 pictures, but 1 captions"):
+        sheet(images, ["one"])
