@@ -157,9 +157,10 @@ def trained_alike(config: Any, runs: Mapping[str, Run]) -> None:
 
 
 def _options(data: Any) -> dict[str, Any]:
-    """The options of a data source as in a file; a folder may move."""
+    """The options of a data source as in a file; a folder may move, and repeated values only change how often."""
     options = config_lib.flatten(config_lib.plain(data.get("options", {})))
-    return {f"data.options.{key}": value for key, value in options.items() if key.split(".")[-1] != "path"}
+    named = {f"data.options.{key}": value for key, value in options.items() if key.split(".")[-1] != "path"}
+    return {key: list(dict.fromkeys(value)) if isinstance(value, list) else value for key, value in named.items()}
 
 
 def place(parts: Mapping[str, Part], mesh: Mesh) -> dict[str, Part]:
