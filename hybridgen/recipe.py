@@ -2,6 +2,10 @@
 
     python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
 
+With --from RUN in place of --config, the recipe fine-tunes prior and decoder of the cascade RUN (runs/finetune.py):
+
+    python -m hybridgen.recipe --from runs/shapes/cascade --config.path=FOLDER --workdir runs/tuned
+
 With --seeds 0,1,2 the whole recipe runs once for each seed, in WORKDIR/seed_0 and so on: parameters, order of the data
 and generated images differ. seeds.md then has the median, the worst and the best of every result (reports/seeds.py).
 
@@ -31,6 +35,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.reports import distances, points
 from hybridgen.reports import seeds as seeds_table
+from hybridgen.runs import finetune
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.reading import find_run
 from hybridgen.runs.restore import restore
@@ -158,7 +163,7 @@ def measure(stage: Any, place: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("recipe", __doc__)
-    config_lib.add_argument(parser)
+    finetune.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=a_path, help="folder with one run folder per stage")
     text = "run the recipe once for each of these seeds, and compare the results"
     parser.add_argument("--seeds", type=seed_list, metavar="N,N,...", help=text)
@@ -170,7 +175,12 @@ def main(argv: list[str] | None = None) -> int:
             "--config.data.source is not for recipes, whose stages have options of their own source: a recipe over "
             "another source is a config file of 8 lines, see 'A recipe over another source' in docs/data.md"
         )
-    config = config_lib.load(args.config, overrides)
+    if args.start and args.seeds:
+        raise UserError("--seeds is for recipes that train from a config, not for --from")
+    if args.start:
+        config = finetune.several(args.start, overrides, args.workdir)
+    else:
+        config = config_lib.load(args.config, overrides)
     check(config)
     trained = [name for name in config.order if "family" in config.stages[name]]
     folders = [args.workdir / f"seed_{seed}" for seed in args.seeds] if args.seeds else [args.workdir]

@@ -42,11 +42,11 @@ MEMBER = r"(?:sources\.[^.]+\.options\.)?"  # of a mixture
 SOURCE_OPTION = re.compile(rf"({STAGE}data\.options)\.({MEMBER}[^.]+)")
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
+def add_argument(parser: argparse._ActionsContainer, required: bool = True) -> None:
     """Adds `--config` to a command."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:VARIANT[,KEY=VALUE...]]",
         help="config file with an optional variant, such as configs/ar/raster.py:tiny; --config.a.b=VALUE overrides an "
         "entry; VALUE is a number, true, false, none, a tuple or unquoted text",

@@ -46,8 +46,8 @@ class Experiment(NamedTuple):
 def build(config: Any, folder: Path | None = None, source: Any = None, text: Any = None) -> Experiment:
     """Builds everything of a config except its data and state. `text`: the run's own text tokenizer, if there is one.
 
-    Otherwise the text tokenizer is that of the parts that read text, or a new one for `source` by the config. Raises
-    UserError for parts that are missing or do not fit.
+    Otherwise the text tokenizer is that of the parts that read text, or that of the run whose weights are the start
+    (`init_from`), or a new one for `source` by the config. Raises UserError for parts that are missing or do not fit.
     """
     mesh = meshes.make_mesh(config.mesh)
     runs, where = load(config, folder), called(config)
@@ -55,7 +55,7 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     verify(config, runs, source)
     faults = tuple(run.fault for run in runs.values() if run.fault)
     known = read_by(runs, config.data)
-    text = text or known
+    text = text or known or starting_text(config, folder)
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     parts = {name: run.part for name, run in runs.items()}
@@ -180,6 +180,21 @@ def read_by(runs: Mapping[str, Run], data: Any) -> Any:
         texts["text"] = text_lib.resized(texts["text"], next(filter(None, lengths), texts["text"].length))
     if len({text_lib.digest(text) for text in texts.values()}) > 1:
         raise UserError(f"the parts {' and '.join(texts)} read text differently: train them on the same captions")
+    return next(iter(texts.values()), None)
+
+
+def starting_text(config: Any, folder: Path | None) -> Any:
+    """The text tokenizer of the runs that whole models start from (`init_from`), or None if none of them reads text.
+
+    Their word embeddings mean something with it only. Raises UserError if they have different ones.
+    """
+    texts = {}
+    for where in config.init_from.values():
+        place = reading.find_run(where, folder) if ":" not in where else None
+        if place and reading.reads_text(place):
+            texts[where] = reading.text_of(place)
+    if len({text_lib.digest(text) for text in texts.values()}) > 1:
+        raise UserError(f"init_from: {' and '.join(texts)} read text differently: a model has one text tokenizer")
     return next(iter(texts.values()), None)
 
 

@@ -5,6 +5,7 @@ bundle (runs/bundle.py) can be used in place of a run folder.
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,19 @@ def not_finite(folder: Path, arrays: Mapping[str, Any]) -> str:
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and (bad := int(leaf.size - np.isfinite(leaf).sum())):
             return f"the run {folder} is damaged: {bad} of the {leaf.size} numbers of {path} are NaN or infinite"
     return ""
+
+
+def text_of(folder: Path) -> Any:
+    """The text tokenizer of a run, or None."""
+    file = folder / "text.json"
+    return text_lib.from_json(read_json(file)) if file.is_file() else None
+
+
+def reads_text(folder: Path) -> bool:
+    """Whether a run has a text tokenizer and its model reads text: that of a tokenizer of images has no use for it."""
+    config = read_config(folder)
+    reads = contract.inputs(find(config.family), model_of(config, folder)).text
+    return reads and (folder / "text.json").is_file()
 
 
 def saved_arrays(
@@ -213,16 +227,20 @@ def model_of(config: Any, folder: Path) -> Any:
         raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
 
 
-def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
+def earlier(config: Any, folder: Path, digests: Mapping[str, str] | None = None) -> tuple[dict[str, Any], Any]:
     """({path: parameters}, extra) of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}.
 
-    `extra`: of a run that initializes all parameters (with a codebook, for instance), or None.
+    `extra`: of a run that initializes all parameters (with a codebook, for instance), or None. Prints a line for each
+    part, of the given `digests`, that is not the one that such a run was trained with.
     """
     found, extra = {}, None
     for prefix, where in config.init_from.items():
         path, _, inside = where.partition(":")
         run = load(find_run(path, folder))
         run.check_finite()
+        for name, digest in run.part_digests.items():
+            if (digests or {}).get(name, digest) != digest:
+                print(f"warning: init_from: {path} was trained with another {name} than this run has", file=sys.stderr)
         part = run.part
         arrays = part.params
         for name in filter(None, inside.split("/")):

@@ -41,8 +41,8 @@ class Folder:
     default: all); None: no captions. All captions of an image are in `texts`; training picks one at random, each field
     as often as `text_weights` states (integers, one per field). style_key: a field that is appended to each caption,
     after a comma. label_key: the field with the class: whole numbers mean themselves, names are numbered over both
-    splits, in sorted order (`class_names`). background: the colour behind transparent pixels. max_pixels, max_bytes:
-    limits per file; a larger file is a broken record.
+    splits, in sorted order, or as `class_names` lists them: no others may occur then. background: the colour behind
+    transparent pixels. max_pixels, max_bytes: limits per file; a larger file is a broken record.
 
     Items: `image` R R 3 uint8, `text` str, `texts` tuple of str, `label` int if label_key is given. Raises UserError
     for a missing folder, a split without a usable record, and options out of range.
@@ -60,6 +60,7 @@ class Folder:
         text_weights: tuple[int, ...] = (),
         style_key: str | None = None,
         label_key: str | None = None,
+        class_names: tuple[str, ...] = (),
         split_key: str | None = None,
         validation: float = 0.02,
         background: tuple[int, int, int] = transforms.WHITE,
@@ -92,7 +93,8 @@ class Folder:
             raise UserError(f"data.options.path: no folder of images at {path}")
         self.layout = layouts.find(self.path, layout)
         records = self._scan(split_key, validation)
-        self.class_names, self._classes = _classes({record[3] for record in records if record[3] is not None})
+        labels = {record[3] for record in records if record[3] is not None}
+        self.class_names, self._classes = _classes(labels, class_names)
         self._sizes = collections.Counter(record[0] for record in records if record[4] is None)
         self._names = {record[1] for record in records if record[4] is None}
         self._records = [record[1:] for record in records if record[0] == split]
@@ -294,13 +296,29 @@ def _label(record: dict, key: str) -> str | int:
     return label
 
 
-def _classes(labels: set) -> tuple[list, dict]:
-    """(names of the classes, the number of each label). Whole numbers, also as text, mean themselves."""
+def _classes(labels: set, given: Sequence[str]) -> tuple[list, dict]:
+    """(names of the classes, the number of each label). Whole numbers, also as text, mean themselves.
+
+    Raises UserError for a label that is not among the classes `given`, in the order of their numbers, if there are any.
+    """
     whole = {label: _whole(label) for label in labels}
-    if labels and None not in whole.values():
-        return list(range(max(whole.values()) + 1)), whole
+    if labels and None not in whole.values() and not set(map(str, labels)) <= set(given):
+        if given and max(whole.values()) >= len(given):
+            raise UserError(
+                f"the class {max(whole.values())} is none of the {len(given)} of class_names: {_some(given)}"
+            )
+        return list(given) or list(range(max(whole.values()) + 1)), whole
     names = sorted(map(str, labels))
+    if given and (odd := [name for name in names if name not in given]):
+        raise UserError(f"{len(odd)} classes are not among class_names ({_some(given)}): {_some(odd)}")
+    names = list(given) if given and labels else names
     return names, {label: names.index(str(label)) for label in labels}
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    listed = ", ".join(map(reprlib.repr, names[:8]))
+    return f"{listed} and {len(names) - 8} more" if len(names) > 8 else listed
 
 
 def _whole(label: str | int) -> int | None:
