@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -68,6 +69,8 @@ def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; a UserError prints one line on stderr and exits with code 2."""
     hostmemory.keep()
     own_cache()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption need not fit into the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     quiet.failed_saves()
     try:
         sys.exit(main())  # also the normal end of each of several processes

@@ -293,10 +293,10 @@ def cut_back(path: Path, step: int) -> None:
     """Deletes the entries of a JSONL log that are after `step` or incomplete; keeps the others in order."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    if kept != lines:
-        _replace(path, "".join(kept))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _step_of(line) <= step)
+    if kept != text:
+        _replace(path, kept)
 
 
 def accounts(path: Path, step: int) -> list[dict]:
