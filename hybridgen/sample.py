@@ -21,6 +21,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import transforms
 from hybridgen.data.files import read_text
+from hybridgen.evals.finite import finite, marked, message
 from hybridgen.evals.sheet import sheet
 from hybridgen.models.contract import Shape
 from hybridgen.runs import drawing, folder

@@ -182,36 +182,3 @@ def test_no_file_has(what):
             if pattern.search(line):
                 found.append(f"{name(path)}:{number} {line.strip()[:80]}")
     assert not found
-
-
-def texts_of_the_locale(tree: ast.Module) -> list[str]:
-    """Calls that read or write text in the encoding of the locale, which differs between machines."""
-    found = []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or any(word.arg in ("encoding", None) for word in node.keywords):
-            continue
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        on = ast.unparse(node.func)
-        modes = [word.value for word in node.keywords if word.arg == "mode"]
-        modes += node.args[1:2] if isinstance(node.func, ast.Name) else node.args[:1]
-        binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
-        whole = called in ("read_text", "write_text") and len(node.args) < (1 if called == "read_text" else 2)
-        if whole or (called == "open" and not binary and not re.match(r"(os|Image|packed|tarfile|zipfile)\.", on)):
-            found.append(f"line {node.lineno}: {ast.unparse(node)[:60]}")
-        if called in ("run", "Popen", "check_output") and any(
-            word.arg == "text" and getattr(word.value, "value", False) is True for word in node.keywords
-        ):
-            found.append(f"line {node.lineno}: {ast.unparse(node)[:60]}")
-    return found
-
-
-def test_text_is_utf_8_on_every_machine():
-    files = [path for path in tracked("*.py") if "tests" not in path.parts]
-    assert len(files) > 100
-    assert not {name(path): found for path in files if (found := texts_of_the_locale(tree_of(path)))}
-
-
-def test_text_in_the_encoding_of_the_locale_is_found():
-    wrong = "open(a, 'w'); p.read_text(); p.write_text(t); p.open('a'); open(a); run(c, text=True); p.open(errors='x')"
-    right = "open(a, 'rb'); p.read_text('utf-8'); p.write_text(t, encoding='utf-8'); p.open('rb'); os.open(a, 1)"
-    assert len(texts_of_the_locale(ast.parse(wrong))) == 7 and not texts_of_the_locale(ast.parse(right))
