@@ -19,7 +19,7 @@ import jax
 
 from hybridgen.core import meshes, sharding, trees
 from hybridgen.core.errors import UserError
-from hybridgen.cost import chips, programs, roofline
+from hybridgen.cost import chips, programs, roofline, steps
 
 POLICIES = ("none", "dots", "full")  # of nn.stack, in decreasing order of kept activations
 FACTORS = (0.25, 0.5, 1, 2, 4)  # multiples of the config's batch
@@ -101,7 +101,7 @@ def _policies(args: Namespace, overrides: Any, devices: list) -> Iterator[tuple[
     whole = {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1, "accumulate": 1}
     whole |= {"mesh.dcn": args.slices, "batch": ROWS * len(devices)}
     config, _ = programs.chosen(args, overrides)
-    paths = programs.options_named(config.model, "remat")
+    paths = steps.options_named(config.model, "remat")
     for name in POLICIES if paths else POLICIES[:1]:
         changes = dict.fromkeys(paths, name)
         built = programs.load(args, overrides, devices, whole | changes)
@@ -128,7 +128,7 @@ def _candidates(
     """Every valid combination of mesh, remat policy and batch (from a quarter to four times `batch_size`)."""
     base = next(iter(policies.values())).built
     config, inner = base.experiment.config, len(devices) // slices
-    heads = math.gcd(*programs.options_named(config.model, "heads").values())
+    heads = math.gcd(*steps.options_named(config.model, "heads").values())
     powers = [2**i for i in range(inner.bit_length()) if inner % 2**i == 0]
     for fsdp, tensor in itertools.product(powers, (1, 2, 4, 8)):
         if inner % (fsdp * tensor) or heads % tensor:
@@ -161,7 +161,7 @@ def _estimate(
     state = params * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / (4 * total)
     rows = batch * tensor / mesh.devices.size
     all_kept, least = (policies[name].kept for name in ("none", next(reversed(policies))))
-    depth = max(programs.options_named(built.experiment.config.model, "depth").values(), default=1)
+    depth = max(steps.options_named(built.experiment.config.model, "depth").values(), default=1)
     block = all_kept / depth if policy.again else 0.0
     kept = rows * (policy.kept if policy.kept == least else policy.kept / tensor) + rows * block / tensor
     memory = state + params + kept + programs.bytes_each(built.experiment.parts)
@@ -172,7 +172,7 @@ def _estimate(
     size |= {"tensor": 4 * turns * rows * least * (tensor > 1), "dcn": 2 * params * width / 4 * (mesh.shape["dcn"] > 1)}
     rates = {axis: roofline.rate_of(chip, mesh, axis) for axis in size}
     times = (
-        (policy.flops + policy.again) * batch / mesh.devices.size / roofline.peak_of(chip, built.dtype),
+        (policy.flops + policy.again) * batch / mesh.devices.size / chip.peak(built.dtype),
         (2 * state + 2 * params + turns * weights + 4 * rows * all_kept / tensor) / chip.bandwidth,
         sum(size[axis] / rate for axis, rate in rates.items() if rate),
     )

@@ -19,7 +19,7 @@ from hybridgen.runs import checkpoint, drawing
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import TEXT, Experiment
 from hybridgen.runs.reading import earlier
-from hybridgen.training import logging
+from hybridgen.training import boards, logging
 from hybridgen.training import state as state_lib
 
 
@@ -34,6 +34,7 @@ def checked(
     meshes.check_batch(meshes.make_mesh(config.mesh), config.batch, config.accumulate)
     drawing.check_config(config, folder, stages or {})
     unshadowed(config)
+    boards.checked(config)
     if config.eval.every or config.sample.every:
         source(config.data, "validation")
     data = source(config.data, "train")
