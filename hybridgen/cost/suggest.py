@@ -19,6 +19,7 @@ import jax
 
 from hybridgen.core import meshes, sharding, trees
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import doing
 from hybridgen.cost import chips, programs, roofline, steps
 
 POLICIES = ("none", "dots", "full")  # of nn.stack, in decreasing order of kept activations
@@ -56,12 +57,14 @@ def search(args: Namespace, overrides: Any, devices: Any, room: float | None, at
     Raises UserError if `room` is None.
     """
     devices = list(jax.devices() if devices is None else devices)
-    chip = chips.of(devices[0])
+    with doing("measuring this device"):
+        chip = chips.of(devices[0])
     if room is None:
         raise UserError("--suggest: the memory of this device is unknown: give a --topology")
     policies = dict(_policies(args, overrides, devices))
     batch_size = programs.chosen(args, overrides)[0].batch
-    ranked = sorted(_candidates(policies, batch_size, devices, chip, args.slices), key=lambda one: -one.rate)
+    with doing("estimating combinations of mesh, remat and batch"):
+        ranked = sorted(_candidates(policies, batch_size, devices, chip, args.slices), key=lambda one: -one.rate)
     where = f"{len(devices)} x {devices[0].device_kind}"
     title = f"estimated {len(ranked)} combinations of mesh, remat and batch on {where}"
     print(title, HEAD, sep="\n", flush=True)
@@ -74,8 +77,10 @@ def search(args: Namespace, overrides: Any, devices: Any, room: float | None, at
         if one.memory * scale[one.policy] > 1.05 * room or where in over:
             continue
         changes = policies[one.policy].changes | {f"mesh.{axis}": size for axis, size in one.mesh.items()}
-        built = programs.load(args, overrides, devices, changes | {"batch": one.batch, "accumulate": 1})
-        entry = attempt(built, chip)
+        number = f"combination {len(found) + 1} of at most {COMPILED}"
+        with doing(f"compiling {number}: {_mesh(one.mesh)}, remat {one.policy}, batch {one.batch}"):
+            built = programs.load(args, overrides, devices, changes | {"batch": one.batch, "accumulate": 1})
+            entry = attempt(built, chip)
         found.append(_described(one, entry, args.stage, changes | {"batch": one.batch}))
         if entry["memory"]:
             scale[one.policy] = entry["memory"]["peak"] / one.memory
@@ -104,17 +109,22 @@ def _policies(args: Namespace, overrides: Any, devices: list) -> Iterator[tuple[
     paths = steps.options_named(config.model, "remat")
     for name in POLICIES if paths else POLICIES[:1]:
         changes = dict.fromkeys(paths, name)
-        built = programs.load(args, overrides, devices, whole | changes)
-        built.names(("train",))
-        loss, (trainable, *rest) = built.objective()
-        count, again = built.train_flops()
-        batch = ROWS * len(devices)
-        kept = sum(
-            leaf.size * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(_backward, loss), trainable, *rest))
-            if any(side and side % batch == 0 for side in leaf.shape)
-        )
-        yield name, Policy(changes, kept / batch, sum(count.values()) / batch, again / batch, built)
+        with doing(f"tracing the training step with remat {name}"):
+            policy = _traced(programs.load(args, overrides, devices, whole | changes), changes, ROWS * len(devices))
+        yield name, policy
+
+
+def _traced(built: programs.Programs, changes: dict[str, str], batch: int) -> Policy:
+    """The policy of programs that were built with `changes`."""
+    built.names(("train",))
+    loss, (trainable, *rest) = built.objective()
+    count, again = built.train_flops()
+    kept = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(_backward, loss), trainable, *rest))
+        if any(side and side % batch == 0 for side in leaf.shape)
+    )
+    return Policy(changes, kept / batch, sum(count.values()) / batch, again / batch, built)
 
 
 def _backward(loss: Callable, trainable: Any, *rest: Any) -> Callable:
@@ -197,8 +207,12 @@ def _described(one: Candidate, entry: dict, stage: str | None, changes: dict[str
 HEAD = "mesh                          remat    batch    images/s/device      MFU  limit      memory"
 
 
+def _mesh(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
 def _line(entry: dict) -> str:
-    mesh = ", ".join(f"{axis} {size}" for axis, size in entry["mesh"].items()) or "one device"
+    mesh = _mesh(entry["mesh"])
     rate = programs.human(entry["images_per_s"]) if entry["images_per_s"] else "-"
     share = f"{entry['mfu']:.0%}" if entry["mfu"] else "-"
     verdict = f"{'spare' if entry['fits'] else 'over'} {abs(entry['spare']) / GIB:.2f} GiB"

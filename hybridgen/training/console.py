@@ -1,6 +1,7 @@
 """What a person sees of a training run on stdout: lines, or on a terminal a bar that is drawn in place."""
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ class Console:
 
     def __init__(self) -> None:
         self._bar = progress.Bar(sys.stdout) if sys.stdout.isatty() else None
-        self._lock, self._drawn, self._last = threading.Lock(), "", 0.0
+        self._lock, self._drawn, self._last = threading.Lock(), "", -math.inf
 
     def line(self, text: str) -> None:
         """Prints a line; above the bar, if there is one."""
@@ -70,7 +71,7 @@ class Console:
 
     def step(self, text: str, share: float) -> None:
         """Prints the state of the training, `share` of which is done."""
-        drawn = self.due()
+        drawn = not self._bar or self.due()
         self._last = time.perf_counter() if drawn else self._last
         if not self._bar:
             self.line(text)

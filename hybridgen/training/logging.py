@@ -115,6 +115,8 @@ class Writer:
         self._rates = rates.Rates(self.timer, self.total, self._peak)
         self._logged: rates.Point | None = None  # where the previous line of metrics.jsonl was measured
         self._shown: int | None = None  # step of the previous line on stdout
+        self._read = step  # the last step for which `step` has waited
+        self._ended: rates.Point | None = None  # the first point since then that `ended` measured
         if self._active:
             path = self.folder / "metrics.jsonl"
             cut_back(path, step)
@@ -176,17 +178,21 @@ class Writer:
             values = _numbers(report)
         now = self._rates.point(step)
         values |= self._measured(step, values) | self._rates.between(self._logged or self._rates.start, now)
-        self._logged = now
+        self._logged, self._read, self._ended = now, step, None
         if due:
             self._log(step, values)
         self._show(step, values, now)
 
     def ended(self, step: int, report: Mapping[str, Any]) -> None:
         """Prints a line for a step that has ended, if the last line was some seconds ago and before this step."""
-        if not self._active or self._shown is None or step <= self._shown or not self._console.due():
+        if not self._active or self._shown is None or step < self._read:
+            return
+        # like is compared with like: the caller is as many steps ahead at both points
+        self._ended = self._ended or self._rates.point(step)
+        if step <= self._shown or not self._console.due():
             return
         values, now = _numbers(report), self._rates.point(step)
-        values |= self._measured(step, values) | self._rates.between(self._logged, now)
+        values |= self._measured(step, values) | self._rates.between(self._ended, now)
         self._show(step, values, now)
 
     def _measured(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
