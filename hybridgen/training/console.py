@@ -69,16 +69,18 @@ class Console:
         """Whether the state of the training was last printed some seconds ago."""
         return progress.shown() and time.perf_counter() - self._last >= (REDRAWN if self._bar else EVERY)
 
-    def step(self, text: str, share: float) -> None:
-        """Prints the state of the training, `share` of which is done."""
+    def step(self, text: str, share: float, left: float | None) -> None:
+        """Prints the state of the training, `share` of which is done, and the seconds `left`, if known."""
         drawn = not self._bar or self.due()
         self._last = time.perf_counter() if drawn else self._last
+        remaining = "" if left is None else f"ETA {duration(left)}"
         if not self._bar:
-            self.line(text)
+            self.line(f"{text}  {remaining}" if remaining else text)
         elif progress.shown():
             done = round(WIDTH * share)
             with self._lock:
-                self._drawn = f"[{'#' * done}{'.' * (WIDTH - done)}] {text}"
+                words = f"[{'#' * done}{'.' * (WIDTH - done)}]", remaining, text  # a narrow terminal cuts the end
+                self._drawn = " ".join(filter(None, words))
                 if drawn:  # a terminal is slow
                     self._bar.draw(self._drawn)
 
@@ -91,8 +93,8 @@ class Console:
             self._drawn = ""
 
 
-def train_line(label: str, step: int, total: int, values: dict[str, float], left: float | None) -> str:
-    """A line about a step: its metrics (the loss first), rates, and the time `left` in seconds, if known."""
+def train_line(label: str, step: int, total: int, values: dict[str, float]) -> str:
+    """A line about a step: its metrics (the loss first) and rates."""
     width = len(str(total))
     words = [f"{label} {step:>{width}}/{total} {step / max(total, 1):4.0%}"]
     hidden = [name for name in ONLY_IF_NOT_ZERO if not values.get(name)]
@@ -101,7 +103,7 @@ def train_line(label: str, step: int, total: int, values: dict[str, float], left
     words += [f"{name} {short(values[name])}" for name in sorted(metrics, key=lambda name: name != "loss")]
     given = [(values[name], *about) for name, about in RATES.items() if name in values]
     words += [f"{name}{value:{form}}{unit}" for value, name, unit, form in given]
-    return "  ".join(words if left is None else [*words, f"ETA {duration(left)}"])
+    return "  ".join(words)
 
 
 def short(value: float) -> str:

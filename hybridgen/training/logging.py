@@ -209,7 +209,7 @@ class Writer:
         self._shown = step
         left = self._rates.remaining(step, now, values["step_seconds"]) if "step_seconds" in values else None
         if self._active:
-            self._console.step(train_line(self.label, step, self.total, values, left), step / max(self.total, 1))
+            self._console.step(train_line(self.label, step, self.total, values), step / max(self.total, 1), left)
         if time.perf_counter() - self._accounted >= 10:
             self._account()
 

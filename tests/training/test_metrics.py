@@ -208,7 +208,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
         writer.scalars(2, {"eval/loss": 2.5})
     text = screen.getvalue()
     assert text.startswith("prior: a line before\n\r[#####...............] prior 1/4  25%  loss 1")
-    assert "\x1b[K\r[##########..........] prior 2/4  50%  loss 2" in text
+    assert re.search(r"\x1b\[K\r\[##########\.{10}\] ETA 0\.\ds prior 2/4  50%  loss 2", text)
     assert "\r\x1b[Kprior 2/4  eval/loss 2.5\n\r[##########" in text  # a line comes above the bar
     assert text.count("\n") == 4  # the first, the evaluation, the last state of the bar, where the time went
 
