@@ -301,7 +301,6 @@ def prepare(
         rule, step, abstract, make = program(experiment, specs)
         places = jax.tree.map(lambda s: s.sharding, abstract)
         grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
-
         state_at = functools.partial(resume.beginning, experiment, folder, saved, rule.which, abstract, make, timer)
         if jax.process_index() == 0:  # only after all checks above
             run_folder.write_json(folder / "config.json", resolved)
@@ -313,12 +312,11 @@ def prepare(
         if hasattr(source, "summary"):
             writer.line(f"{label}: data: {source.summary()}")
         shapes = source.occurring(config.batch, True) if rule.shaped else None
-        with jax.set_mesh(experiment.mesh):
-            work = step_costs.counted(rule, abstract, specs, experiment.parts, shapes, power > 0)
-        programs = step, jax.jit(functools.partial(eval_step, rule))
+        work = step_costs.counted(rule, abstract, specs, experiment, shapes, power > 0)
         beat = functools.partial(watchdog.beat, start or 0, "compile")
-        step, evaluate, compile_step = shaped(config, source, programs, beat, writer.line)
+        programs = shaped(config, source, (step, jax.jit(functools.partial(eval_step, rule))), beat, writer.line)
         undo.pop_all()
+    step, evaluate, compile_step = programs
     job = Job(
         experiment,
         step,

@@ -29,7 +29,7 @@ def objective(rule: Any, state: dict, batch: dict, parts: Any) -> tuple[Callable
 
 
 def counted(
-    rule: Any, state: dict, batch: dict, parts: Any, shapes: Iterable[Shape] | None, count: bool
+    rule: Any, state: dict, batch: dict, experiment: Any, shapes: Iterable[Shape] | None, count: bool
 ) -> dict[Shape | None, Work]:
     """{shape of the images, or None if there is only one: what a step does}, with FLOPs if `count`: it takes a trace.
 
@@ -41,10 +41,11 @@ def counted(
         if shape is not None:
             given["image"] = jax.ShapeDtypeStruct((image.shape[0], *shape, 3), image.dtype)
         rows, total = next(iter(given.values())).shape[0], 0.0
-        length = _tokens(rule.family, rule.fitted(given, parts)[0])
+        length = _tokens(rule.family, rule.fitted(given, experiment.parts)[0])
         if count:
-            loss, arguments = objective(rule, state, given, parts)
-            with contextlib.suppress(NotImplementedError):  # a kernel whose FLOPs are unknown
+            loss, arguments = objective(rule, state, given, experiment.parts)
+            # a kernel may have unknown FLOPs
+            with jax.set_mesh(experiment.mesh), contextlib.suppress(NotImplementedError):
                 total = float(sum(flops.training(loss, *arguments)[0].values()))
         out[shape] = Work(1, rows, rows * length, total)
     return out

@@ -209,6 +209,9 @@ def test_the_tpu_kernel_counts_as_the_plain_one():
     assert count("splash") == count("xla")
 
 
+ALONE = types.SimpleNamespace(parts={}, mesh=jax.make_mesh((1,), ("data",)))
+
+
 def stepping(loss, role="decoder", model=None):
     """A rule of hybridgen.train for a family of this loss, all parameters trained."""
     family = types.SimpleNamespace(loss=loss, ROLE=role)
@@ -228,12 +231,12 @@ def test_what_a_step_does():
 
     state = {"params": {"w": jax.ShapeDtypeStruct((3, 7), jnp.float32)}, "extra": {}, "step": jnp.int32(0)}
     rule, each = stepping(loss), 2 * 2 * B * 3 * 7
-    assert steps.counted(rule, state, images(4, 5), {}, None, True) == {None: Work(1, B, 0, each * 20)}
-    assert steps.counted(rule, state, images(4, 5), {}, None, False) == {None: Work(1, B, 0, 0.0)}
-    shaped = steps.counted(rule, state, images(4, 4), {}, [(8, 2), (2, 6)], True)
+    assert steps.counted(rule, state, images(4, 5), ALONE, None, True) == {None: Work(1, B, 0, each * 20)}
+    assert steps.counted(rule, state, images(4, 5), ALONE, None, False) == {None: Work(1, B, 0, 0.0)}
+    shaped = steps.counted(rule, state, images(4, 4), ALONE, [(8, 2), (2, 6)], True)
     assert shaped == {(8, 2): Work(1, B, 0, each * 16), (2, 6): Work(1, B, 0, each * 12)}
     prior = stepping(loss, ("prior", "text"), types.SimpleNamespace(length=9))
-    assert steps.counted(prior, state, images(1, 1), {}, None, False) == {None: Work(1, B, B * 9, 0.0)}
+    assert steps.counted(prior, state, images(1, 1), ALONE, None, False) == {None: Work(1, B, B * 9, 0.0)}
 
 
 @pytest.mark.parametrize(
