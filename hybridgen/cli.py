@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hybridgen import __version__
-from hybridgen.core import hostmemory, importing, quiet
+from hybridgen.core import hostmemory, importing, progress, quiet
 from hybridgen.core.errors import PeerError, StorageError, UserError
 
 COMMANDS = {
@@ -45,9 +45,18 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
         raise UserError(f"{message} (see {called} --help)")
 
     parser.error = error
+    progress.show(True)  # this command's parser, not that of an earlier one in the same process, says otherwise
+    parser.add_argument("--quiet", action=Quiet, nargs=0, help="print no progress: only results, warnings and errors")
     if name in WITH_RUNS:
         importing.add_argument(parser)
     return parser
+
+
+class Quiet(argparse.Action):
+    """The option `--quiet`."""
+
+    def __call__(self, *_: object) -> None:
+        progress.show(False)
 
 
 def a_path(text: str) -> Path:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from hybridgen.core import meshes, placement
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import doing
 from hybridgen.data.sources.buckets import LARGEST
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, Shape, find
@@ -55,6 +56,11 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
 
     `changes` override sampling options ("prior.guidance": 3.0). Raises UserError for a run or option that is invalid.
     """
+    with doing(f"loading the run {folder}"):
+        return _restored(folder, changes, step)
+
+
+def _restored(folder: Path, changes: Mapping[str, Any], step: int | None) -> Loaded:
     run = load(folder, step)
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
