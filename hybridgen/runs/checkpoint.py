@@ -324,6 +324,12 @@ class Checkpointer:
         """The `meta` that was saved with a step."""
         return self._about(step)["meta"]
 
+    def text_digest(self, step: int) -> str | None:
+        """The digest of the text tokenizer that a step was saved with; None if it had none or does not say it."""
+        about = self._about(step)
+        text = about["fingerprint"].get("data", {}).get("text")
+        return text.get("digest") if text else about["meta"].get("text")
+
     def check_fingerprint(self, step: int, allow: Collection[str] = ()) -> None:
         """Raises UserError if a step's fingerprint differs from this run's in other keys than `allow`; names them."""
         fingerprint_lib.check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)

@@ -182,7 +182,9 @@ def write_run(
     there = folder.exists()
     run_folder.make(folder)
     try:
-        count = _save(folder / "checkpoints" / "0", arrays, {name: run.digest for name, run in parts.items()})
+        meta = {"parts": {name: run.digest for name, run in parts.items()}}
+        meta |= {"text": text_lib.digest(reader)} if reader is not None else {}
+        count = _save(folder / "checkpoints" / "0", arrays, meta)
         shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
         run_folder.write_json(
             folder / "official.json", {"source": source.name, "config": dict(config), "shapes": shapes}
@@ -201,11 +203,11 @@ def write_run(
     return count
 
 
-def _save(folder: Path, arrays: dict, parts: Mapping[str, str]) -> int:
+def _save(folder: Path, arrays: dict, meta: Mapping[str, Any]) -> int:
     """Writes step 0 in the layout of checkpoint.py and empties `arrays`; returns the number of parameters.
 
-    parts: digests. Unlike checkpoint.py, which copies all arrays before it writes so that training can continue, this
-    writes one array after the other, so the weights are in memory only once.
+    meta: digests of the parts and of the text tokenizer. Unlike checkpoint.py, which copies all arrays before it writes
+    so that training can continue, this writes one array after the other, so the weights are in memory only once.
     """
     flat = {"params": trees.flatten(arrays.pop("params")), "extra": trees.flatten(arrays.pop("extra"))}
     count = sum(leaf.size for leaf in flat["params"].values())
@@ -214,7 +216,7 @@ def _save(folder: Path, arrays: dict, parts: Mapping[str, str]) -> int:
         for path in branch:
             branch[path] = jax.device_put(branch[path], cpu)  # Orbax limits its copies for JAX arrays only
     tree = {name: trees.unflatten(branch) for name, branch in flat.items()}
-    about = ocp.args.JsonSave({"fingerprint": {}, "meta": {"parts": dict(parts)}, "sound": True})
+    about = ocp.args.JsonSave({"fingerprint": {}, "meta": dict(meta), "sound": True})
     handlers = {"model": ocp.PyTreeCheckpointHandler(save_concurrent_gb=1), "about": ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as saver:
         saver.save(folder.absolute(), args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree), about=about))
@@ -243,7 +245,7 @@ def write_official(source: tables.Source, folder: Path, given: str | None, out: 
 
 def read_run(folder: Path) -> dict[str, np.ndarray]:
     """The newest valid arrays of a run, {"params/..": array, "extra/..": array}. Raises UserError if there are none."""
-    flat = trees.flatten(reading.saved_arrays(folder)[0])
+    flat = trees.flatten(reading.saved_arrays(folder).arrays)
     return {path: leaf for path, leaf in flat.items() if not path.startswith("params/disc/")}  # the discriminator
 
 
