@@ -20,7 +20,7 @@ from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, file_of, find
-from hybridgen.runs import bundle, checkpoint, upgrades
+from hybridgen.runs import bundle, checkpoint, fingerprint, upgrades
 from hybridgen.runs.folder import read_json
 
 
@@ -124,7 +124,8 @@ def saved_arrays(folder: Path, step: int | None = None, config: Any = None, repo
     if config is not None:
         saved.check_model(found, config_lib.plain(config))
     state = saved.restore_params(found)
-    part_digests, text = saved.meta(found).get("parts", {}), saved.text_digest(found)
+    about = saved.about(found)
+    part_digests, text = about["meta"].get("parts", {}), fingerprint.text_digest(about)
     saved.close()
     params = inference_params(state.get("params", {}), state.get("ema", {}))
     return Saved({"params": params, "extra": state.get("extra", {})}, part_digests, found, text)
