@@ -72,6 +72,7 @@ def shapes(**options) -> dict:
         "flip": False,
         "workers": 0,
         "threads": 1,
+        "retry": 120.0,  # seconds for which a file is read again while its storage fails
         "text": {"kind": "words", "length": length},
     }
 

@@ -11,7 +11,6 @@ Image number i of a seed does not depend on the batch size or on the other image
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen.core import meshes
+from hybridgen.core import meshes, numbers, ranges
 from hybridgen.core.errors import UserError
 from hybridgen.data import transforms
 from hybridgen.evals import sheet
@@ -62,8 +61,6 @@ class Model:
 
     def __init__(self, loaded: Loaded):
         self._loaded = loaded
-        # compiled programs by options and shape
-        self._drawer = functools.lru_cache(maxsize=4)(lambda changes, shape: loaded.drawer(dict(changes), shape))
 
     @property
     def config(self) -> Any:
@@ -77,7 +74,7 @@ class Model:
         self,
         prompts: str | Sequence[str] | None = None,
         *,
-        labels: int | Sequence[int] | None = None,
+        labels: Any = None,
         seed: int = 0,
         count: int = 1,
         batch: int = 16,
@@ -86,18 +83,21 @@ class Model:
     ) -> Samples:
         """Generates `count` images per prompt, at most `batch` at a time.
 
-        Class-conditional models take `labels`; models that read text too take one label per prompt. `size`, such as
+        Class-conditional models take `labels`, a whole number or several (a sequence or an array); models that read
+        text too take one label per prompt. `size`, such as
         "24x40", is one of the shapes of a run that was trained on several (default: the most square one). `options`
         override the sampling options of the model's config. Most priors have guidance, guidance_schedule, temperature,
-        top_k and top_p; most decoders have decoder_guidance, steps and solver. The first call with a set of options
-        compiles.
+        top_k and top_p; most decoders have decoder_guidance, steps and solver. The first call compiles, and so does
+        one with another solver, number of steps or number of images at a time, or which switches guidance or a filter
+        of tokens on or off; another value of these does not.
 
         Raises UserError for a prompt, label, size or option that this model does not take, and for parameters or images
         that are not finite.
         """
         requests = _requests(prompts, labels)
-        for name, value in (("count", count), ("batch", batch), ("seed", seed)):
-            drawing.check_number(name, value)
+        count, batch, seed = (
+            drawing.check_number(name, value) for name, value in (("count", count), ("batch", batch), ("seed", seed))
+        )
         loaded, draw = self._loaded, self._drawn_by(options, size)
         if loaded.faults:
             raise UserError("; ".join(loaded.faults))
@@ -117,24 +117,30 @@ class Model:
             raise UserError(f"unknown option {odd[0]!r}{drawing.unknown(odd[0], flags)}")
         changes = {flags[name]: value for name, value in options.items() if value is not None}
         shape = shape_of(self._loaded, size)
-        try:
-            return self._drawer(tuple(sorted(changes.items())), shape) if changes or shape else self._loaded.draw
-        except TypeError:  # an unhashable value is neither a number nor a string
-            raise UserError(f"options must be numbers or strings, and were given as {options}") from None
+        return self._loaded.drawer(changes, shape) if changes or shape else self._loaded.draw
 
 
 def load(path: str | os.PathLike, checkpoint: int | None = None) -> Model:
     """See `hybridgen.load`."""
-    return Model(restore(find_run(os.fspath(path), None), {}, checkpoint))
+    step = None if checkpoint is None else numbers.checked("checkpoint", checkpoint, 0, ranges.MOST, whole=True)
+    return Model(restore(find_run(os.fspath(path), None), {}, step))
 
 
 def _requests(prompts: Any, labels: Any) -> list[tuple[str | None, int | None]]:
     """One (prompt, class) per request, from a single value or a sequence of each."""
-    texts = [prompts] if isinstance(prompts, str) else prompts
-    classes = [labels] if isinstance(labels, int) else labels
-    texts, classes = (None if given is None else list(given) for given in (texts, classes))
+    texts, classes = (None if given is None else _several(given) for given in (prompts, labels))
+    for text in texts or ():
+        if not isinstance(text, str):
+            raise UserError(f"the prompt must be a string, not {type(text).__name__}")
+    classes = classes and [numbers.checked("label", one, -ranges.MOST, ranges.MOST, whole=True) for one in classes]
     if not texts and not classes:
         raise UserError("no prompt and no label: give prompts, or labels=")
     if texts and classes and len(texts) != len(classes):
         raise UserError(f"{len(texts)} prompts and {len(classes)} labels were given: give one label per prompt")
     return list(zip(texts or [None] * len(classes), classes or [None] * len(texts), strict=True))
+
+
+def _several(given: Any) -> list:
+    """The members of a sequence or array; a single value as a list of one."""
+    alone = isinstance(given, str | bytes) or not hasattr(given, "__iter__") or getattr(given, "shape", None) == ()
+    return [given] if alone else list(given)

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from hybridgen import __version__
 from hybridgen.core import hostmemory, importing, quiet
-from hybridgen.core.errors import PeerError, UserError
+from hybridgen.core.errors import PeerError, StorageError, UserError
 
 COMMANDS = {
     "train": "train one model from a config, or resume its run",
@@ -68,10 +69,12 @@ def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; a UserError prints one line on stderr and exits with code 2."""
     hostmemory.keep()
     own_cache()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption need not fit into the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     quiet.failed_saves()
     try:
         sys.exit(main())  # also the normal end of each of several processes
-    except (UserError, PeerError) as error:
+    except (UserError, PeerError, StorageError) as error:
         print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         code = 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:

@@ -133,13 +133,13 @@ def flags(chip: str) -> dict[str, list[str]]:
 def detect() -> str:
     """The chip of this machine; "cpu" if it has no chip of the table."""
     for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
-        if vendor.read_text().strip() == GOOGLE:
-            device = vendor.with_name("device").read_text().strip()
+        if vendor.read_text(encoding="utf-8").strip() == GOOGLE:
+            device = vendor.with_name("device").read_text(encoding="utf-8").strip()
             if device in PCI:
                 return PCI[device]
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True).stdout.lower()
+        names = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace").stdout.lower()
         return next((chip for chip in CHIPS if chip in names), "cpu")
     return "cpu"
 
@@ -189,7 +189,7 @@ def _complaint(variable: str, wanted: list[str]) -> str | None:
     clean |= OFFLINE | {"XLA_FLAGS": "", "LIBTPU_INIT_ARGS": ""} | {variable: " ".join(wanted)}
     command = [sys.executable, "-c", PROBES[variable]]
     try:
-        done = subprocess.run(command, env=clean, capture_output=True, text=True, errors="replace", timeout=120)
+        done = subprocess.run(command, env=clean, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
     except subprocess.TimeoutExpired:
         return "XLA did not start within two minutes"
     return None if done.returncode == 0 else done.stdout + done.stderr
@@ -302,7 +302,7 @@ def run(words: list[str], variables: dict[str, str], text: str | None) -> int:
     if text is None:
         sys.stdout.flush()
         os.execvpe(words[0], words, environment)
-    return subprocess.run(words, input=text, text=True, env=environment).returncode
+    return subprocess.run(words, input=text, encoding="utf-8", env=environment).returncode
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,13 @@
 
     python -m hybridgen.recipe --config configs/recipes/shapes.py:cpu --workdir runs/shapes
 
+With --from RUN in place of --config, the recipe fine-tunes prior and decoder of the cascade RUN (runs/finetune.py):
+
+    python -m hybridgen.recipe --from runs/shapes/cascade --config.path=FOLDER --workdir runs/tuned
+
+With --seeds 0,1,2 the whole recipe runs once for each seed, in WORKDIR/seed_0 and so on: parameters, order of the data
+and generated images differ. seeds.md then has the median, the worst and the best of every result (reports/seeds.py).
+
 A recipe is a config with `order`, the names of its stages, and `stages`, their configs by name. There are four kinds of
 stages, and each writes to WORKDIR/name:
 
@@ -12,6 +19,7 @@ stages, and each writes to WORKDIR/name:
 - with `compare`: makes a table of the results of earlier stages (reports/points.py).
 """
 
+import argparse
 import json
 import signal
 import sys
@@ -26,6 +34,8 @@ from hybridgen.core import distributed
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.reports import distances, points
+from hybridgen.reports import seeds as seeds_table
+from hybridgen.runs import finetune
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.reading import find_run
 from hybridgen.runs.restore import restore
@@ -54,6 +64,35 @@ def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
             return False
     print(f"done in {time.monotonic() - started:.0f} s")
     return True
+
+
+def run_seeds(config: Any, folder: Path, seeds: tuple[int, ...], allow: tuple[str, ...] = ()) -> bool:
+    """Runs the recipe once for each seed, and writes seeds.json and seeds.md. Returns False if a signal stopped one."""
+    evaluations = [name for name in config.order if "evaluate" in config.stages[name]]
+    places = {seed: folder / f"seed_{seed}" for seed in seeds}
+    for seed, place in places.items():
+        print(f"seed {seed} of {', '.join(map(str, seeds))}", flush=True)
+        if not run(seeded(config, seed), place, allow):
+            return False
+    seeds_table.write(places, evaluations, folder)
+    return True
+
+
+def seeded(config: Any, seed: int) -> Any:
+    """A copy of a recipe in which every stage has this seed."""
+    config = config.copy_and_resolve_references()
+    for stage in config.stages.values():
+        if "seed" in stage:
+            stage.seed = seed
+    return config
+
+
+def seed_list(text: str) -> tuple[int, ...]:
+    """The value of --seeds: different whole numbers, separated by commas."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be different whole numbers, separated by commas")
+    return tuple(map(int, parts))
 
 
 def check(config: Any) -> None:
@@ -124,8 +163,10 @@ def measure(stage: Any, place: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("recipe", __doc__)
-    config_lib.add_argument(parser)
+    finetune.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=a_path, help="folder with one run folder per stage")
+    text = "run the recipe once for each of these seeds, and compare the results"
+    parser.add_argument("--seeds", type=seed_list, metavar="N,N,...", help=text)
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
@@ -134,14 +175,24 @@ def main(argv: list[str] | None = None) -> int:
             "--config.data.source is not for recipes, whose stages have options of their own source: a recipe over "
             "another source is a config file of 8 lines, see 'A recipe over another source' in docs/data.md"
         )
-    config = config_lib.load(args.config, overrides)
+    if args.start and args.seeds:
+        raise UserError("--seeds is for recipes that train from a config, not for --from")
+    if args.start:
+        config = finetune.several(args.start, overrides, args.workdir)
+    else:
+        config = config_lib.load(args.config, overrides)
     check(config)
-    stages = [(config.stages[name], args.workdir / name) for name in config.order if "family" in config.stages[name]]
+    trained = [name for name in config.order if "family" in config.stages[name]]
+    folders = [args.workdir / f"seed_{seed}" for seed in args.seeds] if args.seeds else [args.workdir]
+    stages = [(config.stages[name], folder / name) for folder in folders for name in trained]
     allow = resume.allowed(args.allow, stages)
     distributed.start(args)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # training has a handler of its own
     try:
-        done = run(config, args.workdir, allow)
+        if args.seeds:
+            done = run_seeds(config, args.workdir, args.seeds, allow)
+        else:
+            done = run(config, args.workdir, allow)
     except KeyboardInterrupt:
         print("run the same command again to resume", file=sys.stderr)
         raise

@@ -20,6 +20,7 @@ from hybridgen.core import distributed, meshes
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import transforms
+from hybridgen.data.files import read_text
 from hybridgen.evals.finite import finite, marked, message
 from hybridgen.evals.sheet import sheet
 from hybridgen.models.contract import Shape
@@ -117,8 +118,8 @@ def shape_of(loaded: Loaded, size: str | None) -> Shape | None:
     """
     if size is None and not loaded.shapes:
         return None
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if size else None
-    if size and not found:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) if isinstance(size, str) else None
+    if size is not None and not found:
         raise UserError(f"--size {size!r} is not HEIGHTxWIDTH, such as 256x384")
     shape = (int(found[1]), int(found[2])) if found else min(loaded.shapes, key=lambda shape: max(shape) / min(shape))
     known = loaded.shapes or ((loaded.config.data.resolution,) * 2,)
@@ -134,11 +135,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
     if args.prompts:
         if not args.prompts.is_file():
             raise UserError(f"--prompts: no such file {str(args.prompts)!r}")
-        try:
-            text = args.prompts.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts: cannot read {args.prompts}: {error}") from None
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        prompts += [line.strip() for line in read_text(args.prompts).split("\n") if line.strip()]
         if not prompts:
             raise UserError(f"--prompts {args.prompts} has no prompts: write one per line")
     if not prompts and not args.label:

@@ -1,6 +1,7 @@
 """Trains a model of any family from a config, or resumes its run.
 
     python -m hybridgen.train --config configs/ar/raster.py:tiny --workdir runs/raster
+    python -m hybridgen.train --from RUN --config.path=FOLDER --workdir runs/tuned      # fine-tunes (runs/finetune.py)
 
 The order of the loop is fixed: evaluate, save, load the next batch, step. Checkpoint N was saved after exactly N
 batches. Batch N and the random numbers of step N are functions of (seed, N), so a resumed run is identical to an
@@ -30,7 +31,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.models import contract
 from hybridgen.models.contract import for_shape
-from hybridgen.runs import checkpoint
+from hybridgen.runs import checkpoint, finetune
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.drawing import sample_grid
 from hybridgen.runs.experiment import Experiment, build
@@ -361,6 +362,8 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
                 job.saved.wait_until_saved()
             if not job.saved.holds(step):
                 raise UserError(f"the last step, {step}, was not saved: see the lines above")
+            if not stopped:
+                rollback.require_good(state, step)
         except checkpoint.SaveError as error:
             raise UserError(f"training has finished, but its last state was not saved: {error}") from error
         finally:
@@ -375,12 +378,14 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("train", __doc__)
-    config_lib.add_argument(parser)
+    finetune.add_arguments(parser)
     parser.add_argument("--workdir", required=True, type=a_path, help="run folder: checkpoints, metrics, sample grids")
     parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
     distributed.add_arguments(parser)
     args, overrides = config_lib.parse(parser, argv)
-    config = config_lib.load(args.config, overrides)
+    config = (
+        finetune.one(args.start, overrides, args.workdir) if args.start else config_lib.load(args.config, overrides)
+    )
     if "family" not in config:
         raise UserError(f"--config {args.config} has no `family`; if it is a recipe, use hybridgen recipe")
     allow = resume.allowed(args.allow, [(config, args.workdir)])

@@ -42,6 +42,7 @@ def get_config(variant: str = ""):
                 "flip": False,  # mirroring would change flags, arrows and letters
                 "workers": 0,
                 "threads": 1,
+                "retry": 120.0,
                 "text": {"kind": "words", "length": config.get_ref("length")},
             }
         )
@@ -66,9 +67,11 @@ def _cpu(tokenizer, prior, decoder):
     tokenizer.model.quantizer.update(levels=(8, 8, 8, 5), fill=0.75)
     decoder.model.patch = 8
     tokenizer.steps, prior.steps, decoder.steps = 900, 1200, 1200
-    prior.optim.kind = decoder.optim.kind = "muon"
+    tokenizer.optim.kind, decoder.optim.lr = "adamw", 2e-3
     prior.model.update(width=192, heads=3)
     decoder.model.update(width=192, heads=3, depth=4)
+    with decoder.model.ignore_type():
+        decoder.model.update(text_vocab=0, text_length=0)
     for stage in (tokenizer, prior, decoder):
         stage.ema.decay = 0.995
         stage.eval.every, stage.sample.every = 300, 900

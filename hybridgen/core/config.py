@@ -25,47 +25,15 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from hybridgen.core import importing
+from hybridgen.core import entries, importing, ranges
 from hybridgen.core.errors import UserError
 
 AUTO = "auto"
 FILLED = ("resolution", "classes", "text_vocab", "text_length", "vocab", "grid", "plan_width")  # may be "auto"
 
-# the smallest allowed value of an entry of a stage: an integer unless written 0.0; the largest is that of a seed
-LEAST = {
-    "seed": 0,
-    "batch": 1,
-    "accumulate": 1,
-    "steps": 0,
-    "data.resolution": 1,
-    "data.workers": 0,
-    "data.threads": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_every": 0,
-    "health.streak": 1,
-    "health.rollbacks": 0,
-    "health.spike": 0.0,
-    "health.hang": 0.0,
-    "optim.warmup": 0,
-    "log.every": 1,
-    "eval.every": 0,
-    "eval.batches": 1,
-    "sample.every": 0,
-    "sample.count": 1,
-    "count": 1,
-    "profile.start": 0,
-    "profile.steps": 0,
-} | {f"mesh.{axis}": -1 for axis in ("dcn", "data", "fsdp", "tensor")}
-MOST = 2**32 - 1
+MOST = ranges.MOST
 MAX_FILE, MAX_LEVELS = 2**24, 16  # bytes and nesting of a config that is read back
-# the smallest allowed value of a model option, also a nested one; for a tuple, of each member
-LEAST_OF_MODEL = {
-    name: 1 for name in ("heads", "kv_heads", "depth", "patch", "width", "blocks", "codebook_size", "channels")
-}
-LEAST_OF_MODEL |= {"levels": 2}
 
-DTYPES = ("float32", "bfloat16", "float64")
 PATTERN = re.compile(r"optim\.decay_on|optim\.groups\.[^.]+\.(match|decay_on)|ema\.skip")
 STAGE = r"(?:stages\.[^.]+\.)?"
 OPEN = re.compile(rf"({STAGE}parts)\.([^.]+)|({STAGE}init_from)\.(.+)")
@@ -74,11 +42,11 @@ MEMBER = r"(?:sources\.[^.]+\.options\.)?"  # of a mixture
 SOURCE_OPTION = re.compile(rf"({STAGE}data\.options)\.({MEMBER}[^.]+)")
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
+def add_argument(parser: argparse._ActionsContainer, required: bool = True) -> None:
     """Adds `--config` to a command."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:VARIANT[,KEY=VALUE...]]",
         help="config file with an optional variant, such as configs/ar/raster.py:tiny; --config.a.b=VALUE overrides an "
         "entry; VALUE is a number, true, false, none, a tuple or unquoted text",
@@ -131,22 +99,15 @@ def check(config: Mapping) -> None:
 
 
 def _check_value(where: str, key: str, value: Any) -> None:
-    name = key.rpartition(".")[2]
-    least = LEAST_OF_MODEL.get(name) if key.startswith("model.") else LEAST.get(key)
-    if least is not None:
-        if value == ():
+    if known := _range_of(key):
+        if value == () and known.least:
             raise UserError(f"{where} is empty: give at least one number")
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is None or number == AUTO:
-                continue
-            kinds = int | float if isinstance(least, float) else int
-            if isinstance(number, bool) or not isinstance(number, kinds) or not least <= number <= MOST:
-                raise UserError(f"{where} {number!r} is not within {least} and {MOST}")
+        if value != AUTO and (fault := known.wrong(value)):
+            near = hint(value, known.words) if known.words and isinstance(value, str) else ""
+            raise UserError(f"{where} {fault}{near}")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int) and abs(number) > MOST:
             raise UserError(f"{where} {number} is not within {-MOST} and {MOST}")
-    if (key == "frozen_dtype" or (key.startswith("model.") and name == "dtype")) and value not in DTYPES:
-        raise UserError(f"{where} {value!r} is not one of {', '.join(DTYPES)}{hint(str(value), DTYPES)}")
     if key.startswith("sample.options.") and value is None:
         raise UserError(f"{where} is none: a sampling option needs a value")
     if key == "trainable":
@@ -156,6 +117,14 @@ def _check_value(where: str, key: str, value: Any) -> None:
             _check_pattern(where, rule[0])
     elif PATTERN.fullmatch(key):
         _check_pattern(where, value)
+
+
+def _range_of(key: str) -> ranges.Range | None:
+    """The range of an entry of a stage, if it has one."""
+    name = key.rpartition(".")[2]
+    if key.startswith("model."):
+        return entries.MODEL.get(name)
+    return entries.OPTIM.get(name) if key.startswith("optim.groups.") else entries.STAGE.get(key)
 
 
 def _check_pattern(where: str, text: str) -> None:

@@ -112,7 +112,7 @@ def _initialize(**options: Any) -> None:
         # gloo would mix up the messages of two programs that run at once
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if jax.process_index():  # only process 0 prints to stdout; errors of the others are on stderr
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def command_of(process: int) -> str:

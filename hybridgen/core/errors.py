@@ -1,4 +1,4 @@
-"""Errors that a command prints as one line: UserError (exit code 2) and PeerError (exit code 1)."""
+"""Errors that a command prints as one line: UserError (exit code 2), PeerError and StorageError (exit code 1)."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class PeerError(RuntimeError):
     """Another process of this program is missing or lost: the same command may succeed when run again."""
+
+
+class StorageError(RuntimeError):
+    """The storage did not answer: the same command may succeed when run again."""

@@ -58,7 +58,7 @@ class Programs(NamedTuple):
         if "prior" not in (*contract.roles(family), *within, *self.experiment.parts):
             return None
         known = drawing.known_options(family, model, self.experiment.parts)
-        options = drawing.checked(config.sample.options, known).get("prior", {})
+        options = drawing.scheduled(drawing.checked(config.sample.options, known)).get("prior", {})
 
         def prior(params: Any, extra: Any, parts: Any) -> Part:
             if "prior" in contract.roles(family):

@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import sources, transforms
+from hybridgen.data import sources, storage, transforms
 from hybridgen.data import text as text_lib
 from hybridgen.data.shuffle import draw, order
 from hybridgen.data.sources.protocol import Source
@@ -77,9 +77,10 @@ class _HostBatch:
         shuffle: bool,
         flip: bool,
         classes: int,
+        retry: float,
     ):
         self.source, self.tokenizer, self.flip, self.shuffle = source, tokenizer, flip, shuffle
-        self.classes = classes
+        self.classes, self.retry = classes, retry
         self.batch, self.seed, self.rows = batch, seed, np.asarray(rows, np.int64)
 
     def __call__(self, k: int) -> dict[str, np.ndarray]:
@@ -101,7 +102,7 @@ class _HostBatch:
         return out if self.shuffle else out | {"valid": valid}
 
     def _sample(self, index: int, own: int):
-        item, broken = read(self.source, index, own if self.shuffle else None)
+        item, broken = read(self.source, index, own if self.shuffle else None, self.retry)
         arrays = {name: value for name, value in item.items() if isinstance(value, np.ndarray)}
         if self.flip and "image" in arrays:
             arrays["image"] = transforms.flip(arrays["image"], own)
@@ -140,6 +141,7 @@ def batches(
     shuffle: bool = True,
     flip: bool = False,
     classes: int = 0,
+    retry: float = storage.RETRY,
     workers: int = 0,
     threads: int = 1,
     ahead: int = 2,
@@ -150,7 +152,8 @@ def batches(
     False for these.
 
     batch: rows of the *global* batch; rows: those of this process, the only ones that are read (default: all).
-    classes: those of the model, if it takes a class: a larger label is an error.
+    classes: those of the model, if it takes a class: a larger label is an error. retry: seconds for which a record is
+    read again while the storage fails.
     workers: processes that prepare batches (they re-import `__main__`: guard it); 0 uses `threads` threads of this
     process (0: the caller's thread). ahead: batches that each prepares in advance.
     Close the returned generator, or let `prefetch` do it. Raises UserError for rows or numbers out of range.
@@ -165,7 +168,7 @@ def batches(
     once = source.batches_once(batch) if hasattr(source, "batches_once") else -(-len(source) // batch)
     stop = sys.maxsize // batch - 1 if shuffle else once
     data = grain.MapDataset.range(min(start, stop), stop)
-    data = data.map(_HostBatch(source, tokenizer, batch, seed, rows, shuffle, flip, classes))
+    data = data.map(_HostBatch(source, tokenizer, batch, seed, rows, shuffle, flip, classes, retry))
     # a thread without a free buffer would wait
     data = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads)))
     if workers:

@@ -5,7 +5,7 @@
 """
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from hybridgen.core.errors import UserError
 
@@ -21,6 +21,11 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Ima
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
     return image.convert("RGB")
+
+
+def turned(image: Image.Image) -> bool:
+    """Whether `flatten` exchanges width and height, as EXIF or XMP state."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def cover(image: Image.Image, height: int, width: int) -> np.ndarray:

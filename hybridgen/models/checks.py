@@ -81,16 +81,15 @@ def model(built: Any, attributes: Iterable[str]) -> str:
     return ""
 
 
-def arrays(out: Any, merges: bool) -> str:
+def arrays(out: Any) -> str:
     """What is wrong with the result of `init`."""
-    del merges
     if not isinstance(out, Mapping) or set(out) != {"params", "extra"}:
         return f"returns {_kind(out)}, but must return {{'params': ..., 'extra': ...}}"
     return ""
 
 
-def loss(out: Any, merges: bool) -> str:
-    """What is wrong with the result of `loss`; merges: the family has a function `merge`."""
+def loss(out: Any) -> str:
+    """What is wrong with the result of `loss`."""
     pair = "(scalar, {'metrics': ..., 'weight': ..., 'extra': ...})"
     if not isinstance(out, tuple) or len(out) != 2 or not isinstance(out[1], Mapping):
         return f"returns {_kind(out)}, but must return {pair}"
@@ -104,14 +103,18 @@ def loss(out: Any, merges: bool) -> str:
     for name, value in scalars.items():
         if isinstance(value, Mapping | list | tuple | str | None) or jnp.shape(value) != ():
             return f"returns as {name} {_kind(value)}, but must return a scalar"
-    if jax.tree.leaves(aux["extra"]) and not merges:
+    return ""
+
+
+def without_merge(out: Any) -> str:
+    """What is wrong with a result of `loss` in a family without `merge`."""
+    if jax.tree.leaves(out[1]["extra"]):
         return "returns sums in aux['extra'], but the family has no merge(model, extra, sums, key, step) to apply them"
     return ""
 
 
-def sample(out: Any, merges: bool) -> str:
+def sample(out: Any) -> str:
     """What is wrong with the result of `sample`."""
-    del merges
     return "" if isinstance(out, Mapping) else f"returns {_kind(out)}, but must return {{'image': ..., ...}}"
 
 

@@ -3,8 +3,9 @@
 A family is a module with the functions of `FAMILY`, and those of the roles that it declares as `ROLE`: one name of
 `ROLES`, or several. It may also define the functions of `OPTIONAL`. It declares its sampling options as `OPTIONS`,
 {group: {name: Option}}, as in `config.sample.options`, and the names of the parts that it uses as `PARTS`, a tuple:
-other names are refused, unless it declares none. A family is found by its dotted name: under `hybridgen.models`,
-such as "ar.raster", or anywhere that Python imports from, such as "my_package.my_prior".
+other names are refused, unless it declares none. It may declare the ranges of its model's options as `RANGES`,
+{option: Range} (core/ranges.py), which are checked before `build`. A family is found by its dotted name: under
+`hybridgen.models`, such as "ar.raster", or anywhere that Python imports from, such as "my_package.my_prior".
 
 A part is a family's model with its arrays: a pytree whose leaves are `params` and `extra` and whose static fields are
 the family's name and the model, so jit receives its arrays as traced arguments. `parts` are those of the whole config,
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hybridgen.core import importing
+from hybridgen.core import importing, numbers, ranges
 from hybridgen.core.errors import UserError
 from hybridgen.models import checks
 
@@ -120,7 +121,8 @@ class Option(NamedTuple):
 
     A number must be within `low` and `high`, and is an integer if the default is one; a string must be in `choices`, or
     may be any if there are none. With `by_condition` a mapping may give one number per condition. flag: the name on the
-    command line and in the Python API, if it differs from the option's.
+    command line and in the Python API, if it differs from the option's. off: the value that switches off what the
+    option does; with it, all other values are traced numbers of one program, so that a new one compiles nothing.
     """
 
     default: Any
@@ -130,6 +132,7 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     by_condition: bool = False
     flag: str = ""
+    off: float | None = None
 
     @property
     def range(self) -> str:
@@ -146,9 +149,8 @@ class Option(NamedTuple):
             if not isinstance(value, str) or (self.choices and value not in self.choices):
                 raise UserError(f"{where} {value!r} is not {self.range}")
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
-            raise UserError(f"{where} {value!r} is not within {self.low} and {self.high}")
-        return type(self.default)(value)
+        whole = isinstance(self.default, int)
+        return type(self.default)(numbers.checked(where, value, self.low, self.high, whole))
 
 
 class Inputs(NamedTuple):
@@ -167,6 +169,10 @@ class Member(NamedTuple):
     @classmethod
     def build(cls, described: Mapping[str, Any], **changes: Any) -> "Member":
         """The member described by {"family", "model": its options}, as in a config; `changes` override options."""
+        if not isinstance(described, Mapping) or not isinstance(described.get("model"), Mapping):
+            raise UserError(
+                f"{repr(described)[:80]} does not describe a model: give {{'family': NAME, 'model': OPTIONS}}"
+            )
         options = {**described["model"], **changes}  # from JSON, tuples are lists
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         return cls(described["family"], model_of(find(described["family"]), options))
@@ -192,6 +198,13 @@ def model_of(family: ModuleType, options: Mapping[str, Any]) -> Any:
     """The model of a family with these options. Raises UserError for an unknown or missing option, and if the model
     does not have what the family's roles need."""
     name = repr(named(family))
+    ranges.check("model.", getattr(family, "RANGES", {}), options)
+    if options.get("text_vocab") and options.get("text_length", 1) == 0:
+        raise UserError(
+            f"model.text_vocab is {options['text_vocab']}, but model.text_length is 0: set both, or neither"
+        )
+    if {"width", "heads"} <= set(options) and not options.get("head_width") and options["heads"] > options["width"]:
+        raise UserError(f"model.heads {options['heads']} exceed model.width {options['width']}: a head has no channels")
     try:
         model = family.build(options)
     except TypeError as error:
@@ -218,7 +231,10 @@ def returned(family: ModuleType, name: str, out: Any) -> Any:
 
     Raises UserError if it is not what the contract says. Called while a program is traced, it costs nothing.
     """
-    if fault := checks.RESULTS[name](out, optional(family, "merge") is not None):
+    fault = checks.RESULTS[name](out)
+    if not fault and checks.RESULTS[name] is checks.loss and optional(family, "merge") is None:
+        fault = checks.without_merge(out)
+    if fault:
         raise UserError(f"{named(family)!r} is not a family: {name} {fault}")
     return out
 

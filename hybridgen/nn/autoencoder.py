@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import FLAG, count, one_of
 from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.conv import ACTIVATIONS, Conv, ResBlock
 from hybridgen.nn.linear import Linear
@@ -86,6 +87,27 @@ class Half(nn.Module):
         if self.resample:
             return Conv(x.shape[-1], dtype=self.dtype, halves=True, name=f"conv_down_{level}")(x)
         return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+RANGES = {
+    "stem": count(1, 2**16),
+    "z": count(1, 2**16),
+    "groups": count(1, 2**16),
+    "decoder_channels": count(1, 2**16, most=16, alone=False),
+}
+RESIDUAL = RANGES | {
+    "attend": count(0, 15, most=16, alone=False),
+    "decoder_attend": count(0, 15, most=16, alone=False, none=True),
+    "middle": FLAG,
+    "resample": FLAG,
+    "double": FLAG,
+    "activation": one_of(*ACTIVATIONS),
+    "quant": count(-1, 2**16),
+    "post_quant": FLAG,
+    "read": count(1, 2**10),
+    "painted": count(1, 2**10),
+}
+OPEN = {f"residual.{name}": known for name, known in RESIDUAL.items()}  # of a family with these as a group
 
 
 class Autoencoder(nn.Module):

@@ -26,6 +26,7 @@ ACTIVATIONS = {
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_exact": "gelu_exact", "reglu": "relu"}
 GATED |= {"quick_geglu": "quick_gelu"}
 GATED |= {f"{name}_glu": name for name in ("relu2", "leaky_relu", "mish", "tanh", "sigmoid")}
+KINDS = (*GATED, *ACTIVATIONS)
 
 
 class MLP(nn.Module):
@@ -39,8 +40,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.kind not in (*GATED, *ACTIVATIONS):
-            raise UserError(f"mlp kind {self.kind!r} is not one of {', '.join((*GATED, *ACTIVATIONS))}")
+        if self.kind not in KINDS:
+            raise UserError(f"mlp kind {self.kind!r} is not one of {', '.join(KINDS)}")
         branches = 2 if self.kind in GATED else 1
         activation = ACTIVATIONS[GATED.get(self.kind, self.kind)]
         parts = Linear((branches, self.hidden), parts=(1,) * branches, bias=self.bias, dtype=self.dtype, name="up")(x)

@@ -57,6 +57,8 @@ class Stack(nn.Module):
         """
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        if not self.unroll:
+            raise UserError("unroll is 0, but must be -1 (all layers) or the number of layers per iteration")
         options = dict(self.options)
         if "out_scale" in self.block.__dataclass_fields__:
             # residual branches start smaller in deep stacks, so that the sum over layers keeps its variance (GPT-2)

@@ -7,6 +7,7 @@ Batches are padded to the compiled shape. The options are those of `config.sampl
 import argparse
 import difflib
 import functools
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +18,10 @@ import jax
 import numpy as np
 
 from hybridgen.core import config as config_lib
-from hybridgen.core import importing, meshes, placement, rng
+from hybridgen.core import importing, meshes, numbers, placement, rng
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
+from hybridgen.data.text.prompts import without_mark
 from hybridgen.evals.sheet import sheet
 from hybridgen.models import contract
 from hybridgen.models.contract import Option, Part, Shape, find, for_shape
@@ -39,7 +41,6 @@ def checked(options: Mapping, known: Known, partial: bool = False) -> dict[str, 
     """Options {group: {name: value}} as plain data, checked and converted. Raises UserError for an unknown option or a
     value out of range, with the option's name on the command line.
 
-    `guidance` with its `guidance_schedule` becomes a schedule over the first share `guidance_until` of the tokens.
     partial: not all families are known yet, so unknown groups pass.
     """
     out: dict[str, dict[str, Any]] = {}
@@ -58,8 +59,33 @@ def checked(options: Mapping, known: Known, partial: bool = False) -> dict[str, 
                 ready[name] = known[group][name].checked(f"{group}.{name}", value)
             except UserError as error:
                 raise UserError(f"{error} ({as_flag(names[f'{group}.{name}'])})") from None
-        out[group] = guidance.scheduled(ready)
+        out[group] = ready
     return out
+
+
+def scheduled(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Checked options as families take them: `guidance` with its `guidance_schedule` becomes a schedule over the first
+    share `guidance_until` of the tokens or steps."""
+    return {group: guidance.scheduled(values) for group, values in options.items()}
+
+
+def traced(options: Mapping[str, Any], known: Any) -> dict[str, Any]:
+    """The numbers of checked options that a program takes as arguments, nested as in `options`: those with `Option.off`
+    that are not off. known: the options by group, those of a group, or one option."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        option = known if isinstance(known, Option) else known[name]
+        if isinstance(value, Mapping):
+            found[name] = traced(value, option)
+        elif option.off is not None and value != option.off:
+            found[name] = np.asarray(value, np.int32 if isinstance(option.default, int) else np.float32)
+    return {name: value for name, value in found.items() if not isinstance(value, dict) or value}
+
+
+def replaced(options: Mapping[str, Any], by: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with some values replaced, nested alike."""
+    changed = {name: replaced(options[name], new) if isinstance(new, dict) else new for name, new in by.items()}
+    return {**options, **changed}
 
 
 def check_config(config: Any, folder: Path | None, stages: Mapping[str, Any]) -> None:
@@ -105,19 +131,45 @@ def flags(known: Known) -> dict[str, str]:
 def sampler(
     family: Any, model: Any, options: Mapping, parts: Mapping[str, Part], shape: Shape | None = None
 ) -> Callable:
-    """The jitted sampling program: (params, extra, parts, cond, keys) -> {"image", ...}.
+    """The jitted sampling program: (params, extra, parts, cond, keys) -> {"image", ...}, with its options as constants.
 
     parts: only their families are read here; shape: (height, width) of the images, if not the model's own.
     """
     ready = checked(options, known_options(family, model, parts))
+    return jax.jit(functools.partial(_drawing(family, model, parts, shape), ready))
 
+
+class Sampler:
+    """Sampling programs of a model by options and shape. Options that differ only in numbers share a program."""
+
+    def __init__(self, family: ModuleType, model: Any, parts: Mapping[str, Part]):
+        self._known = known_options(family, model, parts)
+        self._compiled = functools.lru_cache(maxsize=8)(functools.partial(_with_numbers, family, model, parts))
+
+    def __call__(self, options: Mapping, shape: Shape | None = None) -> Callable:
+        """(params, extra, parts, cond, keys) -> {"image", ...}. Raises UserError for an option that is not taken."""
+        given = checked(options, self._known)
+        changing = traced(given, self._known)
+        constant = replaced(given, jax.tree.map(lambda _: None, changing))
+        return functools.partial(self._compiled(shape, json.dumps(constant, sort_keys=True)), changing)
+
+
+def _with_numbers(family: Any, model: Any, parts: Mapping[str, Part], shape: Shape | None, constant: str) -> Callable:
+    """The jitted program (traced numbers, params, extra, parts, cond, keys); constant: the other options, as JSON."""
+    draw, options = _drawing(family, model, parts, shape), json.loads(constant)
+    return jax.jit(lambda changing, *arguments: draw(replaced(options, changing), *arguments))
+
+
+def _drawing(family: Any, model: Any, parts: Mapping[str, Part], shape: Shape | None) -> Callable:
+    """The sampling function (options, params, extra, parts, cond, keys) of a model."""
     role = contract.roles(family)
     may_lack = "text" in role or ("prior" in role and "tokenizer" not in parts)  # an image
 
-    @jax.jit
-    def draw(params: Any, extra: Any, parts: Any, cond: dict, keys: jax.Array) -> dict[str, jax.Array]:
+    def draw(
+        options: Mapping, params: Any, extra: Any, parts: Any, cond: dict, keys: jax.Array
+    ) -> dict[str, jax.Array]:
         fitted, parts = for_shape(family, model, parts, shape) if shape else (model, parts)
-        out = family.sample(fitted, params, cond, keys, parts=parts, extra=extra, options=ready)
+        out = family.sample(fitted, params, cond, keys, parts=parts, extra=extra, options=scheduled(options))
         contract.returned(family, "sample", out)
         if "image" not in out and not may_lack:
             raise UserError(
@@ -156,7 +208,7 @@ def key_data(seed: int, ids: np.ndarray) -> np.ndarray:
 
 def text_cond(text: Any, prompts: list[str]) -> dict[str, np.ndarray]:
     """Prompts as model input. Raises UserError for a prompt that is empty or too long or has unknown words."""
-    ids, masks = zip(*(text.encode(prompt, strict=True) for prompt in prompts), strict=True)
+    ids, masks = zip(*(text.encode(without_mark(prompt), strict=True) for prompt in prompts), strict=True)
     return {"text": np.stack(ids), "text_mask": np.stack(masks)}
 
 
@@ -231,8 +283,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_number(name, getattr(args, name), "--")
 
 
-def check_number(name: str, value: Any, sign: str = "") -> None:
-    """Raises UserError for a "count", "batch" or "seed" that is out of range."""
-    least = 0 if name == "seed" else 1
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= config_lib.MOST:
-        raise UserError(f"{sign}{name} {value} is not within {least} and {config_lib.MOST}")
+def check_number(name: str, value: Any, sign: str = "") -> int:
+    """A "count", "batch" or "seed" as an int. Raises UserError if it is out of range or no whole number."""
+    return numbers.checked(f"{sign}{name}", value, 0 if name == "seed" else 1, config_lib.MOST, whole=True)

@@ -23,7 +23,7 @@ from hybridgen.data import text as text_lib
 from hybridgen.data.sources import reading as record_reading
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, find, for_shape
-from hybridgen.runs import fitting, reading
+from hybridgen.runs import agreement, fitting, reading
 from hybridgen.runs.reading import Run
 
 TEXT = ("text_vocab", "text_length")  # model options that are taken from the text tokenizer
@@ -46,8 +46,8 @@ class Experiment(NamedTuple):
 def build(config: Any, folder: Path | None = None, source: Any = None, text: Any = None) -> Experiment:
     """Builds everything of a config except its data and state. `text`: the run's own text tokenizer, if there is one.
 
-    Otherwise the text tokenizer is that of the parts that read text, or a new one for `source` by the config. Raises
-    UserError for parts that are missing or do not fit.
+    Otherwise the text tokenizer is that of the parts that read text, or that of the run whose weights are the start
+    (`init_from`), or a new one for `source` by the config. Raises UserError for parts that are missing or do not fit.
     """
     mesh = meshes.make_mesh(config.mesh)
     runs, where = load(config, folder), called(config)
@@ -55,15 +55,13 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     verify(config, runs, source)
     faults = tuple(run.fault for run in runs.values() if run.fault)
     known = read_by(runs, config.data)
-    text = text or known
+    text = text or known or starting_text(config, folder)
     if text is None and config.data.get("text"):
         text = text_lib.build(config.data, source)
     parts = {name: run.part for name, run in runs.items()}
     family, model, options = resolve(config, parts, text, source)
     fitting.check_sizes(family, model, parts, where)
     if source is not None:
-        if not getattr(source, "shapes", ()) and not sources.encoders(source):
-            fitting.check_data(family, model, parts, config.data.resolution)
         if config.sample.every:
             fitting.check_drawable(family, model, parts)
         fits_classes(config.data, source, classes_of(family, model, parts))
@@ -110,8 +108,10 @@ def resolve(
 ) -> tuple[ModuleType, Any, dict[str, Any]]:
     """(family, model, its options) of a config, with "auto" options resolved from the data and the parts."""
     family = find(config.family)
-    options = config_lib.resolve(config.model, context(config.data, parts, text, source))
+    known = context(config.data, parts, text, source)
+    options = config_lib.resolve(config.model, known)
     model = contract.model_of(family, options)
+    agreement.check(family, options, known, parts, source)
     for shape in getattr(source, "shapes", ()):
         for_shape(family, model, parts, shape)  # raises UserError before anything is compiled
     return family, model, options
@@ -155,9 +155,10 @@ def trained_alike(config: Any, runs: Mapping[str, Run]) -> None:
 
 
 def _options(data: Any) -> dict[str, Any]:
-    """The options of a data source as in a file; a folder may move."""
+    """The options of a data source as in a file; a folder may move, and repeated values only change how often."""
     options = config_lib.flatten(config_lib.plain(data.get("options", {})))
-    return {f"data.options.{key}": value for key, value in options.items() if key.split(".")[-1] != "path"}
+    named = {f"data.options.{key}": value for key, value in options.items() if key.split(".")[-1] != "path"}
+    return {key: list(dict.fromkeys(value)) if isinstance(value, list) else value for key, value in named.items()}
 
 
 def place(parts: Mapping[str, Part], mesh: Mesh) -> dict[str, Part]:
@@ -177,6 +178,21 @@ def read_by(runs: Mapping[str, Run], data: Any) -> Any:
         texts["text"] = text_lib.resized(texts["text"], next(filter(None, lengths), texts["text"].length))
     if len({text_lib.digest(text) for text in texts.values()}) > 1:
         raise UserError(f"the parts {' and '.join(texts)} read text differently: train them on the same captions")
+    return next(iter(texts.values()), None)
+
+
+def starting_text(config: Any, folder: Path | None) -> Any:
+    """The text tokenizer of the runs that whole models start from (`init_from`), or None if none of them reads text.
+
+    Their word embeddings mean something with it only. Raises UserError if they have different ones.
+    """
+    texts = {}
+    for where in config.init_from.values():
+        place = reading.find_run(where, folder) if ":" not in where else None
+        if place and reading.reads_text(place):
+            texts[where] = reading.text_of(place)
+    if len({text_lib.digest(text) for text in texts.values()}) > 1:
+        raise UserError(f"init_from: {' and '.join(texts)} read text differently: a model has one text tokenizer")
     return next(iter(texts.values()), None)
 
 

@@ -5,11 +5,12 @@
         while not signals.requested: ...
 
 The lock is one of the operating system (`flock` on `lock.json`), which is released when its process ends, however that
-happens; the content of the file only names the holder. SIGTERM and the first Ctrl-C set `signals.requested`; the
-training loop then saves and returns.
+happens; the content of the file names the holder, and decides only where the file system has no locks. SIGTERM and the
+first Ctrl-C set `signals.requested`; the training loop then saves and returns.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -27,7 +28,8 @@ from typing import Any
 
 import jax
 
-from hybridgen.core.errors import UserError
+from hybridgen.core.errors import StorageError, UserError
+from hybridgen.data import storage
 
 MAX_JSON = 2**26  # bytes of one JSON file of a run
 URL = re.compile(r"[a-zA-Z][\w+.-]+:/")  # a Path writes gs://bucket as gs:/bucket
@@ -53,7 +55,7 @@ def write_json(path: Path, obj: Any) -> None:
     """Writes `obj` atomically: `path` is the old file or the complete new one, also after a power failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             json.dump(obj, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()
@@ -108,14 +110,31 @@ def lock(folder: Path) -> Iterator[None]:
         return
     path = Path(folder) / "lock.json"
     handle = _acquire(path)
+    _locks.add(handle)
     try:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        holder |= _place()
         os.truncate(handle, 0)
         os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock is released: the next holder creates a new file
+        if handle in _locks:  # not in a forked child
+            path.unlink(missing_ok=True)  # before the lock is released: the next holder creates a new file
+            _locks.discard(handle)
+            os.close(handle)
+
+
+_locks: set[int] = set()  # the files of this process's locks
+
+
+def _release_in_child() -> None:
+    """A forked worker has the lock's file open too, and would hold the lock after the trainer has died."""
+    for handle in _locks:
         os.close(handle)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _acquire(path: Path) -> int:
@@ -123,19 +142,36 @@ def _acquire(path: Path) -> int:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise UserError(f"cannot open {path}: {error.strerror}") from None
+            raise _failed("open", path, error) from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _locked(handle, path):
+                raise UserError(_in_use(path))
             if _same_file(handle, path):
                 return handle
-        except BlockingIOError:
-            if not _abandoned(path):
-                raise UserError(_in_use(path)) from None
-            path.unlink(missing_ok=True)  # a worker process of a dead trainer still has the old file open
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _failed(what: str, path: Path, error: OSError) -> Exception:
+    return (StorageError if storage.passing(error) else UserError)(f"cannot {what} {path}: {error.strerror}")
+
+
+def _locked(handle: int, path: Path) -> bool:
+    """Locks the file, if no process has locked it. A lock that is held is in use, whatever process its content names.
+
+    Where the file system has no locks, the process that the file names decides, if it can be looked up here.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise _failed("lock", path, error) from None
+        return not _lives(_holder(path))
 
 
 def _same_file(handle: int, path: Path) -> bool:
@@ -146,30 +182,45 @@ def _same_file(handle: int, path: Path) -> bool:
         return False
 
 
+def _place() -> dict[str, str]:
+    """What a pid is a number in: a start of the machine, and the PID namespace of a container."""
+    found = {"boot": "", "namespace": ""}  # without /proc
+    with contextlib.suppress(OSError):
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        found["namespace"] = os.readlink("/proc/self/ns/pid")
+    return found
+
+
 def _holder(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}  # another process is writing it
 
 
-def _abandoned(path: Path) -> bool:
-    holder = _holder(path)
-    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+def _near(holder: dict) -> bool:
+    """Whether the holder's pid is a number of this boot and of this process's namespace."""
+    return all(value and holder.get(name) == value for name, value in _place().items())
+
+
+def _lives(holder: dict) -> bool:
+    pid = holder.get("pid")
+    if not _near(holder) or type(pid) is not int or not 0 < pid < 2**31:
         return False
     try:
-        os.kill(holder["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return False
     except PermissionError:
         pass
-    return False
+    return True
 
 
 def _in_use(path: Path) -> str:
     holder = _holder(path)
     who = ", ".join(f"{name} {holder.get(name, 'unknown')}" for name in ("host", "pid"))
-    return f"run folder {path.parent} is in use: {who}, started {holder.get('started', 'just now')}"
+    where = "" if not holder or _near(holder) else " (of another machine or container)"
+    return f"run folder {path.parent} is in use: {who}{where}, started {holder.get('started', 'just now')}"
 
 
 class Signals:

@@ -46,7 +46,7 @@ def read(folder: Path, step: int) -> dict[str, list]:
     while process < processes:
         name = _name(process)
         try:
-            body = json.loads((folder / name).read_text())
+            body = json.loads((folder / name).read_text(encoding="utf-8"))
             digest = body.pop("digest")
             if digest != _digest(body) or body["step"] != step:
                 raise Damaged(f"{name}: damaged, its digest or step is wrong")

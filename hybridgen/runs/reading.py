@@ -5,6 +5,7 @@ bundle (runs/bundle.py) can be used in place of a run folder.
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     saved = None if made else saved_arrays(folder, step, config, report)
     arrays, part_digests, found = made or saved[:3]
     part = Part(arrays["params"], arrays["extra"], config.family, model)
-    text = read_text(folder, saved.text if saved else None)
+    text = text_of(folder, saved.text if saved else None)
     options = config.data.get("options")
     if hasattr(options, "items") and sources.BUCKETS in options:
         config = config.copy_and_resolve_references()  # evaluation and caching use square images
@@ -80,9 +81,9 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder, fault)
 
 
-def read_text(folder: Path, digest: str | None) -> Any:
-    """The text tokenizer of a run, or None. digest: that of the checkpoint, None if it has none (as in a bundle, whose
-    manifest has all files).
+def text_of(folder: Path, digest: str | None = None) -> Any:
+    """The text tokenizer of a run, or None. digest: that of the checkpoint, None if it is not known or has none (as in
+    a bundle, whose manifest has all files).
 
     Raises UserError if the file is missing or another one: captions would be read as other ids than in training.
     """
@@ -103,6 +104,13 @@ def not_finite(folder: Path, arrays: Mapping[str, Any]) -> str:
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and (bad := int(leaf.size - np.isfinite(leaf).sum())):
             return f"the run {folder} is damaged: {bad} of the {leaf.size} numbers of {path} are NaN or infinite"
     return ""
+
+
+def reads_text(folder: Path) -> bool:
+    """Whether a run has a text tokenizer and its model reads text: that of a tokenizer of images has no use for it."""
+    config = read_config(folder)
+    reads = contract.inputs(find(config.family), model_of(config, folder)).text
+    return reads and (folder / "text.json").is_file()
 
 
 class Saved(NamedTuple):
@@ -238,16 +246,20 @@ def model_of(config: Any, folder: Path) -> Any:
         raise UserError(f"{folder / 'config.json'} does not describe a model: {text}") from error
 
 
-def earlier(config: Any, folder: Path) -> tuple[dict[str, Any], Any]:
+def earlier(config: Any, folder: Path, digests: Mapping[str, str] | None = None) -> tuple[dict[str, Any], Any]:
     """({path: parameters}, extra) of `config.init_from`, {"subtree here" or "all": "run" or "run:subtree there"}.
 
-    `extra`: of a run that initializes all parameters (with a codebook, for instance), or None.
+    `extra`: of a run that initializes all parameters (with a codebook, for instance), or None. Prints a line for each
+    part, of the given `digests`, that is not the one that such a run was trained with.
     """
     found, extra = {}, None
     for prefix, where in config.init_from.items():
         path, _, inside = where.partition(":")
         run = load(find_run(path, folder))
         run.check_finite()
+        for name, digest in run.part_digests.items():
+            if (digests or {}).get(name, digest) != digest:
+                print(f"warning: init_from: {path} was trained with another {name} than this run has", file=sys.stderr)
         part = run.part
         arrays = part.params
         for name in filter(None, inside.split("/")):

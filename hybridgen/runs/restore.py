@@ -71,10 +71,12 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
                 raise UserError(f"part {name!r} is not the one that the bundle {folder} was made with")
     own = placement.put(run.part, part_shardings(run.part, experiment.mesh))
 
+    sampler = drawing.Sampler(experiment.family, experiment.model, experiment.parts)
+
     def drawer(changes: Mapping[str, Any], shape: Shape | None = None) -> Any:
         options = config.sample.options.copy_and_resolve_references()
         _change(options, changes)
-        program = drawing.sampler(experiment.family, experiment.model, options, experiment.parts, shape)
+        program = sampler(options, shape)
         return lambda cond, keys: program(own.params, own.extra, experiment.parts, cond, keys)
 
     family, model, parts = experiment.family, experiment.model, experiment.parts
@@ -136,5 +138,7 @@ def _change(options: Any, changes: Mapping[str, Any]) -> None:
                     f"{name}: this run has no option group {group!r}; its groups are {', '.join(options) or 'none'}"
                 )
             node = node[group]
-        with node.unlocked(), node.ignore_type():
+        with node.unlocked():
+            if last in node:
+                del node[last]  # otherwise the value is converted to the old one's type, also a boolean
             node[last] = value

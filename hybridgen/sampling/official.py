@@ -120,7 +120,8 @@ def respaced(text: str, steps: int) -> np.ndarray:
     """The timesteps of T that are kept, ascending, in the notation of DiT and iDDPM.
 
     "250": this many, evenly from the first to the last; "10,15": these numbers in sections of equal size; "ddim25":
-    this many with an integer stride from the first one. Raises UserError if that is not possible.
+    this many with an integer stride from the first one. If the last section keeps one timestep, it is the last of all
+    (official code keeps the section's first one), where sampling starts. Raises UserError if it is not possible.
     """
     read = re.fullmatch(r"ddim([0-9]{1,8})|[0-9]{1,8}(,[0-9]{1,8})*", text)
     if not read:
@@ -135,7 +136,8 @@ def respaced(text: str, steps: int) -> np.ndarray:
         size = steps // len(counts) + (number < steps % len(counts))
         if n > size:
             raise UserError(f"respacing {text!r}: a section of {size} timesteps cannot give {n}")
-        stride, place = (size - 1) / (n - 1) if n > 1 else 1, 0.0
+        alone = n == 1 and number == len(counts) - 1
+        stride, place = (size - 1) / (n - 1) if n > 1 else 1, float(size - 1) * alone
         for _ in range(n):
             kept.append(start + round(place))
             place += stride  # accumulated as in official code, since rounding may decide

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hybridgen.core import placement
-from hybridgen.data import pipeline, sources
+from hybridgen.data import pipeline, sources, storage
 from hybridgen.data.sources.reading import why_broken
 from hybridgen.runs.experiment import Experiment, classes_of
 from hybridgen.training.logging import Writer
@@ -25,7 +25,7 @@ def reader(experiment: Experiment) -> tuple[Callable, Callable]:
     def stream(source: Any, start: int, shuffle: bool = True) -> Any:
         options = {"batch": config.batch, "seed": config.seed, "rows": rows, "shuffle": shuffle}
         options |= {"flip": config.data.get("flip", False) and shuffle, "threads": config.data.get("threads", 1)}
-        options |= {"classes": classes}
+        options |= {"classes": classes, "retry": config.data.get("retry", storage.RETRY)}
         return pipeline.batches(
             source, experiment.text, start=start, workers=config.data.workers if shuffle else 0, **options
         )

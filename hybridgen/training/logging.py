@@ -107,7 +107,9 @@ class Writer:
         if self._active:
             path = self.folder / "metrics.jsonl"
             cut_back(path, step)
-            self._file = path.open("a", buffering=1)  # a line is on its way to disk before the step is saved
+            self._file = path.open(
+                "a", buffering=1, encoding="utf-8"
+            )  # a line is on its way to disk before the step is saved
             if self._tensorboard:
                 self._board = Board(self.folder / "tensorboard", step + 1)
 
@@ -189,7 +191,7 @@ class Writer:
         path = self.folder / "metrics.jsonl"
         if not self._active or not path.exists():
             return []
-        with path.open(errors="replace") as lines:
+        with path.open(encoding="utf-8", errors="replace") as lines:
             entries = [json.loads(line) for line in lines if '"note"' in line and _step_of(line) < math.inf]
         return [str(entry.get("text")) for entry in entries if entry.get("note") == name]
 
@@ -291,16 +293,16 @@ def cut_back(path: Path, step: int) -> None:
     """Deletes the entries of a JSONL log that are after `step` or incomplete; keeps the others in order."""
     if not path.exists():
         return
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    if kept != lines:
-        _replace(path, "".join(kept))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _step_of(line) <= step)
+    if kept != text:
+        _replace(path, kept)
 
 
 def accounts(path: Path, step: int) -> list[dict]:
     """The entries of a `time.json`, for a run that resumes at `step`: the time of later steps counts as lost."""
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
         for entry in entries:
             first, last, seconds = entry["from"], entry["to"], entry["seconds"]
             if last > step:
@@ -314,7 +316,7 @@ def accounts(path: Path, step: int) -> list[dict]:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

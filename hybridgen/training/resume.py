@@ -79,11 +79,11 @@ def beginning(
     with timer.time("restore" if step is not None else "init"), jax.set_mesh(experiment.mesh):
         if step is not None:
             return saved.restore(step, abstract)
-        state = make()
-        if config.init_from:
-            params, extra = reading.earlier(config, folder)
-            state = state_lib.start_from(state, params, which, extra)
-        return state
+        if not config.init_from:
+            return make()
+        params, extra = reading.earlier(config, folder, experiment.digests)
+        state_lib.check_start(abstract, params, extra)  # before anything is compiled
+        return state_lib.start_from(make(), params, which, extra)
 
 
 def described(config: Any, experiment: Experiment, source: Any) -> tuple[dict, dict]:

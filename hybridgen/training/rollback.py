@@ -60,6 +60,15 @@ def roll_back(job: Any, end: int) -> tuple[dict, int]:
     return state, first
 
 
+def require_good(state: dict, step: int) -> None:
+    """Raises UserError at the end of a run in which no step was good: its parameters are still the first ones."""
+    if step and not int(state["health"]["count"]):
+        raise UserError(
+            f"none of {step} steps was good, so the parameters are still those of step 0: the loss or its gradient was "
+            "never finite, or health.skip leaves no batch; lower optim.lr or check the data, and train in a new folder"
+        )
+
+
 def intervals(config: Any, folder: Path) -> list[tuple[int, int]]:
     """The skipped intervals of the config, then of the run folder. Raises UserError for an invalid interval."""
     file = folder / "skipped.json"

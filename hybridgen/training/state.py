@@ -111,11 +111,20 @@ def create(experiment: Any, seed: int, specs: dict, rule_of: Any) -> tuple[dict,
     return abstract, lambda parts=parts: jax.jit(fresh, out_shardings=places)(parts)
 
 
+def check_start(state: dict, sources: dict[str, Any], extra: Any = None) -> None:
+    """Raises UserError if arrays of other runs do not fit a state, which may be abstract; names all that differ."""
+    for prefix, arrays in sources.items():
+        _check(state["params"], prefix, arrays)
+    if extra is not None:
+        _check(state["extra"], "", extra)
+
+
 def start_from(state: dict, sources: dict[str, Any], which: Trainable, extra: Any = None) -> dict:
     """Replaces subtrees of new parameters by those of other runs: {"path/of/subtree" or "": arrays}; and `extra`.
 
     The EMA starts with the same values; the optimizer state stays new. Raises UserError if trees or shapes differ.
     """
+    check_start(state, sources, extra)
     params = state["params"]
     for prefix, arrays in sources.items():
         params = _replaced(params, prefix, arrays)
@@ -124,21 +133,32 @@ def start_from(state: dict, sources: dict[str, Any], which: Trainable, extra: An
     return state if extra is None else state | {"extra": _replaced(state["extra"], "", extra)}
 
 
-def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
-    """`tree` with its subtree `prefix` ("": all) taken from `arrays`, with the tree's dtypes and shardings."""
-    flat = trees.flatten(tree)
+def _given(prefix: str, arrays: Any) -> dict[str, Any]:
+    """The arrays for the subtree `prefix` by their whole path."""
+    return {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in trees.flatten(arrays).items()}
+
+
+def _check(tree: Any, prefix: str, arrays: Any) -> None:
+    """Raises UserError if `arrays` do not fit the subtree `prefix` ("": all) of `tree`."""
+    flat, given = trees.flatten(tree), _given(prefix, arrays)
     here = {path for path in flat if not prefix or path.startswith(f"{prefix}/")}
-    given = {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in trees.flatten(arrays).items()}
     if not prefix and not any(path.startswith("disc/") for path in given):
         here = {path for path in here if not path.startswith("disc/")}  # imported weights have no discriminator
     if odd := sorted(here ^ set(given)):
         where = "the run to initialize from" if odd[0] in given else "this model"
         raise UserError(f"init_from[{prefix!r}]: {len(odd)} arrays do not match; {odd[0]!r} is in {where} only")
-    for path, leaf in given.items():
-        target = flat[path]
-        if leaf.shape != target.shape:
-            raise UserError(f"init_from: {path!r} has shape {leaf.shape}, but this model has {target.shape}")
-        flat[path] = placement.put(jnp.asarray(leaf, target.dtype), target.sharding)
+    if wrong := [path for path, leaf in given.items() if leaf.shape != flat[path].shape]:
+        listed = "; ".join(
+            f"{path!r} has shape {given[path].shape}, but this model has {flat[path].shape}" for path in wrong[:8]
+        )
+        raise UserError(f"init_from: {listed}" + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+
+
+def _replaced(tree: Any, prefix: str, arrays: Any) -> dict:
+    """`tree` with its subtree `prefix` ("": all) taken from `arrays`, with the tree's dtypes and shardings."""
+    flat = trees.flatten(tree)
+    for path, leaf in _given(prefix, arrays).items():
+        flat[path] = placement.put(jnp.asarray(leaf, flat[path].dtype), flat[path].sharding)
     return trees.unflatten(flat)
 
 

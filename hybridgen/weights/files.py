@@ -10,6 +10,7 @@ file, or shards and an `*.index.json` (of a variant, `*.index.fp16.json`) that m
 writes them. A file named `.safetensors` is never read as a pickle.
 """
 
+import codecs
 import dataclasses
 import re
 from collections.abc import ItemsView, Iterator
@@ -110,7 +111,7 @@ def _sharded(path: Path) -> Weights:
     if regular(path) > MAX_INDEX:
         raise UserError(f"{path} has more than {MAX_INDEX} bytes, the limit for an index")
     try:
-        index = strict_json(path.read_bytes())
+        index = strict_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
         where = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(where, dict) or not where:
             raise Malformed("it has no 'weight_map'")

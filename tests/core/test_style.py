@@ -117,6 +117,55 @@ class Public:
     assert [node.name for node in unannotated(ast.parse(source))] == found
 
 
+def test_text_has_an_encoding():
+    """Files, and the output of other programs, are UTF-8 and not in the encoding of whoever runs the program."""
+    found = []
+    for path in tracked("*.py"):
+        if not path.is_relative_to(ROOT / "tests"):
+            found += [f"{name(path)}:{line}" for line in local_text(path.read_text(encoding="utf-8"))]
+    assert not found
+
+
+BINARY_OPENS = ("Image", "os", "zipfile", "packed", "tarfile", "webbrowser")  # X.open() of these has no encoding
+TEXT_CALLS = ("read_text", "write_text", "TextIOWrapper", "fdopen", "NamedTemporaryFile", "TemporaryFile")
+
+
+def local_text(source: str) -> list[int]:
+    """Lines with text input or output in the locale's encoding. A call on a name in BINARY_OPENS is none."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        func, given = node.func, {word.arg: word.value for word in node.keywords}
+        called = getattr(func, "attr", getattr(func, "id", ""))
+        owner = getattr(getattr(func, "value", None), "id", "")
+        modes = [given["mode"]] if "mode" in given else [*node.args, *given.values()]
+        binary = any(
+            isinstance(one, ast.Constant) and re.fullmatch("[rwax+]*b[rwax+]*", str(one.value)) for one in modes
+        )
+        opens = called in TEXT_CALLS or (called == "open" and owner not in BINARY_OPENS)
+        opens = opens and not binary and (isinstance(func, ast.Attribute) or called not in ("read_text", "write_text"))
+        piped = bool({"text", "universal_newlines", "errors"} & set(given)) and owner == "subprocess"
+        if (opens or piped) and "encoding" not in given:
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize(
+    "line, bad",
+    [
+        *(("open(p)", True), ("open(p, 'w')", True), ("p.open('a', buffering=1)", True), ("p.read_text()", True)),
+        *(("p.write_text(x)", True), ("os.fdopen(f, 'w')", True), ("subprocess.run(c, text=True)", True)),
+        *(("io.open(p, mode='r')", True), ("gzip.open(p, 'rt')", True), ("p.read_text(errors='replace')", True)),
+        *(("open(p, 'rb')", False), ("p.open(mode='r+b')", False), ("p.open('w', encoding='utf-8')", False)),
+        *(("Image.open(p)", False), ("os.open(p, 0)", False), ("subprocess.run(c, capture_output=True)", False)),
+        *(("subprocess.run(c, encoding='utf-8')", False), ("p.read_text(encoding='utf-8')", False)),
+    ],
+)
+def test_text_without_an_encoding_is_found(line, bad):
+    assert bool(local_text(line)) == bad
+
+
 def test_names_say_something():
     empty = re.compile(r"(utils?|helpers?|misc)$")
     assert not [name(path) for path in tracked() if any(empty.match(part.split(".")[0]) for part in path.parts[-2:])]

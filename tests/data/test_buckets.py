@@ -1,13 +1,15 @@
 """Aspect-ratio buckets: every batch has one shape, batch k is a function of (seed, k), each record once per epoch."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import pipeline, sources
+from hybridgen.data import pipeline, sources, transforms
 from hybridgen.data.prepare import buckets as prepare
 from hybridgen.data.sources import buckets
 
@@ -154,3 +156,47 @@ def test_the_command(data, tmp_path, capsys):
     ]
     assert prepare.main(options) == 0
     assert "records" in capsys.readouterr().out and len(json.loads(out.read_text())["splits"]["train"]["bucket"]) > 15
+
+
+def oriented(path, orientation, how):
+    """A picture of 40 x 20 pixels, wide before it is turned."""
+    exif, image = Image.Exif(), Image.new("RGB", (40, 20), (200, 0, 0))
+    exif[0x0112] = orientation
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    info = PngImagePlugin.PngInfo()
+    if how == "profile":
+        info.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n", zip=True)
+    elif how == "xmp":
+        info.add_itxt("XML:com.adobe.xmp", xmp, zip=True)
+    options = {"exif": {"exif": exif}, "xmp.jpg": {"xmp": xmp.encode()}, "xmp.webp": {"xmp": xmp.encode()}}
+    image.save(path, **options.get(how, {} if path.suffix != ".png" else {"pnginfo": info}))
+    if how == "late":  # after the pixels
+        body, data = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0"), path.read_bytes()
+        chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        path.write_bytes(data[:-12] + chunk + data[-12:])
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        *(("a.jpg", "exif"), ("a.jpg", "xmp.jpg"), ("a.webp", "exif"), ("a.webp", "xmp.webp"), ("a.png", "exif")),
+        *(("a.png", "late"), ("a.png", "profile"), ("a.png", "xmp")),
+    ],
+)
+def test_pictures_are_assigned_upright(name, how, orientation, tmp_path):
+    oriented(tmp_path / name, orientation, how)
+    source = sources.Folder(tmp_path, resolution=16, validation=0)
+    with Image.open(tmp_path / name) as image:
+        want = transforms.flatten(image).size
+    assert source.size(0) == want == ((20, 40) if orientation >= 5 else (40, 20))
+
+
+def test_a_picture_that_cannot_be_turned_is_broken(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n4\nno number")
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png", pnginfo=info)
+    source = sources.Folder(tmp_path, resolution=16, validation=0)
+    for act in (source.size, source.__getitem__):
+        with pytest.raises(sources.BrokenRecord, match="a.png: "):
+            act(0)

@@ -1,12 +1,15 @@
 """Tokenizers: lossless up to normalisation, fixed length, strict with prompts; vocabularies in a fixed order."""
 
+import argparse
 import json
 
 import numpy as np
 import pytest
 
+from hybridgen import sample
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources, text
+from hybridgen.data.text import prompts
 
 CAPTIONS = (
     "a small red circle left of a large blue square",
@@ -140,3 +143,71 @@ def test_shapes_vocabulary_is_closed(languages):
 def test_build_refuses(config, says):
     with pytest.raises(UserError, match=says):
         text.build({"source": "shapes", "text": config}, None)
+
+
+def test_a_prompts_file_with_a_byte_order_mark_is_read_as_without(tmp_path):
+    files = [tmp_path / "plain.txt", tmp_path / "marked.txt"]
+    for file, encoding in zip(files, ("utf-8", "utf-8-sig"), strict=True):
+        file.write_text("红心\na red circle\n", encoding=encoding)
+    given = [argparse.Namespace(prompt=[], prompts=file, label=[]) for file in files]
+    assert sample.read_requests(given[0]) == sample.read_requests(given[1]) == [("红心", None), ("a red circle", None)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(
+            "A Small Red Circle.",
+            "A SMALL RED CIRCLE",
+            "a small red circle!",
+            "a small red circle...",
+            "a small red circle ?",
+        ),
+        *(
+            '"A small red circle."',
+            "\u201ca small red circle\u201d",
+            "a small red circle\u3002",
+            "- a small red circle;",
+        ),
+        "  A\tsmall\n red circle .  ",
+    ],
+)
+def test_case_and_punctuation_at_the_ends_do_not_matter(prompt):
+    plain = text.Words(["a", "small", "red", "circle"], 8)
+    expected = plain.encode("a small red circle", strict=True)
+    assert all(np.array_equal(*pair) for pair in zip(plain.encode(prompt, strict=True), expected, strict=True))
+
+
+def test_punctuation_that_captions_have_is_kept():
+    known = text.Words(["a", "circle", "."], 8)
+    assert known.decode(known.encode("A circle.!", strict=True)[0]) == "a circle."
+    with pytest.raises(UserError, match="does not know the word ','"):
+        known.encode("a, circle", strict=True)
+    for prompt in ("...", "?!", "\u201d"):
+        with pytest.raises(UserError, match="the prompt is empty: it has no words"):
+            text.Words(["a"], 8).encode(prompt, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        *(("cirle", "circle"), ("cricle", "circle"), ("circles", "circle"), ("kircle", "circle"), ("sqaure", "square")),
+        *(("rde", "red"), ("blu", "blue"), ("triangel", "triangle"), ("reed", "red"), ("backgruond", "background")),
+        *(
+            ("cat", None),
+            ("hat", None),
+            ("is", None),
+            ("dog", None),
+            ("elephant", None),
+            ("rectangle", None),
+            ("x", None),
+        ),
+        ("a" * 5000, None),
+    ],
+)
+def test_the_nearest_word_is_a_misspelling(word, near):
+    known = ["at", "a", "left", "circle", "square", "triangle", "red", "blue", "background", "of"]
+    assert prompts.nearest(word, known) == near
+    if word == "cat":
+        with pytest.raises(UserError, match=r"does not know the word 'cat' \(it knows 10 words: a, at, background, "):
+            text.Words(known, 8).encode("a cat", strict=True)

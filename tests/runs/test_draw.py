@@ -97,7 +97,7 @@ def test_guidance_is_a_scale_a_schedule_or_several_scales():
     known = {"prior": next_token.OPTIONS, "decoder": denoiser.OPTIONS}
 
     def checked(**options):
-        return drawing.checked(options, known)
+        return drawing.scheduled(drawing.checked(options, known))
 
     assert checked(prior={"guidance": 3, "guidance_schedule": "constant"}) == {"prior": {"guidance": 3.0}}
     ramp = checked(prior={"guidance": 3.0, "guidance_schedule": "linear"})["prior"]["guidance"]

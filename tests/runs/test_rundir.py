@@ -1,7 +1,11 @@
 """The run folder: one trainer at a time, atomic files, and signals that request a stop."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -13,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hybridgen import recipe, train
-from hybridgen.core.errors import UserError
+from hybridgen.core.errors import StorageError, UserError
 from hybridgen.runs import folder as run_folder
 
 ROOT = Path(__file__).parents[2]
@@ -28,10 +32,12 @@ with run_folder.lock(Path(sys.argv[1])):
 """
 
 
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
 def holder(folder: Path, work: str = "time.sleep(60)") -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", HOLDER.format(work=work), str(folder)]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -64,6 +70,79 @@ def test_a_worker_of_a_dead_trainer_does_not_hold_the_folder(tmp_path):
     finally:
         os.kill(worker, signal.SIGKILL)
         process.stdout.close()
+
+
+HERE = {"host": socket.gethostname(), "boot": "b", "namespace": "pid:[1]", "started": "now"}
+DEAD = 2**22 + 1  # above the largest pid
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({}, {"pid": DEAD}, {"host": "other", "pid": DEAD}, {"pid": os.getpid()}, {"pid": DEAD, "boot": "other"}),
+        *({"pid": DEAD, "namespace": "pid:[2]"}, {"pid": "1"}, {"pid": -1}, {"pid": None, "boot": None}, [], None),
+    ],
+    ids=str,
+)
+def test_a_held_lock_is_in_use_whatever_it_says(content, tmp_path, monkeypatch):
+    """As between two containers with one hostname, where the pid of one is none in the other."""
+    monkeypatch.setattr(run_folder, "_place", lambda: {name: HERE[name] for name in ("boot", "namespace")})
+    body = json.dumps(HERE | content if isinstance(content, dict) else content)
+    with (tmp_path / "lock.json").open("w", encoding="utf-8") as file:
+        file.write(body)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is in use: host .*, pid .*, started"), run_folder.lock(tmp_path):
+            pass
+    assert (tmp_path / "lock.json").read_text(encoding="utf-8") == body
+    with run_folder.lock(tmp_path):  # released
+        pass
+
+
+def test_a_trainer_in_another_container_is_seen(tmp_path):
+    words = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespace can be made here")
+    process = holder(tmp_path)
+    check = "import sys, pathlib; from hybridgen.runs import folder\nwith folder.lock(pathlib.Path(sys.argv[1])): pass"
+    line = [*words, sys.executable, "-c", check, str(tmp_path)]
+    try:
+        done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, encoding="utf-8")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert done.returncode and f"pid {process.pid} (of another machine or container)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes, taken",
+    [
+        ({}, False),
+        ({"pid": DEAD}, True),
+        ({"boot": "other"}, True),
+        ({"namespace": "pid:[2]"}, True),
+        ({"pid": 0}, True),
+        ({"pid": True}, True),
+    ],
+    ids=str,
+)
+def test_without_locks_a_pid_counts_only_where_it_is_one(changes, taken, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_folder, "_place", lambda: {name: HERE[name] for name in ("boot", "namespace")})
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / "lock.json").write_text(json.dumps(HERE | {"pid": os.getpid()} | changes), encoding="utf-8")
+    with contextlib.nullcontext() if taken else pytest.raises(UserError, match="is in use"):
+        with run_folder.lock(tmp_path):
+            pass
+
+
+def test_a_lock_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(StorageError, match=r"cannot lock .*lock\.json: Input/output error"), run_folder.lock(tmp_path):
+        pass
 
 
 def test_the_lock_is_released_by_an_exception_and_refused_within_a_process(tmp_path):

@@ -213,7 +213,8 @@ def test_respacing():
         0, 55, 111, 166, 222, 277, 333, 388, 444, 499, 500, 555, 611, 666, 722, 777, 833, 888, 944, 999
     ]  # fmt: skip
     assert official.respaced("ddim25", 1000).tolist() == list(range(0, 1000, 40))
-    assert official.respaced("1", 7).tolist() == [0] and official.respaced("2,1", 5).tolist() == [0, 2, 3]
+    assert official.respaced("1", 7).tolist() == [6] and official.respaced("2,1", 5).tolist() == [0, 2, 4]
+    assert official.respaced("1,2", 6).tolist() == [0, 3, 5]
     wrong = {
         "ddim3,3": "not of the form",
         "x": "not of the form",

@@ -13,7 +13,7 @@ import tiny
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
-from hybridgen.models.diffusion import dit, process
+from hybridgen.models.diffusion import dit, process, variance
 from hybridgen.models.diffusion.process import Process
 from hybridgen.models.roles import denoiser
 from hybridgen.sampling import schedules
@@ -108,3 +108,41 @@ def test_options_of_sampling():
     assert known["steps"].default == Process().steps and set(SOLVERS) == set(known["solver"].choices)
     fewer = denoiser.options_of(Process(timesteps=9, loss_type="x", solver="ddim"))
     assert set(known) - set(fewer) == {"shift", "spacing"} and fewer["solver"].default == "ddim"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_any_number_of_steps_starts_at_the_last_timestep_and_ends_at_the_picture(solver, schedule):
+    """A network that knows the picture gives it, whatever the solver and however few the steps: no noise is left."""
+    kind = {"prediction_type": "eps", "loss_type": "eps"}
+    way = Process(schedule=schedule, timesteps=1000, solver=solver, variance="small", **kind)
+    picture = np.random.default_rng(0).uniform(-1, 1, (4, 4, 3)).astype(np.float32)
+    table = variance.steps_of(variance.betas_of(way))
+
+    def network(x, t, cond):
+        at = variance.timestep(way, t).astype(int)
+        alpha, sigma = (jnp.asarray(each, x.dtype)[at].reshape(-1, 1, 1, 1) for each in (table.alpha, table.sigma))
+        return (x - alpha * picture) / sigma
+
+    noise = rng.normal(rng.named(keys_of(), "noise"), picture.shape)
+    for options in ({"steps": 1}, {"steps": 2}, {"steps": 3}, {"respacing": "3,1"}):
+        out = np.asarray(
+            jax.jit(lambda keys, o=options: denoiser.integrate(way, network, {}, keys, picture.shape, o))(keys_of())
+        )
+        for row, start in zip(out, noise, strict=True):
+            assert np.corrcoef(row.ravel(), picture.ravel())[0, 1] > 0.99, options
+            assert abs(np.corrcoef(row.ravel(), np.asarray(start).ravel())[0, 1]) < 0.5
+
+
+def test_too_few_timesteps_for_a_schedule_are_refused():
+    few = Process(schedule="linear", timesteps=19, prediction_type="eps", loss_type="eps")
+    with pytest.raises(UserError, match="process.timesteps 19 are too few for the schedule 'linear': at least 20"):
+        variance.betas_of(few)
+
+
+def test_a_start_that_is_no_noise_is_refused():
+    way = Process(schedule="linear", timesteps=1000, prediction_type="eps", loss_type="eps")
+    for text, last in (("ddim2", 500), ("ddim1", None), ("5,0", 499)):
+        says = f"respacing '{text}' starts at timestep {last} of 1000" if last else "no integer stride"
+        with pytest.raises(UserError, match=says):
+            denoiser.integrate(way, lambda x, t, cond: x, {}, keys_of(), (2, 2, 3), {"respacing": text})

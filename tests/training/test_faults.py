@@ -135,6 +135,20 @@ def test_intervals_at_the_end_and_beyond_it(run):
         run("wrong", {}, 6, 5, "health.streak=0")
 
 
+BAD = {"nan": range(6)}
+NO_GOOD_STEP = [(BAD, ["health.streak=9"]), pytest.param(BAD, ["health.streak=2"], marks=SLOW)]  # to the end; undone
+NO_GOOD_STEP += [({}, ["health.skip=((0,6),)"])]  # no batch at all
+
+
+@pytest.mark.parametrize(("what", "more"), NO_GOOD_STEP, ids=["bad", "rolled back", "skipped"])
+def test_a_run_without_a_good_step_is_not_done(run, tmp_path, what, more):
+    for _ in range(2):  # also when it is started again
+        with pytest.raises(UserError, match="none of 6 steps was good, so the parameters are still those of step 0"):
+            run("run", what, 6, 5, *more)
+    run("one", {"nan": range(5)}, 6, 5, "health.streak=9")
+    run("none", {}, 0, 5)  # an assembled model trains nothing
+
+
 @pytest.mark.parametrize("text", ['{"a": 1}', "3", "[[1, 2], 5]", '["12"]', "[[2, 1]]"])
 def test_a_list_of_intervals_that_is_none(tmp_path, text):
     (tmp_path / "skipped.json").write_text(text)

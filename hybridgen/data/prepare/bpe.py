@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     merges = train(captions, args.size)
     text = json.dumps({"kind": Bpe.kind, "merges": merges}, separators=(",", ":"))
     temporary = args.out.with_name(f".{args.out.name}.tmp")
-    temporary.write_text(text + "\n")
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(args.out)
     print(f"wrote {FIRST + len(merges)} ids to {args.out}")
     return 0

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {name: value for name, value in sources.checked("folder", data.options).items() if name != "buckets"}
     table = build(options, data.resolution, args.step, args.aspect, args.least)
     temporary = args.out.with_name(f".{args.out.name}.tmp")
-    temporary.write_text(json.dumps(table, separators=(",", ":")) + "\n")
+    temporary.write_text(json.dumps(table, separators=(",", ":")) + "\n", encoding="utf-8")
     temporary.replace(args.out)
     counts = np.bincount(table["splits"]["train"]["bucket"], minlength=len(table["shapes"]))
     for (height, width), count in zip(table["shapes"], counts, strict=True):

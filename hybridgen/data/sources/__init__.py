@@ -31,6 +31,7 @@ from typing import Any
 
 from hybridgen.core import importing
 from hybridgen.core.errors import UserError
+from hybridgen.data import storage
 from hybridgen.data.sources import own
 from hybridgen.data.sources.buckets import Buckets
 from hybridgen.data.sources.folder import MAX_TEXT, Folder
@@ -44,7 +45,7 @@ from hybridgen.data.sources.tfds import Tfds
 
 __all__ = ["MAX_LINE", "MAX_TEXT", "BrokenRecord", "Folder", "build", "describe", "encoders", "fits", "header_size"]
 
-KEYS = ("source", "options", "resolution", "text", "flip", "workers", "threads", "shapes", "class_names")
+KEYS = ("source", "options", "resolution", "text", "flip", "workers", "threads", "retry", "shapes", "class_names")
 BUCKETS = "buckets"  # option of a folder: the table of data/sources/buckets.py
 KINDS = {"shapes": Shapes, "folder": Folder, "records": Records, "tfds": Tfds, "mixture": Mixture}
 
@@ -56,7 +57,8 @@ def build(data_config: Mapping[str, Any], split: str) -> Source:
         if key not in data_config.keys():
             raise UserError(f"data.{key} is missing")
     kind, options = data_config["source"], dict(data_config.get("options", {}))
-    source = _build(kind, options, split, data_config["resolution"], "data")
+    retry = data_config.get("retry", storage.RETRY)
+    source = storage.patiently(lambda: _build(kind, options, split, data_config["resolution"], "data"), retry)
     cached = sorted(encoders(source))
     if cached and data_config.get("flip", False):
         raise UserError(

@@ -5,27 +5,30 @@ names that lead out of the folder are refused. A record that cannot be read rais
 """
 
 import collections
+import errno
 import hashlib
 import io
 import json
 import os
 import reprlib
 import stat
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import transforms
+from hybridgen.data import storage, transforms
 from hybridgen.data.sources import layouts
-from hybridgen.data.sources.headers import FORMATS, header_size
+from hybridgen.data.sources.headers import FORMATS, header_size, may_turn
 from hybridgen.data.sources.protocol import BrokenRecord, known
 
 SPLITS = ("train", "validation")
 MAX_TEXT = 4096  # characters of one caption; the rest is cut off
 MAX_CLASS = 65_535  # largest whole number that is a class
 KINDS = ("training", "validation")
+ABSENT = 0.1  # seconds after which a file that is not there is looked for again
 LINES = tuple(f"{name} line" for name in layouts.METADATA)  # names of records whose file name cannot be read
 
 
@@ -38,8 +41,8 @@ class Folder:
     default: all); None: no captions. All captions of an image are in `texts`; training picks one at random, each field
     as often as `text_weights` states (integers, one per field). style_key: a field that is appended to each caption,
     after a comma. label_key: the field with the class: whole numbers mean themselves, names are numbered over both
-    splits, in sorted order (`class_names`). background: the colour behind transparent pixels. max_pixels, max_bytes:
-    limits per file; a larger file is a broken record.
+    splits, in sorted order, or as `class_names` lists them: no others may occur then. background: the colour behind
+    transparent pixels. max_pixels, max_bytes: limits per file; a larger file is a broken record.
 
     Items: `image` R R 3 uint8, `text` str, `texts` tuple of str, `label` int if label_key is given. Raises UserError
     for a missing folder, a split without a usable record, and options out of range.
@@ -57,6 +60,7 @@ class Folder:
         text_weights: tuple[int, ...] = (),
         style_key: str | None = None,
         label_key: str | None = None,
+        class_names: tuple[str, ...] = (),
         split_key: str | None = None,
         validation: float = 0.02,
         background: tuple[int, int, int] = transforms.WHITE,
@@ -85,14 +89,17 @@ class Folder:
                 f"{self.text_keys}"
             )
         self.background, self.max_pixels, self.max_bytes = tuple(background), max_pixels, max_bytes
-        if not os.path.isdir(path):
+        if not layouts.mode(self.path, stat.S_ISDIR):
             raise UserError(f"data.options.path: no folder of images at {path}")
         self.layout = layouts.find(self.path, layout)
         records = self._scan(split_key, validation)
-        self.class_names, self._classes = _classes({record[3] for record in records if record[3] is not None})
+        labels = {record[3] for record in records if record[3] is not None}
+        self.class_names, self._classes = _classes(labels, class_names)
         self._sizes = collections.Counter(record[0] for record in records if record[4] is None)
         self._names = {record[1] for record in records if record[4] is None}
         self._records = [record[1:] for record in records if record[0] == split]
+        places = {os.path.dirname(record[0]) for record in self._records if record[3] is None}
+        self._places = {place for place in places | {""} if layouts.filled(os.path.join(self.path, place))}
         broken, lines = self.problems(1)
         if broken == len(self._records):
             raise UserError(
@@ -200,6 +207,8 @@ class Folder:
             except BrokenRecord as error:
                 reason = str(error)
             except Exception as error:  # decoders raise exceptions of many types for broken data
+                if storage.passing(error):
+                    raise
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
             raise BrokenRecord(f"{self.name(index)}: {reason}")
@@ -207,14 +216,25 @@ class Folder:
         return item if label is None else item | {"label": self._classes[label]}
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of a record's image, from its header. Raises BrokenRecord if it cannot be read."""
+        """(width, height) of a record's upright image, without decoding it. BrokenRecord if it cannot be read."""
         name, _, _, reason = self._records[index]
+        if reason is not None:
+            raise BrokenRecord(f"{self.name(index)}: {reason}")
         try:
-            width, height = header_size(self._bytes(name)) if reason is None else (0, 0)
-        except OSError as error:
-            raise BrokenRecord(f"{self.name(index)}: {error.strerror}") from None
-        self._check_size(width, height)
-        return width, height
+            data = self._bytes(name)
+            width, height = header_size(data)
+            self._check_size(width, height)
+            if may_turn(data):
+                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                    width, height = (height, width) if transforms.turned(image) else (width, height)
+            return width, height
+        except BrokenRecord as error:
+            reason = str(error)
+        except Exception as error:  # decoders raise exceptions of many types for broken data
+            if storage.passing(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        raise BrokenRecord(f"{self.name(index)}: {reason}")
 
     def _picture(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """-> H W 3 uint8."""
@@ -230,7 +250,23 @@ class Folder:
             raise BrokenRecord(f"{width} x {height} pixels; max_pixels is {self.max_pixels}")
 
     def _bytes(self, name: str) -> bytes:
-        path = os.path.realpath(os.path.join(self.path, name))
+        """The content of a file. Raises BrokenRecord for what stays wrong, another OSError for what may pass."""
+        try:
+            return self._read(name)
+        except FileNotFoundError:
+            time.sleep(ABSENT)  # perhaps the folder is being moved or mounted again
+            place = os.path.dirname(name)
+            here = all(layouts.filled(os.path.join(self.path, one)) for one in {place, ""} & self._places)
+            if not here or os.path.exists(os.path.join(self.path, name)):
+                raise storage.gone(os.path.join(self.path, name)) from None
+            raise BrokenRecord("No such file") from None
+        except OSError as error:
+            if storage.passing(error):
+                raise
+            raise BrokenRecord(f"it cannot be read: {error.strerror}") from None
+
+    def _read(self, name: str) -> bytes:
+        path = os.path.realpath(os.path.join(self.path, name), strict=True)
         if os.path.commonpath([path, self.path]) != self.path:
             raise BrokenRecord("a link to a file outside the folder")
         info = os.stat(path)
@@ -239,7 +275,10 @@ class Folder:
         if info.st_size > self.max_bytes:
             raise BrokenRecord(f"{info.st_size} bytes; max_bytes is {self.max_bytes}")
         with open(path, "rb") as file:
-            return file.read(info.st_size)
+            data = file.read(info.st_size)
+        if len(data) < info.st_size:  # it became shorter since, or the rest could not be read
+            raise OSError(errno.EIO, f"only {len(data)} of {info.st_size} bytes were read", path)
+        return data
 
 
 def _unread(counts: collections.Counter) -> str:
@@ -257,13 +296,29 @@ def _label(record: dict, key: str) -> str | int:
     return label
 
 
-def _classes(labels: set) -> tuple[list, dict]:
-    """(names of the classes, the number of each label). Whole numbers, also as text, mean themselves."""
+def _classes(labels: set, given: Sequence[str]) -> tuple[list, dict]:
+    """(names of the classes, the number of each label). Whole numbers, also as text, mean themselves.
+
+    Raises UserError for a label that is not among the classes `given`, in the order of their numbers, if there are any.
+    """
     whole = {label: _whole(label) for label in labels}
-    if labels and None not in whole.values():
-        return list(range(max(whole.values()) + 1)), whole
+    if labels and None not in whole.values() and not set(map(str, labels)) <= set(given):
+        if given and max(whole.values()) >= len(given):
+            raise UserError(
+                f"the class {max(whole.values())} is none of the {len(given)} of class_names: {_some(given)}"
+            )
+        return list(given) or list(range(max(whole.values()) + 1)), whole
     names = sorted(map(str, labels))
+    if given and (odd := [name for name in names if name not in given]):
+        raise UserError(f"{len(odd)} classes are not among class_names ({_some(given)}): {_some(odd)}")
+    names = list(given) if given and labels else names
     return names, {label: names.index(str(label)) for label in labels}
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    listed = ", ".join(map(reprlib.repr, names[:8]))
+    return f"{listed} and {len(names) - 8} more" if len(names) > 8 else listed
 
 
 def _whole(label: str | int) -> int | None:

@@ -5,6 +5,7 @@ import struct
 from hybridgen.data.sources.protocol import BrokenRecord
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+ORIENTED = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts of a PNG that may state its orientation
 MAX_SEGMENTS = 65_536  # of a JPEG header, where a byte of padding counts as one
 
 
@@ -23,6 +24,17 @@ def header_size(data: bytes) -> tuple[int, int]:
     except (struct.error, IndexError):
         raise BrokenRecord("the header is cut off") from None
     raise BrokenRecord(f"not an image in {', '.join(FORMATS)}")
+
+
+def may_turn(data: bytes) -> bool:
+    """Whether a file may state an orientation: a PNG does so in few of its chunks, which may follow the pixels."""
+    at = 8
+    while data[:4] == b"\x89PNG" and at + 8 <= len(data):
+        kind = data[at + 4 : at + 8]
+        if kind == b"eXIf" or (kind in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(ORIENTED, at + 8)):
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return data[:4] != b"\x89PNG"
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

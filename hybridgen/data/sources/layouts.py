@@ -9,6 +9,7 @@
 Each of these may also lie in folders `train` and `validation` (or `valid`, `val`), which are then the splits.
 """
 
+import codecs
 import collections
 import csv
 import json
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from hybridgen.core.errors import UserError
+from hybridgen.data import storage
+from hybridgen.data.files import decoded
 from hybridgen.data.sources.protocol import BrokenRecord, known
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -53,7 +56,7 @@ class Files(NamedTuple):
 def files(root: str) -> Files:
     """Lists a folder; links to folders are not followed, hidden files and folders are left out."""
     pictures, texts, unread = [], set(), collections.Counter()
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_unlisted):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
@@ -66,6 +69,32 @@ def files(root: str) -> Files:
             elif suffix in UNREAD:
                 unread[suffix] += 1
     return Files(sorted(pictures), texts, unread)
+
+
+def _unlisted(error: OSError) -> None:
+    """A folder that cannot be listed: its pictures must not be left out in silence."""
+    if isinstance(error, FileNotFoundError):
+        raise storage.gone(error.filename)
+    if not storage.passing(error):
+        raise UserError(f"cannot list the folder {error.filename}: {error.strerror}")
+    raise error
+
+
+def mode(path: str, kind: Callable[[int], bool]) -> bool:
+    """Whether there is a file of a kind (such as stat.S_ISDIR). Errors other than its absence are raised."""
+    try:
+        return kind(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def filled(folder: str) -> bool:
+    """Whether a folder has any entry: where nothing is mounted there is none."""
+    try:
+        with os.scandir(folder) as listing:
+            return next(listing, None) is not None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
 
 
 def find(root: str, wanted: str) -> Layout:
@@ -88,7 +117,8 @@ def _parts(root: str) -> list[tuple[str | None, str]]:
 
 
 def _kind(folder: str) -> str:
-    given = [name for name in METADATA if os.path.lexists(os.path.join(folder, name))]
+    names = os.listdir(folder)
+    given = [name for name in METADATA if name in names]
     if len(given) > 1:
         raise UserError(f"{folder} has {' and '.join(given)}: name one with data.options.layout")
     if given:
@@ -130,23 +160,27 @@ def entries(root: str, layout: Layout) -> Iterator[Entry]:
 
 def _metadata(root: str, folder: str, name: str) -> str:
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
+    if not mode(path, stat.S_ISREG):
         raise UserError(f"{path} is not a file")
     if os.path.commonpath([os.path.realpath(path), root]) != root:
         raise UserError(f"{path} is a link to a file outside the folder")
     return path
 
 
-def _text(root: str, path: str) -> str:
-    path = os.path.realpath(path)
+def _text(root: str, listed: str) -> str:
+    path = os.path.realpath(listed)
     if os.path.commonpath([path, root]) != root:
         raise BrokenRecord("its text file is a link to a file outside the folder")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could block forever
             raise BrokenRecord("its text file is not a regular file")
         with open(path, "rb") as file:
-            return file.read(MAX_LINE).decode("utf-8-sig").strip()
+            return decoded(file.read(MAX_LINE)).strip()
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not os.path.islink(listed):
+            raise storage.gone(listed) from None
+        if storage.passing(error):
+            raise
         raise BrokenRecord(f"its text file cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise BrokenRecord(f"its text file is not UTF-8: {str(error)[:80]}") from None
@@ -154,7 +188,13 @@ def _text(root: str, path: str) -> str:
 
 def _lines(path: str) -> Iterator[tuple[int, bytes | None]]:
     """Yields (line number from 1, line) without blank lines; None for a line over `MAX_LINE`, which is not stored."""
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is in UTF-16: save it in UTF-8")
         number = 0
         while line := file.readline(MAX_LINE):
             number += 1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hybridgen.core.errors import UserError
+from hybridgen.data import storage
 
 METHODS = {"__len__": "", "__getitem__": "index", "name": "index"}
 
@@ -37,6 +38,8 @@ def make(made: Callable, kind: str, split: str, resolution: int, options: Mappin
     except UserError:
         raise
     except Exception as error:
+        if storage.passing(error):
+            raise
         raise UserError(f"{where} {kind!r} fails for the split {split!r}: {described(error)}") from error
     if missing:
         raise UserError(f"{where} {kind!r} has no method {missing[0]}({METHODS[missing[0]]})")

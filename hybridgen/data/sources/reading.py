@@ -1,6 +1,7 @@
 """Reads records of any source: checks each, and replaces a broken one by a fixed rule.
 
-A record that a source cannot read raises BrokenRecord and is replaced. A record that is not what the interface demands
+A record that a source cannot read raises BrokenRecord and is replaced. Failures of storage that pass (storage.py) break
+no record: it is read again. A record that is not what the interface demands
 (an image of floats, a label without a class) is a mistake in the source: it raises UserError, which stops a run.
 """
 
@@ -10,24 +11,26 @@ from typing import Any
 import numpy as np
 
 from hybridgen.core.errors import UserError
+from hybridgen.data import storage
 from hybridgen.data.sources.own import Own, described
 from hybridgen.data.sources.protocol import BrokenRecord, Source
 
 TRIES = 100  # broken records in a row after which a run is stopped: then the source itself is broken
 
 
-def read(source: Source, index: int, own: int | None = None) -> tuple[Mapping, int]:
+def read(source: Source, index: int, own: int | None = None, retry: float = storage.RETRY) -> tuple[Mapping, int]:
     """-> (item, -1); or, if record `index` is broken, (item of the next valid record, `index`).
 
     The rule is fixed (index + 1, + 2, ... modulo the length, or the source's own), so a broken record changes no other
     sample. own: a random number of the sample, which picks the view of a record that has several; None takes the first.
-    Raises UserError after `TRIES` broken records in a row, and for a record that is not what it must be.
+    retry: seconds for which a record is read again while the storage fails. Raises UserError after `TRIES` broken
+    records in a row and for a record that is not what it must be, StorageError when `retry` has passed.
     """
     tried = min(len(source), TRIES)
     for step in range(tried):
         place = source.after(index, step) if hasattr(source, "after") else (index + step) % len(source)
         try:
-            return _read(source, place, own), index if step else -1
+            return storage.patiently(lambda at=place: _read(source, at, own), retry), index if step else -1
         except BrokenRecord as error:
             last = str(error)  # not the exception, which would make a reference cycle with this frame
     raise UserError(f"{tried} records in a row cannot be read, from {source.name(index)} on; the last error: {last}")
@@ -37,7 +40,7 @@ def why_broken(source: Source, index: int) -> str:
     """The name of a broken record and the reason, by reading it again."""
     name = str(source.name(index))
     try:
-        _read(source, index, None)
+        storage.patiently(lambda: _read(source, index, None))
     except BrokenRecord as error:
         text = str(error)
         return text if name in text else f"{name}: {text}"
@@ -52,7 +55,7 @@ def _read(source: Source, index: int, own: int | None) -> Mapping:
     except (BrokenRecord, UserError):
         raise
     except Exception as error:
-        if not isinstance(leaf, Own):
+        if not isinstance(leaf, Own) or storage.passing(error):
             raise
         raise UserError(f"{_where(source, leaf, index)} (index {index}): {described(error)}") from error
     fault = _fault(item, leaf)

@@ -12,12 +12,14 @@ Letters: k views, H W image.
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import re
 import struct
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from hybridgen.core.errors import UserError
+from hybridgen.data import storage
 from hybridgen.data.files import whole_folder
 from hybridgen.data.sources.headers import header_size
 from hybridgen.data.sources.protocol import BrokenRecord, known
@@ -38,6 +41,10 @@ MAX_RECORD = 2**28
 PLAIN = ("name", "text", "texts", "label", "scene")  # entries of an item that are not arrays
 # group_size 1: each record is read by itself, and damage affects only one; zstd compresses tokens (PNGs hardly)
 WRITE, READ = "group_size:1,zstd:1", "readahead_buffer_size:0,max_parallelism:0"
+FAILED = re.compile(
+    r"\b(open|p?read|l?seek|f?stat)\(\) failed"
+)  # in ArrayRecord's messages: the storage, not the content
+TAIL = 2**20  # bytes at the end of a shard, where the places of its records are
 
 
 # ---- one record
@@ -212,6 +219,8 @@ def read_index(path: str | os.PathLike, split: str) -> dict:
         with file.open("rb") as handle:
             index = json.loads(handle.read(MAX_INDEX))
     except OSError as error:
+        if storage.passing(error):
+            raise
         here = Path(path)
         splits = sorted(p.parent.name for p in here.glob(f"*/{INDEX}") if not p.parent.name.startswith("."))
         raise UserError(
@@ -309,11 +318,31 @@ class Records:
         shard = bisect.bisect_right(self._starts, index) - 1
         with self._lock:
             if shard not in self._readers:
-                self._readers[shard] = ArrayRecordReader(self._files[shard], READ)
+                self._readers[shard] = self._opened(shard)
             reader = self._readers[shard]
-        if reader.num_records() != self._counts[shard]:
-            raise RuntimeError(f"its shard has {reader.num_records()} records instead of {self._counts[shard]}")
-        return reader.read([index - self._starts[shard]])[0]
+        try:
+            return reader.read([index - self._starts[shard]])[0]
+        except RuntimeError as error:
+            if not FAILED.search(str(error)):
+                raise
+            with self._lock:
+                self._readers.pop(shard, None)  # an outage may have made its file handle stale
+            raise OSError(errno.EIO, " ".join(str(error).split())[:200]) from None
+
+    def _opened(self, shard: int) -> ArrayRecordReader:
+        file, count = self._files[shard], self._counts[shard]
+        with open(file, "rb"):  # ArrayRecord takes a file that cannot be opened for one without records
+            pass
+        reader = ArrayRecordReader(file, READ)
+        if reader.num_records() == count:
+            return reader
+        with open(file, "rb") as content:
+            content.seek(-min(os.path.getsize(file), TAIL), os.SEEK_END)
+            content.read()  # raises what the storage has to say
+        reader = ArrayRecordReader(file, READ)
+        if reader.num_records() != count:
+            raise RuntimeError(f"its shard has {reader.num_records()} records instead of {count}")
+        return reader
 
     def _item(self, index: int, view: int) -> dict:
         try:
@@ -321,6 +350,8 @@ class Records:
         except BrokenRecord as error:
             reason = str(error)
         except Exception as error:  # of ArrayRecord, for a wrong checksum
+            if storage.passing(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
         raise BrokenRecord(f"{self.name(index)}: {' '.join(reason.split())[:200]}")
 

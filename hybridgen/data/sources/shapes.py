@@ -122,7 +122,8 @@ class Shapes:
       split: "train", "validation" or "holdout"; `size` images each.
       shapes, colours, sizes, positions, relations, backgrounds, languages: names to use (all are in the tables above).
         Without positions a single object can be anywhere; without relations two objects are only listed.
-      objects: numbers of objects, 1 to 4. One has a position, two a relation, three and four are listed.
+      objects: numbers of objects, 1 to 4. One has a position, two a relation, three and four are listed. A number that
+        is given several times is as many times as frequent.
       counts: half of the images with two or more objects show equal ones ("three green stars").
       templates: number of paraphrases of each kind, the simplest first; None: all.
       state_sizes, state_positions: whether captions state them. Backgrounds are stated if there are several.
@@ -320,6 +321,7 @@ def _pick(draw, items):
 def _choose(name, given, known, may_be_empty):
     """Raises UserError if `given` is not a list of different known names."""
     wrong = [item for item in given if item not in known]
-    if wrong or isinstance(given, str) or len(set(given)) < len(given) or not (given or may_be_empty):
+    repeated = name != "objects" and len(set(given)) < len(given)
+    if wrong or isinstance(given, str) or repeated or not (given or may_be_empty):
         what = f"has no {wrong[0]!r}" if wrong else f"cannot be {given!r}"
         raise UserError(f"shapes: {name} {what}; choose from {', '.join(map(str, known))}")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hybridgen.core.errors import UserError
-from hybridgen.data import transforms
+from hybridgen.data import storage, transforms
 from hybridgen.data.sources.folder import MAX_TEXT
 from hybridgen.data.sources.protocol import BrokenRecord, known
 
@@ -52,6 +52,8 @@ class Tfds:
                 builder = tfds.builder(path, data_dir=data_dir)
                 self._data = tfds.data_source(path, split=theirs, data_dir=data_dir, download=False)
         except Exception as error:  # of many types, with a message for the user
+            if storage.passing(error):
+                raise
             raise UserError(
                 f"no data set {path!r} with a split {theirs!r}: {' '.join(str(error).split())[:300]}"
             ) from None
@@ -93,5 +95,7 @@ class Tfds:
             }
             return item | ({"label": int(record[self.label_key])} if self.label_key else {})
         except Exception as error:  # decoders raise exceptions of many types for broken data
+            if storage.passing(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
         raise BrokenRecord(f"{self.name(index)}: {' '.join(reason.split())[:200]}")

@@ -9,14 +9,14 @@
 vocabulary (words), or "path", the file of data.prepare.bpe (bpe) or the folder of a published tokenizer (published).
 
 `words`: text is NFKC-normalized and lower-cased, then split into words of letters (any alphabet), single digits, single
-Chinese, Japanese or Korean characters, and single punctuation marks. Ids: 0 padding, 1 unknown, then the vocabulary.
+Chinese, Japanese or Korean characters, and single punctuation marks. Ids: 0 padding, 1 unknown, then the vocabulary. A
+prompt may end with punctuation that no caption has.
 `bytes`: id 0 padding, id 1 + b for byte b. Both are lossless up to that normalization: encode(decode(ids)) == ids.
 
 Letters: L the fixed length.
 """
 
 import collections
-import difflib
 import hashlib
 import itertools
 import json
@@ -34,7 +34,7 @@ from hybridgen.data.sources.captions import vocabulary
 from hybridgen.data.sources.protocol import Source
 from hybridgen.data.sources.reading import read
 from hybridgen.data.text.bpe import Bpe
-from hybridgen.data.text.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit
+from hybridgen.data.text.prompts import MAX_PROMPT_BYTES, PAD, check_prompt, checked_length, fit, nearest
 from hybridgen.data.text.published import Published
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
 
 UNKNOWN = 1
 MAX_WORDS = 16_384
-LISTED = 20  # largest number of words that a message lists
+LISTED = 80  # largest number of words that a message lists
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 _TOKEN = re.compile(rf"[{_IDEOGRAPH}]|(?:(?![{_IDEOGRAPH}])[^\W\d_])+|\S")
 _CLOSING, _OPENING = set(".,;:!?)]}%'。、"), set("([{'")
@@ -92,20 +92,28 @@ class Words:
     def encode(self, text: str, *, strict: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """-> (ids L int32, mask L bool). Not strict: unknown words become id 1, and tokens after L are cut off.
 
-        strict: raises UserError for an empty or too long prompt, and for an unknown word, with the nearest known one.
+        strict: punctuation at the ends that no caption had is left out; raises UserError for an empty or too long
+        prompt, and for an unknown word, with the nearest known one.
         """
         if strict:
             check_prompt(text)
         tokens = split(text)
         if strict:
-            unknown = [token for token in tokens if token not in self._ids]
-            if unknown:
-                near = difflib.get_close_matches(unknown[0][:40], self.words, 1, 0.5)
+            tokens = self._without_marks(tokens)
+            if unknown := [token for token in tokens if token not in self._ids]:
+                near = nearest(unknown[0], self.words)
                 few = f": {', '.join(sorted(self.words))}" if len(self.words) <= LISTED else ""
-                hint = f"; the nearest known word is {near[0]!r}" if near else ""
+                hint = f"; the nearest known word is {near!r}" if near else ""
                 hint += f" (it knows {len(self.words)} words{few})" if few or not near else ""
                 raise UserError(f"this model does not know the word {unknown[0][:40]!r}{hint}")
         return fit([self._ids.get(token, UNKNOWN) for token in tokens], self.length, "tokens", strict)
+
+    def _without_marks(self, tokens: list[str]) -> list[str]:
+        """Tokens without the unknown punctuation at both ends. Raises UserError if nothing else is left."""
+        words = [at for at, token in enumerate(tokens) if token in self._ids or any(map(str.isalnum, token))]
+        if not words:
+            raise UserError("the prompt is empty: it has no words")
+        return tokens[words[0] : words[-1] + 1]
 
     def decode(self, ids: ArrayLike) -> str:
         """ids: any number of ints -> text, without padding; an unknown word becomes `<unk>`."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import FLAG, count, number
 from hybridgen.models.contract import Inputs, Parts, need
 from hybridgen.models.roles import next_token
 from hybridgen.models.text.transformer import round_up
@@ -31,6 +32,9 @@ from hybridgen.nn.stack import Stack
 ROLE = "prior"
 PARTS = ("tokenizer", "text")
 OPTIONS = {"prior": next_token.OPTIONS}
+RANGES = next_token.RANGES | {name: count(0, 2**20) for name in ("text_length", "text_width", "null_length")}
+RANGES |= {"norm_eps": number(0.0, 1.0), "rope_base": number(1.0), "padding_sees_itself": FLAG}
+RANGES |= {name: number(0.0, 0.999) for name in ("dropout", "token_dropout")}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate, for_shape = next_token.generate, next_token.for_shape
 INIT_STD = 0.02  # standard deviation of initial kernels and tables; the head starts at zero

@@ -15,7 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.core import rng
+from hybridgen.core import entries, rng
+from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import FLAG, count
 from hybridgen.models.contract import Inputs, Parts
 from hybridgen.models.roles import next_token
 from hybridgen.models.text.transformer import TextTower, round_up
@@ -29,6 +31,7 @@ from hybridgen.nn.stack import Stack
 ROLE = "prior"
 PARTS = ("tokenizer",)
 OPTIONS = {"prior": next_token.OPTIONS}
+RANGES = next_token.RANGES | entries.TEXT | {"text_width": count(0, 2**20), "qk_norm": FLAG, "prefix_mask": FLAG}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate, for_shape = next_token.generate, next_token.for_shape
 
@@ -123,7 +126,10 @@ class Raster(nn.Module):
 
 
 def build(config: Any) -> Raster:
-    return Raster(**config)
+    model = Raster(**config)
+    if not model.text_vocab and not model.classes:
+        raise UserError("text_vocab and classes are 0, but this prior needs captions or classes: set one of them")
+    return model
 
 
 def init(model: Raster, key: jax.Array, specs: dict, parts: Parts) -> dict[str, Any]:

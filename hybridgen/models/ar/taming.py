@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hybridgen.core import rng
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import count, share
 from hybridgen.core.sharding import shard
 from hybridgen.models.contract import Inputs, Parts
 from hybridgen.models.roles import next_token
@@ -30,6 +31,8 @@ from hybridgen.nn.stack import Stack
 ROLE = "prior"
 PARTS = ("tokenizer",)
 OPTIONS = {"prior": next_token.OPTIONS}
+RANGES = next_token.RANGES | {name: count(0, 2**24) for name in ("block_size", "unmasked")}
+RANGES |= {"cond_length": count(1, 2**20), "pkeep": share()}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate = next_token.generate
 NORM_EPS = 1e-5
@@ -128,6 +131,10 @@ def build(config: Any) -> Taming:
     model = Taming(**config)
     if model.block_size and model.block_size < model.prefix + model.length:
         raise UserError(f"block_size {model.block_size} is below the {model.prefix + model.length} positions")
+    if model.classes > model.vocab:
+        raise UserError(
+            f"classes {model.classes} exceed vocab {model.vocab}: a class is a token of the same vocabulary"
+        )
     return model
 
 

@@ -17,7 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen.core import entries
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import FLAG, count
 from hybridgen.models.contract import Shape, sides
 from hybridgen.models.diffusion.process import Process
 from hybridgen.models.roles import denoiser
@@ -35,6 +37,7 @@ from hybridgen.nn.timestep import TimestepEmbed
 ROLE = "decoder"
 PARTS = ("tokenizer", "autoencoder")
 OPTIONS = {"decoder": denoiser.OPTIONS}
+RANGES = denoiser.RANGES | entries.TEXT | {"plan_width": count(0, 2**20), "draft": FLAG, "cross": FLAG}
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
 conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning
 corrupt_tokens, decoder_loss = denoiser.corrupt_tokens, denoiser.decoder_loss

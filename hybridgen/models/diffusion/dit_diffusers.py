@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import FLAG, count, number, one_of
 from hybridgen.core.sharding import shard
 from hybridgen.models.contract import Shape, sides
 from hybridgen.models.diffusion.process import Process
@@ -26,7 +27,7 @@ from hybridgen.nn.attention import Attention, Mask
 from hybridgen.nn.blocks import adaln, modulate
 from hybridgen.nn.conv import patchify, unpatchify
 from hybridgen.nn.linear import Embed, Linear, cast, zeros
-from hybridgen.nn.mlp import MLP
+from hybridgen.nn.mlp import KINDS, MLP
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import sincos_2d
 from hybridgen.nn.stack import Stack
@@ -45,6 +46,8 @@ PROCESS = Process(
 ROLE = "decoder"
 PARTS = ("autoencoder",)
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
+RANGES = denoiser.RANGES | {"outputs": count(1, 2**16), "mlp": one_of(*KINDS), "hidden": count(1, 2**24)}
+RANGES |= {"qkv_bias": FLAG, "mlp_norm_eps": number(0.0, 1.0), "mlp_norm_affine": FLAG}
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
 conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning
 corrupt_tokens, decoder_loss = denoiser.corrupt_tokens, denoiser.decoder_loss

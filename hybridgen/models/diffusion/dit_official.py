@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import count
 from hybridgen.models.contract import Parts, Shape, sides
 from hybridgen.models.diffusion.process import Process
 from hybridgen.models.roles import denoiser
@@ -40,6 +41,7 @@ PROCESS = Process(
 ROLE = "decoder"
 PARTS = ("autoencoder",)
 OPTIONS = {"decoder": denoiser.options_of(PROCESS)}
+RANGES = denoiser.RANGES | {"hidden": count(1, 2**24)}
 init, inputs, loss, sample = denoiser.init, denoiser.inputs, denoiser.loss, denoiser.sample
 conditioning, plan_conditioning = denoiser.conditioning, denoiser.plan_conditioning
 corrupt_tokens, decoder_loss = denoiser.corrupt_tokens, denoiser.decoder_loss

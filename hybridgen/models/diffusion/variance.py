@@ -30,10 +30,13 @@ def timestep(process: Process, t: jax.Array) -> jax.Array:
 
 
 def betas_of(process: Process) -> np.ndarray:
-    """T betas, float64; those of "linear" are scaled by 1000 / T."""
+    """T betas, float64; those of "linear" are scaled by 1000 / T. UserError for so few that one would exceed 1."""
     more = 1000 / process.timesteps
     ends = {"start": more * 1e-4, "end": more * 0.02} if process.schedule == "linear" else {}
-    return schedules.betas(process.schedule, process.timesteps, **ends)
+    found = schedules.betas(process.schedule, process.timesteps, **ends)
+    if found.max() > 1:
+        raise UserError(f"process.timesteps {process.timesteps} are too few for the schedule 'linear': at least 20")
+    return found
 
 
 def split_output(process: Process, out: jax.Array, c: int) -> tuple[jax.Array, jax.Array | None]:
@@ -162,6 +165,9 @@ def solve(
     return solvers.SOLVERS[solver](predict, noise, levels, keys, **options)
 
 
+STARTS = 0.1  # sampling starts from noise, so a picture has to be this invisible (alpha) at the first timestep
+
+
 def render(
     process: Process, call: Callable, noise: jax.Array, keys: jax.Array, options: Mapping[str, Any]
 ) -> jax.Array:
@@ -172,4 +178,10 @@ def render(
     if options.get("shift", 1.0) != 1 or options.get("spacing", "uniform") != "uniform":
         raise UserError("shift and spacing need continuous times; with discrete timesteps use steps or respacing")
     kept = official.respaced(options.get("respacing") or str(options.get("steps", process.steps)), process.timesteps)
-    return solve(process, call, noise, levels_of(process, kept), keys, options.get("solver", process.solver))
+    levels, every = levels_of(process, kept), schedules.discrete(betas_of(process))(1.0)
+    if levels.alpha[0] > max(STARTS, every.alpha):
+        raise UserError(
+            f"respacing {options['respacing']!r} starts at timestep {kept[-1]} of {process.timesteps}, where a picture "
+            f"is still visible (alpha {levels.alpha[0]:.2f}): sampling from noise needs a timestep near the last one"
+        )
+    return solve(process, call, noise, levels, keys, options.get("solver", process.solver))

@@ -24,13 +24,16 @@ import jax
 import jax.numpy as jnp
 
 from hybridgen.core import rng
+from hybridgen.core.entries import WEIGHT
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import count, share
 from hybridgen.models.contract import Member, Part, Parts, Shape, find, fit, need, optional, returned
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.nn.linear import at_least_float32
 
 ROLE = "generator"
 PARTS = ("tokenizer", "prior", "decoder")
+RANGES = {"own": share(), "rollout_every": count(), "prior_weight": WEIGHT, "decoder_weight": WEIGHT}
 OTHERS = ("text", "text_mask", "label")  # entries of a batch that a decoder may read besides the plan
 
 

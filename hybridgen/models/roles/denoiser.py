@@ -19,15 +19,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hybridgen.core import rng
+from hybridgen.core import entries, rng
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import FLAG, count, number, one_of, share
 from hybridgen.models.contract import Inputs, Option, Parts, Shape, divided, find, need, optional, sides
 from hybridgen.models.diffusion import process as continuous
 from hybridgen.models.diffusion import variance as discrete
 from hybridgen.models.diffusion.process import Network, Process
 from hybridgen.models.losses import per_sample, rows, weighted
 from hybridgen.nn.linear import cast_for_inference
-from hybridgen.sampling import guidance
+from hybridgen.sampling import guidance, schedules
 from hybridgen.sampling.solvers import SOLVERS
 
 CONTINUOUS = ("shift", "spacing")  # sampling options for continuous times only
@@ -47,6 +48,8 @@ class Denoiser:
     def __post_init__(self) -> None:
         if self.posterior not in ("mean", "sample"):
             raise UserError(f"model.posterior {self.posterior!r} is not one of 'mean', 'sample'")
+        if self.draft and not self.plan_width:
+            raise UserError("model.draft is true, but model.plan_width is 0: the draft is the picture of a plan")
         if self.process.relative and not self.draft:
             raise UserError("process.relative needs model.draft: it divides errors by those of the draft")
 
@@ -319,7 +322,7 @@ def options_of(process: Process) -> dict[str, Option]:
     ramps, ramp = tuple(guidance.RAMPS), "schedule of the decoder's guidance over the steps"
     scale = "classifier-free guidance scale of the decoder (1: none), or one scale per condition"
     known = {
-        "guidance": Option(1.0, scale, 0.0, 100.0, by_condition=True, flag="decoder_guidance"),
+        "guidance": Option(1.0, scale, 0.0, 100.0, by_condition=True, flag="decoder_guidance", off=1),
         "guidance_schedule": Option("constant", ramp, choices=ramps, flag="decoder_guidance_schedule"),
         "guidance_until": Option(
             1.0, "share of the steps to guide, from the first on", 0.0, 1.0, flag="decoder_guidance_until"
@@ -336,3 +339,20 @@ def options_of(process: Process) -> dict[str, Option]:
 
 
 OPTIONS = options_of(Process())
+RANGES = entries.TRANSFORMER | entries.CLASSES
+RANGES |= {"resolution": entries.SIZE, "channels": count(1, 2**16), "patch": count(1, 2**12)}
+RANGES |= {"plan_drop_prob": share(), "token_corruption": share(), "posterior": one_of("mean", "sample")}
+RANGES |= {
+    "process.schedule": one_of("flow", "cosine", "linear", "scaled_linear", "squaredcos"),
+    "process.prediction_type": one_of(*schedules.KINDS),
+    "process.loss_type": one_of(*schedules.KINDS),
+    "process.relative": FLAG,
+    "process.time_mean": number(-100.0, 100.0),
+    "process.time_std": number(0.0, 100.0),
+    "process.time_min": share(),
+    "process.timesteps": count(0, 100_000),
+    "process.learned_variance": FLAG,
+    "process.variance": one_of("large", "small"),
+    "process.solver": one_of(*SOLVERS),
+    "process.steps": count(1, 1000),
+}

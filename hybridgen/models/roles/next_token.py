@@ -36,8 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridgen.core import rng
+from hybridgen.core import entries, rng
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import count
 from hybridgen.core.sharding import shard
 from hybridgen.models.contract import Option, Parts, Shape, need
 from hybridgen.models.losses import cross_entropy, rows, weighted
@@ -49,16 +50,22 @@ from hybridgen.sampling import decode, guidance
 
 DRAW = ("temperature", "top_k", "top_p")
 TEXT_OPTIONS = {
-    "temperature": Option(1.0, "sampling temperature (0: greedy)", 0.0, 100.0),
-    "top_k": Option(0, "keep the k most likely tokens (0: all)", 0, 1_000_000),
-    "top_p": Option(1.0, "keep the most likely tokens up to this probability mass (1: all)", 1e-6, 1.0),
+    "temperature": Option(1.0, "sampling temperature (0: greedy)", 0.0, 100.0, off=0),
+    "top_k": Option(0, "keep the k most likely tokens (0: all)", 0, 1_000_000, off=0),
+    "top_p": Option(1.0, "keep the most likely tokens up to this probability mass (1: all)", 1e-6, 1.0, off=1),
     "gather": Option(1, "gather parameters once before the loop (1) or in every step (0)", 0, 1),
 }
 OPTIONS = {
-    "guidance": Option(1.0, "classifier-free guidance scale of the prior (1: none)", 0.0, 100.0),
+    "guidance": Option(1.0, "classifier-free guidance scale of the prior (1: none)", 0.0, 100.0, off=1),
     "guidance_schedule": Option("constant", "schedule of guidance over the tokens", choices=tuple(guidance.RAMPS)),
     "guidance_until": Option(1.0, "share of the tokens to guide, from the first on", 0.0, 1.0),
     **TEXT_OPTIONS,
+}
+RANGES = entries.TRANSFORMER | entries.CLASSES
+RANGES |= {
+    "vocab": count(1, 2**24),
+    "grid": count(1, 2**16, least=2, most=2, alone=False),
+    "kv_heads": count(1, 2**14, none=True),
 }
 
 
@@ -179,7 +186,7 @@ def generate(
     scale = options.get("guidance", 1.0)
     if guidance.is_on(scale):
         if not model.has_unconditional:
-            raise UserError(f"guidance is {scale}, but must be 1: this prior has no unconditional mode")
+            raise UserError("guidance must be 1 (off): this prior has no unconditional mode")
         cond = with_unconditional_rows(cond, keys.shape[0])
     # outside the loop
     params = unstack_layers(cast_for_inference(params, model.dtype, options.get("gather", 1)), model.unroll)

@@ -15,10 +15,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen.core import entries
+from hybridgen.core.ranges import count
 from hybridgen.models.contract import Parts, Shape, divided, sides
 from hybridgen.models.losses import rows, weighted
 from hybridgen.nn import codebook
 from hybridgen.nn.quantizers import Training
+
+RANGES = entries.DTYPE | {
+    "resolution": entries.SIZE,
+    "channels": count(1, 2**16, least=1, most=16, alone=False),
+    "blocks": count(1, 2**10),
+}
+
 
 # ---------------------------------------------------------------- properties of a module
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from hybridgen.core import entries
+from hybridgen.core.ranges import FLAG, count, number, one_of
 from hybridgen.models.contract import Inputs, Option
 from hybridgen.models.losses import cross_entropy, rows, weighted
 from hybridgen.models.roles import next_token
@@ -27,6 +29,7 @@ from hybridgen.nn import cache as kv
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.blocks import LlamaBlock
 from hybridgen.nn.linear import Embed, Linear, fan_in
+from hybridgen.nn.mlp import KINDS
 from hybridgen.nn.norm import Norm
 from hybridgen.nn.position import Rotary, rotary
 from hybridgen.nn.stack import Stack
@@ -35,6 +38,9 @@ ROLE = ("prior", "text")
 PARTS = ()
 STEPS = Option(0, "number of tokens to generate (0: as many as the model has positions)", 0, 1_000_000)
 OPTIONS = {"prior": next_token.TEXT_OPTIONS | {"steps": STEPS}}
+RANGES = entries.TRANSFORMER | {"text_vocab": count(1, 2**24), "text_length": count(1, 2**20)}
+RANGES |= {"head_width": count(0, 2**16), "kv_heads": count(1, 2**14, none=True), "mlp": one_of(*KINDS)}
+RANGES |= {"bias": FLAG, "mlp_bias": FLAG, "norm_eps": number(0.0, 1.0), "base": number(1.0), "tied": FLAG}
 prefill, step, score, features = next_token.prefill, next_token.step, next_token.score, next_token.features
 generate = next_token.generate
 

@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hybridgen.core import entries
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import count
 from hybridgen.nn.attention import Mask
 from hybridgen.nn.blocks import LlamaBlock
 from hybridgen.nn.linear import Embed, cast, normal
@@ -21,6 +23,7 @@ from hybridgen.nn.stack import Stack
 
 ROLE = "text"
 PARTS = ()
+RANGES = entries.TRANSFORMER | {"depth": count(0, 2**14), "vocab": count(1, 2**24), "length": count(1, 2**20)}
 
 
 class TextTower(nn.Module):

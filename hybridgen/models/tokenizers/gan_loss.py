@@ -18,12 +18,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hybridgen.core.entries import WEIGHT
 from hybridgen.core.errors import UserError
+from hybridgen.core.ranges import FLAG, count
 from hybridgen.models.contract import Parts, need
 from hybridgen.models.losses import attached, hinge, per_sample, rows, weighted
 from hybridgen.nn.discriminator import PatchGAN
 
 DISC = "disc"
+RANGES = {
+    "mse": WEIGHT,
+    "l1": WEIGHT,
+    "perceptual": WEIGHT,
+    "adversarial.weight": WEIGHT,
+    "adversarial.start": count(),
+    "adversarial.adaptive": FLAG,
+    "adversarial.width": count(1, 2**12),
+    "adversarial.depth": count(1, 10),
+    "adversarial.groups": count(1, 2**12),
+}
 
 
 class Adversarial(NamedTuple):

@@ -19,14 +19,19 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from hybridgen.core import rng
+from hybridgen.core.entries import WEIGHT
+from hybridgen.core.ranges import FLAG, count, number
 from hybridgen.models.contract import Parts, Shape, sides
 from hybridgen.models.losses import rows, weighted
 from hybridgen.models.roles import tokenizer
 from hybridgen.models.tokenizers import gan_loss
+from hybridgen.nn import autoencoder
 from hybridgen.nn.autoencoder import Autoencoder
 
 ROLE = "tokenizer"
 PARTS = ("perceptual",)
+RANGES = tokenizer.RANGES | gan_loss.RANGES | autoencoder.OPEN | {"attention": FLAG, "width": count(1, 2**16)}
+RANGES |= {"scale": number(1e-6, 1e6), "shift": number(-1e6, 1e6), "variational": FLAG, "divergence": WEIGHT}
 for_shape = tokenizer.for_shape
 
 

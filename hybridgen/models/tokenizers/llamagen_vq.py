@@ -16,14 +16,20 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from hybridgen.core.entries import WEIGHT
+from hybridgen.core.ranges import FLAG, count, share
 from hybridgen.models.contract import Shape
 from hybridgen.models.roles import tokenizer
 from hybridgen.models.tokenizers import gan_loss
+from hybridgen.nn import autoencoder
 from hybridgen.nn.autoencoder import Autoencoder
 from hybridgen.nn.quantizers import vq_gradient
 
 ROLE = "tokenizer"
 PARTS = ("perceptual",)
+RANGES = tokenizer.RANGES | gan_loss.RANGES | autoencoder.RANGES
+RANGES |= {"codebook_size": count(1, 2**24), "width": count(1, 2**16), "l2": FLAG}
+RANGES |= {"commitment": WEIGHT, "entropy": WEIGHT, "revive_below": share()}
 init, loss, merge, sample = tokenizer.init, tokenizer.loss, tokenizer.merge, tokenizer.sample
 encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.decode, tokenizer.for_shape
 SOFTNESS = 0.01  # temperature of the soft codes

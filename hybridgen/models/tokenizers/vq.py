@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from hybridgen.core.ranges import FLAG, count
 from hybridgen.models.contract import Shape
 from hybridgen.models.roles import tokenizer
 from hybridgen.models.tokenizers import gan_loss
@@ -24,6 +25,7 @@ from hybridgen.nn.quantizers import fsq
 
 ROLE = "tokenizer"
 PARTS = ("perceptual",)
+RANGES = tokenizer.RANGES | gan_loss.RANGES | {"patch": count(1, 2**12), "attention": FLAG, "local": FLAG}
 init, loss, merge, sample = tokenizer.init, tokenizer.loss, tokenizer.merge, tokenizer.sample
 encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.decode, tokenizer.for_shape
 

@@ -18,12 +18,13 @@ from flax.core import FrozenDict
 from hybridgen.models.contract import Shape
 from hybridgen.models.roles import tokenizer
 from hybridgen.models.tokenizers import gan_loss
-from hybridgen.nn import quantizers
+from hybridgen.nn import autoencoder, quantizers
 from hybridgen.nn.autoencoder import Autoencoder
 from hybridgen.nn.quantizers import vq_gradient
 
 ROLE = "tokenizer"
 PARTS = ("perceptual",)
+RANGES = tokenizer.RANGES | gan_loss.RANGES | autoencoder.OPEN
 init, loss, merge, sample = tokenizer.init, tokenizer.loss, tokenizer.merge, tokenizer.sample
 encode, embed, decode, for_shape = tokenizer.encode, tokenizer.embed, tokenizer.decode, tokenizer.for_shape
 
