@@ -12,13 +12,14 @@ is done in runs/importing.py.
 """
 
 import contextlib
+import sys
 from pathlib import Path
 
 from hybridgen.cli import command, make_parser
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import doing
 from hybridgen.runs.importing import read_config, write_official, write_run
-from hybridgen.weights import tables
+from hybridgen.weights import nesting, tables
 from hybridgen.weights.files import open_weights
 
 
@@ -71,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {count} tensors to {args.out}")
         return 0
     weights = open_weights(args.input)
+    if not len(weights):
+        raise UserError(f"{args.input} holds no tensors")
+    for root in nesting.empty_roots(weights.tensors, weights.other, source.about.roots):
+        print(f"warning: {args.input} has no tensors in {root!r}: others are converted", file=sys.stderr)
     config = read_config(source.about, args.config, args.input)
     beside = args.input if args.input.is_dir() else args.input.parent
     required = args.text is not None

@@ -62,8 +62,6 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     family, model, options = resolve(config, parts, text, source)
     fitting.check_sizes(family, model, parts, where)
     if source is not None:
-        if not getattr(source, "shapes", ()) and not sources.encoders(source):
-            fitting.check_data(family, model, parts, config.data.resolution)
         if config.sample.every:
             fitting.check_drawable(family, model, parts)
         fits_classes(config.data, source, classes_of(family, model, parts))

@@ -113,12 +113,14 @@ def _restored(folder: Path, changes: Mapping[str, Any], step: int | None) -> Loa
 
 
 def check_draws(loaded: Loaded) -> None:
-    """Raises UserError for a run that generates no images, or tokens that nothing makes images of."""
+    """Raises UserError for a run that generates no images, or without the parts or files that this takes."""
     kind = loaded.config.family
     if not loaded.draws:
         raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
     if loaded.plans and loaded.tokenizer is None:
         raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
+    if loaded.reads and loaded.text is None:
+        raise UserError(f"this {kind} run reads text, but has no text tokenizer (text.json): it cannot take prompts")
 
 
 def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:
