@@ -48,7 +48,7 @@ def stage(family: str, model: dict, data: dict, **changes) -> ConfigDict:
     config.mesh = ConfigDict({"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1})
     config.health = ConfigDict(HEALTH)
     config.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0})  # 0: none is kept forever
-    config.log = ConfigDict({"every": 50})
+    config.log = ConfigDict({"every": 50, "wandb": ""})  # steps; project of Weights & Biases to log to as well
     config.eval = ConfigDict({"every": 0, "batches": 4})
     config.sample = ConfigDict({"every": 0, "count": 16, "options": ConfigDict()})
     config.profile = ConfigDict({"start": 10, "steps": 0})

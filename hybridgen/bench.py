@@ -48,7 +48,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
-from hybridgen.cost import against, chips, hlo, programs, roofline
+from hybridgen.cost import against, chips, hlo, programs
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.reading import inference_params
 
@@ -74,7 +74,7 @@ def bench(built: programs.Programs, what: tuple[str, ...], runs: int, rival: boo
         "dtype": built.dtype,
         "parameters": trees.count(built.state["params"]),
         "load": os.getloadavg()[0],
-        "chip": chip and {"flops_per_s": roofline.peak_of(chip, built.dtype), "bytes_per_s": chip.bandwidth},
+        "chip": chip and {"flops_per_s": chip.peak(built.dtype), "bytes_per_s": chip.bandwidth},
     }
     print(headline(report), HEAD, sep="\n", flush=True)
     # compiled outside jax.set_mesh: a program compiled inside it would reject arrays of a single device

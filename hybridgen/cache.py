@@ -33,7 +33,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, meshes, placement
 from hybridgen.core.errors import UserError
-from hybridgen.core.progress import progress
+from hybridgen.core.progress import doing, progress
 from hybridgen.data import sources, transforms
 from hybridgen.data.prepare import write as write_lib
 from hybridgen.data.sources import records
@@ -187,7 +187,8 @@ def cache(runs: list[Run], data: Mapping | None, out: Path, options: Mapping, th
                 f"data.resolution is {data['resolution']}, but the {run.part.family} run reads images of size {size}"
             )
     for split in options["splits"]:
-        built = data_sources(data, split, options)
+        with doing(f"listing the records of {split}"):
+            built = data_sources(data, split, options)
         description, count = about(data, split, options, encoders, built[0]), len(built[0])
         if (out / split / records.INDEX).is_file():
             compare(out, split, description)
@@ -268,7 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     options |= {"splits": tuple(args.split.split(",")), "crop": _numbers(args.crop)}
     data = write_lib.data_of(config_lib.load(args.config, overrides), args.stage) if args.config else None
     distributed.start(args)
-    cache([load(find_run(run, None)) for run in args.run], data, args.out, checked(options), max(args.threads, 1))
+    with doing(f"loading {', '.join(args.run)}"):
+        runs = [load(find_run(run, None)) for run in args.run]
+    cache(runs, data, args.out, checked(options), max(args.threads, 1))
     return 0
 
 

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hybridgen import __version__
-from hybridgen.core import hostmemory, importing, quiet
+from hybridgen.core import hostmemory, importing, progress, quiet
 from hybridgen.core.errors import PeerError, StorageError, UserError
 
 COMMANDS = {
@@ -44,9 +45,18 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
         raise UserError(f"{message} (see {called} --help)")
 
     parser.error = error
+    progress.show(True)  # this command's parser, not that of an earlier one in the same process, says otherwise
+    parser.add_argument("--quiet", action=Quiet, nargs=0, help="print no progress: only results, warnings and errors")
     if name in WITH_RUNS:
         importing.add_argument(parser)
     return parser
+
+
+class Quiet(argparse.Action):
+    """The option `--quiet`."""
+
+    def __call__(self, *_: object) -> None:
+        progress.show(False)
 
 
 def a_path(text: str) -> Path:
@@ -68,6 +78,8 @@ def command(main: Callable[[], int]) -> NoReturn:
     """Runs a command's `main` and exits with its code; a UserError prints one line on stderr and exits with code 2."""
     hostmemory.keep()
     own_cache()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a caption need not fit into the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     quiet.failed_saves()
     try:
         sys.exit(main())  # also the normal end of each of several processes

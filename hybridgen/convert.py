@@ -12,12 +12,14 @@ is done in runs/importing.py.
 """
 
 import contextlib
+import sys
 from pathlib import Path
 
 from hybridgen.cli import command, make_parser
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import doing
 from hybridgen.runs.importing import read_config, write_official, write_run
-from hybridgen.weights import tables
+from hybridgen.weights import nesting, tables
 from hybridgen.weights.files import open_weights
 
 
@@ -65,14 +67,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("three arguments are needed: SOURCE INPUT OUT")
     source = tables.find(args.source)
     if args.export:
-        count = write_official(source, args.input, args.config, args.out)
+        with doing(f"exporting {args.input} to {args.out}"):
+            count = write_official(source, args.input, args.config, args.out)
         print(f"wrote {count} tensors to {args.out}")
         return 0
     weights = open_weights(args.input)
+    if not len(weights):
+        raise UserError(f"{args.input} holds no tensors")
+    for root in nesting.empty_roots(weights.tensors, weights.other, source.about.roots):
+        print(f"warning: {args.input} has no tensors in {root!r}: others are converted", file=sys.stderr)
     config = read_config(source.about, args.config, args.input)
     beside = args.input if args.input.is_dir() else args.input.parent
     required = args.text is not None
-    count = write_run(args.out, source, config, weights, named_runs(args.part), args.text or beside, required)
+    with doing(f"converting {args.input} to {args.out}"):
+        count = write_run(args.out, source, config, weights, named_runs(args.part), args.text or beside, required)
     print(f"wrote {count:,} parameters to {args.out}")
     return 0
 

@@ -46,6 +46,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import doing
 from hybridgen.cost import chips, hlo, programs, roofline, suggest, topology
 from hybridgen.runs import folder
 
@@ -83,9 +84,11 @@ def preflight(
         "capacity": room,
     }
     print(headline(report), HEAD, sep="\n", flush=True)
-    chip = chips.of(mesh.devices.flat[0])
+    with doing("measuring this device"):
+        chip = chips.of(mesh.devices.flat[0])
     for name in what:
-        entry = attempt(built, name, chip, room, options)
+        with doing(f"compiling the program {name!r}"):
+            entry = attempt(built, name, chip, room, options)
         report[name] = entry
         print(line(name, entry), *details(entry), sep="\n", flush=True)
     report["fits"] = all(report[name]["fits"] for name in what)
@@ -213,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--slices {args.slices} must be at least 1, and more than 1 needs --topology")
     if args.topology is not None:
         jax.config.update("jax_platforms", "cpu")  # the target's devices are not on this machine
-        devices, room = topology.describe(args.topology, args.slices)
+        with doing(f"describing the topology {args.topology}"):
+            devices, room = topology.describe(args.topology, args.slices)
     else:
         devices, room = None, capacity()
     hurry = devices is not None and devices[0].platform == "tpu" and not args.exact
@@ -225,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
 
         report = suggest.search(args, overrides, devices, room, trial)
     else:
-        built = programs.load(args, overrides, devices, {"mesh.dcn": args.slices} if args.slices > 1 else None)
+        with doing(f"building the programs of {args.config}"):
+            built = programs.load(args, overrides, devices, {"mesh.dcn": args.slices} if args.slices > 1 else None)
         report = preflight(built, built.names(args.what), room, options)
     report = {"config": args.config, "topology": args.topology, "slices": args.slices} | report
     if json:

@@ -30,7 +30,7 @@ from typing import Any
 from hybridgen import cache, evaluate, train
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import config as config_lib
-from hybridgen.core import distributed
+from hybridgen.core import distributed, progress
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.reports import distances, points
@@ -53,7 +53,8 @@ def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
     started = time.monotonic()
     for number, name in enumerate(config.order, 1):
         stage, place = placed(config.stages[name], folder / name), folder / name
-        print(f"[{number}/{len(config.order)}] {name} (after {time.monotonic() - started:.0f} s)", flush=True)
+        if progress.shown():
+            print(f"[{number}/{len(config.order)}] {name} (after {time.monotonic() - started:.0f} s)", flush=True)
         if "evaluate" in stage:
             measure(stage, place)
         elif "cache" in stage:
@@ -62,7 +63,8 @@ def run(config: Any, folder: Path, allow: tuple[str, ...] = ()) -> bool:
             points.stage(stage, place)
         elif not train.run(stage, place, allow=allow, label=name):
             return False
-    print(f"done in {time.monotonic() - started:.0f} s")
+    if progress.shown():
+        print(f"done in {time.monotonic() - started:.0f} s")
     return True
 
 

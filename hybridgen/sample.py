@@ -23,6 +23,7 @@ from hybridgen.core import distributed, meshes
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
 from hybridgen.data import transforms
+from hybridgen.data.files import read_text
 from hybridgen.evals import png
 from hybridgen.evals.finite import finite, marked, message
 from hybridgen.evals.sheet import sheet
@@ -150,11 +151,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
     if args.prompts:
         if not args.prompts.is_file():
             raise UserError(f"--prompts: no such file {str(args.prompts)!r}")
-        try:
-            text = args.prompts.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts: cannot read {args.prompts}: {error}") from None
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        prompts += [line.strip() for line in read_text(args.prompts).split("\n") if line.strip()]
         if not prompts:
             raise UserError(f"--prompts {args.prompts} has no prompts: write one per line")
     if not prompts and not args.label:

@@ -26,8 +26,9 @@ import optax
 
 from hybridgen.cli import a_path, command, make_parser
 from hybridgen.core import config as config_lib
-from hybridgen.core import distributed, rng, sharding, trees
+from hybridgen.core import distributed, rng, trees
 from hybridgen.core.errors import UserError
+from hybridgen.cost import steps as step_costs
 from hybridgen.data import sources
 from hybridgen.models import contract
 from hybridgen.models.contract import for_shape
@@ -37,7 +38,7 @@ from hybridgen.runs.drawing import sample_grid
 from hybridgen.runs.experiment import Experiment, build
 from hybridgen.runs.reading import inference_params
 from hybridgen.training import batches as batch_stream
-from hybridgen.training import logging, optim, profiling, resume, rollback
+from hybridgen.training import console, gradients, logging, optim, profiling, resume, rollback
 from hybridgen.training import state as state_lib
 from hybridgen.training.shapes import shaped
 from hybridgen.training.watchdog import Watchdog
@@ -87,7 +88,7 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
         scaled = jax.tree.map(lambda x: x * weight, aux["metrics"] | {"loss": loss})
         return loss * weight, (weight, scaled, aux["extra"])
 
-    grads, (weight, sums, extra_sums) = accumulate(weighted_loss, trainable, batch, rule.accumulate)
+    grads, (weight, sums, extra_sums) = gradients.accumulate(weighted_loss, trainable, batch, rule.accumulate)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-9).astype(g.dtype), grads)
     report = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), sums)
     report["gradient_norm"] = optax.tree.norm(grads)
@@ -109,23 +110,6 @@ def train_step(rule: Rule, state: dict, batch: dict, parts: Any) -> tuple[dict, 
     new = jax.tree.map(functools.partial(jnp.where, good), apply(old), old)
     report |= {name: health[name].astype(jnp.float32) for name in ("skipped", "streak")}
     return new | {"step": state["step"] + 1, "health": health}, report
-
-
-def accumulate(weighted_loss: Any, trainable: Any, batch: dict, parts: int) -> tuple[Any, Any]:
-    """Gradient and sums of `weighted_loss` over `parts` microbatches, each of every `parts`-th row."""
-    gradient = jax.grad(weighted_loss, has_aux=True)
-    if parts == 1:
-        return gradient(trainable, batch)
-    # strided, so that every device has rows of each microbatch
-    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    micro = jax.tree.map(lambda x: sharding.shard(x, None, "batch", *(None,) * (x.ndim - 2)), micro)
-    first = jax.tree.map(lambda x: x[0], micro)
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradient, trainable, first))
-
-    def add(total: Any, batch: dict) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(trainable, batch)), None
-
-    return jax.lax.scan(add, start, micro)[0]
 
 
 def check(loss: jax.Array, norm: jax.Array, health: dict, spike: float) -> tuple[jax.Array, dict]:
@@ -185,6 +169,8 @@ class Job(NamedTuple):
     state_at: Callable  # step of a checkpoint, or None for the start -> state
     saved: checkpoint.Checkpointer
     writer: logging.Writer
+    compile: Callable  # (state, batch, parts): compiles the step
+    work: Callable  # batch -> what a step on it does, for the rates in the log
     grid: Callable | None  # (params, extra) -> image of a sample grid
     skipped: list  # intervals [first, end) of batches that are skipped
     watchdog: Watchdog
@@ -197,6 +183,11 @@ class Job(NamedTuple):
         with self.writer.time(what):
             yield
 
+    def ready(self, step: int, state: dict, batch: dict) -> None:
+        """Compiles the training step."""
+        with self.doing(step, "compile"), self.writer.waiting(step, "compiling the training step", first=0):
+            self.compile(state, batch, self.experiment.parts)
+
 
 LAG = 2  # steps in flight: the loop reads the report of a step this many steps later
 
@@ -207,6 +198,7 @@ def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
     agreement = distributed.Agreement(job.experiment.mesh)
     step = entered = start  # the loop does not evaluate or save at the step where it starts or to which it jumps
     flight, stop = collections.deque(), False  # steps whose reports have not been read yet
+    compiled = False
 
     def due(every: int) -> bool:
         return bool(every) and step > entered and (step % every == 0 or step == config.steps)
@@ -221,10 +213,11 @@ def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
             # evaluating, saving and returning wait for the step anyway: read all reports first, so that none is undone
             bad_at = None
             while bad_at is None and len(flight) > (0 if last or stop or saves or looks or beyond else LAG):
-                behind, streak, stopping = flight.popleft()
+                behind, report, stopping = flight.popleft()
                 with job.doing(step, "step"):  # waits for that step, so that at most LAG are in flight
-                    bad_at = behind if int(streak) >= config.health.streak else None
+                    bad_at = behind if int(report["streak"]) >= config.health.streak else None
                     stop = stop or bool(stopping)
+                    job.writer.ended(behind, report)
             if bad_at is not None:
                 del state
                 state, step = rollback.roll_back(job, bad_at)
@@ -239,17 +232,23 @@ def train_loop(job: Job, state: dict, start: int) -> tuple[dict, bool]:
             if last or stop:
                 return state, stop and not last
             if beyond:
-                state, step = job.jump(state, jnp.int32(beyond)), beyond
+                with job.doing(step, "skip"):
+                    state, step = job.jump(state, jnp.int32(beyond)), beyond
                 entered = step
                 continue
 
-            window.at(step, state["step"])
+            with job.doing(step, "profile") if config.profile.steps else contextlib.nullcontext():
+                window.at(step, state["step"])
             with job.doing(step, "data"):
                 batch = feed.at(step)
+            if not compiled:
+                job.ready(step, state, batch)
+                compiled = True
             with job.doing(step, "step"):
                 state, report = job.step(state, batch, job.experiment.parts)
                 step += 1
-                flight.append((step, report["streak"], agreement.most_of(int(job.signals.requested))))
+                flight.append((step, report, agreement.most_of(int(job.signals.requested))))
+                job.writer.count(step, job.work(batch))
                 job.writer.step(step, report)
 
 
@@ -257,10 +256,10 @@ def look(job: Job, state: dict, step: int, due: Callable[[int], bool]) -> None:
     """Evaluates and writes a sample grid, if due."""
     config, writer = job.experiment.config, job.writer
     if due(config.eval.every):
-        with job.doing(step, "eval"):
+        with job.doing(step, "eval"), writer.waiting(step, "evaluating"):
             writer.scalars(step, {f"eval/{name}": value for name, value in job.evaluate(state).items()})
     if job.grid and due(config.sample.every):
-        with job.doing(step, "sample"):
+        with job.doing(step, "sample"), writer.waiting(step, "generating samples"):
             params = inference_params(state["params"], state["ema"])
             writer.image(step, "samples", job.grid(params, state["extra"]))
 
@@ -299,24 +298,26 @@ def prepare(
         if start is not None:
             saved.check_fingerprint(start, allow=allow)
         read, put = batch_stream.reader(experiment)
-        rule, step, abstract, make = program(experiment, specs_of(next(read(source, 0)), config.batch))
+        specs = batch_stream.specs_of(next(read(source, 0)), config.batch)
+        rule, step, abstract, make = program(experiment, specs)
         places = jax.tree.map(lambda s: s.sharding, abstract)
         grid = sample_grid(experiment, config.sample.count) if config.sample.every else None
-
         state_at = functools.partial(resume.beginning, experiment, folder, saved, rule.which, abstract, make, timer)
         if jax.process_index() == 0:  # only after all checks above
             run_folder.write_json(folder / "config.json", resolved)
             if experiment.text is not None:
                 run_folder.write_json(folder / "text.json", experiment.text.to_json())
         state = state_at(start)
-        options = {"start_step": start or 0, "total_steps": config.steps, "batch": config.batch}
-        writer = logging.Writer(folder, every=config.log.every, label=label, timer=timer, **options)
+        power = step_costs.peak(config.model, experiment.mesh.devices)
+        writer = logging.opened(experiment, folder, start or 0, label, timer, resolved, power)
         if hasattr(source, "summary"):
             writer.line(f"{label}: data: {source.summary()}")
-        programs = step, jax.jit(functools.partial(eval_step, rule))
+        shapes = source.occurring(config.batch, True) if rule.shaped else None
+        work = step_costs.counted(rule, abstract, specs, experiment, shapes, power > 0)
         beat = functools.partial(watchdog.beat, start or 0, "compile")
-        step, evaluate = shaped(config, source, programs, beat, writer.line)
+        programs = shaped(config, source, (step, jax.jit(functools.partial(eval_step, rule))), beat, writer.line)
         undo.pop_all()
+    step, evaluate, compile_step = programs
     job = Job(
         experiment,
         step,
@@ -326,17 +327,14 @@ def prepare(
         state_at,
         saved,
         writer,
+        compile_step,
+        lambda batch: work[rule.shape(batch)],
         grid,
         skipped,
         watchdog,
         signals,
     )
     return job, state, start or 0
-
-
-def specs_of(batch: dict, rows: int) -> dict:
-    """ShapeDtypeStructs of the global batch, from one host's rows of it."""
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items() if name != "broken"}
 
 
 def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = "train") -> bool:
@@ -349,7 +347,8 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
     run_folder.make(folder)
     watchdog = Watchdog(config.health.hang)
     with run_folder.lock(folder), run_folder.Signals() as signals, watchdog:
-        job, state, start = prepare(config, folder, allow, timer, label, watchdog, signals)
+        with console.Console().waiting(f"{label}: preparing {config.family} in {folder}", first=0):
+            job, state, start = prepare(config, folder, allow, timer, label, watchdog, signals)
         job.writer.line(
             f"{label}: {config.family}, {trees.count(state['params']):,} parameters, "
             f"mesh {dict(job.experiment.mesh.shape)}, steps {start} to {config.steps}, folder {folder}"

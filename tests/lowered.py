@@ -29,7 +29,7 @@ from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
 from hybridgen.runs import importing
-from hybridgen.weights import tables
+from hybridgen.weights import nesting, tables
 from hybridgen.weights.files import open_weights
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def of_golden(name: str) -> Iterator[tuple[str, str]]:
     """(name, text) of the programs of a recorded system."""
     folder = GOLDEN / name
     source = tables.find(name)
-    weights = tables.rooted(open_weights(folder / "weights.safetensors"), source.about.roots)
+    weights = nesting.model_tensors(open_weights(folder / "weights.safetensors"), source.about.roots)
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     plan = source.plan(json.loads((folder / "config.json").read_text()), shapes)
     goal = importing.target(plan)

@@ -27,9 +27,10 @@ def save(folder: Path, family: str, model: dict, parts: dict, seed: int, options
     now, average = (tiny.filled(built.family, built.model, specs, built.parts, number) for number in (seed, seed + 90))
     arrays = {"params": now.get("params", {}), "ema": average.get("params", {}), "extra": now["extra"]}
     run_folder.make(folder)
-    with checkpoint.Checkpointer(folder / "checkpoints") as saved:
+    resolved, fingerprint = resume.described(config, built, source)
+    with checkpoint.Checkpointer(folder / "checkpoints", fingerprint=fingerprint) as saved:
         saved.save(STEP, arrays, meta={"parts": built.digests})
-    run_folder.write_json(folder / "config.json", resume.described(config, built, source)[0])
+    run_folder.write_json(folder / "config.json", resolved)
     if built.text:
         run_folder.write_json(folder / "text.json", built.text.to_json())
     return folder

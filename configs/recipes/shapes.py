@@ -49,6 +49,7 @@ def _cpu(tokenizer, prior, decoder, cascade):
         stage.optim.kind = "muon"
         # relations are learned last, and only from images with two objects: with three in four, after half the steps
         stage.data.options.objects = (1, 2, 2, 2)
+    cascade.data.options.objects = (1, 2)
     # with local tokens a prior can combine objects that it learned separately; with global ones it learns each pair
     tokenizer.model.local = True
     tokenizer.model.quantizer.update(entropy=0.02, fill=0.72)

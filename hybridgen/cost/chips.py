@@ -26,6 +26,10 @@ class Chip(NamedTuple):
     link: float | None  # to the neighbours along one axis, both directions together; GPUs: NVLink, outgoing
     network: float | None  # out of a slice or node, per device
 
+    def peak(self, dtype: str) -> float:
+        """FLOP/s in a compute dtype."""
+        return self.bfloat16 if dtype == "bfloat16" else self.float32
+
 
 CHIPS = {
     "v2": Chip(("TPU v2",), 2, 7.48 * GIB, 23e12, 23e12, 350e9, 62e9, 3.1e9),

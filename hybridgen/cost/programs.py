@@ -19,7 +19,7 @@ import numpy as np
 from hybridgen.core import config as config_lib
 from hybridgen.core import meshes, placement, rng, trees
 from hybridgen.core.errors import UserError
-from hybridgen.cost import flops
+from hybridgen.cost import flops, steps
 from hybridgen.data import pipeline, sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources.buckets import largest
@@ -30,7 +30,8 @@ from hybridgen.runs.experiment import Experiment, context, part_shardings, read_
 from hybridgen.runs.reading import Run, find_run, inference_params
 from hybridgen.runs.reading import load as load_run
 from hybridgen.sampling import guidance
-from hybridgen.train import Rule, program, specs_of
+from hybridgen.train import Rule, program
+from hybridgen.training.batches import specs_of
 
 WHAT = ("train", "sample")
 # part: the batch entry that may replace its encoding
@@ -90,15 +91,7 @@ class Programs(NamedTuple):
 
     def objective(self) -> tuple[Callable, tuple]:
         """(the loss as a function of the trainable parameters and other arguments, these arguments, abstract)."""
-        rule, (state, batch, parts) = self.rule, self.train_arguments()
-        trainable, frozen = rule.which.split(state["params"])
-        model, parts = rule.fitted(batch, parts)
-
-        def loss(trainable: Any, frozen: Any, batch: dict, parts: Any, extra: Any, step: Any) -> Any:
-            options = {"parts": parts, "extra": extra, "step": step, "train": True}
-            return rule.family.loss(model, trees.join(trainable, frozen), batch, jax.random.key(0), **options)[0]
-
-        return loss, (trainable, frozen, batch, parts, state["extra"], state["step"])
+        return steps.objective(self.rule, *self.train_arguments())
 
     def train_flops(self) -> tuple[dict[str, float], float]:
         """(FLOPs of a training step over all devices, by kind; FLOPs that remat computes again)."""
@@ -113,7 +106,7 @@ class Programs(NamedTuple):
     @property
     def dtype(self) -> str:
         """The compute dtype of the model."""
-        return next(iter(options_named(self.experiment.config.model, "dtype").values()), "float32")
+        return steps.dtype_of(self.experiment.config.model)
 
     @property
     def trains(self) -> bool:
@@ -166,15 +159,6 @@ def choose(config: Any, stage: str | None) -> tuple[Any, Mapping]:
         given = f"it has no {stage!r}{config_lib.hint(stage, known)}" if stage else "choose one with --stage"
         raise UserError(f"--stage: this config is a recipe with the stages {', '.join(known)}: {given}")
     return stages[stage], stages
-
-
-def options_named(model: Mapping, name: str, path: str = "model") -> dict[str, Any]:
-    """{dotted path: value} of an option of a model and of the members of a cascade."""
-    found = {f"{path}.{name}": model[name]} if name in model else {}
-    for key, value in model.items():
-        if hasattr(value, "items"):
-            found |= options_named(value, name, f"{path}.{key}")
-    return found
 
 
 def bytes_each(tree: Any) -> int:

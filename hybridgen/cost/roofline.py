@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from hybridgen.cost import programs
+from hybridgen.cost import programs, steps
 from hybridgen.cost.chips import Chip
 
 GIB = 2**30
@@ -35,7 +35,7 @@ def roofline(
     flops, again: of all devices, without remat and recomputed by it; memory: bytes per device; images: per step or
     call, of `tokens` each.
     """
-    peak, devices = peak_of(chip, dtype), mesh.devices.size
+    peak, devices = chip.peak(dtype), mesh.devices.size
     times = {
         "compute": (flops + again) / devices / peak,
         "memory": memory / chip.bandwidth,
@@ -53,11 +53,6 @@ def roofline(
         "tokens_per_s": each * tokens,
         "mfu": flops / devices / peak / times[limit],
     }
-
-
-def peak_of(chip: Chip, dtype: str) -> float:
-    """The chip's FLOP/s in a compute dtype."""
-    return chip.bfloat16 if dtype == "bfloat16" else chip.float32
 
 
 def seconds(chip: Chip, mesh: jax.sharding.Mesh, entry: dict) -> float:
@@ -107,7 +102,7 @@ def changes(built: programs.Programs, name: str, entry: dict, room: float) -> li
         if count > ways:
             out.append(f"--count {max(count // 2, ways)} (instead of {count} images per call)")
         return out
-    for path, policy in programs.options_named(config.model, "remat").items():
+    for path, policy in steps.options_named(config.model, "remat").items():
         if policy != "full":
             out.append(f"--config.{path}=full (instead of {policy}, which keeps activations)")
     ways = math.prod(mesh.shape[axis] for axis in ("dcn", "data", "fsdp"))

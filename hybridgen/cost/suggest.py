@@ -19,7 +19,8 @@ import jax
 
 from hybridgen.core import meshes, sharding, trees
 from hybridgen.core.errors import UserError
-from hybridgen.cost import chips, programs, roofline
+from hybridgen.core.progress import doing
+from hybridgen.cost import chips, programs, roofline, steps
 
 POLICIES = ("none", "dots", "full")  # of nn.stack, in decreasing order of kept activations
 FACTORS = (0.25, 0.5, 1, 2, 4)  # multiples of the config's batch
@@ -56,12 +57,14 @@ def search(args: Namespace, overrides: Any, devices: Any, room: float | None, at
     Raises UserError if `room` is None.
     """
     devices = list(jax.devices() if devices is None else devices)
-    chip = chips.of(devices[0])
+    with doing("measuring this device"):
+        chip = chips.of(devices[0])
     if room is None:
         raise UserError("--suggest: the memory of this device is unknown: give a --topology")
     policies = dict(_policies(args, overrides, devices))
     batch_size = programs.chosen(args, overrides)[0].batch
-    ranked = sorted(_candidates(policies, batch_size, devices, chip, args.slices), key=lambda one: -one.rate)
+    with doing("estimating combinations of mesh, remat and batch"):
+        ranked = sorted(_candidates(policies, batch_size, devices, chip, args.slices), key=lambda one: -one.rate)
     where = f"{len(devices)} x {devices[0].device_kind}"
     title = f"estimated {len(ranked)} combinations of mesh, remat and batch on {where}"
     print(title, HEAD, sep="\n", flush=True)
@@ -74,8 +77,10 @@ def search(args: Namespace, overrides: Any, devices: Any, room: float | None, at
         if one.memory * scale[one.policy] > 1.05 * room or where in over:
             continue
         changes = policies[one.policy].changes | {f"mesh.{axis}": size for axis, size in one.mesh.items()}
-        built = programs.load(args, overrides, devices, changes | {"batch": one.batch, "accumulate": 1})
-        entry = attempt(built, chip)
+        number = f"combination {len(found) + 1} of at most {COMPILED}"
+        with doing(f"compiling {number}: {_mesh(one.mesh)}, remat {one.policy}, batch {one.batch}"):
+            built = programs.load(args, overrides, devices, changes | {"batch": one.batch, "accumulate": 1})
+            entry = attempt(built, chip)
         found.append(_described(one, entry, args.stage, changes | {"batch": one.batch}))
         if entry["memory"]:
             scale[one.policy] = entry["memory"]["peak"] / one.memory
@@ -101,20 +106,25 @@ def _policies(args: Namespace, overrides: Any, devices: list) -> Iterator[tuple[
     whole = {"mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1, "accumulate": 1}
     whole |= {"mesh.dcn": args.slices, "batch": ROWS * len(devices)}
     config, _ = programs.chosen(args, overrides)
-    paths = programs.options_named(config.model, "remat")
+    paths = steps.options_named(config.model, "remat")
     for name in POLICIES if paths else POLICIES[:1]:
         changes = dict.fromkeys(paths, name)
-        built = programs.load(args, overrides, devices, whole | changes)
-        built.names(("train",))
-        loss, (trainable, *rest) = built.objective()
-        count, again = built.train_flops()
-        batch = ROWS * len(devices)
-        kept = sum(
-            leaf.size * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(_backward, loss), trainable, *rest))
-            if any(side and side % batch == 0 for side in leaf.shape)
-        )
-        yield name, Policy(changes, kept / batch, sum(count.values()) / batch, again / batch, built)
+        with doing(f"tracing the training step with remat {name}"):
+            policy = _traced(programs.load(args, overrides, devices, whole | changes), changes, ROWS * len(devices))
+        yield name, policy
+
+
+def _traced(built: programs.Programs, changes: dict[str, str], batch: int) -> Policy:
+    """The policy of programs that were built with `changes`."""
+    built.names(("train",))
+    loss, (trainable, *rest) = built.objective()
+    count, again = built.train_flops()
+    kept = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(_backward, loss), trainable, *rest))
+        if any(side and side % batch == 0 for side in leaf.shape)
+    )
+    return Policy(changes, kept / batch, sum(count.values()) / batch, again / batch, built)
 
 
 def _backward(loss: Callable, trainable: Any, *rest: Any) -> Callable:
@@ -128,7 +138,7 @@ def _candidates(
     """Every valid combination of mesh, remat policy and batch (from a quarter to four times `batch_size`)."""
     base = next(iter(policies.values())).built
     config, inner = base.experiment.config, len(devices) // slices
-    heads = math.gcd(*programs.options_named(config.model, "heads").values())
+    heads = math.gcd(*steps.options_named(config.model, "heads").values())
     powers = [2**i for i in range(inner.bit_length()) if inner % 2**i == 0]
     for fsdp, tensor in itertools.product(powers, (1, 2, 4, 8)):
         if inner % (fsdp * tensor) or heads % tensor:
@@ -161,7 +171,7 @@ def _estimate(
     state = params * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / (4 * total)
     rows = batch * tensor / mesh.devices.size
     all_kept, least = (policies[name].kept for name in ("none", next(reversed(policies))))
-    depth = max(programs.options_named(built.experiment.config.model, "depth").values(), default=1)
+    depth = max(steps.options_named(built.experiment.config.model, "depth").values(), default=1)
     block = all_kept / depth if policy.again else 0.0
     kept = rows * (policy.kept if policy.kept == least else policy.kept / tensor) + rows * block / tensor
     memory = state + params + kept + programs.bytes_each(built.experiment.parts)
@@ -172,7 +182,7 @@ def _estimate(
     size |= {"tensor": 4 * turns * rows * least * (tensor > 1), "dcn": 2 * params * width / 4 * (mesh.shape["dcn"] > 1)}
     rates = {axis: roofline.rate_of(chip, mesh, axis) for axis in size}
     times = (
-        (policy.flops + policy.again) * batch / mesh.devices.size / roofline.peak_of(chip, built.dtype),
+        (policy.flops + policy.again) * batch / mesh.devices.size / chip.peak(built.dtype),
         (2 * state + 2 * params + turns * weights + 4 * rows * all_kept / tensor) / chip.bandwidth,
         sum(size[axis] / rate for axis, rate in rates.items() if rate),
     )
@@ -197,8 +207,12 @@ def _described(one: Candidate, entry: dict, stage: str | None, changes: dict[str
 HEAD = "mesh                          remat    batch    images/s/device      MFU  limit      memory"
 
 
+def _mesh(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
 def _line(entry: dict) -> str:
-    mesh = ", ".join(f"{axis} {size}" for axis, size in entry["mesh"].items()) or "one device"
+    mesh = _mesh(entry["mesh"])
     rate = programs.human(entry["images_per_s"]) if entry["images_per_s"] else "-"
     share = f"{entry['mfu']:.0%}" if entry["mfu"] else "-"
     verdict = f"{'spare' if entry['fits'] else 'over'} {abs(entry['spare']) / GIB:.2f} GiB"

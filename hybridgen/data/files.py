@@ -1,5 +1,6 @@
-"""Reading JSON files with a size limit, and writing folders atomically."""
+"""Reading text and JSON files with a size limit, and writing folders atomically."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -14,8 +15,34 @@ from hybridgen.data import storage
 MAX_FILE = 2**26  # bytes
 
 
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, with or without a byte-order mark, or in UTF-16 with one, as editors of Windows write it.
+
+    Raises UnicodeDecodeError for other data.
+    """
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """A text file that a user gives, with "\\n" between lines. UserError if it is missing, not text or too large."""
+    try:
+        return decoded(_read(path)).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8: {error}") from None
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError if it is missing, damaged or too large."""
+    try:
+        return json.loads(decoded(_read(path)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON: {str(error)[:100]}") from None
+
+
+def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
@@ -25,10 +52,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if len(data) > MAX_FILE:
         raise UserError(f"{path} has more than {MAX_FILE} bytes")
-    try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {str(error)[:100]}") from None
+    return data
 
 
 @contextlib.contextmanager

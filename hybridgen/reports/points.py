@@ -88,7 +88,7 @@ def _size(point: Mapping) -> tuple:
 def last_evaluation(run: Path) -> dict[str, Any]:
     """The last evaluation in a run's log, with its step. Raises UserError if there is none."""
     log = run / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     for line in reversed([json.loads(line) for line in lines if '"eval/' in line]):
         return {name: value if name == "step" else float(value) for name, value in line.items()}
     raise UserError(f"{run} has logged no evaluation yet")

@@ -8,6 +8,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data.sources.reading import read
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, find, sides
+from hybridgen.runs import fitting
 
 OF_TOKENIZER = {"vocab": "codes", "grid": "a grid of", "plan_width": "codes of the width"}
 
@@ -71,7 +72,8 @@ def _check_shape(
         return  # cached latents, whose shape the batch has
     if "decoder" in roles and "autoencoder" in parts:
         auto = parts["autoencoder"].model
-        shape, what, channels = auto.grid, "latents of the part 'autoencoder'", auto.code_width
+        shape = fitting.latents(parts["autoencoder"], shape)
+        what, channels = "latents of the part 'autoencoder'", auto.code_width
     if "decoder" in roles and given.get("channels", channels) != channels:
         raise UserError(f"{where}.channels is {given['channels']}, but {what} have {channels}: set it to {channels}")
     if given.get("resolution") and _plain(sides(given["resolution"])) != _plain(shape):

@@ -322,18 +322,19 @@ class Checkpointer:
 
     def meta(self, step: int) -> dict:
         """The `meta` that was saved with a step."""
-        return self._about(step)["meta"]
+        return self.about(step)["meta"]
 
     def check_fingerprint(self, step: int, allow: Collection[str] = ()) -> None:
         """Raises UserError if a step's fingerprint differs from this run's in other keys than `allow`; names them."""
-        fingerprint_lib.check_fingerprint(self._about(step)["fingerprint"], self.fingerprint, allow)
+        fingerprint_lib.check_fingerprint(self.about(step)["fingerprint"], self.fingerprint, allow)
 
     def check_model(self, step: int, config: Mapping) -> None:
         """Raises UserError if the config's model differs from the one that the step was saved with; names the keys."""
-        if saved := self._about(step)["fingerprint"].get("config"):
+        if saved := self.about(step)["fingerprint"].get("config"):
             fingerprint_lib.check_model(f"checkpoint {self._folder(step)}", saved, config)
 
-    def _about(self, step: int) -> dict:
+    def about(self, step: int) -> dict:
+        """The fingerprint, the `meta` and the flag `sound` of a step, with current options."""
         self._check(step)
         about = run_folder.read_json(self._folder(step) / "about" / "metadata")
         config = about["fingerprint"].get("config", {})

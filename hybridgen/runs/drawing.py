@@ -21,6 +21,7 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import importing, meshes, numbers, placement, rng
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources
+from hybridgen.data.text.prompts import without_mark
 from hybridgen.evals.sheet import sheet
 from hybridgen.models import contract
 from hybridgen.models.contract import Option, Part, Shape, find, for_shape
@@ -207,7 +208,7 @@ def key_data(seed: int, ids: np.ndarray) -> np.ndarray:
 
 def text_cond(text: Any, prompts: list[str]) -> dict[str, np.ndarray]:
     """Prompts as model input. Raises UserError for a prompt that is empty or too long or has unknown words."""
-    ids, masks = zip(*(text.encode(prompt, strict=True) for prompt in prompts), strict=True)
+    ids, masks = zip(*(text.encode(without_mark(prompt), strict=True) for prompt in prompts), strict=True)
     return {"text": np.stack(ids), "text_mask": np.stack(masks)}
 
 

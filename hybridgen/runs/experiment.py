@@ -62,8 +62,6 @@ def build(config: Any, folder: Path | None = None, source: Any = None, text: Any
     family, model, options = resolve(config, parts, text, source)
     fitting.check_sizes(family, model, parts, where)
     if source is not None:
-        if not getattr(source, "shapes", ()) and not sources.encoders(source):
-            fitting.check_data(family, model, parts, config.data.resolution)
         if config.sample.every:
             fitting.check_drawable(family, model, parts)
         fits_classes(config.data, source, classes_of(family, model, parts))
@@ -157,9 +155,10 @@ def trained_alike(config: Any, runs: Mapping[str, Run]) -> None:
 
 
 def _options(data: Any) -> dict[str, Any]:
-    """The options of a data source as in a file; a folder may move."""
+    """The options of a data source as in a file; a folder may move, and repeated values only change how often."""
     options = config_lib.flatten(config_lib.plain(data.get("options", {})))
-    return {f"data.options.{key}": value for key, value in options.items() if key.split(".")[-1] != "path"}
+    named = {f"data.options.{key}": value for key, value in options.items() if key.split(".")[-1] != "path"}
+    return {key: list(dict.fromkeys(value)) if isinstance(value, list) else value for key, value in named.items()}
 
 
 def place(parts: Mapping[str, Part], mesh: Mesh) -> dict[str, Part]:

@@ -23,6 +23,12 @@ def check_model(what: str, saved: Mapping, config: Mapping) -> None:
         raise UserError(f"{what} has another config: {'; '.join(differ.values())}")
 
 
+def text_digest(about: Mapping) -> str | None:
+    """The digest of the text tokenizer that a checkpoint was saved with; None if it had none or does not say it."""
+    text = about["fingerprint"].get("data", {}).get("text")
+    return text.get("digest") if text else about["meta"].get("text")
+
+
 def _differences(old: Mapping, new: Mapping, allow: Collection[str] = ()) -> dict[str, str]:
     """{dotted key: a description of the difference}."""
     was, now = _dotted(old), _dotted(json.loads(json.dumps(new)))  # through JSON, which turns tuples into lists

@@ -93,20 +93,6 @@ def latents(auto: Part, shape: Shape) -> Shape | str:
         return tuple(auto.model.grid)
 
 
-def check_data(family: ModuleType, model: Any, parts: Mapping[str, Part], resolution: int | Shape) -> None:
-    """Raises UserError for a decoder that is not of the size of the data's images, or of their latents."""
-    if "decoder" not in contract.roles(family):
-        return
-    shape, auto = sides(resolution), parts.get("autoencoder")
-    target = latents(auto, shape) if auto else shape
-    if tuple(model.shape) != tuple(target):
-        what = "the autoencoder's latents of them have" if auto else "they have"
-        raise UserError(
-            f"model.resolution is {_shown(model.shape)}, but for images of data.resolution {_shown(shape)} {what} "
-            f"{_shown(target)}"
-        )
-
-
 def check_drawable(family: ModuleType, model: Any, parts: Mapping[str, Part]) -> None:
     """Raises UserError if no image can be made: tokens without tokenizer, latents without autoencoder."""
     within = contract.members(family, model).values()
@@ -119,7 +105,3 @@ def check_drawable(family: ModuleType, model: Any, parts: Mapping[str, Part]) ->
         if "decoder" in roles and one.channels != RGB and "autoencoder" not in parts:
             kind = f"{contract.named(module)} generates latents of {one.channels} channels"
             raise UserError(f"{kind}, but has no part 'autoencoder', which makes images of them")
-
-
-def _shown(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))

@@ -1,16 +1,18 @@
 """Imports official weights into a run folder, and exports a run folder as official weights, by the tables of weights/.
 
 An imported run folder is like a trained one at step 0: it can be used as a part of another config or in `init_from`,
-sampled and evaluated. Its `official.json` records the source and the official config, for the export.
+sampled and evaluated. For the export, its `official.json` records the source, the official config, and the shapes and
+dtypes of the tensors; `official.safetensors` has the tensors that cannot be made of the run's arrays: float64 with
+numbers that float32 does not have, and buffers that only official code reads.
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,47 +23,27 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import text as text_lib
 from hybridgen.data.text.published import Published
 from hybridgen.models import contract
-from hybridgen.models.contract import Part, find
+from hybridgen.models.contract import Part
 from hybridgen.runs import fitting, manifest, reading
 from hybridgen.runs import folder as run_folder
-from hybridgen.weights import rules, safetensors, tables
+from hybridgen.runs.targets import Target, advice, fitted, target
+from hybridgen.weights import nesting, rules, safetensors, tables
+from hybridgen.weights.tensors import DTYPES
 
+ORIGINALS = "official.safetensors"
 PROMPT = 512  # positions of a prompt, unless the model has fewer
 
 
-class Target(NamedTuple):
-    """A plan with its model; `shapes`: {path: ShapeDtypeStruct} of all arrays, params and extra."""
-
-    plan: tables.Plan
-    family: ModuleType
-    model: Any
-    shapes: dict[str, Any]
-
-    @property
-    def official(self) -> dict[str, Any]:
-        """The shapes of the arrays that official tensors provide; others, such as usage counts, start at zero."""
-        made = [path for path in self.shapes if any(rule.fields(path) is not None for rule in self.plan.rules)]
-        return {path: spec for path, spec in self.shapes.items() if path in made or path.startswith("params/")}
-
-
-def target(plan: tables.Plan) -> Target:
-    """The model of a plan, without arrays. Raises UserError for an invalid config."""
-    family = find(plan.family)
-    specs = {name: jax.ShapeDtypeStruct((1, *shape), np.float32) for name, shape in plan.inputs.items()}
-    model = contract.model_of(family, plan.model)
-    try:
-        shapes = jax.eval_shape(lambda key: family.init(model, key, specs, {}), jax.random.key(0))
-    except UserError:
-        raise
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"the config does not describe a model: {type(error).__name__}: {str(error)[:200]}") from None
-    return Target(plan, family, model, trees.flatten(shapes))
-
-
 def load(source: tables.Source, config: Mapping[str, Any], weights: Mapping[str, Any]) -> tuple[Target, dict]:
-    """(the model, its arrays {"params", "extra"}) from official tensors. Raises the UserErrors of `rules.load`."""
-    tensors = tables.rooted(weights, source.about.roots)
-    goal = target(source.plan(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+    """(the model, its arrays {"params", "extra"}) from official tensors.
+
+    Raises the UserErrors of `rules.load`, with the preset or source that the weights look like if they do not fit.
+    """
+    tensors = nesting.model_tensors(weights, source.about.roots)
+    try:
+        goal = fitted(source, config, tensors)
+    except UserError as error:
+        raise UserError(f"{error}{advice(source, weights)}") from None
     arrays = rules.load(tensors, goal.plan.rules, goal.official, goal.plan.dropped)
     rest = {path: np.zeros(spec.shape, spec.dtype) for path, spec in goal.shapes.items() if path not in arrays}
     return goal, {"params": {}, "extra": {}} | trees.unflatten(arrays | rest)
@@ -182,16 +164,15 @@ def write_run(
     there = folder.exists()
     run_folder.make(folder)
     try:
-        count = _save(folder / "checkpoints" / "0", arrays, {name: run.digest for name, run in parts.items()})
-        shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
-        run_folder.write_json(
-            folder / "official.json", {"source": source.name, "config": dict(config), "shapes": shapes}
-        )
+        meta = {"parts": {name: run.digest for name, run in parts.items()}}
+        meta |= {"text": text_lib.digest(reader)} if reader is not None else {}
+        count = _save(folder / "checkpoints" / "0", arrays, meta)
+        write_record(folder, source, config, goal.plan, nesting.model_tensors(weights, source.about.roots))
         if reader is not None:
             run_folder.write_json(folder / "text.json", reader.to_json())
         run_folder.write_json(folder / "config.json", run_config(goal.plan, parts, places))
     except BaseException:
-        for name in ("checkpoints", "official.json", "text.json", "config.json"):
+        for name in ("checkpoints", "official.json", ORIGINALS, "text.json", "config.json"):
             shutil.rmtree(folder / name, ignore_errors=True)
             with contextlib.suppress(OSError):
                 (folder / name).unlink()
@@ -201,11 +182,32 @@ def write_run(
     return count
 
 
-def _save(folder: Path, arrays: dict, parts: Mapping[str, str]) -> int:
+def write_record(
+    folder: Path, source: tables.Source, config: Mapping[str, Any], plan: tables.Plan, tensors: Mapping[str, Any]
+) -> None:
+    """Writes what the export needs besides the arrays: official.json, and official.safetensors if there is a need."""
+    kinds = {name: safetensors.NAMES[np.dtype(tensor.dtype)] for name, tensor in tensors.items()}
+    about = {"source": source.name, "config": dict(config), "dtypes": kinds}
+    about["shapes"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    run_folder.write_json(folder / "official.json", about)
+    kept, dropped = (rules.dropped_names(tensors, names) for names in (plan.kept, plan.dropped))
+    wide = {name for name in tensors if kinds[name] == "F64"} - dropped
+    kept |= {name for name in wide if not _is_float32(tensors[name])}
+    if kept:
+        safetensors.write(folder / ORIGINALS, {name: tensors[name] for name in kept}, {"format": "pt"})
+
+
+def _is_float32(tensor: Any) -> bool:
+    """Whether float32 has all numbers of a tensor."""
+    values = np.asarray(tensor)
+    return np.array_equal(values, values.astype(np.float32))
+
+
+def _save(folder: Path, arrays: dict, meta: Mapping[str, Any]) -> int:
     """Writes step 0 in the layout of checkpoint.py and empties `arrays`; returns the number of parameters.
 
-    parts: digests. Unlike checkpoint.py, which copies all arrays before it writes so that training can continue, this
-    writes one array after the other, so the weights are in memory only once.
+    meta: digests of the parts and of the text tokenizer. Unlike checkpoint.py, which copies all arrays before it writes
+    so that training can continue, this writes one array after the other, so the weights are in memory only once.
     """
     flat = {"params": trees.flatten(arrays.pop("params")), "extra": trees.flatten(arrays.pop("extra"))}
     count = sum(leaf.size for leaf in flat["params"].values())
@@ -214,7 +216,7 @@ def _save(folder: Path, arrays: dict, parts: Mapping[str, str]) -> int:
         for path in branch:
             branch[path] = jax.device_put(branch[path], cpu)  # Orbax limits its copies for JAX arrays only
     tree = {name: trees.unflatten(branch) for name, branch in flat.items()}
-    about = ocp.args.JsonSave({"fingerprint": {}, "meta": {"parts": dict(parts)}, "sound": True})
+    about = ocp.args.JsonSave({"fingerprint": {}, "meta": dict(meta), "sound": True})
     handlers = {"model": ocp.PyTreeCheckpointHandler(save_concurrent_gb=1), "about": ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as saver:
         saver.save(folder.absolute(), args=ocp.args.Composite(model=ocp.args.PyTreeSave(tree), about=about))
@@ -226,7 +228,8 @@ def write_official(source: tables.Source, folder: Path, given: str | None, out: 
     """Exports a run's parameters (EMA parameters, if any) as safetensors; returns the number of tensors."""
     if out.suffix != ".safetensors" or out.exists():
         raise UserError(f"{out} {'already exists' if out.exists() else 'is not the name of a .safetensors file'}")
-    goal = target(source.plan(*_official(source, folder, given)))
+    official, shapes, kinds = _official(source, folder, given)
+    goal = target(source.plan(official, shapes))
     run = read_run(folder)
     if fault := reading.not_finite(folder, run):
         raise UserError(fault)
@@ -237,24 +240,43 @@ def write_official(source: tables.Source, folder: Path, given: str | None, out: 
     if odd := sorted(path for path in run if path.startswith("params/") and path not in goal.official):
         raise UserError(f"{folder} does not fit the config: {odd[0]!r} is not a parameter of its model")
     tensors = rules.export({path: run[path] for path in goal.official}, goal.plan.rules)
+    tensors = as_they_were(folder, tensors, kinds) if kinds else tensors
     safetensors.write(out, tensors, {"format": "pt"})
     return len(tensors)
 
 
+def as_they_were(folder: Path, tensors: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """The tensors of an imported run with the names and dtypes of its weights; in float64 what float32 does not have.
+
+    Raises UserError for an official.json with other dtypes than those of safetensors.
+    """
+    if wrong := [kind for kind in kinds.values() if kind not in DTYPES]:
+        raise UserError(f"{folder / 'official.json'} has the dtype {str(wrong[0])[:40]!r}, which does not exist")
+    originals = safetensors.read(folder / ORIGINALS)[0] if (folder / ORIGINALS).is_file() else {}
+    out: dict[str, Any] = {}
+    for name in filter(kinds.__contains__, {**tensors, **originals}):
+        out[name] = originals.get(name)
+        if name in tensors:
+            ours = dataclasses.replace(tensors[name], dtype=DTYPES[kinds[name]])
+            pair = [np.asarray(one, np.float32) for one in (originals.get(name, ours), ours)]
+            out[name] = originals[name] if name in originals and np.array_equal(*pair) else ours
+    return out
+
+
 def read_run(folder: Path) -> dict[str, np.ndarray]:
     """The newest valid arrays of a run, {"params/..": array, "extra/..": array}. Raises UserError if there are none."""
-    flat = trees.flatten(reading.saved_arrays(folder)[0])
+    flat = trees.flatten(reading.saved_arrays(folder).arrays)
     return {path: leaf for path, leaf in flat.items() if not path.startswith("params/disc/")}  # the discriminator
 
 
-def _official(source: tables.Source, folder: Path, given: str | None) -> tuple[Mapping, Mapping]:
-    """(official config, shapes of the official tensors) of a run; the shapes are {} for a run that was not imported."""
+def _official(source: tables.Source, folder: Path, given: str | None) -> tuple[Mapping, Mapping, Mapping]:
+    """(official config, shapes and dtypes of the official tensors) of a run; {} for a run that was not imported."""
     kept = run_folder.read_json(folder / "official.json") if (folder / "official.json").is_file() else {}
-    shapes = kept.get("shapes", {}) if isinstance(kept, dict) else {}
+    shapes, kinds = (kept.get(key, {}) if isinstance(kept, dict) else {} for key in ("shapes", "dtypes"))
     if given is not None:
-        return read_config(source.about, given, folder), shapes
+        return read_config(source.about, given, folder), shapes, kinds
     if not kept:
         raise UserError(f"{folder} was not imported: give the official config with --config")
     if kept.get("source") != source.name:
         raise UserError(f"{folder} was imported from {kept.get('source')}, not from {source.name}")
-    return kept["config"], shapes
+    return kept["config"], shapes, kinds

@@ -21,7 +21,7 @@ from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, file_of, find
-from hybridgen.runs import bundle, checkpoint, upgrades
+from hybridgen.runs import bundle, checkpoint, fingerprint, upgrades
 from hybridgen.runs.folder import read_json
 
 
@@ -66,10 +66,10 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     model = model_of(config, folder)
     if made and step not in (None, made.step):
         raise UserError(f"--checkpoint {step}: the bundle {folder} has step {made.step} only")
-    arrays, part_digests, found = made or saved_arrays(folder, step, config, report)
+    saved = None if made else saved_arrays(folder, step, config, report)
+    arrays, part_digests, found = made or saved[:3]
     part = Part(arrays["params"], arrays["extra"], config.family, model)
-    text_file = folder / "text.json"
-    text = text_lib.from_json(read_json(text_file)) if text_file.is_file() else None
+    text = text_of(folder, saved.text if saved else None)
     options = config.data.get("options")
     if hasattr(options, "items") and sources.BUCKETS in options:
         config = config.copy_and_resolve_references()  # evaluation and caching use square images
@@ -81,18 +81,29 @@ def load(folder: Path, step: int | None = None, report: Any = print) -> Run:
     return Run(config, part, text, checkpoint.digest(arrays), part_digests, found, bundled, folder, fault)
 
 
+def text_of(folder: Path, digest: str | None = None) -> Any:
+    """The text tokenizer of a run, or None. digest: that of the checkpoint, None if it is not known or has none (as in
+    a bundle, whose manifest has all files).
+
+    Raises UserError if the file is missing or another one: captions would be read as other ids than in training.
+    """
+    file = folder / "text.json"
+    if not file.is_file():
+        if digest:
+            raise UserError(f"{file} is missing: the run was saved with a text tokenizer (digest {digest})")
+        return None
+    text = text_lib.from_json(read_json(file))
+    if digest and (found := text_lib.digest(text)) != digest:
+        raise UserError(f"{file} is not the text tokenizer that the run was saved with: digest {found}, not {digest}")
+    return text
+
+
 def not_finite(folder: Path, arrays: Mapping[str, Any]) -> str:
     """The first of a run's arrays with numbers that are not finite, in words; "" if there is none."""
     for path, leaf in trees.flatten(arrays).items():
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and (bad := int(leaf.size - np.isfinite(leaf).sum())):
             return f"the run {folder} is damaged: {bad} of the {leaf.size} numbers of {path} are NaN or infinite"
     return ""
-
-
-def text_of(folder: Path) -> Any:
-    """The text tokenizer of a run, or None."""
-    file = folder / "text.json"
-    return text_lib.from_json(read_json(file)) if file.is_file() else None
 
 
 def reads_text(folder: Path) -> bool:
@@ -102,11 +113,18 @@ def reads_text(folder: Path) -> bool:
     return reads and (folder / "text.json").is_file()
 
 
-def saved_arrays(
-    folder: Path, step: int | None = None, config: Any = None, report: Any = print
-) -> tuple[dict, dict[str, str], int]:
-    """(arrays {"params", "extra"}, digests of the parts, step) of a run folder. Raises UserError if the checkpoint was
-    saved with another model than `config`'s, and if no checkpoint is valid."""
+class Saved(NamedTuple):
+    """A checkpoint: arrays {"params", "extra"}, digests of the parts, step, and digest of the text tokenizer."""
+
+    arrays: dict
+    parts: dict[str, str]
+    step: int
+    text: str | None
+
+
+def saved_arrays(folder: Path, step: int | None = None, config: Any = None, report: Any = print) -> Saved:
+    """The checkpoint of a run folder. Raises UserError if it was saved with another model than `config`'s, and if no
+    checkpoint is valid."""
     saved = checkpoint.Checkpointer(folder / "checkpoints", read_only=True)
     found = saved.newest_good(report) if step is None else step
     if found is None:
@@ -114,10 +132,11 @@ def saved_arrays(
     if config is not None:
         saved.check_model(found, config_lib.plain(config))
     state = saved.restore_params(found)
-    part_digests = saved.meta(found).get("parts", {})
+    about = saved.about(found)
+    part_digests, text = about["meta"].get("parts", {}), fingerprint.text_digest(about)
     saved.close()
     params = inference_params(state.get("params", {}), state.get("ema", {}))
-    return {"params": params, "extra": state.get("extra", {})}, part_digests, found
+    return Saved({"params": params, "extra": state.get("extra", {})}, part_digests, found, text)
 
 
 def inference_params(params: Any, ema: Any) -> dict:

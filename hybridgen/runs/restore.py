@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from hybridgen.core import config as config_lib
 from hybridgen.core import meshes, placement
 from hybridgen.core.errors import UserError
+from hybridgen.core.progress import doing
 from hybridgen.data.sources.buckets import LARGEST
 from hybridgen.models import contract
 from hybridgen.models.contract import Part, Shape, find
@@ -68,6 +69,11 @@ def restore(folder: Path, changes: Mapping[str, Any], step: int | None = None) -
 
     `changes` override sampling options ("prior.guidance": 3.0). Raises UserError for a run or option that is invalid.
     """
+    with doing(f"loading the run {folder}"):
+        return _restored(folder, changes, step)
+
+
+def _restored(folder: Path, changes: Mapping[str, Any], step: int | None) -> Loaded:
     run = load(folder, step)
     config = run.config.copy_and_resolve_references()
     with config.unlocked():
@@ -148,12 +154,14 @@ def _nll(prior: Part | None, parts: Mapping[str, Part]) -> Callable | None:
 
 
 def check_draws(loaded: Loaded) -> None:
-    """Raises UserError for a run that generates no images, or tokens that nothing makes images of."""
+    """Raises UserError for a run that generates no images, or without the parts or files that this takes."""
     kind = loaded.config.family
     if not loaded.draws:
         raise UserError(f"a {kind} run generates no images: give the run of a prior, decoder or cascade")
     if loaded.plans and loaded.tokenizer is None:
         raise UserError(f"this {kind} run generates tokens, but has no part 'tokenizer', which makes images of them")
+    if loaded.reads and loaded.text is None:
+        raise UserError(f"this {kind} run reads text, but has no text tokenizer (text.json): it cannot take prompts")
 
 
 def _shapes(found: Any, folder: Path) -> tuple[Shape, ...]:

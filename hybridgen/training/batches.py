@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from hybridgen.core import placement
@@ -13,6 +14,11 @@ from hybridgen.data import pipeline, sources, storage
 from hybridgen.data.sources.reading import why_broken
 from hybridgen.runs.experiment import Experiment, classes_of
 from hybridgen.training.logging import Writer
+
+
+def specs_of(batch: dict, rows: int) -> dict:
+    """ShapeDtypeStructs of the global batch, from one host's rows of it."""
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items() if name != "broken"}
 
 
 def reader(experiment: Experiment) -> tuple[Callable, Callable]:

@@ -1,12 +1,15 @@
-"""Logs the metrics of a run to stdout (with ETA), `metrics.jsonl` and TensorBoard, and the run's time to `time.json`.
+"""Logs the metrics of a run to stdout (with ETA), `metrics.jsonl` and boards, and the run's time to `time.json`.
 
-    with Writer(folder, start_step=0, total_steps=1000, every=50, batch=64) as writer:
+    with Writer(folder, start_step=0, total_steps=1000, every=50) as writer:
         with writer.time("step"):
             state, report = step(...)
+        writer.count(i, Work(images=64))
         writer.step(i, report)         # report: {name: scalar JAX array}, read only when a line is due
+        writer.ended(j, earlier)       # the report of a step for which the caller has waited
 
 A line of `metrics.jsonl` is {"step": N, name: number, ...}, measured at step N or on its batch. A writer that starts at
-step N deletes later lines, so that a resumed run logs nothing twice. Only process 0 writes.
+step N deletes later lines, so that a resumed run logs nothing twice. Only process 0 writes. On stdout there is a line
+after the first step, for each line of `metrics.jsonl`, and every five seconds; on a terminal a bar instead.
 
 `time.json` lists where the time went, per start of the run: [{"from": step, "to": step, "seconds": {bucket: s}}, ...].
 """
@@ -14,11 +17,10 @@ step N deletes later lines, so that a resumed run logs nothing twice. Only proce
 import contextlib
 import json
 import math
-import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ import jax
 import numpy as np
 
 from hybridgen.core.errors import UserError
+from hybridgen.training import boards as board_lib
+from hybridgen.training import rates
+from hybridgen.training.console import Console, duration, short, train_line
 
 
 class Timer:
@@ -72,9 +77,10 @@ class Timer:
 
 
 class Writer:
-    """Logs to `folder`. `every`: steps between lines; `batch`: samples per step, for the rate; `label`: of the lines.
+    """Logs to `folder`. `every`: steps between lines of metrics.jsonl; `label`: first word of the lines on stdout.
 
-    `timer` may have been started earlier, to include building and restoring.
+    `timer` may have been started earlier, to include building and restoring. `optim`: the config of the optimizer, for
+    the learning rate; `peak`: FLOP/s of all devices, if known; `boards`: further boards (training/boards.py).
     """
 
     def __init__(
@@ -84,18 +90,21 @@ class Writer:
         start_step: int,
         total_steps: int,
         every: int = 1,
-        batch: int = 0,
         label: str = "train",
         timer: Timer | None = None,
         tensorboard: bool = True,
+        optim: Mapping[str, Any] | None = None,
+        peak: float = 0.0,
+        boards: Sequence[Any] = (),
     ):
         self.folder = Path(folder)
-        self.total, self.every, self.batch, self.label = total_steps, max(1, every), batch, label
+        self.total, self.every, self.label = total_steps, max(1, every), label
         self.timer = timer or Timer()
         self._lock = threading.Lock()  # notes may come from any thread
         self._active = jax.process_index() == 0
-        self._stepped, self._tensorboard = False, tensorboard
-        self._file, self._board = None, None
+        self._console = Console()
+        self._tensorboard, self._optim, self._peak = tensorboard, optim, peak
+        self._file, self._board, self._others = None, None, list(boards)
         self._troubled = False
         self._from = self._to = start_step
         self._accounts, self._accounted = accounts(self.folder / "time.json", start_step), 0.0
@@ -103,7 +112,11 @@ class Writer:
 
     def _open(self, step: int) -> None:
         """Opens the logs after `step` and deletes the entries of later steps."""
-        self._last: tuple[int, float] | None = None  # step and time of the previous line
+        self._rates = rates.Rates(self.timer, self.total, self._peak)
+        self._logged: rates.Point | None = None  # where the previous line of metrics.jsonl was measured
+        self._shown: int | None = None  # step of the previous line on stdout
+        self._read = step  # the last step for which `step` has waited
+        self._ended: rates.Point | None = None  # the first point since then that `ended` measured
         if self._active:
             path = self.folder / "metrics.jsonl"
             cut_back(path, step)
@@ -111,7 +124,7 @@ class Writer:
                 "a", buffering=1, encoding="utf-8"
             )  # a line is on its way to disk before the step is saved
             if self._tensorboard:
-                self._board = Board(self.folder / "tensorboard", step + 1)
+                self._board = board_lib.TensorBoard(self.folder / "tensorboard", step + 1)
 
     def rewind(self, step: int) -> None:
         """Goes back to `step`: deletes the entries of later steps, and counts their time as lost."""
@@ -147,44 +160,72 @@ class Writer:
 
     @contextlib.contextmanager
     def time(self, bucket: str) -> Iterator[None]:
-        """Counts the time inside for `bucket`; the first "step" counts as "compile", which takes most of it."""
-        if bucket == "step" and not self._stepped:
-            self._stepped, bucket = True, "compile"
+        """Counts the time inside for `bucket`."""
+        if bucket == "step":
+            self._rates.begin()
         with self.timer.time(bucket):
             yield
+
+    def count(self, step: int, work: rates.Work) -> None:
+        """Counts what a step does, before `step` is called with its report."""
+        self._rates.add(step, work)
 
     def step(self, step: int, report: Mapping[str, Any]) -> None:
         """Logs a training step if a line is due. Reading the scalars of `report` waits for the step to finish."""
         self._to = step
-        if step % self.every and step != self.total:
-            if self._last is None:
-                self._last = (step, time.perf_counter())  # after the first step, to exclude compilation
+        due, first = step % self.every == 0 or step == self.total, self._shown is None
+        if not due and not (first and self._active):
             return
         with self.timer.time("step"):
             values = _numbers(report)
-        now, before = time.perf_counter(), self._last
-        self._last = (step, now)
-        speed = {}
-        if before and step > before[0]:
-            speed["step_seconds"] = (now - before[1]) / (step - before[0])
-            if self.batch:
-                speed["samples_per_second"] = self.batch / speed["step_seconds"]
-        self._log(step, values | speed)
-        self.line(_train_line(self.label, step, self.total, values, speed))
-        if now - self._accounted >= 10:
+        now = self._rates.point(step)
+        values |= self._measured(step, values) | self._rates.between(self._logged or self._rates.start, now)
+        self._logged, self._read, self._ended = now, step, None
+        if due:
+            self._log(step, values)
+        self._show(step, values, now)
+
+    def ended(self, step: int, report: Mapping[str, Any]) -> None:
+        """Prints a line for a step that has ended, if the last line was some seconds ago and before this step."""
+        if not self._active or self._shown is None or step < self._read:
+            return
+        # like is compared with like: the caller is as many steps ahead at both points
+        self._ended = self._ended or self._rates.point(step)
+        if step <= self._shown or not self._console.due():
+            return
+        values, now = _numbers(report), self._rates.point(step)
+        values |= self._measured(step, values) | self._rates.between(self._ended, now)
+        self._show(step, values, now)
+
+    def _measured(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """The learning rate of a step with this report, and the memory in use, in GiB."""
+        out = {}
+        if self._optim is not None:
+            applied = step - int(values.get("skipped", 0)) - (not values.get("streak", 0))
+            out |= rates.learning_rates(self._optim, self.total, applied)
+        used = rates.memory_in_use()
+        return out | ({"memory_gib": used / 2**30} if used else {})
+
+    def _show(self, step: int, values: dict[str, float], now: rates.Point) -> None:
+        """Prints the state of the training at a step that ended now."""
+        self._shown = step
+        left = self._rates.remaining(step, now, values["step_seconds"]) if "step_seconds" in values else None
+        if self._active:
+            self._console.step(train_line(self.label, step, self.total, values), step / max(self.total, 1), left)
+        if time.perf_counter() - self._accounted >= 10:
             self._account()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Logs numbers measured at `step`, such as an evaluation's, and prints them as a line."""
         numbers = _numbers(values)
         self._log(step, numbers)
-        self.line(f"{self.label} {step}/{self.total}  " + "  ".join(f"{k} {_short(v)}" for k, v in numbers.items()))
+        self.line(f"{self.label} {step}/{self.total}  " + "  ".join(f"{k} {short(v)}" for k, v in numbers.items()))
 
     def note(self, step: int, name: str, text: str) -> None:
         """Logs an event of `step`, with a `name` and a `text`, and prints it. Any thread may call this."""
         self._write({"step": step, "note": name, "text": text})
         line = f"{self.label} {step}/{self.total}  {name}: {text}"
-        self.line(line) if self._active else print(f"process {jax.process_index()}: {line}", file=sys.stderr)
+        self._console.note(line if self._active else f"process {jax.process_index()}: {line}", here=self._active)
 
     def notes(self, name: str) -> list[str]:
         """The texts of all notes with this name in the log, in order."""
@@ -208,14 +249,23 @@ class Writer:
         with self._trouble():
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)
-            if self._board:
-                self._board.image(step, name, picture)
+            for board in self._boards():
+                board.image(step, name, picture)
         return path
 
     def line(self, text: str) -> None:
-        """Prints a line, in process 0 only."""
+        """Prints a line, in process 0 only, and not with --quiet."""
         if self._active:
-            print(text, flush=True)
+            self._console.line(text)
+
+    @contextlib.contextmanager
+    def waiting(self, step: int, what: str, first: float = 5.0) -> Iterator[None]:
+        """Says `what` is being done at `step` if it takes longer than `first` seconds, and then for how long."""
+        if not self._active:
+            yield
+            return
+        with self._console.waiting(f"{self.label} {step}/{self.total}  {what}", first):
+            yield
 
     def close(self) -> None:
         """Closes the files and prints where the time went."""
@@ -223,12 +273,16 @@ class Writer:
             return
         with self._lock:
             self._close()
+        for board in self._others:
+            with self._trouble():
+                board.close()
+        self._console.finish()
         self._account()
         times = self.timer.report()
         total = times.pop("total")
         parts = sorted(times.items(), key=lambda item: -item[1])
-        shares = ", ".join(f"{name} {_duration(s)} ({s / max(total, 1e-9):.0%})" for name, s in parts)
-        self.line(f"{self.label}: {_duration(total)} in total: {shares}")
+        shares = ", ".join(f"{name} {duration(s)} ({s / max(total, 1e-9):.0%})" for name, s in parts)
+        self.line(f"{self.label}: {duration(total)} in total: {shares}")
 
     def _account(self) -> None:
         """Writes time.json: the entries of earlier starts and that of this one."""
@@ -244,9 +298,13 @@ class Writer:
         # JSON has no nan and inf: they are written as strings, which float() reads
         plain = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         self._write({"step": step} | plain)
-        if self._board:
+        named = {n if "/" in n else f"{self.label}/{n}": x for n, x in numbers.items()}
+        for board in self._boards():
             with self._trouble():
-                self._board.scalars(step, {n if "/" in n else f"{self.label}/{n}": x for n, x in numbers.items()})
+                board.scalars(step, named)
+
+    def _boards(self) -> list[Any]:
+        return [board for board in (self._board, *self._others) if board and self._active]
 
     def _write(self, entry: dict) -> None:
         if self._active:
@@ -255,48 +313,24 @@ class Writer:
                     self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-class Board:
-    """An event file for TensorBoard, written in the caller's thread.
-
-    tensorboardX's writer uses a thread, which ends on a full disk, and the run would then wait for it forever.
-    """
-
-    def __init__(self, folder: Path, purge: int):
-        from tensorboardX import event_file_writer, proto, summary  # slow to import
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._event, self._summary = proto.event_pb2.Event, summary
-        name = f".{os.getpid()}.{time.monotonic_ns()}"  # unique also within a second
-        self._file = event_file_writer.EventsWriter(str(folder / "events"), name)
-        self._flushed = time.monotonic()
-        # TensorBoard then ignores entries of earlier files from step `purge` on
-        self._add(purge, session_log=proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START))
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._add(step, summary=self._summary.scalar(name, value))
-
-    def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        self._add(step, summary=self._summary.image(name, picture, dataformats="HWC"))
-
-    def _add(self, step: int, **what: Any) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), step=step, **what))
-        if time.monotonic() - self._flushed > 60:
-            self._flushed = time.monotonic()
-            self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def opened(
+    experiment: Any, folder: Path, start: int, label: str, timer: Timer, resolved: Mapping[str, Any], peak: float
+) -> Writer:
+    """The logs of a run in `folder`, from step `start` on. resolved: its config as plain data, which boards show."""
+    config = experiment.config
+    options = {"start_step": start, "total_steps": config.steps, "every": config.log.every, "optim": config.optim}
+    more = board_lib.chosen(config, folder, label, resolved)
+    return Writer(folder, label=label, timer=timer, peak=peak, boards=more, **options)
 
 
 def cut_back(path: Path, step: int) -> None:
     """Deletes the entries of a JSONL log that are after `step` or incomplete; keeps the others in order."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    if kept != lines:
-        _replace(path, "".join(kept))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(f"{line}\n" for line in text.split("\n")[:-1] if _step_of(line) <= step)
+    if kept != text:
+        _replace(path, kept)
 
 
 def accounts(path: Path, step: int) -> list[dict]:
@@ -334,28 +368,3 @@ def _numbers(report: Mapping[str, Any]) -> dict[str, float]:
         if np.size(value) != 1:
             raise UserError(f"metric {name!r} has shape {np.shape(value)}; a metric must be a scalar")
     return {name: float(np.asarray(value).reshape(())) for name, value in values.items()}
-
-
-def _train_line(label: str, step: int, total: int, values: dict[str, float], speed: dict[str, float]) -> str:
-    width = len(str(total))
-    words = [f"{label} {step:>{width}}/{total} {step / max(total, 1):4.0%}"]
-    loss_first = sorted(values, key=lambda name: name != "loss")
-    words += [f"{name} {_short(values[name])}" for name in loss_first]
-    if "step_seconds" in speed:
-        words.append(f"{speed['step_seconds']:.3g} s/step")
-        if "samples_per_second" in speed:
-            words.append(f"{speed['samples_per_second']:.4g} samples/s")
-        words.append(f"ETA {_duration(speed['step_seconds'] * (total - step))}")
-    return "  ".join(words)
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

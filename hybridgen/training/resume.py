@@ -18,7 +18,7 @@ from hybridgen.models.contract import find
 from hybridgen.runs import checkpoint, drawing, fitting, reading
 from hybridgen.runs import folder as run_folder
 from hybridgen.runs.experiment import TEXT, Experiment, called
-from hybridgen.training import logging
+from hybridgen.training import boards, logging
 from hybridgen.training import state as state_lib
 
 
@@ -35,6 +35,7 @@ def checked(
     names, partial = reading.families_with_parts(config, folder, stages or {})
     fitting.check_names(names, called(config), partial)
     unshadowed(config)
+    boards.checked(config)
     if config.eval.every or config.sample.every:
         source(config.data, "validation")
     data = source(config.data, "train")

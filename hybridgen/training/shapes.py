@@ -15,7 +15,7 @@ from hybridgen.models.contract import Shape
 
 
 class Shaped:
-    """The training step and evaluation, jitted programs of (state, batch, parts), compiled for all shapes at first use.
+    """The training step and evaluation, jitted programs of (state, batch, parts), compiled for all shapes.
 
     trained, seen: the shapes of training and of evaluation. beat: called before each compilation; say: prints a line.
     """
@@ -25,16 +25,15 @@ class Shaped:
         self._compiled: dict[tuple[int, Shape], Any] = {}
 
     def step(self, state: dict, batch: dict, parts: Any) -> tuple[dict, dict]:
-        """One training step; the first call compiles all programs."""
-        if not self._compiled:
-            self._compile(state, batch, parts)
+        """One training step; call `compile` before."""
         return self._compiled[0, batch["image"].shape[1:3]](state, batch, parts)
 
     def evaluate(self, state: dict, batch: dict, parts: Any) -> dict:
-        """Metrics of an evaluation batch; call it only after a step."""
+        """Metrics of an evaluation batch; call `compile` before."""
         return self._compiled[1, batch["image"].shape[1:3]](state, batch, parts)
 
-    def _compile(self, state: dict, batch: dict, parts: Any) -> None:
+    def compile(self, state: dict, batch: dict, parts: Any) -> None:
+        """Compiles all programs, for arguments like those of a step."""
         started, image = time.monotonic(), batch["image"]
         valid = jax.ShapeDtypeStruct(batch["id"].shape, bool, sharding=batch["id"].sharding)
         for number, given in enumerate((batch, batch | {"valid": valid})):
@@ -50,10 +49,16 @@ class Shaped:
         self._say(f"compiled the training step for {len(trained)} shapes ({sizes}){also} in {seconds:.0f} s")
 
 
-def shaped(config: Any, source: Any, programs: tuple[Any, Any], beat: Callable, say: Callable) -> tuple[Any, Any]:
-    """`programs` (training step, evaluation) for all shapes of the data; unchanged if there is only one."""
+def shaped(
+    config: Any, source: Any, programs: tuple[Any, Any], beat: Callable, say: Callable
+) -> tuple[Callable, Callable, Callable]:
+    """(training step, evaluation, function that compiles the step before the first one) for all shapes of the data.
+
+    programs: the first two, jitted; they are unchanged if the images have one shape.
+    """
     if not hasattr(source, "occurring"):
-        return programs
+        step, evaluate = programs
+        return step, evaluate, lambda *arguments: step.lower(*arguments).compile()  # a call then finds this program
     seen = sources.build(config.data, "validation").occurring(config.batch, False) if config.eval.every else []
     both = Shaped(programs, source.occurring(config.batch, True), seen, beat, say)
-    return both.step, both.evaluate
+    return both.step, both.evaluate, both.compile

@@ -6,11 +6,13 @@
     weights.other["epoch"]                    # other values of a PyTorch file
 
 A file is `.safetensors` (safetensors.py) or PyTorch's `.pt .pth .bin .ckpt` (torchfiles.py). A folder contains one such
-file, or shards and an `*.index.json` that maps tensors to shards, as Hugging Face writes them. A file named
-`.safetensors` is never read as a pickle.
+file, or shards and an `*.index.json` (of a variant, `*.index.fp16.json`) that maps tensors to shards, as Hugging Face
+writes them. A file named `.safetensors` is never read as a pickle.
 """
 
+import codecs
 import dataclasses
+import re
 from collections.abc import ItemsView, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from hybridgen.weights.tensors import LazyTensor, Malformed, checked_name, regul
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SAFE = ".safetensors"
-INDEX = ".index.json"
+INDEX = re.compile(r".*\.index.*\.json")  # also of variants, such as model.safetensors.index.fp16.json
+SHARD = re.compile(r"(.*)-\d+-of-0*([2-9]|1\d+)(\..*)")
 MAX_INDEX = 2**24
 
 
@@ -58,7 +61,7 @@ def open_weights(path: str | Path) -> Weights:
     path = Path(path)
     if path.is_dir():
         path = _main_file(path)
-    if path.name.endswith(INDEX):
+    if INDEX.fullmatch(path.name):
         return _sharded(path)
     if path.suffix == SAFE:
         tensors, metadata = safetensors.read(path)
@@ -67,29 +70,48 @@ def open_weights(path: str | Path) -> Weights:
         tensors, other = torchfiles.read(path)
         return Weights(path, tensors, other, {})
     regular(path)  # raises if there is no such file
-    raise UserError(f"{path} is not a weights file: its name must end in one of {', '.join((SAFE, *TORCH, INDEX))}")
+    raise UserError(
+        f"{path} is not a weights file: its name must end in one of {', '.join((SAFE, *TORCH, '.index.json'))}"
+    )
 
 
 def _main_file(folder: Path) -> Path:
-    """The file of a folder to open: an index before single files, safetensors before PyTorch."""
+    """The file of a folder to open: an index before single files, safetensors before PyTorch, no variant before one."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from None
-    for suffixes in ((SAFE + INDEX,), (INDEX,), (SAFE,), TORCH):
-        found = [name for name in names if name.endswith(suffixes)]
-        if len(found) > 1:
-            raise UserError(f"{folder} contains {len(found)} weights files, give one of them: {', '.join(found[:8])}")
-        if found:
-            return folder / found[0]
-    raise UserError(f"{folder} contains no weights: no file named *{INDEX}, *{SAFE} or *{', *'.join(TORCH)}")
+    indexes = [name for name in names if INDEX.fullmatch(name)]
+    plain = [name for name in indexes if name.endswith(".index.json")]
+    choices = [[name for name in some if SAFE in name] for some in (plain, indexes)]
+    choices = [
+        choices[0],
+        plain,
+        choices[1],
+        indexes,
+        *([n for n in names if n.endswith(end)] for end in (SAFE, TORCH)),
+    ]
+    found = next(filter(None, choices), [])
+    if shards := [name for name in found if SHARD.fullmatch(name)]:
+        raise UserError(f"{folder} contains shards such as {shards[0]}, but not their index, {_index_of(shards[0])}")
+    if len(found) > 1:
+        raise UserError(f"{folder} contains {len(found)} weights files, give one of them: {', '.join(found[:8])}")
+    if not found:
+        raise UserError(f"{folder} contains no weights: no file named *.index.json, *{SAFE} or *{', *'.join(TORCH)}")
+    return folder / found[0]
+
+
+def _index_of(shard: str) -> str:
+    """The usual name of the index of a shard."""
+    match = SHARD.fullmatch(shard)
+    return f"{match[1]}{match[3]}.index.json"
 
 
 def _sharded(path: Path) -> Weights:
     if regular(path) > MAX_INDEX:
         raise UserError(f"{path} has more than {MAX_INDEX} bytes, the limit for an index")
     try:
-        index = strict_json(path.read_bytes())
+        index = strict_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
         where = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(where, dict) or not where:
             raise Malformed("it has no 'weight_map'")

@@ -174,6 +174,9 @@ def _shown(shape: Iterable[int]) -> str:
 
 # ---------------------------------------------------------------- in
 
+Index = tuple[int, int]  # (index on the stacked axis, part)
+Places = dict[str, tuple[Rule, dict[Index, str]]]
+
 
 def load(
     tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str, Any], dropped: Iterable[str] = ()
@@ -185,9 +188,7 @@ def load(
     naming a tensor that no rule or two rules match, or that is missing or has another shape or kind of number; and when
     it is read, a tensor with numbers that are not finite.
     """
-    places = _places(tensors, tuple(rules), tuple(dropped), shapes)
-    for path, spec in shapes.items():
-        _check(path, spec, places[path], tensors)
+    places = check(tensors, rules, shapes, dropped)
     arrays = {}
     for path, spec in shapes.items():
         rule, names = places[path]
@@ -198,6 +199,21 @@ def load(
             if not np.array_equal(np.asarray(tensors[name]), np.asarray(tensors[copy])):
                 raise UserError(f"the tensors {name!r} and {copy!r} are tied in this model, but have different values")
     return arrays
+
+
+def check(
+    tensors: Mapping[str, Any], rules: Iterable[Rule], shapes: Mapping[str, Any], dropped: Iterable[str]
+) -> Places:
+    """Where each of our arrays comes from. Raises the UserErrors of `load` for names, shapes and kinds of numbers."""
+    places = _places(tensors, tuple(rules), tuple(dropped), shapes)
+    for path, spec in shapes.items():
+        _check(path, spec, places[path], tensors)
+    return places
+
+
+def dropped_names(names: Iterable[str], dropped: Iterable[str]) -> set[str]:
+    """The names that one of the patterns `dropped` matches."""
+    return {name for name in names if any(re.fullmatch(pattern, name) for pattern in dropped)}
 
 
 def _finite(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
@@ -213,10 +229,6 @@ def _finite(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
     return tensor
 
 
-Index = tuple[int, int]  # (index on the stacked axis, part)
-Places = dict[str, tuple[Rule, dict[Index, str]]]
-
-
 def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[str, ...], shapes: Mapping) -> Places:
     """For each of our arrays in `shapes`, its rule and the names of the tensors that make it up."""
     places: Places = {}
@@ -225,7 +237,7 @@ def _places(tensors: Mapping[str, Any], rules: tuple[Rule, ...], dropped: tuple[
         if name in copies:
             continue
         found = [(rule, read) for rule in rules if (read := rule.read(name))]
-        if not found and any(re.fullmatch(pattern, name) for pattern in dropped):
+        if not found and dropped_names((name,), dropped):
             continue
         if len(found) != 1:
             raise UserError(f"the tensor {name!r} is matched by {len(found) or 'no'} rule{'s' * (len(found) > 1)}")

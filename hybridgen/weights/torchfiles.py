@@ -207,7 +207,9 @@ def _flatten(path: Path, value: Any, places: Places) -> tuple[dict[str, LazyTens
         name = checked_name(".".join(names) or "value")
         if len(names) > MAX_DEPTH or visits > MAX_LEAVES:  # also for a list that contains itself
             raise Malformed(f"it is nested beyond {MAX_DEPTH} levels or {MAX_LEAVES} values, at {shown(name)}")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not value.pairs and names:
+            other[name] = {}
+        elif isinstance(value, Mapping):
             for key, item in value.pairs:
                 visit(item, (*names, _key(key)))
         elif isinstance(value, list | tuple) and not _is_plain(value):

@@ -14,7 +14,7 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.models import contract
 from hybridgen.models.contract import find
-from hybridgen.runs import experiment, fitting, reading
+from hybridgen.runs import agreement, experiment, fitting, reading
 from hybridgen.training import resume
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -114,20 +114,22 @@ def test_sizes_of_a_part_of_a_cascade():
     [
         ({}, 16, ""),
         ({}, (16, 16), ""),
-        ({}, 32, "model.resolution is 4x4, but for images of data.resolution 32x32 the autoencoder's .* 8x8"),
+        ({}, 32, "model.resolution is 4, but latents of the part 'autoencoder' have 8: set it to 8"),
         ({"resolution": 8}, 32, ""),
         ({"resolution": (4, 8)}, (16, 32), ""),
-        ({"resolution": 16}, 16, "model.resolution is 16x16, .* the autoencoder's latents of them have 4x4"),
+        ({"resolution": 16}, 16, "model.resolution is 16, but latents of the part 'autoencoder' have 4: set it to 4"),
+        ({"channels": 5}, 16, "model.channels is 5, but latents of the part 'autoencoder' have 4: set it to 4"),
     ],
 )
 def test_sizes_of_an_autoencoder(changes, resolution, says):
-    family = find("diffusion.dit")
-    model, parts = family.build(DECODER | changes), {"autoencoder": LATENT}
-    sizes("diffusion.dit", DECODER | changes, **parts)
+    """Also of images of other sizes than those of its own training."""
+    family, source = find("diffusion.dit"), sources.build(saved_runs.DATA, "train")
+    arguments = family, DECODER | changes, {"resolution": resolution}, {"autoencoder": LATENT}, source
     if not says:
-        return fitting.check_data(family, model, parts, resolution)
+        sizes("diffusion.dit", DECODER | changes, autoencoder=LATENT)
+        return agreement.check(*arguments)
     with pytest.raises(UserError, match=says):
-        fitting.check_data(family, model, parts, resolution)
+        agreement.check(*arguments)
 
 
 @pytest.mark.parametrize(

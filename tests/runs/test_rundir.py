@@ -82,7 +82,7 @@ DEAD = 2**22 + 1  # above the largest pid
         *({}, {"pid": DEAD}, {"host": "other", "pid": DEAD}, {"pid": os.getpid()}, {"pid": DEAD, "boot": "other"}),
         *({"pid": DEAD, "namespace": "pid:[2]"}, {"pid": "1"}, {"pid": -1}, {"pid": None, "boot": None}, [], None),
     ],
-    ids=str,
+    ids=range(11),
 )
 def test_a_held_lock_is_in_use_whatever_it_says(content, tmp_path, monkeypatch):
     """As between two containers with one hostname, where the pid of one is none in the other."""

@@ -26,7 +26,7 @@ from hybridgen.models.contract import find
 from hybridgen.reports import points as points_lib
 from hybridgen.runs import drawing, experiment, importing, reading
 from hybridgen.runs.restore import restore
-from hybridgen.weights import tables
+from hybridgen.weights import nesting, tables
 from hybridgen.weights.files import open_weights
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_every_parameter_has_a_place(path, parts_once):
 def golden(folder: Path) -> dict:
     """The shapes of a recorded system's parameters."""
     source = tables.find(folder.name)
-    tensors = tables.rooted(open_weights(folder / "weights.safetensors"), source.about.roots)
+    tensors = nesting.model_tensors(open_weights(folder / "weights.safetensors"), source.about.roots)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return importing.target(source.plan(json.loads((folder / "config.json").read_text()), shapes)).shapes
 

@@ -86,8 +86,12 @@ def test_the_tower_is_a_part_of_the_cascade_and_the_one_that_the_prior_knows(run
     (tmp_path / "copy" / "text.json").write_text(json.dumps(about))
     with config.unlocked():
         config.parts.text = str(tmp_path / "copy")
-    with pytest.raises(UserError, match="the parts prior and text read text differently"):
+    with pytest.raises(UserError, match="copy/text.json is not the text tokenizer that the run was saved with"):
         experiment.build(config, runs / "cascade")
+    known = {name: reading.load(runs / name) for name in ("prior", "text")}
+    known["text"] = known["text"]._replace(text=text_lib.from_json(about))
+    with pytest.raises(UserError, match="the parts prior and text read text differently"):
+        experiment.read_by(known, config.data)
     state = {name: tensor.read() for name, tensor in open_weights(runs / "t5" / "weights.safetensors").items()}
     state["encoder.final_layer_norm.weight"] = state["encoder.final_layer_norm.weight"] + 1
     shutil.copytree(runs / "t5", tmp_path / "t5", ignore=shutil.ignore_patterns("*.safetensors"))

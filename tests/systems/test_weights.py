@@ -248,6 +248,39 @@ def test_sharded_folder(tmp_path, suffix):
         open_weights(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["index.fp16", "index.non_ema", "index-fp16", "fp16.index", "index.a.b"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_an_index_of_a_variant(tmp_path, name, suffix):
+    arrays = sharded(tmp_path, suffix)
+    (tmp_path / f"model{suffix}.index.json").rename(tmp_path / f"model{suffix}.{name}.json")
+    for path in (tmp_path, tmp_path / f"model{suffix}.{name}.json"):
+        assert {key: tensor.shape for key, tensor in open_weights(path).items()} == {
+            k: x.shape for k, x in arrays.items()
+        }
+
+
+def test_which_of_several_indexes(tmp_path):
+    """That without a variant; of two variants none, they are named."""
+    sharded(tmp_path)
+    for variant in ("fp16", "non_ema"):
+        (tmp_path / f"model.safetensors.index.{variant}.json").write_text("{}")
+    assert open_weights(tmp_path).path.name == "model.safetensors.index.json"
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="2 weights files, give one of them: model.safetensors.index.fp16.json,"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_shards_without_their_index(tmp_path, count):
+    for number in range(count):
+        safetensors.write(tmp_path / f"model-0000{number + 1}-of-0000{count}.fp16.safetensors", {"a": some()})
+    if count == 1:
+        return same(open_weights(tmp_path)["a"], some())
+    message = "shards such as model-00001-of-00002.*, but not their index, model.fp16.safetensors.index.json"
+    with pytest.raises(UserError, match=message):
+        open_weights(tmp_path)
+
+
 def test_the_cache_of_the_hub_is_a_folder_like_any(tmp_path):
     """Its snapshots are links into the blobs beside them; no other link leads out of a folder."""
     home = tmp_path / "models--x" / "snapshots" / "abc"

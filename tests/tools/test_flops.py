@@ -1,17 +1,20 @@
 """FLOPs from the trace against counts by hand, and against XLA's own where XLA is right (no loops)."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridgen.cost import flops
+from hybridgen.cost import flops, steps
 from hybridgen.models.ar import raster
 from hybridgen.models.contract import Part
 from hybridgen.models.diffusion import dit
 from hybridgen.models.tokenizers import vq
 from hybridgen.nn.attention import Mask, attend
 from hybridgen.nn.conv import Conv
+from hybridgen.training.rates import Work
 
 B, L, GRID, VOCAB = 3, 5, (4, 4), 30
 N = GRID[0] * GRID[1]
@@ -204,3 +207,44 @@ def test_the_tpu_kernel_counts_as_the_plain_one():
         return flops.forward(causal, q, k, k), training(lambda q, k: causal(q, k, k).sum(), q, k)
 
     assert count("splash") == count("xla")
+
+
+ALONE = types.SimpleNamespace(parts={}, mesh=jax.make_mesh((1,), ("data",)))
+
+
+def stepping(loss, role="decoder", model=None):
+    """A rule of hybridgen.train for a family of this loss, all parameters trained."""
+    family = types.SimpleNamespace(loss=loss, ROLE=role)
+    split = types.SimpleNamespace(split=lambda params: (params, {}))
+    return types.SimpleNamespace(family=family, which=split, fitted=lambda batch, parts: (model, parts))
+
+
+def images(height, width):
+    return {"image": jax.ShapeDtypeStruct((B, height, width, 3), jnp.float32)}
+
+
+def test_what_a_step_does():
+    """One product of raw inputs with a trained matrix: forward, and the gradient of the matrix."""
+
+    def loss(model, params, batch, key, **_):
+        return (batch["image"] @ params["w"]).sum(), {}
+
+    state = {"params": {"w": jax.ShapeDtypeStruct((3, 7), jnp.float32)}, "extra": {}, "step": jnp.int32(0)}
+    rule, each = stepping(loss), 2 * 2 * B * 3 * 7
+    assert steps.counted(rule, state, images(4, 5), ALONE, None, True) == {None: Work(1, B, 0, each * 20)}
+    assert steps.counted(rule, state, images(4, 5), ALONE, None, False) == {None: Work(1, B, 0, 0.0)}
+    shaped = steps.counted(rule, state, images(4, 4), ALONE, [(8, 2), (2, 6)], True)
+    assert shaped == {(8, 2): Work(1, B, 0, each * 16), (2, 6): Work(1, B, 0, each * 12)}
+    prior = stepping(loss, ("prior", "text"), types.SimpleNamespace(length=9))
+    assert steps.counted(prior, state, images(1, 1), ALONE, None, False) == {None: Work(1, B, B * 9, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected"),
+    [("NVIDIA H200", "bfloat16", 989e12), ("NVIDIA H200", "float32", 495e12), ("TPU v5 lite", None, 197e12)],
+)
+def test_the_peak_of_all_devices(kind, dtype, expected):
+    devices = np.array([[types.SimpleNamespace(device_kind=kind)] * 4] * 2)
+    members = {"prior": {"model": {"dtype": dtype}}} if dtype else {}
+    assert steps.peak(members, devices) == 8 * expected
+    assert steps.peak(members, np.array([types.SimpleNamespace(device_kind="cpu")])) == 0.0

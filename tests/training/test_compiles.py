@@ -10,6 +10,7 @@ from PIL import Image
 
 from hybridgen import evaluate, sample, train
 from hybridgen.core import config
+from hybridgen.cost import chips
 from hybridgen.runs.restore import restore
 from hybridgen.training import logging
 
@@ -20,10 +21,12 @@ class Compilations:
     """How many programs XLA has compiled since this was made."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.names = 0, []
 
-    def heard(self, event: str, seconds: float, **_: object) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
+    def heard(self, event: str, seconds: float, **about: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            self.names.append(str(about.get("fun_name")))
 
 
 @pytest.fixture
@@ -40,7 +43,11 @@ def compilations():
 
 @pytest.mark.parametrize(("steps", "every"), [(12, 3), pytest.param(200, 20, marks=pytest.mark.slow)])
 def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, compilations, monkeypatch, steps, every):
-    """Now and then it evaluates, draws and saves; the step after the first time has seen every program."""
+    """Now and then it evaluates, draws and saves; the step after the first time has seen every program.
+
+    On a device whose peak is known, the log has all rates.
+    """
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["h200"]._replace(kinds=("cpu",), float32=1e12))
     seen: dict[int, int] = {}
     step = logging.Writer.step
 
@@ -51,7 +58,7 @@ def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, com
     monkeypatch.setattr(logging.Writer, "step", counted)
     tokenizer = tiny_run("configs/tokenizers/vq.py").folder
     seen.clear()
-    compilations.count = 0
+    compilations.count, compilations.names = 0, []
     words = [f"parts.tokenizer={tokenizer}", f"steps={steps}", "log.every=1", "model.width=32", "model.depth=1"]
     words += [f"{what}.every={every}" for what in ("eval", "sample", "checkpoint")]
     words += ["eval.batches=2", "sample.count=3"]  # a grid that is not full
@@ -60,6 +67,15 @@ def test_training_compiles_nothing_after_its_first_round(tiny_run, tmp_path, com
     assert seen[1] > 0 and sorted(seen) == list(range(1, steps + 1))
     assert seen[every + 1] > seen[2]  # evaluation and drawing
     assert {seen[number] for number in range(every + 1, steps + 1)} == {seen[every + 1]}
+    assert sum("train_step" in name for name in compilations.names) == 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "step_seconds" in line]
+    assert [line["step"] for line in logged] == list(range(1, steps + 1))
+    for line in logged:
+        assert line["images_per_second"] == pytest.approx(8 / line["step_seconds"])
+        assert line["tokens_per_second"] == pytest.approx(64 * line["images_per_second"])
+        assert line["mfu"] * line["step_seconds"] == pytest.approx(logged[0]["mfu"] * logged[0]["step_seconds"])
+        assert 0 < line["mfu"] < 1 and line["learning_rate"] > 0 and line["memory_gib"] > 0
 
 
 @pytest.mark.slow

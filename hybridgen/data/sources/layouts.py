@@ -9,6 +9,7 @@
 Each of these may also lie in folders `train` and `validation` (or `valid`, `val`), which are then the splits.
 """
 
+import codecs
 import collections
 import csv
 import json
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from hybridgen.core.errors import UserError
 from hybridgen.data import storage
+from hybridgen.data.files import decoded
 from hybridgen.data.sources.protocol import BrokenRecord, known
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -173,7 +175,7 @@ def _text(root: str, listed: str) -> str:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could block forever
             raise BrokenRecord("its text file is not a regular file")
         with open(path, "rb") as file:
-            return file.read(MAX_LINE).decode("utf-8-sig").strip()
+            return decoded(file.read(MAX_LINE)).strip()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not os.path.islink(listed):
             raise storage.gone(listed) from None
@@ -191,6 +193,8 @@ def _lines(path: str) -> Iterator[tuple[int, bytes | None]]:
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     with file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UserError(f"{path} is in UTF-16: save it in UTF-8")
         number = 0
         while line := file.readline(MAX_LINE):
             number += 1

@@ -22,6 +22,11 @@ def check_prompt(text: str) -> None:
         raise UserError("the prompt is empty")
 
 
+def without_mark(text: Any) -> Any:
+    """A prompt without the byte-order mark at the start of a file that it was read from."""
+    return text.removeprefix("\ufeff") if isinstance(text, str) else text
+
+
 def fit(
     ids: list[int],
     length: int,

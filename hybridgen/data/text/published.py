@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hybridgen.core.errors import UserError
-from hybridgen.data.files import read_json
+from hybridgen.data.files import read_json, read_text
 from hybridgen.data.text import spiece
 from hybridgen.data.text import steps as text_steps
 from hybridgen.data.text.bpe import KEPT, KEPT_LENGTH, merge
@@ -187,9 +187,9 @@ def _clip(vocab: Any, merges: Path) -> dict:
             f"{merges.parent} has no tokenizer of CLIP: its vocab.json lacks {marks}; for other tokenizers give a "
             f"folder with tokenizer.json"
         )
-    with merges.open(encoding="utf-8") as file:
-        lines = [line.rstrip("\n") for line in file]
-    pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    pairs = [
+        line.split(" ") for line in read_text(merges).split("\n") if line.strip() and not line.startswith("#version")
+    ]
     added = [{"id": vocab[mark], "content": mark, "special": True, "normalized": False} for mark in marks]
     steps = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]
     cuts = [

@@ -101,7 +101,7 @@ def loss(
     cost, weight = weighted(terms, rows(batch, terms))
     metrics |= seen
     if quantizer.size:
-        metrics["perplexity"] = codebook.perplexity(extra["use"]) / quantizer.size
+        metrics["perplexity_share"] = codebook.perplexity(extra["use"]) / quantizer.size
         metrics["usage"] = codebook.in_use(extra["use"], quantizer.decay)
     return reconstruction + cost, {"metrics": metrics, "weight": weight, "extra": sums if train else {}}
 

@@ -26,7 +26,8 @@ class Plan(NamedTuple):
     """How to build and fill a model from an official config.
 
     inputs: shapes of one row of the family's inputs, `{"image": (H, W, 3)}`. dropped: patterns of tensors that the
-    model does not use. sample: sampling options, with the values of the official script.
+    model does not use; kept: of those that an export has nevertheless, since official code loads them. sample: sampling
+    options, with the values of the official script.
     """
 
     family: str
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     inputs: dict[str, tuple[int, ...]]
     dropped: tuple[str, ...] = ()
     sample: Mapping[str, Any] = {}
+    kept: tuple[str, ...] = ()
 
 
 class Source(NamedTuple):
@@ -62,13 +64,3 @@ def find(name: str) -> Source:
 def longest(name: str, known: list[str]) -> str | None:
     """The longest prefix of `name` in `known`, or None."""
     return max((one for one in known if name.startswith(one)), key=len, default=None)
-
-
-def rooted(tensors: Mapping[str, Any], roots: tuple[str, ...]) -> Mapping[str, Any]:
-    """The tensors under the first of `roots` that occurs, without this prefix; all tensors if none occurs."""
-    for root in roots:
-        begin = f"{root}."
-        found = {name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)}
-        if found:
-            return found
-    return tensors

@@ -50,4 +50,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     ):
         rules += [Rule(f"{weight}.weight", f"params/{ours}/kernel", conv), *_statistics.rules(norm, ours)]
     side = model["resolution"]
-    return Plan(FAMILY, model, tuple(rules), {"image": (side, side, 3)}, _statistics.DROPPED)
+    return Plan(FAMILY, model, tuple(rules), {"image": (side, side, 3)}, _statistics.DROPPED, kept=_statistics.DROPPED)

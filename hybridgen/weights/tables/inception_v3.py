@@ -41,4 +41,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     ):
         rules += [Rule(f"{official}.conv.weight", f"params/{ours}/kernel", conv)]
         rules += _statistics.rules(f"{official}.bn", ours)
-    return Plan(FAMILY, model, tuple(rules), {"image": (SIDE, SIDE, 3)}, _statistics.DROPPED)
+    return Plan(FAMILY, model, tuple(rules), {"image": (SIDE, SIDE, 3)}, _statistics.DROPPED, kept=_statistics.DROPPED)

@@ -68,7 +68,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     copies = tuple({HEAD} & set(shapes)) if model["tied"] else ()
     rules = (Rule("model.embed_tokens.weight", "params/tokens/table", copies=copies), *_rules())
     rules += () if model["tied"] else (Rule(HEAD, "params/head/kernel", matrix),)
-    return Plan(FAMILY, model, rules, {"text": (length,)}, dropped)
+    return Plan(FAMILY, model, rules, {"text": (length,)}, dropped, kept=dropped)
 
 
 def _rules() -> tuple[Rule, ...]:

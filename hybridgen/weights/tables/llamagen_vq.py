@@ -50,4 +50,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         options.skip("codebook_show_usage", "dropout_p")
     rules = (*_residual.rules(NAMES, {"l": len(down)}), Rule("quantize.embedding.weight", "params/codebook"))
     dropped = (r"quantize\.codebook_used",)  # official code's ids of the last 65536 tokens, a statistic
-    return Plan(FAMILY, model, rules, {"image": (resolution, resolution, 3)}, dropped)
+    return Plan(FAMILY, model, rules, {"image": (resolution, resolution, 3)}, dropped, kept=dropped)

@@ -41,4 +41,4 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
         rules.append(Rule(f"lin{stage}.model.1.weight", f"params/lin_{stage}/kernel", pointwise))
     # the classifier; the official class's second copy of the heads and its input constants
     dropped = (r"classifier\..*", r"lins\.\d\.model\.1\.weight", r"scaling_layer\.(shift|scale)")
-    return Plan(FAMILY, model, tuple(rules), {"image": (64, 64, 3)}, dropped)
+    return Plan(FAMILY, model, tuple(rules), {"image": (64, 64, 3)}, dropped, kept=dropped[1:])

@@ -85,7 +85,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     model |= {"grid": grid, "classes": classes, "cond_length": cond_length}
     draw = {"guidance": 1.0, "guidance_schedule": "constant", "temperature": 1.0, "top_k": 600, "top_p": 0.92}
     inputs = {"image": (16 * grid[0], 16 * grid[1], 3)}
-    return Plan(FAMILY, model, RULES, inputs, DROPPED, {"prior": draw})
+    return Plan(FAMILY, model, RULES, inputs, DROPPED, {"prior": draw}, DROPPED)
 
 
 def network(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, int]:
