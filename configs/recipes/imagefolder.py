@@ -51,5 +51,5 @@ def get_config(variant: str = ""):
     if variant in ("cpu", "cpu_64"):
         for stage in (stages.prior, stages.cascade):
             stage.sample.options.prior.update(guidance=2.0, temperature=1.0)  # less would be less varied
-    stages.evaluation.splits = ("validation",)
+    stages.evaluation.splits = ("validation", "train")  # a small folder has few images for validation
     return config

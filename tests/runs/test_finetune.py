@@ -256,6 +256,16 @@ def test_all_stages_are_checked_before_the_first(runs, images, tmp_path, setting
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
+def test_a_recipe_of_no_steps_has_the_weights_of_the_run(runs, images, tmp_path, capsys):
+    words = ["--from", str(runs / "cascade"), f"--config.path={images}", "--workdir", str(tmp_path), "--config.steps=0"]
+    assert recipe.main(words) == 0
+    for name in ("prior", "decoder"):
+        new, old = (reading.load(place / name) for place in (tmp_path, runs))
+        assert tiny.gap(new.part.params, old.part.params) == 0
+    assert "trained on other data" not in "".join(capsys.readouterr()) and (tmp_path / "evaluation/train.png").is_file()
+
+
 # ---------------------------------------------------------------- init_from in general
 
 
