@@ -11,6 +11,7 @@ the compile cache, and how many were not; "begun": prints the digest of the firs
 import atexit
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -43,10 +44,13 @@ def words(steps: int, every: int, *more: str) -> str:
     return ",".join([SMALL, f"steps={steps}", f"checkpoint.every={every}", *more])
 
 
+MEASURED = re.compile("second|mfu|memory")  # of the machine, not of the run
+
+
 def log_of(folder: Path) -> list[dict]:
     """The metrics log without its times and notes."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if "second" not in name} for line in lines if "note" not in line]
+    return [{name: x for name, x in line.items() if not MEASURED.search(name)} for line in lines if "note" not in line]
 
 
 def notes_of(folder: Path) -> list[tuple[int, str, str]]:

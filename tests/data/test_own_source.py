@@ -168,7 +168,8 @@ def test_a_source_that_cannot_be_used_is_refused(name, split, says):
 
 
 def test_an_empty_split_is_refused_before_an_evaluation(tmp_path):
-    loaded = SimpleNamespace(config=SimpleNamespace(data=data()))
+    config = SimpleNamespace(data=data(), family="ar.raster")
+    loaded = SimpleNamespace(config=config, draws=True, plans=False, reads=False)
     arguments = (("validation",), 4, 4, 0, tmp_path / "out")
     assert "no records in the split 'validation'" in refused(evaluate.evaluate, loaded, *arguments)
     assert not list(tmp_path.iterdir())

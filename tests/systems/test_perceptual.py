@@ -10,6 +10,7 @@ import pytest
 
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
+from hybridgen.models import contract
 from hybridgen.runs import importing, reading
 from hybridgen.weights import rules, tables
 
@@ -29,7 +30,7 @@ def recorded():
 @pytest.fixture(scope="module")
 def measured():
     """(parameters, image, other) -> (distances `[b]`, the gradient of their sum by the image), compiled once."""
-    family = importing.find("features.perceptual")
+    family = contract.find("features.perceptual")
 
     def total(image, params, other):
         far = family.distance(family.build({"width": 2}), params, {}, image, other)

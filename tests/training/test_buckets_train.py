@@ -270,9 +270,9 @@ def test_a_joint_cascade_draws_and_learns_at_any_shape():
 REFUSED = {
     "indivisible": (vq, tiny.FSQ, (10, 20), "tokenizers.vq .* 10 x 20: its sides do not divide by 4"),
     "table": (taming, {"vocab": 12, "grid": (4, 4)}, WIDE, "ar.taming supports pictures of one shape only"),
-    "no tokenizer": (raster, {"vocab": 12, "grid": (4, 4)}, WIDE, "needs the part 'tokenizer'"),
+    "no tokenizer": (raster, {"vocab": 12, "grid": (4, 4), "classes": 2}, WIDE, "needs the part 'tokenizer'"),
     "stored": (dit_official, {}, WIDE, "diffusion.dit_official .* 12 x 20: its position table is for one grid only"),
-    "patches": (dit, tiny.DECODER, (18, 20), "do not divide by 4"),
+    "patches": (dit, tiny.DECODER | {"draft": False}, (18, 20), "do not divide by 4"),
     "family": (lm, {"text_vocab": 16, "text_length": 8}, WIDE, "text.lm supports pictures of one shape only"),
 }
 

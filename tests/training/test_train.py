@@ -16,7 +16,7 @@ import tiny
 from hybridgen import train
 from hybridgen.core import config, meshes, trees
 from hybridgen.core.errors import UserError
-from hybridgen.data import pipeline
+from hybridgen.data import pipeline, storage
 from hybridgen.runs.reading import inference_params
 from hybridgen.training import batches as batch_stream
 from hybridgen.training import optim, state
@@ -100,7 +100,7 @@ def test_batches_are_read_as_the_config_says(monkeypatch):
     read, _ = batch_stream.reader(SimpleNamespace(config=config_of, mesh=meshes.make_mesh({"data": -1}), **known))
     read(None, 7)
     read(None, 0, shuffle=False)
-    same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5, "classes": 0}
+    same = {"batch": 8, "seed": 2, "rows": list(range(8)), "threads": 5, "classes": 0, "retry": storage.RETRY}
     assert requested[0] == same | {"start": 7, "shuffle": True, "flip": True, "workers": 3}
     assert requested[1] == same | {"start": 0, "shuffle": False, "flip": False, "workers": 0}
 
