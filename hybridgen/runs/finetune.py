@@ -22,8 +22,8 @@ from hybridgen.data import sources
 from hybridgen.data import text as text_lib
 from hybridgen.data.sources import reading as record_reading
 from hybridgen.models import contract
-from hybridgen.models.contract import find
-from hybridgen.runs import reading
+from hybridgen.models.contract import Part, find
+from hybridgen.runs import fitting, reading
 
 ENTRIES = "configs/finetune.py"
 KEPT = ("seed", "batch", "accumulate", "frozen_dtype", "trainable")  # of a run that was trained here
@@ -242,6 +242,15 @@ def _source_given(settings: Sequence[str]) -> str | None:
 def _check(start: Start, config: Any, path: str) -> None:
     """Raises UserError for data without captions or classes that a model needs, and prints what it does not know."""
     source = sources.build(config.data, "train")
+    record = record_reading.read(source, 0)[0]
+    if not {"tokens", "latent"} & set(record):  # cached ones need no part that makes them
+        parts = {name: _without_arrays(place) for name, place in places(start.config, start.folder).items()}
+        try:
+            fitting.check_drawable(start.family, start.model, parts)
+        except UserError as error:
+            raise UserError(
+                f"--from {path}: {error}; of imported weights give it to hybridgen convert --part"
+            ) from None
     where = config.data.options.get("path") or f"data.source {config.data.source!r}"
     if start.text is not None:
         if not text_lib.captioned(source):
@@ -249,13 +258,18 @@ def _check(start: Start, config: Any, path: str) -> None:
         for line in unread(start.text, source):
             print(line, flush=True)
     if start.classes:
-        print(_classes(start, source, path, where), flush=True)
+        print(_classes(start, source, record, path, where), flush=True)
 
 
-def _classes(start: Start, source: Any, path: str, where: str) -> str:
+def _without_arrays(folder: Path) -> Part:
+    config = reading.read_config(folder)
+    return Part({}, {}, config.family, reading.model_of(config, folder))
+
+
+def _classes(start: Start, source: Any, record: dict, path: str, where: str) -> str:
     """A line with the classes of the data. Raises UserError if they are not those of the run."""
     names = list(getattr(source, "class_names", ()))
-    if not names and "label" not in record_reading.read(source, 0)[0]:
+    if not names and "label" not in record:
         hint = "a folder for each class, or data.options.label_key"
         raise UserError(f"--from {path} takes {start.classes} classes, but {where} has no classes: give it {hint}")
     if len(names) > start.classes:

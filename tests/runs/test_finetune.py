@@ -125,6 +125,7 @@ def test_other_starts_and_data_that_are_refused(runs, images, tmp_path):
     tower = changed(runs / "tokenizer", tmp_path / "tower", family="text.transformer", model=TOWER)
     other = changed(runs / "prior", tmp_path / "other", init_from={"all": str(runs)})
     bare = changed(runs / "prior", tmp_path / "imported", optim=None)
+    alone = changed(runs / "prior", tmp_path / "alone", optim=None, parts={})
     strange = folder(tmp_path / "strange", ["dog", "cats"])
     silent = folder(tmp_path / "silent", classes=["red", "blue"])
     prior, new = runs / "prior", tmp_path / "new"
@@ -136,6 +137,7 @@ def test_other_starts_and_data_that_are_refused(runs, images, tmp_path):
         (prior, tmp_path / "none", new, "--config.path: no folder of images at"),
         (prior, silent, new, f"reads captions, but {silent} has none"),
         (prior, strange, new, "does not know 1 of 1 words: .* train from a config"),
+        (alone, images, new, "^--from .*: ar.raster generates tokens, but has no part 'tokenizer'.*convert --part$"),
         (bare, None, new, "imported weights have no data: give --config.path=FOLDER"),
     ):
         with pytest.raises(UserError, match=says):
