@@ -32,6 +32,10 @@ AUTO = "auto"
 FILLED = ("resolution", "classes", "text_vocab", "text_length", "vocab", "grid", "plan_width")  # may be "auto"
 
 MOST = ranges.MOST
+SHAPES = (  # what to do instead, for a resolution with two sides
+    ": it is the side of a square; for other shapes make a table of aspect-ratio buckets with "
+    "python -m hybridgen.data.prepare.buckets and give it as data.options.buckets"
+)
 MAX_FILE, MAX_LEVELS = 2**24, 16  # bytes and nesting of a config that is read back
 
 PATTERN = re.compile(r"optim\.decay_on|optim\.groups\.[^.]+\.(match|decay_on)|ema\.skip")
@@ -99,6 +103,8 @@ def check(config: Mapping) -> None:
 
 
 def _check_value(where: str, key: str, value: Any) -> None:
+    if key == "data.resolution" and isinstance(value, tuple):
+        raise UserError(f"{where} takes int, not {value!r}{SHAPES}")
     if known := _range_of(key):
         if value == () and known.least:
             raise UserError(f"{where} is empty: give at least one number")
@@ -256,7 +262,9 @@ def _typed(key: str, value: Any, old: Any) -> Any:
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(old):
-        raise UserError(f"config key {key!r} takes {type(old).__name__}, such as {old!r}, not {value!r}")
+        sides = isinstance(value, tuple) or (isinstance(value, str) and re.fullmatch(r"\d+[x×*,: ]\d+", value))
+        says = SHAPES if name == "resolution" and sides else ""
+        raise UserError(f"config key {key!r} takes {type(old).__name__}, such as {old!r}, not {value!r}{says}")
     return value
 
 

@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: every batch has one shape, batch k is a function of (seed, k), each record once per epoch."""
 
 import json
+import re
 import struct
 import zlib
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data import pipeline, sources, transforms
 from hybridgen.data.prepare import buckets as prepare
@@ -200,3 +202,52 @@ def test_a_picture_that_cannot_be_turned_is_broken(tmp_path):
     for act in (source.size, source.__getitem__):
         with pytest.raises(sources.BrokenRecord, match="a.png: "):
             act(0)
+
+
+@pytest.mark.parametrize(
+    "sizes, least, says",
+    [
+        (
+            [(64, 64)] * 40 + [(64, 36)] * 40 + [(36, 64)] * 40,
+            64,
+            r"80 of 120 pictures lose \d\d% .* instead of \d%: --least 64",
+        ),
+        ([(64, 64)] * 40 + [(64, 36)] * 40 + [(36, 64)] * 40, 8, ""),
+        ([(64, 64)] * 120, 256, ""),  # one shape is enough
+        ([(64, 8)] * 120, 8, ""),  # too wide for any shape: not because of --least
+        ([(64, 60)] * 100 + [(64, 36)] * 2, 8, r"2 of 102 pictures lose .*--least 8 leaves"),
+    ],
+)
+def test_a_warning_if_least_crops_pictures(sizes, least, says, tmp_path, capsys):
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{i:03d}.png")
+    words = ["--config", "configs/recipes/imagefolder.py:tiny", f"--config.path={tmp_path}", "--step=8"]
+    assert (
+        prepare.main([*words, "--config.data.options.validation=0", f"--least={least}", f"--out={tmp_path / 'b.json'}"])
+        == 0
+    )
+    err = capsys.readouterr().err
+    assert re.match(f"warning: {says}", err) and err.count("\n") == 1 if says else not err
+
+
+def test_the_share_that_is_cropped():
+    sizes, square = np.asarray([(64, 64), (64, 32), (32, 64), (64, 16)]), [(64, 64)]
+    np.testing.assert_allclose(buckets.cropped(sizes, square), [0, 0.5, 0.5, 0.75])
+    np.testing.assert_allclose(buckets.cropped(sizes, [(64, 64), (32, 64)]), [0, 0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("text", ["48x64", "48×64", "48*64", "(48,64)", "[48,64]", "48,64", "48:64"])
+@pytest.mark.parametrize("key, config", [("resolution", "recipes/imagefolder"), ("data.resolution", "tokenizers/vq")])
+def test_two_sides_are_refused_with_what_to_do(text, key, config):
+    with pytest.raises(UserError, match=f"config key '{key}' takes int.*buckets.*data.options.buckets"):
+        config_lib.load(f"configs/{config}.py:tiny", [f"{key}={text}"])
+
+
+def test_two_sides_in_a_config_file_are_refused_alike():
+    config = config_lib.load("configs/tokenizers/vq.py:tiny").copy_and_resolve_references()
+    with config.unlocked(), config.ignore_type():
+        config.data.resolution = (48, 64)
+    with pytest.raises(
+        UserError, match=r"config key 'data.resolution' takes int, not \(48, 64\).*data.options.buckets"
+    ):
+        config_lib.check(config)

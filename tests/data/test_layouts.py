@@ -11,7 +11,8 @@ from test_folder import metadata, picture, read
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources, text
-from hybridgen.data.prepare import write
+from hybridgen.data.prepare import bpe, write
+from hybridgen.runs import experiment
 from hybridgen.training import batches, resume
 
 
@@ -116,10 +117,12 @@ def test_other_images_are_counted_and_two_tables_refused(tmp_path):
         read(tmp_path, layout="csv")
 
 
-def test_backslashes_in_file_names(tmp_path):
+@pytest.mark.parametrize("name", ["b\\a.png", ".\\b\\a.png", "b/a.png", "./b//a.png", "b\\/a.png"])
+def test_backslashes_in_file_names(name, tmp_path):
     pictures(tmp_path, "b/a.png")
-    metadata(tmp_path, [{"file_name": "b\\a.png", "text": "x"}])
-    assert captions(read(tmp_path)) == {"b/a.png": "x"}
+    metadata(tmp_path, [{"file_name": name, "text": "x"}])
+    assert list(captions(read(tmp_path)).values()) == ["x"]
+    assert read(tmp_path).summary().startswith("1 of 1 pictures, layout metadata.jsonl")
 
 
 # ---- labels
@@ -211,6 +214,33 @@ def test_a_prior_without_captions_and_classes_is_refused(tmp_path):
     pictures(tmp_path / "classes", "x/a.png", "y/b.png")
     resume.conditioned(config_of(tmp_path / "classes"), read(tmp_path / "classes"))
     assert not text.captioned(source) and text.captioned(lacking(tmp_path / "captions"))
+
+
+TOKENIZER = "parts.tokenizer=examples/shapes/parts/tokenizer"
+READS_TEXT = ("model.text_vocab=300", "model.text_length=8")
+
+
+@pytest.mark.parametrize("caption", ["", " ", "\n\t"])
+@pytest.mark.parametrize("kind", ["words", "bytes"])
+def test_a_model_that_reads_captions_which_are_all_empty_is_refused(kind, caption, tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    metadata(tmp_path, [{"file_name": f"{name}.png", "text": caption, "kind": name} for name in "ab"])
+    settings = (TOKENIZER, "data.source=folder", f"data.options.path={tmp_path}", f"data.text.kind={kind}")
+    settings += ("data.options.validation=0", "data.options.label_key=kind")
+    config = config_lib.load("configs/ar/raster.py:tiny", [*settings, *READS_TEXT])
+    with pytest.raises(UserError, match="model.text_vocab is 300, but the data has no captions"):
+        experiment.build(config, tmp_path, sources.build(config.data, "train"))
+    config = config_lib.load("configs/ar/raster.py:tiny", settings)  # "auto": it takes the classes alone
+    options = experiment.build(config, tmp_path, sources.build(config.data, "train")).options
+    assert (options["text_vocab"], options["classes"]) == (0, 2)
+
+
+def test_no_encoding_is_trained_on_captions_that_are_all_empty(tmp_path):
+    pictures(tmp_path / "in", "a.png", "b.png")
+    words = ["--config", "configs/recipes/imagefolder.py:tiny", f"--config.path={tmp_path / 'in'}"]
+    with pytest.raises(UserError, match="all captions of data.source 'folder' are empty"):
+        bpe.main([*words, f"--out={tmp_path / 'bpe.json'}"])
+    assert not (tmp_path / "bpe.json").exists()
 
 
 def test_classes_are_kept_in_the_run(tmp_path):

@@ -10,6 +10,7 @@ from hybridgen.cli import command, make_parser
 from hybridgen.core import config as config_lib
 from hybridgen.core.errors import UserError
 from hybridgen.data import sources
+from hybridgen.data import text as text_lib
 from hybridgen.data.prepare import write
 from hybridgen.data.text.bpe import FIRST, MAX_MERGES, Bpe, train
 
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         else (text for item in items for text in item.get("texts") or (item["text"],))
     )
     merges = train(captions, args.size)
+    if not merges and not text_lib.captioned(source):
+        raise UserError(
+            f"all captions of data.source {type(source).__name__.lower()!r} are empty: there is nothing to merge"
+        )
     text = json.dumps({"kind": Bpe.kind, "merges": merges}, separators=(",", ":"))
     temporary = args.out.with_name(f".{args.out.name}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")

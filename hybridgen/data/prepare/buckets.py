@@ -5,6 +5,7 @@
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ from hybridgen.core.errors import UserError
 from hybridgen.data import sources
 from hybridgen.data.prepare import write
 from hybridgen.data.sources.buckets import build
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if data.source != "folder":
         raise UserError(f"data.source is {data.source!r}, but only the source 'folder' has buckets")
     options = {name: value for name, value in sources.checked("folder", data.options).items() if name != "buckets"}
-    table = build(options, data.resolution, args.step, args.aspect, args.least)
+    table = build(options, data.resolution, args.step, args.aspect, args.least, _warn)
     temporary = args.out.with_name(f".{args.out.name}.tmp")
     temporary.write_text(json.dumps(table, separators=(",", ":")) + "\n", encoding="utf-8")
     temporary.replace(args.out)

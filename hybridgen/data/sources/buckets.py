@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from hybridgen.data.sources.protocol import BrokenRecord, Source
 
 FORMAT = 1
 LARGEST = 4096  # pixels per side
+MUCH = 0.15  # share of a picture's area that is much to lose by cropping
 
 
 def shapes(resolution: int, step: int, aspect: float) -> list[tuple[int, int]]:
@@ -51,6 +52,13 @@ def nearest(sizes: np.ndarray, choice: list[tuple[int, int]]) -> np.ndarray:
     wanted = np.log(sizes[:, 0] / sizes[:, 1])
     offered = np.log([width / height for height, width in choice])
     return np.abs(wanted[:, None] - offered).argmin(1)
+
+
+def cropped(sizes: np.ndarray, choice: list[tuple[int, int]]) -> np.ndarray:
+    """Widths and heights `[r, 2]` -> the share of each picture's area that cropping to the nearest shape removes."""
+    ratio = np.log(sizes[:, 0] / sizes[:, 1])
+    offered = np.log([width / height for height, width in choice])
+    return 1 - np.exp(-np.abs(ratio - offered[nearest(sizes, choice)]))
 
 
 def assign(sizes: np.ndarray, choice: list[tuple[int, int]], least: int) -> tuple[list[tuple[int, int]], np.ndarray]:
@@ -176,8 +184,13 @@ def largest(source: Source, batch: int) -> Source:
     return only
 
 
-def build(options: Mapping, resolution: int, step: int, aspect: float, least: int) -> dict:
-    """The table for a folder: shapes chosen on its training split, and the shape of each record of both splits."""
+def build(
+    options: Mapping, resolution: int, step: int, aspect: float, least: int, warn: Callable[[str], None] | None = None
+) -> dict:
+    """The table for a folder: shapes chosen on its training split, and the shape of each record of both splits.
+
+    warn: is called with a line if pictures lose much of their area because of `least`.
+    """
     sizes = {}
     for split in SPLITS:
         try:
@@ -187,7 +200,16 @@ def build(options: Mapping, resolution: int, step: int, aspect: float, least: in
                 raise
             continue  # there is no validation split
         sizes[split] = (source.digest(), _sizes(source))
-    choice, _ = assign(sizes["train"][1], shapes(resolution, step, aspect), least)
+    offered, known = shapes(resolution, step, aspect), sizes["train"][1]
+    choice, _ = assign(known, offered, least)
+    lost, free = cropped(known, choice), cropped(known, offered)
+    hit = (lost > MUCH) & (lost > free + 0.05)
+    if warn and hit.any():
+        warn(
+            f"{hit.sum()} of {len(hit)} pictures lose {lost[hit].mean():.0%} of their area by cropping, instead of "
+            f"{free[hit].mean():.0%}: --least {least} leaves {len(choice)} of {len(offered)} shapes; lower it "
+            f"(at least to the batch size)"
+        )
     splits = {
         split: {"records": digest, "bucket": nearest(found, choice).tolist()}
         for split, (digest, found) in sizes.items()

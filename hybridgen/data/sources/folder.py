@@ -96,7 +96,7 @@ class Folder:
         labels = {record[3] for record in records if record[3] is not None}
         self.class_names, self._classes = _classes(labels, class_names)
         self._sizes = collections.Counter(record[0] for record in records if record[4] is None)
-        self._names = {record[1] for record in records if record[4] is None}
+        self._names = {os.path.normpath(record[1]) for record in records if record[4] is None}
         self._records = [record[1:] for record in records if record[0] == split]
         places = {os.path.dirname(record[0]) for record in self._records if record[3] is None}
         self._places = {place for place in places | {""} if layouts.filled(os.path.join(self.path, place))}
