@@ -119,15 +119,19 @@ def test_few_words_are_listed(words, says):
 
 
 def test_a_report_has_no_empty_columns():
-    entry = {"draft": {"psnr": 20.0, "ssim": 0.5}, "render": {"psnr": 21.0, "ssim": 0.625}}
+    entry = {
+        "draft": {"pictures": 4, "psnr": 20.0, "ssim": 0.5},
+        "render": {"pictures": 4, "psnr": 21.0, "ssim": 0.625},
+    }
     report = {
         "family": "hybrid.cascade",
         "step": 3,
-        "splits": {"validation": {"from captions": {"render": {}}, "true": entry}},
+        "splits": {"validation": {"from captions": {"render": {"pictures": 4}}, "true": entry}},
     }
-    assert evaluate.markdown(report).splitlines()[4:8] == [
-        "| images | PSNR | SSIM |",
-        "| --- | --- | --- |",
-        "| true, draft | 20.00 | 0.50 |",
-        "| true, render | 21.00 | 0.62 |",
+    assert evaluate.markdown(report).splitlines()[4:9] == [
+        "| images | count | PSNR | SSIM |",
+        "| --- | --- | --- | --- |",
+        "| from captions, render | 4 |  |  |",
+        "| true, draft | 4 | 20.00 | 0.50 |",
+        "| true, render | 4 | 21.00 | 0.62 |",
     ]
