@@ -10,7 +10,7 @@ from typing import Any
 from hybridgen.core.config import hint
 from hybridgen.core.errors import UserError
 from hybridgen.models import contract
-from hybridgen.models.contract import Part, Shape, find, fit, sides
+from hybridgen.models.contract import Part, Shape, find, fit
 
 RGB = 3
 
@@ -70,27 +70,23 @@ def _sizes(roles: Collection[str], model: Any, parts: Mapping[str, Part]) -> lis
     if "autoencoder" in parts and "decoder" in roles:
         auto = parts["autoencoder"]
         found.append(("autoencoder", "channels", auto.model.code_width, model.channels))
-        found.append(("autoencoder", "grid", latents(auto, images(auto, model.shape)), tuple(model.shape)))
+        if contract.optional(find(auto.family), "for_shape") is None:  # it encodes images of one shape only
+            found.append(("autoencoder", "grid", tuple(auto.model.grid), tuple(model.shape)))
     return [one for one in found if one[3] is not None]
 
 
 TOKENS = ("vocab", "grid")
 
 
-def images(auto: Part, latent: Shape) -> Shape:
-    """The shape of the images whose latents by an autoencoder have the shape `latent`."""
-    (height, width), (h, w) = sides(auto.model.resolution), auto.model.grid
-    return latent[0] * height // h, latent[1] * width // w
+def latents(auto: Part, shape: Shape) -> Shape:
+    """The grid of an autoencoder's latents of images of `shape`; its own grid if it takes images of one shape only.
 
-
-def latents(auto: Part, shape: Shape) -> Shape | str:
-    """The grid of an autoencoder's latents of images of `shape`; its own grid if it takes no other images."""
-    if tuple(shape) == tuple(sides(auto.model.resolution)):
+    Raises UserError for a shape that it cannot divide.
+    """
+    family = find(auto.family)
+    if contract.optional(family, "for_shape") is None:
         return tuple(auto.model.grid)
-    try:
-        return tuple(fit(find(auto.family), auto.model, {}, shape).grid)
-    except UserError:
-        return tuple(auto.model.grid)
+    return tuple(fit(family, auto.model, {}, shape).grid)
 
 
 def check_drawable(family: ModuleType, model: Any, parts: Mapping[str, Part]) -> None:

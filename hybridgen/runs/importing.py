@@ -85,7 +85,8 @@ def run_config(plan: tables.Plan, parts: Mapping[str, reading.Run], places: Mapp
     if "tokenizer" in parts:
         data["resolution"] = parts["tokenizer"].config.data.resolution
     elif "autoencoder" in parts:
-        data["resolution"] = fitting.images(parts["autoencoder"].part, sizes[:2])[0]
+        auto = parts["autoencoder"]
+        data["resolution"] = sizes[0] * auto.config.data.resolution // auto.part.model.grid[0]
     sample = {"every": 0, "count": 16, "options": dict(plan.sample)}
     rest = {"parts": dict(places), "init_from": {}, "mesh": {"dcn": 1, "data": -1, "fsdp": 1, "tensor": 1}}
     return {"family": plan.family, "model": plan.model, "data": data, "seed": 0, "batch": 1, "sample": sample} | rest

@@ -174,9 +174,8 @@ def test_what_auto_would_be_is_checked_where_it_is_given(family, options, known,
 def test_what_agrees_passes():
     agreement.check(contract.find("ar.raster"), GOOD | {"text_vocab": 64}, KNOWN, {}, Source())  # rows to spare
     agreement.check(contract.find("text.lm"), {"text_vocab": 9, "text_length": 50}, KNOWN, {}, Source())
-    auto = {
-        "autoencoder": SimpleNamespace(model=SimpleNamespace(resolution=KNOWN["resolution"], grid=(2, 2), code_width=4))
-    }
+    latent = contract.model_of(contract.find("tokenizers.vq"), tiny.CONTINUOUS | {"patch": 8})  # a grid of 2 x 2
+    auto = {"autoencoder": SimpleNamespace(family="tokenizers.vq", model=latent)}
     agreement.check(contract.find("diffusion.dit"), {"resolution": 2}, KNOWN, auto, Source())
     with pytest.raises(UserError, match="channels is 3, but latents of the part 'autoencoder' have 4: set it to 4"):
         agreement.check(contract.find("diffusion.dit"), {"channels": 3}, KNOWN, auto, Source())

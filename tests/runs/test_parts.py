@@ -132,6 +132,13 @@ def test_sizes_of_an_autoencoder(changes, resolution, says):
         agreement.check(*arguments)
 
 
+def test_an_autoencoder_of_one_shape(monkeypatch):
+    monkeypatch.delattr(find("tokenizers.vq"), "for_shape")
+    sizes("diffusion.dit", DECODER, autoencoder=LATENT)
+    with pytest.raises(UserError, match=r"has the grid \(4, 4\), but the model has \(8, 8\)"):
+        sizes("diffusion.dit", DECODER | {"resolution": 8}, autoencoder=LATENT)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "parts", "says"),
     [
