@@ -31,7 +31,6 @@ plus writes}, "chip": {"flops_per_s" in this dtype, "bytes_per_s"} by cost/chips
     {"ours" and "theirs": median seconds, "ratio": theirs / ours, "cpu_ratio", "seconds", "load"}}}
 """
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -45,7 +44,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.cost import against, chips, hlo, programs
@@ -305,18 +304,8 @@ def details(entry: dict) -> list[str]:
     return out
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("bench", __doc__)
-    programs.add_arguments(parser)
-    parser.add_argument("--steps", type=positive, default=10, help="timed runs of each program (default: 10)")
-    parser.add_argument("--against", choices=("torch",), help="also time the same model in PyTorch; implies --cached")
+    parser = parser_of("bench")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
     args.cached = args.cached or bool(args.against)  # the PyTorch model has no tokenizer

@@ -21,7 +21,6 @@ Letters: k views, r records of a batch, H W image.
 import contextlib
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +28,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, meshes, placement
+from hybridgen.core.arguments import VIEWS
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import doing, progress
 from hybridgen.data import sources, transforms
@@ -42,7 +42,6 @@ from hybridgen.models.contract import Part, find
 from hybridgen.runs.experiment import part_shardings, read_by
 from hybridgen.runs.reading import Run, find_run, load
 
-VIEWS = ("one", "flip", "ten")
 OPTIONS = {
     "splits": ("train", "validation"),
     "views": "one",
@@ -249,21 +248,7 @@ def stage(config: Mapping, place: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("cache", __doc__)
-    text = "run folder of a tokenizer or text encoder; may be given several times"
-    parser.add_argument("--run", action="append", required=True, help=text)
-    parser.add_argument("--config", metavar="FILE[:VARIANT]", help="config whose data is cached (default: first run's)")
-    parser.add_argument("--stage", help="stage whose data is cached, if the config is a recipe")
-    parser.add_argument("--out", required=True, type=Path, help="output folder, with one folder of records per split")
-    parser.add_argument("--split", default="train,validation", help="comma-separated (default: train,validation)")
-    parser.add_argument("--views", default="one", help=f"views of each image: {', '.join(VIEWS)} (default: one)")
-    parser.add_argument("--crop", default="1.1", metavar="SIZES", help="scales of view ten, such as 1.1,1.05")
-    parser.add_argument("--captions", type=int, default=1, metavar="N", help="captions encoded per image (default: 1)")
-    parser.add_argument("--pictures", action="store_true", help="store the images too, for decoders and evaluations")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images encoded at a time (default: 64)")
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="files per split (default: 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="threads that read images")
-    distributed.add_arguments(parser)
+    parser = parser_of("cache")
     args, overrides = config_lib.parse(parser, argv)
     options = {name: getattr(args, name) for name in ("views", "captions", "pictures", "batch", "shards")}
     options |= {"splits": tuple(args.split.split(",")), "crop": _numbers(args.crop)}

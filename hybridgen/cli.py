@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hybridgen import __version__
-from hybridgen.core import hostmemory, importing, progress, quiet
+from hybridgen.core import arguments, hostmemory, importing, progress, quiet
 from hybridgen.core.errors import PeerError, StorageError, UserError
 
 COMMANDS = {
@@ -59,11 +59,12 @@ class Quiet(argparse.Action):
         progress.show(False)
 
 
-def a_path(text: str) -> Path:
-    """An argparse type: a path. Refuses an empty one, as from an unset shell variable: it means the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty; for the current folder give '.'")
-    return Path(text)
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command with its arguments; of sampling commands without the options of a run."""
+    what = COMMANDS[name]
+    parser = make_parser(name, f"{what[0].upper()}{what[1:]}.")
+    arguments.ADD[name](parser)
+    return parser
 
 
 def own_cache() -> None:
@@ -105,8 +106,15 @@ def main() -> None:
     elif name in ("-h", "--help"):
         print("usage: hybridgen COMMAND [--help] ...   or   hybridgen --version\n")
         print("\n".join(f"  {known:10s} {what}" for known, what in COMMANDS.items()))
+    elif name in arguments.ADD and _plain_help(sys.argv[2:]):
+        parser_of(name).print_help()  # without the command's module, which imports JAX
     else:
         command(lambda: _module(name).main(sys.argv[2:]))
+
+
+def _plain_help(words: list[str]) -> bool:
+    """Whether a command line asks for help, and not for that of a run's options."""
+    return bool({"-h", "--help"} & {*words}) and not any(word.startswith(("--run", "--trust")) for word in words)
 
 
 def _module(name: str):

@@ -15,7 +15,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import doing
 from hybridgen.runs.importing import read_config, write_official, write_run
@@ -46,19 +46,8 @@ def named_runs(given: list[str]) -> dict[str, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("convert", __doc__)
-    parser.add_argument("source", nargs="?", help="name of the official model family; see --list")
-    parser.add_argument("input", nargs="?", type=Path, help="file or folder of weights; with --export a run folder")
-    parser.add_argument("out", nargs="?", type=Path, help="new run folder; with --export a new .safetensors file")
-    text = "official config: a JSON file or a preset (default: config.json in the folder of the weights)"
-    parser.add_argument("--config", help=text)
-    text = "run of a model that this one needs, such as tokenizer=runs/vq; may be given several times"
-    parser.add_argument("--part", action="append", default=[], metavar="NAME=RUN", help=text)
-    text = "folder of the text tokenizer (default: the folder of the weights)"
-    parser.add_argument("--text", type=Path, metavar="FOLDER", help=text)
-    parser.add_argument("--export", action="store_true", help="write a run folder as official weights")
-    parser.add_argument("--list", action="store_true", help="list sources, licences and sizes")
-    args = parser.parse_args(argv)
+    parser = parser_of("convert")
+    args = parser.parse_intermixed_args(argv)  # options in any place
     if args.list:
         with contextlib.suppress(BrokenPipeError):
             print(listing())

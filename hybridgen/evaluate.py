@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, meshes, placement
 from hybridgen.core.errors import UserError
@@ -328,19 +328,7 @@ def _row(cells: Iterable) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("evaluate", __doc__)
-    parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--splits", default="validation", help="comma-separated: train, validation, holdout")
-    parser.add_argument("--count", type=int, default=256, help="captions per split (default: 256)")
-    parser.add_argument("--batch", type=int, default=64, help="images generated at a time (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the generated images (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/evaluation)")
-    parser.add_argument("--features", metavar="RUN", help="run of a feature network, for distances such as FID")
-    text = "what distances are measured to: a split, a folder of images or an .npz file of ADM (default: train)"
-    parser.add_argument("--reference", help=text)
-    text = "largest number of reference images (default: --count)"
-    parser.add_argument("--reference-count", type=int, metavar="N", help=text)
-    distributed.add_arguments(parser)
+    parser = parser_of("evaluate")
     args, changes = drawing.parse(parser, argv)
     drawing.check_arguments(args)
     for name in ("reference", "reference_count"):

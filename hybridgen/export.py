@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import config as config_lib
+from hybridgen.core.arguments import DTYPES
 from hybridgen.core.errors import UserError
 from hybridgen.models import contract
 from hybridgen.runs import bundle, checkpoint
@@ -27,8 +28,8 @@ def export(folder: Path, out: Path, dtype: str = "float32", step: int | None = N
     Raises UserError if `out` exists, or if a part differs from the one that the run was trained with; `out` is then
     removed.
     """
-    if dtype not in bundle.DTYPES:
-        raise UserError(f"dtype {dtype!r} is not one of {', '.join(bundle.DTYPES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists: give a new folder")
     try:
@@ -94,12 +95,7 @@ def sampling(out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("export", __doc__)
-    parser.add_argument("run", help="run folder; its parts must be where its config says")
-    parser.add_argument("out", type=Path, help="new folder")
-    text = f"dtype of the stored parameters: {', '.join(bundle.DTYPES)} (default: float32)"
-    parser.add_argument("--dtype", default="float32", help=text)
-    parser.add_argument("--checkpoint", type=int, metavar="N", help="step to export (default: the newest valid one)")
+    parser = parser_of("export")
     args = parser.parse_args(argv)
     size = export(find_run(args.run, None), args.out, args.dtype, args.checkpoint)
     command = sampling(args.out)

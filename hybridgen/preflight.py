@@ -42,7 +42,7 @@ from typing import Any
 
 import jax
 
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import config as config_lib
 from hybridgen.core import trees
 from hybridgen.core.errors import UserError
@@ -201,15 +201,7 @@ def details(entry: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("preflight", __doc__)
-    programs.add_arguments(parser)
-    text = f"target of the compilation: {topology.KNOWN} (default: this machine)"
-    parser.add_argument("--topology", metavar="CHIP:SIDES", help=text)
-    text = "number of slices of the topology (default: 1), data parallel between them (mesh axis dcn)"
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help=text)
-    text = "compile training steps for TPUs with all of XLA's optimizations, as the run will (slower)"
-    parser.add_argument("--exact", action="store_true", help=text)
-    parser.add_argument("--suggest", action="store_true", help="search meshes, remat policies and batches for training")
+    parser = parser_of("preflight")
     args, overrides = config_lib.parse(parser, argv)
     json = programs.writable(args.json)
     if args.slices < 1 or (args.slices > 1 and args.topology is None):

@@ -19,7 +19,6 @@ stages, and each writes to WORKDIR/name:
 - with `compare`: makes a table of the results of earlier stages (reports/points.py).
 """
 
-import argparse
 import json
 import signal
 import sys
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridgen import cache, evaluate, train
-from hybridgen.cli import a_path, command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, progress
 from hybridgen.core.errors import UserError
@@ -87,14 +86,6 @@ def seeded(config: Any, seed: int) -> Any:
         if "seed" in stage:
             stage.seed = seed
     return config
-
-
-def seed_list(text: str) -> tuple[int, ...]:
-    """The value of --seeds: different whole numbers, separated by commas."""
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} must be different whole numbers, separated by commas")
-    return tuple(map(int, parts))
 
 
 def check(config: Any) -> None:
@@ -164,13 +155,7 @@ def measure(stage: Any, place: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("recipe", __doc__)
-    finetune.add_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=a_path, help="folder with one run folder per stage")
-    text = "run the recipe once for each of these seeds, and compare the results"
-    parser.add_argument("--seeds", type=seed_list, metavar="N,N,...", help=text)
-    parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
-    distributed.add_arguments(parser)
+    parser = parser_of("recipe")
     args, overrides = config_lib.parse(parser, argv)
     if any(override.partition("=")[0] == "data.source" for override in overrides):
         raise UserError(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hybridgen.cli import a_path, command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import distributed, meshes
 from hybridgen.core.errors import UserError
 from hybridgen.core.progress import progress
@@ -72,14 +72,6 @@ def sample(loaded: Loaded, requests: list[Request], count: int, seed: int, batch
         where = f"{message(len(bad), len(prompts))}, the first is number {bad[0]}, see {grid}" if bad else ""
         raise UserError("; ".join(filter(None, (where, *loaded.faults))))
     return grid
-
-
-def a_folder(text: str) -> Path:
-    """An argparse type: the path of an output folder."""
-    path = a_path(text)
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is the name of an image; give a folder for the images")
-    return path
 
 
 def words(requests: Request) -> str:
@@ -160,19 +152,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("sample", __doc__)
-    parser.add_argument("--run", required=True, help="run folder or bundle of a cascade or another generative model")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument("--prompts", type=Path, help="a text file with one prompt per line")
-    text = "a class, for a class-conditional model; may be given several times"
-    parser.add_argument("--label", action="append", type=int, help=text)
-    parser.add_argument("--count", type=int, default=1, help="images per prompt (default: 1)")
-    parser.add_argument("--size", metavar="HxW", help="image size, one of those that a run with buckets was trained on")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images (default: 0)")
-    parser.add_argument("--batch", type=int, default=16, help="images generated at a time (default: 16)")
-    parser.add_argument("--out", type=a_folder, default=Path("samples"), help="output folder (default: samples)")
-    parser.add_argument("--draft", action="store_true", help="show the tokenizer's draft next to each render")
-    distributed.add_arguments(parser)
+    parser = parser_of("sample")
     args, changes = drawing.parse(parser, argv)
     drawing.check_arguments(args)
     requests = read_requests(args)

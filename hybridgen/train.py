@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hybridgen.cli import a_path, command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core import config as config_lib
 from hybridgen.core import distributed, rng, trees
 from hybridgen.core.errors import UserError
@@ -376,11 +376,7 @@ def run(config: Any, folder: Path, *, allow: tuple[str, ...] = (), label: str = 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("train", __doc__)
-    finetune.add_arguments(parser)
-    parser.add_argument("--workdir", required=True, type=a_path, help="run folder: checkpoints, metrics, sample grids")
-    parser.add_argument("--allow", default="", metavar="KEY,...", help="config keys that may differ on resume")
-    distributed.add_arguments(parser)
+    parser = parser_of("train")
     args, overrides = config_lib.parse(parser, argv)
     config = (
         finetune.one(args.start, overrides, args.workdir) if args.start else config_lib.load(args.config, overrides)

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from hybridgen.cli import command, make_parser
+from hybridgen.cli import command, parser_of
 from hybridgen.core.errors import UserError
 from hybridgen.replays import Case, find
 from hybridgen.runs import folder as run_folder
@@ -60,9 +60,7 @@ def verify(source: str, folder: Path, report: Callable[[str], None] = print) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("verify", __doc__)
-    parser.add_argument("source", help="name of the official model family, with any suffix")
-    parser.add_argument("folder", type=Path, help="folder with config.json, weights.safetensors and io.npz")
+    parser = parser_of("verify")
     args = parser.parse_args(argv)
     with contextlib.suppress(BrokenPipeError):
         return 0 if verify(args.source, args.folder) else 1

@@ -31,18 +31,6 @@ HEARTBEAT = 30  # seconds without a heartbeat after which JAX considers a proces
 PATIENCE = 5.0  # seconds between messages that name the missing processes
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a command that runs in several processes."""
-    group = parser.add_argument_group("multiple processes", "run the same command on every host, with its --process-id")
-    group.add_argument("--distributed", action="store_true", help="detect the other processes (TPU pod or SLURM)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
-    group.add_argument("--num-processes", type=int, metavar="N", help="total number of processes")
-    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, 0 to N - 1")
-    group.add_argument(
-        "--init-timeout", type=int, default=300, metavar="SECONDS", help="time to wait for the others (default 300)"
-    )
-
-
 def start(args: argparse.Namespace) -> None:
     """Connects this process with the others, if there are any. Call it before any use of a device.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from hybridgen.core import config as config_lib
 from hybridgen.core import meshes, placement, rng, trees
+from hybridgen.core.arguments import WHAT
 from hybridgen.core.errors import UserError
 from hybridgen.cost import flops, steps
 from hybridgen.data import pipeline, sources
@@ -33,7 +34,6 @@ from hybridgen.sampling import guidance
 from hybridgen.train import Rule, program
 from hybridgen.training.batches import specs_of
 
-WHAT = ("train", "sample")
 # part: the batch entry that may replace its encoding
 CACHED = {"tokenizer": "tokens", "autoencoder": "latent", "text": "text_features"}
 
@@ -296,23 +296,6 @@ def compile_timed(function: Any, arguments: tuple, options: dict | None = None) 
     }
     memory["peak"] = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
     return compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle, "memory": memory}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that bench and preflight share."""
-    config_lib.add_argument(parser)
-    parser.add_argument("--stage", help="the stage of the recipe, if the config is one")
-    parser.add_argument("--what", type=_names, metavar="NAMES", help="train, sample or train,sample (default: both)")
-    parser.add_argument("--count", type=int, metavar="N", help="images per sampling call (default: the config's)")
-    parser.add_argument("--cached", action="store_true", help="use cached tokens or latents instead of encoding images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    given = text.split(",")
-    if not set(given) <= set(WHAT):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(WHAT)} and {','.join(WHAT)}")
-    return tuple(name for name in WHAT if name in given)
 
 
 def chosen(args: argparse.Namespace, overrides: Any) -> tuple[Any, Mapping]:

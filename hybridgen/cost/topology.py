@@ -13,13 +13,10 @@ from typing import Any, NamedTuple
 import jax
 
 from hybridgen.core import config as config_lib
+from hybridgen.core.arguments import TOPOLOGIES
 from hybridgen.core.errors import UserError
 from hybridgen.cost import chips
 
-KNOWN = (
-    "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v4:2x2x1, v5p:2x2x1 to v5p:16x16x24, tpu7x:2x2x1, "
-    "h100:8, h100:4x8 (also a100, h200, b200)"
-)
 # keep libtpu from looking for a TPU, a metadata server, or another process that uses a TPU
 OFFLINE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -62,13 +59,13 @@ def describe(name: str, slices: int = 1) -> tuple[list, float]:
     if chip is None:
         kind = name.partition(":")[0]
         near = ", whose size is not like 16x16" if kind in known else config_lib.hint(kind, known)
-        raise UserError(f"--topology: no topology {name!r}{near}; known: {KNOWN}")
+        raise UserError(f"--topology: no topology {name!r}{near}; known: {TOPOLOGIES}")
     sides = [int(side) for side in found[2].split("x")]
     if not chip.sides:
         return _gpus(name, found[1], sides, slices), USED * chip.memory
     if len(sides) != chip.sides:
         text = f"--topology {name!r} has {len(sides)} axes, but {found[1]} has {chip.sides}"
-        raise UserError(f"{text}; known: {KNOWN}")
+        raise UserError(f"{text}; known: {TOPOLOGIES}")
     return _slices(name, sides, slices), chip.memory
 
 
@@ -82,7 +79,8 @@ def _slices(name: str, sides: list[int], slices: int) -> list:
     try:
         return _devices("tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology: no topology {name!r}: {str(error).splitlines()[0]}; known: {KNOWN}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--topology: no topology {name!r}: {reason}; known: {TOPOLOGIES}") from None
 
 
 def _gpus(name: str, kind: str, sides: list[int], slices: int) -> list:

@@ -31,7 +31,6 @@ FORMAT = 1
 ABOUT, WEIGHTS = "bundle.json", "weights.safetensors"
 OWN = ("config.json", "text.json", ABOUT, WEIGHTS)
 HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-DTYPES = ("float32", *HALVES, "int8")
 BLOCK, SCALE = 64, ".scale"  # int8: numbers per scale, and the suffix of the name of the tensor of scales
 LEAST = 4096  # smallest number of elements of a parameter that is stored as int8
 PART = re.compile(r"(parts|\.\.)/[A-Za-z0-9_][\w.-]*")

@@ -253,17 +253,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     The sampling options are those of the run's families: `--run RUN --help` lists them.
     """
     argv = sys.argv[1:] if argv is None else argv
-    text = "training step of the checkpoint to load (default: the newest valid one)"
-    parser.add_argument("--checkpoint", type=int, metavar="N", help=text)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run")
     importing.add_argument(first)  # before the families of the run are imported
     first.error = parser.error
     run = first.parse_known_args(argv)[0].run
     if not run:
-        parser.epilog = "A run's model has further sampling options: `--run RUN --help` lists them."
         return parser.parse_args(argv), {}  # raises, since --run is required
-    folder = reading.find_run(run, None)
+    folder, parser.epilog = reading.find_run(run, None), None
     known = contract.options_of(map(find, reading.families_of(folder)))
     paths, own = flags(known), config_lib.flatten(reading.read_config(folder).sample.options)
     group = parser.add_argument_group("sampling options of this run")

@@ -8,7 +8,6 @@ RUN is a run folder, a bundle or imported weights. Its family, model, text token
 other entries are those of RUN or of configs/finetune.py. `path` is short for a folder of images as data.
 """
 
-import argparse
 import collections
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,14 +60,6 @@ class Start(NamedTuple):
         names = self.config.data.get("class_names", ())
         named = self.classes and names and all(isinstance(name, str) for name in names)
         return tuple(names) if named else ()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config` and `--from` to a command, which takes one of them."""
-    group = parser.add_mutually_exclusive_group(required=True)
-    config_lib.add_argument(group, required=False)
-    text = "fine-tune this run, bundle or imported checkpoint, on the images in --config.path=FOLDER"
-    group.add_argument("--from", dest="start", metavar="RUN", help=text)
 
 
 def load(path: str) -> Start:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hybridgen.cli import command, make_parser
-from hybridgen.core import distributed, meshes, placement
+from hybridgen.core import arguments, distributed, meshes, placement
 from hybridgen.core.errors import PeerError, UserError
 from hybridgen.training import watchdog
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def options(*line: str) -> argparse.Namespace:
     parser = make_parser("train", "Trains.")
-    distributed.add_arguments(parser)
+    arguments.add_processes(parser)
     return parser.parse_args(line)
 
 
@@ -140,10 +140,10 @@ def test_who_is_missing_is_named_with_its_command(capfd, monkeypatch):
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
 UNDER_SLURM = """
 import sys, jax
-from hybridgen.core import distributed
+from hybridgen.core import arguments, distributed
 from hybridgen.cli import make_parser
 parser = make_parser("train", "Trains.")
-distributed.add_arguments(parser)
+arguments.add_processes(parser)
 distributed.PATIENCE = 1.0
 distributed.start(parser.parse_args(sys.argv[1:]))
 print(jax.process_index(), jax.process_count(), jax.config._read("jax_cuda_visible_devices"), file=sys.stderr)
