@@ -13,8 +13,8 @@ import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
 
-LIMIT = 12.0  # times the average system
-FILE = 0.12  # of all seconds
+LIMIT = 8.0  # times the average system
+FILE = 0.08  # of all seconds
 SYSTEM = re.compile(r"\[(?:configs/|golden/)?([\w./]*?)(?:\.py)?(?:[:,-][^\]]*)?\]$")
 
 
