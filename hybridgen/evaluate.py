@@ -160,9 +160,9 @@ def caption_likelihood(loaded: Loaded, given: dict, batch: int) -> dict | None:
     if loaded.nll is None or not names:
         return None
     asks = [tuple(given[name][row].tobytes() for name in names) for row in range(len(given["tokens"]))]
-    turns = [asks[row:] + asks[:row] for row in range(len(asks))]
-    gaps = [next((n for n, ask in enumerate(turn) if ask != turn[0]), 0) for turn in turns]
-    other = (np.arange(len(asks)) + gaps) % len(asks)
+    count = len(asks)
+    gaps = [next((n for n in range(1, count) if asks[(row + n) % count] != asks[row]), 0) for row in range(count)]
+    other = (np.arange(count) + gaps) % count
     if not any(gaps):
         return None
     own = {name: given[name] for name in (*names, "tokens")}
@@ -171,7 +171,7 @@ def caption_likelihood(loaded: Loaded, given: dict, batch: int) -> dict | None:
         np.concatenate(list(placement.by_batches(loaded.nll, one, min(batch, 16), loaded.mesh))) for one in (own, wrong)
     )
     means = {"nll": float(nll.mean()), "nll_other": float(nll_other.mean())}
-    return means | {"own_likelier": float((nll < nll_other).mean()), "pictures": len(asks)}
+    return means | {"own_likelier": float((nll < nll_other).mean()), "pictures": count}
 
 
 def compared(compare: distances.Comparison, sets: dict[str, dict], true: np.ndarray, label: str) -> dict:

@@ -44,15 +44,19 @@ def get_config(variant: str = ""):
     return config
 
 
+def _local(tokenizer):
+    # with local tokens a prior can combine objects that it learned separately; with global ones it learns each pair
+    tokenizer.model.local = True
+    tokenizer.model.quantizer.update(entropy=0.02, fill=0.72)
+
+
 def _cpu(tokenizer, prior, decoder, cascade):
     for stage in (tokenizer, prior, decoder):
         stage.optim.kind = "muon"
         # relations are learned last, and only from images with two objects: with three in four, after half the steps
         stage.data.options.objects = (1, 2, 2, 2)
     cascade.data.options.objects = (1, 2)
-    # with local tokens a prior can combine objects that it learned separately; with global ones it learns each pair
-    tokenizer.model.local = True
-    tokenizer.model.quantizer.update(entropy=0.02, fill=0.72)
+    _local(tokenizer)
     tokenizer.steps, tokenizer.optim.lr = 700, 5e-3
     # without layers for the text alone, unseen pairs of a shape and a colour are right more often
     prior.model.update(width=128, heads=2, text_depth=0)
@@ -66,8 +70,7 @@ def _cpu(tokenizer, prior, decoder, cascade):
 
 
 def _cpu_long(tokenizer, prior, decoder, cascade):
-    tokenizer.model.local = True
-    tokenizer.model.quantizer.update(entropy=0.02, fill=0.72)
+    _local(tokenizer)
     tokenizer.steps, tokenizer.optim.lr = 5000, 5e-3
     prior.steps, prior.optim.lr, prior.ema.decay = 5000, 2e-3, 0.999
     decoder.steps, decoder.optim.lr, decoder.ema.decay = 2000, 2e-3, 0.999

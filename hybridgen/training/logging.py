@@ -120,9 +120,8 @@ class Writer:
         if self._active:
             path = self.folder / "metrics.jsonl"
             cut_back(path, step)
-            self._file = path.open(
-                "a", buffering=1, encoding="utf-8"
-            )  # a line is on its way to disk before the step is saved
+            # a line is on its way to disk before the step is saved
+            self._file = path.open("a", buffering=1, encoding="utf-8")
             if self._tensorboard:
                 self._board = board_lib.TensorBoard(self.folder / "tensorboard", step + 1)
 

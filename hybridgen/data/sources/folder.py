@@ -13,7 +13,8 @@ import os
 import reprlib
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ from hybridgen.data.sources import layouts
 from hybridgen.data.sources.headers import FORMATS, header_size, may_turn
 from hybridgen.data.sources.protocol import BrokenRecord, known
 
+T = TypeVar("T")
 SPLITS = ("train", "validation")
 MAX_TEXT = 4096  # characters of one caption; the rest is cut off
 MAX_CLASS = 65_535  # largest whole number that is a class
@@ -200,41 +202,37 @@ class Folder:
 
     def at(self, index: int, shape: tuple[int, int]) -> dict:
         """A record with its image in the given shape (height, width)."""
-        name, texts, label, reason = self._records[index]
+        _, texts, label, _ = self._records[index]
+        image = self._of_file(index, lambda name: self._picture(name, shape))
+        item = {"image": image, "text": texts[0], "texts": texts}
+        return item if label is None else item | {"label": self._classes[label]}
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) of a record's upright image, without decoding it. BrokenRecord if it cannot be read."""
+        return self._of_file(index, self._upright)
+
+    def _of_file(self, index: int, read: Callable[[str], T]) -> T:
+        """`read` of a record's file. Raises BrokenRecord, with the record's name, unless the storage is at fault."""
+        name, _, _, reason = self._records[index]
         if reason is None:
             try:
-                image = self._picture(name, shape)
+                return read(name)
             except BrokenRecord as error:
                 reason = str(error)
             except Exception as error:  # decoders raise exceptions of many types for broken data
                 if storage.passing(error):
                     raise
                 reason = f"{type(error).__name__}: {error}"
-        if reason is not None:
-            raise BrokenRecord(f"{self.name(index)}: {reason}")
-        item = {"image": image, "text": texts[0], "texts": texts}
-        return item if label is None else item | {"label": self._classes[label]}
-
-    def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of a record's upright image, without decoding it. BrokenRecord if it cannot be read."""
-        name, _, _, reason = self._records[index]
-        if reason is not None:
-            raise BrokenRecord(f"{self.name(index)}: {reason}")
-        try:
-            data = self._bytes(name)
-            width, height = header_size(data)
-            self._check_size(width, height)
-            if may_turn(data):
-                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                    width, height = (height, width) if transforms.turned(image) else (width, height)
-            return width, height
-        except BrokenRecord as error:
-            reason = str(error)
-        except Exception as error:  # decoders raise exceptions of many types for broken data
-            if storage.passing(error):
-                raise
-            reason = f"{type(error).__name__}: {error}"
         raise BrokenRecord(f"{self.name(index)}: {reason}")
+
+    def _upright(self, name: str) -> tuple[int, int]:
+        data = self._bytes(name)
+        width, height = header_size(data)
+        self._check_size(width, height)
+        if may_turn(data):
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = (height, width) if transforms.turned(image) else (width, height)
+        return width, height
 
     def _picture(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """-> H W 3 uint8."""
