@@ -263,7 +263,7 @@ class Writer:
         if not self._active:
             yield
             return
-        with self._console.waiting(f"{self.label} {step}/{self.total}  {what}", first):
+        with self._console.waiting(f"{self.label}: at step {step}/{self.total}, {what}", first):
             yield
 
     def close(self) -> None:

@@ -230,12 +230,12 @@ def test_work_that_takes_long_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "WAITING", 0.05)
     with Writer(tmp_path, start_step=3, total_steps=9, tensorboard=False) as writer:
         with writer.waiting(3, "compiling the training step", first=0):
-            assert capsys.readouterr().out == "train 3/9  compiling the training step\n"  # at once
+            assert capsys.readouterr().out == "train: at step 3/9, compiling the training step\n"  # at once
             time.sleep(0.14)
         with writer.waiting(3, "evaluating"):
             pass
         first, *_ = capsys.readouterr().out.splitlines()
-        assert first == "train 3/9  compiling the training step: 0 s"
+        assert first == "train: at step 3/9, compiling the training step: 0 s"
         with doing("loading runs/prior", first=0.02, every=9.0):
             time.sleep(0.1)
         with doing("nothing that takes long"):
